@@ -1,0 +1,67 @@
+"""Settings and fixtures that every test shares.
+
+The environment is prepared before jax is first imported: the number of host devices and the
+plotting backend are read once, at import.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ.setdefault("MPLBACKEND", "Agg")
+# ipykernel and jupyter_core look for the user's settings in the places that platformdirs names.
+os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# A state without the task axis must never broadcast silently against gradients that have it.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def load_golden(name: str) -> dict[str, Any]:
+    """Read one file of reference numbers, e.g. ``load_golden("gradient/mgda")``."""
+    with (GOLDEN / f"{name}.json").open(encoding="utf-8") as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+    """The loader of reference numbers."""
+    return load_golden
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run one test in double precision; the others keep jax's default."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """Refuse implicit dtype promotion in one test (optax.adam itself would fail under it)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the checkout."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs an accelerator where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() == "cpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU or a TPU"))
