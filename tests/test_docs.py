@@ -1,0 +1,100 @@
+"""What the documentation says is run, and what it names exists."""
+
+import doctest
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+import mtl_optax
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARKED = {
+    "main": 'python -m pip install -e ".[examples]" && python -m examples.compare',
+    "test": 'python -m pip install -e ".[test]" && python -m pytest',
+}
+# Modules that an extra is needed to import, and the module that the extra brings.
+NEED_EXTRA = {"mtl_optax.plotting": "matplotlib"}
+
+
+def module_names() -> list[str]:
+    found = pkgutil.walk_packages(mtl_optax.__path__, "mtl_optax.")
+    return ["mtl_optax", *sorted(module.name for module in found)]
+
+
+def public_callables() -> list[str]:
+    return [name for name in mtl_optax.__all__ if callable(getattr(mtl_optax, name))]
+
+
+@pytest.fixture(autouse=True)
+def default_precision() -> Iterator[None]:
+    """Examples print float32 numbers, also when the suite runs in float64."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_doctests(name: str) -> None:
+    if name in NEED_EXTRA and importlib.util.find_spec(NEED_EXTRA[name]) is None:
+        pytest.skip(f"{name} needs {NEED_EXTRA[name]}")
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples; see the output"
+
+
+def test_readme_code_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    assert blocks
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+
+
+def test_every_public_name_exists_once() -> None:
+    assert len(set(mtl_optax.__all__)) == len(mtl_optax.__all__)
+    assert [name for name in mtl_optax.__all__ if not hasattr(mtl_optax, name)] == []
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_callables_are_documented(name: str) -> None:
+    thing = getattr(mtl_optax, name)
+    text = inspect.getdoc(thing) or ""
+    assert text, f"{name} has no docstring"
+    if inspect.isclass(thing):  # a state: its fields are what it documents
+        return
+    assert re.search(r"^Examples?:$", text, flags=re.M), f"{name} has no Example: section"
+    assert ">>> " in text, f"the example of {name} cannot be run"
+
+
+def test_every_method_names_its_reference() -> None:
+    for method in mtl_optax.METHODS:
+        text = inspect.getdoc(method.factory) or ""
+        assert re.search(r"^References?:$", text, flags=re.M), f"{method.name} names no reference"
+
+
+@pytest.mark.parametrize("marker", MARKED)
+def test_readme_marks_its_commands(marker: str) -> None:
+    found = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.S)
+    assert found == [MARKED[marker]]
+
+
+def test_readme_marks_nothing_else() -> None:
+    markers = re.findall(r"<!--\s*(.*?)\s*-->", README)
+    assert sorted(markers) == sorted([*MARKED, "methods", "/methods"])
+
+
+def test_versions_agree() -> None:
+    version = mtl_optax.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, flags=re.M) == [version]
+    assert re.findall(r"Version ([0-9][0-9.]*[0-9])", README) == [version]
+    released = re.findall(r"^## \[([0-9][^\]]*)\]", changelog, flags=re.M)
+    assert released[0] == version
