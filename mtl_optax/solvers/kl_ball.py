@@ -1,0 +1,94 @@
+"""A mirror step on the simplex, kept within a Kullback-Leibler ball around the uniform distribution."""
+
+import jax
+import jax.numpy as jnp
+
+GRID_ROUNDS = 4
+GRID_POINTS = 32
+NEWTON_STEPS = 4
+
+
+def _tilted(exponents: jax.Array, active: jax.Array, log_count: jax.Array) -> jax.Array:
+    """``log(p * count)`` of the softmax of ``exponents`` over the active entries, along the last axis."""
+    exponents = jnp.where(active, exponents, -jnp.inf)
+    log_partition = jax.nn.logsumexp(exponents, axis=-1, keepdims=True)
+    return jnp.where(active, exponents - log_partition + log_count, 0)
+
+
+def _divergence(excess: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
+    """KL to the uniform distribution from ``log(p * count)``.
+
+    The terms ``t e^t - (e^t - 1)`` are nonnegative, so that a small divergence keeps its digits.
+    """
+    terms = excess * jnp.exp(excess) - jnp.expm1(excess)
+    return jnp.sum(jnp.where(active, jnp.maximum(terms, 0), 0), axis=-1) / count
+
+
+def kl_ball_mirror_step(
+    log_p: jax.Array,
+    scores: jax.Array,
+    radius: jax.typing.ArrayLike,
+    active: jax.Array | None = None,
+) -> jax.Array:
+    r"""Exponentiated-gradient step followed by the KL projection onto a ball around uniform.
+
+    Returns the logarithm of :math:`p' \propto (p\,e^{s})^\tau` with the largest :math:`\tau \in (0, 1]`
+    for which :math:`KL(p' \| u) \le` ``radius``. With :math:`q = \log p + s`, the divergence grows with
+    :math:`\tau` at the rate :math:`\tau \operatorname{Var}_{p'}(q)`, so the root is unique. It is bracketed
+    by :math:`\tau \ge \sqrt{8\,radius} / range(q)` (Hoeffding's bound), narrowed on a grid in
+    :math:`\log\tau` and finished by Newton steps inside the bracket.
+
+    Args:
+        log_p: logarithm of the present distribution (it need not be normalised), ``[T]``.
+        scores: ``s``, the step size times what each task is rewarded for, ``[T]``; up to 1e30.
+        radius: largest divergence from uniform; 0 gives uniform, ``log T`` or more lifts the limit.
+        active: tasks that count, bool ``[T]``; the divergence is from uniform over these. All by default.
+
+    Returns:
+        The logarithm of the new distribution, ``[T]``: always finite, normalised over the active tasks,
+        and so low for an inactive task that its exponential is exactly 0.
+    """
+    dtype = log_p.dtype
+    if active is None:
+        active = jnp.ones(log_p.shape, bool)
+    radius = jnp.asarray(radius, dtype)
+    floor = jnp.finfo(dtype).min / 4
+    count = jnp.maximum(jnp.sum(active.astype(dtype)), 1)
+    log_count = jnp.log(count)
+
+    raw = jnp.where(active, log_p, 0) + jnp.where(active, scores, 0)
+    raw = jnp.where(active, raw - jnp.max(jnp.where(active, raw, -jnp.inf)), 0)
+    width = -jnp.min(raw)
+    spread = width > 0
+    unit = raw / jnp.where(spread, width, 1)  # in [-1, 0]
+
+    def excess_at(log_x: jax.Array) -> jax.Array:
+        return _tilted(jnp.exp(log_x)[..., None] * unit[None, :], active[None, :], log_count)
+
+    # x = tau * width. Below `low` the divergence cannot exceed the radius; `high` is tau = 1.
+    high = jnp.log(jnp.where(spread, width, 1))
+    tiny = jnp.finfo(dtype).tiny
+    low = jnp.minimum(jnp.log(8 * jnp.maximum(radius, tiny)) / 2, high)
+    full = _tilted(raw, active, log_count)
+    inside = _divergence(full, active, count) <= radius
+
+    for _ in range(GRID_ROUNDS):
+        grid = low + (high - low) * jnp.linspace(0, 1, GRID_POINTS, dtype=dtype)
+        within = _divergence(excess_at(grid), active[None, :], count) <= radius
+        low = jnp.max(jnp.where(within, grid, low))
+        high = jnp.min(jnp.where(within, high, grid))
+    log_x = (low + high) / 2
+    for _ in range(NEWTON_STEPS):
+        excess = excess_at(log_x[None])[0]
+        value = _divergence(excess, active, count)
+        p = jnp.where(active, jnp.exp(excess), 0) / count
+        x = jnp.exp(log_x)
+        mean = jnp.sum(p * unit)
+        slope = x * x * jnp.sum(p * (unit - mean) * (unit - mean))
+        move = (radius - value) / jnp.where(slope > 0, slope, 1)
+        log_x = jnp.clip(jnp.where(slope > 0, log_x + move, log_x), low, high)
+
+    shrunk = excess_at(log_x[None])[0]
+    excess = jnp.where(inside | ~spread, full, shrunk)
+    excess = jnp.where(radius > 0, excess, 0)
+    return jnp.where(active, jnp.maximum(excess - log_count, floor), floor)

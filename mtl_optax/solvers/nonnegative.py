@@ -1,0 +1,132 @@
+"""Nonnegative least squares in Gram form: the core on which the other solvers rest."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+REFINEMENTS = 2
+
+
+class _Pivoting(NamedTuple):
+    passive: jax.Array  # bool [T]: variables that may be positive
+    solution: jax.Array  # [T]
+    fewest: jax.Array  # smallest number of violated conditions seen so far
+    patience: jax.Array  # full exchanges still allowed without progress
+    step: jax.Array
+    done: jax.Array
+
+
+def ridge(size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Multiple of the identity that makes any unit-diagonal Gram matrix safely positive definite.
+
+    It exceeds what rounding does to the eigenvalues of a Gram matrix. Iterative refinement takes its
+    effect out again, except along directions that carry no gradient.
+    """
+    return jnp.asarray((64 + size) * jnp.finfo(dtype).eps, dtype)
+
+
+def masked_cholesky(matrix: jax.Array, passive: jax.Array) -> jax.Array:
+    """Cholesky factor of ``matrix + ridge I`` on the passive rows and of the identity elsewhere."""
+    size = matrix.shape[0]
+    both = passive[:, None] & passive[None, :]
+    diagonal = jnp.where(passive, ridge(size, matrix.dtype), jnp.ones((), matrix.dtype))
+    shift = jnp.where(jnp.eye(size, dtype=bool), diagonal[:, None], 0)
+    return lax.linalg.cholesky(jnp.where(both, matrix, 0) + shift, symmetrize_input=False)
+
+
+def cholesky_solve(factor: jax.Array, right: jax.Array) -> jax.Array:
+    """Solve with a lower Cholesky factor; ``right`` is ``[T]``."""
+    half = lax.linalg.triangular_solve(factor, right[:, None], left_side=True, lower=True)
+    whole = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+    return whole[:, 0]
+
+
+def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Matrix times vector as a multiply and a reduction: full precision on every backend, and fusible."""
+    return jnp.sum(matrix * vector[None, :], axis=1)
+
+
+def exchange(
+    passive: jax.Array, violated: jax.Array, fewest: jax.Array, patience: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of block principal pivoting.
+
+    All violated variables change sides as long as their number falls; after three exchanges without
+    progress only the last violated one does, the rule of Murty that cannot cycle.
+
+    Returns:
+        The new ``(passive, fewest, patience)``.
+    """
+    count = jnp.sum(violated, dtype=jnp.int32)
+    progress = count < fewest
+    whole_block = progress | (patience > 0)
+    index = jnp.arange(passive.shape[0], dtype=jnp.int32)
+    last = jnp.max(jnp.where(violated, index, -1))
+    moved = jnp.where(whole_block, violated, index == last)
+    patience = jnp.where(progress, 3, jnp.maximum(patience - 1, 0))
+    return passive ^ moved, jnp.minimum(count, fewest), patience
+
+
+def nonnegative_least_squares(
+    matrix: jax.Array, linear: jax.Array, active: jax.Array | None = None
+) -> jax.Array:
+    r"""Minimise :math:`\tfrac12 z^\top M z - q^\top z` over :math:`z \ge 0`.
+
+    Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): guess which variables are
+    positive, solve for these, and move every variable whose sign condition fails to the other side. A few
+    Cholesky factorisations suffice where a method that moves one variable at a time needs one for each.
+
+    Args:
+        matrix: ``M``, positive semidefinite ``[T, T]``; it may be singular.
+        linear: ``q``, ``[T]``, in the range of ``M`` (always so for projections).
+        active: variables that count, bool ``[T]``; the others get 0. All by default.
+
+    Returns:
+        ``z``, ``[T]``. When ``M`` is singular several ``z`` may be optimal; they all give the same
+        combination of gradients. Variables whose diagonal entry is 0 get 0.
+    """
+    size, dtype = matrix.shape[0], matrix.dtype
+    diagonal = jnp.diagonal(matrix)
+    usable = diagonal > 0 if active is None else active & (diagonal > 0)
+    scale = jnp.where(usable, lax.rsqrt(jnp.where(usable, diagonal, 1)), 0)
+    both = usable[:, None] & usable[None, :]
+    unit = jnp.where(both, matrix, 0) * scale[:, None] * scale[None, :]
+    target = jnp.where(usable, linear, 0) * scale
+    largest = jnp.max(jnp.abs(target))
+    target = target / jnp.where(largest > 0, largest, 1)
+    tolerance = 8 * jnp.finfo(dtype).eps
+
+    def step(state: _Pivoting) -> _Pivoting:
+        factor = masked_cholesky(unit, state.passive)
+        solution = cholesky_solve(factor, jnp.where(state.passive, target, 0))
+        slope = product(unit, solution) - target
+        amount = jnp.max(jnp.abs(solution))
+        too_small = state.passive & (solution < -tolerance * amount)
+        downhill = usable & ~state.passive & (slope < -tolerance * (1 + amount))
+        violated = too_small | downhill
+        passive, fewest, patience = exchange(
+            state.passive, violated, state.fewest, state.patience
+        )
+        return _Pivoting(
+            passive, solution, fewest, patience, state.step + 1, ~jnp.any(violated)
+        )
+
+    start = _Pivoting(
+        passive=target > 0,
+        solution=jnp.zeros_like(target),
+        fewest=jnp.asarray(size + 1, jnp.int32),
+        patience=jnp.asarray(3, jnp.int32),
+        step=jnp.asarray(0, jnp.int32),
+        done=jnp.asarray(False),
+    )
+    limit = 3 * size + 20
+    end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
+
+    solution = end.solution
+    factor = masked_cholesky(unit, end.passive)
+    for _ in range(REFINEMENTS):
+        rest = jnp.where(end.passive, target - product(unit, solution), 0)
+        solution = solution + cholesky_solve(factor, rest)
+    return jnp.maximum(solution, 0) * scale * largest
