@@ -1,0 +1,1 @@
+"""A multi-task recommender in small parts: data, network, training, metrics, report."""
