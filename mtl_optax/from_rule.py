@@ -1,0 +1,376 @@
+"""Lifts a rule, mathematics on `[T]` and `[T, T]` arrays, to an optax transformation.
+
+A rule is a pure function `(evidence, rule_state) -> (weights [T], rule_state)` that says what it needs:
+losses, norms, or the Gram matrix. What it does not need is not computed. Everything that all methods
+share lives here once: checks, blocks, absent and non-finite tasks, cached weights, shared state fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from mtl_optax import task_tree
+from mtl_optax.task_tree import Blocks
+
+
+class Evidence(NamedTuple):
+    """What a rule may look at. Slots of inactive tasks hold 0.
+
+    Attributes:
+      active: bool `[T]`; tasks present in this batch whose numbers are finite.
+      step: int32 scalar; updates done before this one.
+      losses: `[T]`, the raw losses, where the rule needs them.
+      norms: `[T]`, gradient norms, where the rule needs norms or the Gram matrix.
+      cosine: `[T, T]`, the Gram matrix of the unit gradients; a zero gradient has a zero row.
+      extra: what the rule declared as extra arguments of `update`; None where not given.
+    """
+
+    active: jax.Array
+    step: jax.Array
+    losses: Any = None
+    norms: Any = None
+    cosine: Any = None
+    extra: Any = None
+
+    @property
+    def gram(self) -> jax.Array:
+        """`[T, T]`, the inner products of the raw gradients."""
+        return self.cosine * self.norms[:, None] * self.norms[None, :]
+
+
+class Rule(NamedTuple):
+    """A weighting method before it meets a pytree.
+
+    Attributes:
+      name: the factory's name, for messages.
+      num_tasks: T.
+      needs: the subset of {"losses", "norms", "gram"} that `weigh` reads.
+      init: `dtype -> rule_state`, arrays only.
+      weigh: `(Evidence, rule_state) -> (weights [T], rule_state)`; weights multiply raw gradients.
+      extra: names of extra arguments of `update` that `weigh` reads.
+    """
+
+    name: str
+    num_tasks: int
+    needs: frozenset[str]
+    init: Callable[[Any], Any]
+    weigh: Callable[[Evidence, Any], tuple[jax.Array, Any]]
+    extra: tuple[str, ...] = ()
+
+
+class BalanceState(NamedTuple):
+    """The state of every method here.
+
+    Attributes:
+      balance_count: int32 scalar, updates done.
+      weights: the weights used last, `[T]`, or `[B, T]` where the method looks at several blocks.
+      norms: the gradient norms seen last, same shape; `()` where the method needs none.
+      cosine: the cosines seen last, `[T, T]` or `[B, T, T]`; `()` where the method needs none.
+      skipped: int32 `[T]`, how often each task was excluded because its numbers were not finite.
+      block_names: uint8 `[B, length]`, the blocks' names in ASCII; `()` for one block.
+      rule_state: what the method itself remembers.
+    """
+
+    balance_count: jax.Array
+    weights: jax.Array
+    norms: Any
+    cosine: Any
+    skipped: jax.Array
+    block_names: Any
+    rule_state: Any
+
+
+class WeightingOptions(TypedDict, total=False):
+    """Keywords that every weighting method takes.
+
+    Attributes:
+      blocks: the granularity at which the method looks at gradients: "all" (one block), "leaf" (each
+        tensor on its own), or a callable `(path, leaf) -> label` (one block a label; it sees leaves
+        without the task axis).
+      reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain.
+      update_every: k > 1 asks for new weights every k-th update only, and uses the cached ones in
+        between, when nothing but finiteness is looked at.
+      axis_name: under `shard_map` or `pmap`, the mapped axes over which the gradients' elements are
+        split; inner products are summed over them, so that all devices find the same weights.
+    """
+
+    blocks: Any
+    reduce: bool
+    update_every: int
+    axis_name: Any
+
+
+def from_rule(
+    rule: Rule,
+    *,
+    blocks: Any = "all",
+    reduce: bool = True,
+    update_every: int = 1,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts `rule` to a transformation that removes the task axis.
+
+    Args:
+      rule: the method's mathematics.
+      blocks: see `WeightingOptions`, as for the next three.
+      reduce: see there.
+      update_every: see there.
+      axis_name: see there.
+
+    Returns:
+      A transformation whose `update(updates, state, params=None, *, losses=None, active=None)` takes
+      leaves `[T, *shape]` and returns leaves `[*shape]` (`[T, *shape]` with `reduce=False`).
+
+    Raises:
+      ValueError, TypeError: at trace time, for updates without the task axis, a wrong T, missing or
+        misshapen `losses` or `active`.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> from mtl_optax.from_rule import Rule, from_rule
+      >>> def weigh(evidence, state):
+      ...     return 1 / evidence.norms, state
+      >>> unit = from_rule(Rule("unit", 2, frozenset({"norms"}), lambda dtype: (), weigh))
+      >>> state = unit.init({"w": jnp.zeros(2)})
+      >>> updates, state = unit.update({"w": jnp.array([[3., 0.], [0., 4.]])}, state)
+      >>> updates["w"].tolist()
+      [1.0, 1.0]
+    """
+    _check_options(rule, update_every)
+    guard = Guard(rule.name, rule.num_tasks, rule.needs)
+
+    def init_fn(params: Any) -> BalanceState:
+        guard.remember(params)
+        grouping = task_tree.assign_blocks(params, blocks)
+        dtype = task_tree.statistics_dtype(params)
+        lead = () if grouping.single else (grouping.count,)
+        zeros = jnp.zeros((*lead, rule.num_tasks), dtype)
+        gram = "gram" in rule.needs
+        rule_state = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*lead, *jnp.shape(x))), rule.init(dtype)
+        )
+        return BalanceState(
+            balance_count=jnp.zeros((), jnp.int32),
+            weights=zeros,
+            norms=zeros if gram or "norms" in rule.needs else (),
+            cosine=jnp.zeros((*lead, rule.num_tasks, rule.num_tasks), dtype) if gram else (),
+            skipped=jnp.zeros((rule.num_tasks,), jnp.int32),
+            block_names=() if grouping.single else _encode_names(grouping.names),
+            rule_state=rule_state,
+        )
+
+    # Compiled on its own, so that a call outside jit is one program too; inside jit it is inlined.
+    @jax.jit
+    def balance(
+        updates: Any, state: BalanceState, losses: Any, present: jax.Array, extra: dict[str, Any]
+    ) -> tuple[Any, BalanceState]:
+        grouping = task_tree.assign_blocks(without_task_axis(updates), blocks)
+        active = present if losses is None else present & jnp.isfinite(losses)
+        losses = None if losses is None else jnp.where(active, losses, 0)
+
+        def fresh(state: BalanceState) -> tuple[BalanceState, jax.Array]:
+            evidence = Evidence(active, state.balance_count, losses, extra=extra)
+            evidence = _look(rule, evidence, updates, grouping, state.weights.dtype, axis_name)
+            weights, rule_state = _weigh(rule, evidence, state.rule_state, grouping)
+            return state._replace(
+                weights=jnp.where(evidence.active, weights, 0).astype(state.weights.dtype),
+                norms=() if evidence.norms is None else evidence.norms,
+                cosine=() if evidence.cosine is None else evidence.cosine,
+                rule_state=jax.tree.map(_like, rule_state, state.rule_state),
+            ), evidence.active
+
+        def cached(state: BalanceState) -> tuple[BalanceState, jax.Array]:
+            rows = task_tree.rows_of(updates)
+            return state, active & task_tree.finite(rows, rule.num_tasks, axis_name)
+
+        if update_every == 1:
+            state, keep = fresh(state)
+        else:
+            due = state.balance_count % update_every == 0
+            state, keep = lax.cond(due, fresh, cached, state)
+        weights = state.weights[None] if grouping.single else state.weights
+        place = task_tree.combine if reduce else task_tree.scale
+        return place(updates, weights, keep, grouping), state._replace(
+            balance_count=next_count(state.balance_count),
+            skipped=state.skipped + (present & ~keep).astype(jnp.int32),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        losses: Any = None,
+        active: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, BalanceState]:
+        guard.check(updates, params, extra_args)
+        losses = guard.losses(losses, state.weights.dtype, extra_args)
+        extra = {name: extra_args.get(name) for name in rule.extra}
+        return balance(updates, state, losses, guard.present(active), extra)
+
+    transformation = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    update_fn.rule = rule  # type: ignore[attr-defined]
+    update_fn.options = WeightingOptions(  # type: ignore[attr-defined]
+        blocks=blocks, reduce=reduce, update_every=update_every, axis_name=axis_name
+    )
+    return transformation
+
+
+def rule_of(name: str, transformation: Any) -> Rule:
+    """The rule inside a weighting method of this library, for methods built on another."""
+    rule = getattr(transformation.update, "rule", None)
+    if rule is None:
+        raise TypeError(
+            f"{name}: expected a weighting method of mtl_optax (one whose update is a weighted sum "
+            f"of task gradients), found {transformation!r}."
+        )
+    return rule
+
+
+class Guard:
+    """The checks and the meaning of `losses` and `active`, for every method that removes the axis."""
+
+    def __init__(self, name: str, num_tasks: int, needs: frozenset[str]) -> None:
+        self.name, self.num_tasks, self.needs = name, num_tasks, needs
+        # Trace-time memory of the parameter shapes seen by init: no number ever depends on it.
+        self._shapes: set[Any] = set()
+
+    def remember(self, params: Any) -> None:
+        """Notes the shapes that `init` was given."""
+        self._shapes.add(task_tree.shapes_of(params))
+
+    def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> None:
+        """Raises where `updates` is not one gradient per task, or the place is wrong."""
+        if extra_args.get("on_losses") and self.needs & {"norms", "gram", "gradients"}:
+            raise ValueError(
+                f"{self.name}: needs gradients ({', '.join(sorted(self.needs))}), so it cannot weigh "
+                "losses alone. Use it through mtl_optax.fork (one backward pass) or "
+                "mtl_optax.per_task_value_and_grad."
+            )
+        task_tree.check_updates(self.name, updates, self.num_tasks, params)
+        if params is None:
+            task_tree.check_not_stacked_like(self.name, updates, self._shapes)
+
+    def losses(self, losses: Any, dtype: Any, extra_args: Mapping[str, Any]) -> Any:
+        """The losses `[T]`, or None where the method does not need them."""
+        if "losses" not in self.needs:
+            return None
+        if losses is None:
+            vector = jnp.ndim(extra_args.get("value", 0.0)) == 1
+            raise ValueError(
+                f"{self.name}: needs the losses of this step: update(..., losses=losses), an array "
+                f"[{self.num_tasks}] in the order of the task axis."
+                + (" Found a vector in value=, which optax keeps for one scalar." * vector)
+            )
+        return self._vector("losses", losses, dtype)
+
+    def present(self, active: Any) -> jax.Array:
+        """Which tasks the caller says are in this batch; all by default."""
+        if active is None:
+            return jnp.ones((self.num_tasks,), bool)
+        return self._vector("active", active, jnp.bool_)
+
+    def _vector(self, what: str, value: Any, dtype: Any) -> jax.Array:
+        if isinstance(value, (tuple, list)):
+            value = jnp.stack([jnp.asarray(x) for x in value])
+        if jnp.shape(value) != (self.num_tasks,):
+            raise ValueError(
+                f"{self.name}: {what} must have shape ({self.num_tasks},), one entry per task in "
+                f"the order of the task axis; found {jnp.shape(value)}."
+            )
+        return jnp.asarray(value).astype(dtype)
+
+
+def next_count(count: jax.Array) -> jax.Array:
+    """Counts up; past the largest int32 it goes on from the middle.
+
+    A counter that stopped there would freeze every random stream folded from it, and one that wrapped
+    to 0 would look like a first step.
+    """
+    last = jnp.asarray(np.iinfo(np.int32).max, count.dtype)
+    return jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)
+
+
+def without_task_axis(updates: Any) -> Any:
+    """The shapes of `updates` with the task axis removed: those of the parameters."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates)
+
+
+def _check_options(rule: Rule, update_every: Any) -> None:
+    unknown = rule.needs - {"losses", "norms", "gram"}
+    if unknown:
+        raise ValueError(f"{rule.name}: a rule cannot need {sorted(unknown)}.")
+    if not isinstance(update_every, int) or update_every < 1:
+        raise ValueError(
+            f"{rule.name}: update_every must be a Python integer >= 1, found {update_every!r}."
+        )
+
+
+def _look(
+    rule: Rule, evidence: Evidence, updates: Any, grouping: Blocks, dtype: Any, axis_name: Any
+) -> Evidence:
+    """Adds what the rule needs, and takes non-finite tasks out of the active ones."""
+    rows = task_tree.rows_of(updates)
+    norms = cosine = None
+    if "gram" in rule.needs:
+        cosine, norms, finite = task_tree.gram(
+            rows, grouping, rule.num_tasks, dtype, evidence.active, axis_name
+        )
+    elif "norms" in rule.needs:
+        norms, finite = task_tree.norms(
+            rows, grouping, rule.num_tasks, dtype, evidence.active, axis_name
+        )
+    else:
+        finite = task_tree.finite(rows, rule.num_tasks, axis_name)
+    if grouping.single:
+        norms, cosine = (None if x is None else x[0] for x in (norms, cosine))
+    keep = evidence.active & finite
+    losses = None if evidence.losses is None else jnp.where(keep, evidence.losses, 0)
+    return evidence._replace(active=keep, losses=losses, norms=norms, cosine=cosine)
+
+
+def _weigh(
+    rule: Rule, evidence: Evidence, rule_state: Any, grouping: Blocks
+) -> tuple[jax.Array, Any]:
+    """One call of the rule, or one vmapped call over all blocks."""
+    if grouping.single:
+        return rule.weigh(evidence, rule_state)
+    mapped = Evidence(
+        active=None,  # type: ignore[arg-type]
+        step=None,  # type: ignore[arg-type]
+        norms=None if evidence.norms is None else 0,
+        cosine=None if evidence.cosine is None else 0,
+    )
+    return jax.vmap(rule.weigh, in_axes=(mapped, 0), axis_size=grouping.count)(evidence, rule_state)
+
+
+def _like(new: Any, old: Any) -> jax.Array:
+    if jnp.shape(new) != jnp.shape(old):
+        raise ValueError(
+            f"a rule changed the shape of its state: {jnp.shape(old)} to {jnp.shape(new)}"
+        )
+    return jnp.asarray(new).astype(old.dtype)
+
+
+def _encode_names(names: tuple[str, ...]) -> jax.Array:
+    """Names as bytes: a state holds arrays only, so that every checkpoint format can carry it."""
+    encoded = [name.encode("ascii", "replace") for name in names]
+    length = max(map(len, encoded), default=1)
+    table = np.zeros((len(encoded), length), np.uint8)
+    for row, name in zip(table, encoded, strict=True):
+        row[: len(name)] = np.frombuffer(name, np.uint8)
+    return jnp.asarray(table)
+
+
+def decode_names(table: Any) -> tuple[str, ...]:
+    """The inverse of the encoding of `block_names`."""
+    return tuple(bytes(row).rstrip(b"\0").decode("ascii") for row in np.asarray(table))

@@ -1,0 +1,165 @@
+"""Methods on the parameters: one gradient per task, by T backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Mode = Literal["auto", "vmap", "unroll", "map"]
+
+
+def per_task_value_and_grad(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    mode: Mode = "auto",
+) -> Callable[..., Any]:
+    """Differentiates a function that returns one loss per task.
+
+    The counterpart of `jax.value_and_grad` for a `loss_fn` that returns an array `[T]`: row t of every
+    gradient leaf is the gradient of loss t. One forward pass, T backward passes.
+
+    Args:
+      loss_fn: returns losses `[T]`, or `(losses, aux)` with `has_aux`.
+      argnums: which positional arguments to differentiate, as in `jax.grad`.
+      has_aux: whether `loss_fn` returns auxiliary data as well.
+      mode: how the T backward passes run. "vmap": batched, T times the memory of the cotangents.
+        "unroll": one after the other in one program, which XLA may overlap; the fastest on a CPU.
+        "map": a loop with the memory of one backward pass beyond the result. "auto": "unroll" on a CPU
+        for T <= 16, "map" there for more tasks, "vmap" on accelerators.
+
+    Returns:
+      A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`;
+      leaves of `grads` are `[T, *shape]`.
+
+    Raises:
+      TypeError, ValueError: where `loss_fn` does not return a floating 1-D array, or for an unknown mode.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> def loss_fn(w):
+      ...     return jnp.stack([w @ w, 3 * w[0]])
+      >>> losses, grads = mtl.per_task_value_and_grad(loss_fn)(jnp.array([1., 2.]))
+      >>> losses.tolist(), grads.tolist()
+      ([5.0, 3.0], [[2.0, 4.0], [3.0, 0.0]])
+
+    References:
+      The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1.
+    """
+    if mode not in ("auto", "vmap", "unroll", "map"):
+        raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
+
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+        def of_chosen(*chosen: Any) -> Any:
+            whole = list(args)
+            for number, value in zip(numbers, chosen, strict=True):
+                whole[number] = value
+            result = loss_fn(*whole, **kwargs)
+            losses, aux = result if has_aux else (result, None)
+            return check_losses(losses), aux
+
+        losses, pullback, aux = jax.vjp(of_chosen, *(args[n] for n in numbers), has_aux=True)
+        grads = _pull_each(pullback, losses, mode)
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((losses, aux) if has_aux else losses), grads
+
+    return value_and_grad
+
+
+def split_value_and_grad(
+    encode: Callable[..., Any],
+    decode: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    mode: Mode = "auto",
+) -> Callable[..., Any]:
+    """Differentiates a shared bottom task by task, and the heads once.
+
+    The losses are `decode(heads, encode(shared, *args), *args)`. Gradients of `shared` come one per
+    task, by T backward passes through `encode`; those of `heads` are of the plain sum of losses, as in
+    MetaBalance and MultiBalance, from one backward pass.
+
+    Papers that weigh the losses themselves (EMTL eq. 13, MGDA, Nash-MTL) scale the heads too. Where
+    every head belongs to one task, multiply: `jax.tree.map(lambda g: w[t] * g, head_grads[t])` with
+    `w = mtl.head_weights(state)` from the state after `update`.
+
+    Args:
+      encode: `encode(shared, *args) -> representation`, any pytree.
+      decode: `decode(heads, representation, *args) -> losses [T]`, or `(losses, aux)` with `has_aux`.
+      has_aux: whether `decode` returns auxiliary data as well.
+      mode: as in `per_task_value_and_grad`.
+
+    Returns:
+      A function `fn(shared, heads, *args)` that returns `(losses, (shared_grads, head_grads))`, with
+      `(losses, aux)` for `losses` where `has_aux`. Leaves of `shared_grads` are `[T, *shape]`, those of
+      `head_grads` as in `heads`.
+
+    Raises:
+      TypeError, ValueError: as `per_task_value_and_grad`.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> encode = lambda shared, x: x * shared
+      >>> decode = lambda heads, h, x: jnp.stack([heads[0] * h, heads[1] * h ** 2])
+      >>> fn = mtl.split_value_and_grad(encode, decode)
+      >>> losses, (shared, heads) = fn(jnp.asarray(2.0), [jnp.asarray(1.0)] * 2, 3.0)
+      >>> losses.tolist(), shared.tolist(), [float(h) for h in heads]
+      ([6.0, 36.0], [3.0, 36.0], [6.0, 36.0])
+
+    References:
+      Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3.
+    """
+
+    def value_and_grad(shared: Any, heads: Any, *args: Any) -> Any:
+        representation, pull_shared = jax.vjp(lambda s: encode(s, *args), shared)
+
+        def losses_of(heads: Any, representation: Any) -> Any:
+            result = decode(heads, representation, *args)
+            losses, aux = result if has_aux else (result, None)
+            return check_losses(losses), aux
+
+        losses, pull_heads, aux = jax.vjp(losses_of, heads, representation, has_aux=True)
+        head_grads = pull_heads(jnp.ones_like(losses))[0]
+        shared_grads = _pull_each(lambda c: pull_shared(pull_heads(c)[1]), losses, mode)[0]
+        return ((losses, aux) if has_aux else losses), (shared_grads, head_grads)
+
+    return value_and_grad
+
+
+def check_losses(losses: Any) -> jax.Array:
+    """`losses` as a 1-D floating array, or an error that says how to make one."""
+    if isinstance(losses, (tuple, list)):
+        raise TypeError(
+            f"loss_fn must return one array [T], found a {type(losses).__name__} of {len(losses)}: "
+            "jnp.stack the losses (and pass has_aux=True where the second output is auxiliary)."
+        )
+    if jnp.ndim(losses) != 1:
+        raise ValueError(
+            f"loss_fn must return one loss per task, an array [T]; found shape {jnp.shape(losses)}. "
+            "Return jnp.stack([...]) of the losses instead of their sum."
+        )
+    if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
+        raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")
+    return jnp.asarray(losses)
+
+
+def _pull_each(pullback: Callable[[jax.Array], Any], losses: jax.Array, mode: Mode) -> Any:
+    """The gradients of each loss, stacked along a new leading axis."""
+    units = jnp.eye(losses.shape[0], dtype=losses.dtype)
+    if mode == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        mode = "vmap" if not on_cpu else "unroll" if losses.shape[0] <= 16 else "map"
+    if mode == "vmap":
+        return jax.vmap(pullback)(units)
+    if mode == "map":
+        return jax.lax.map(pullback, units)
+    each = [pullback(units[t]) for t in range(losses.shape[0])]
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *each)

@@ -1,0 +1,374 @@
+"""The only code that knows the task axis of a pytree.
+
+A *task tree* is a pytree whose leaves are `[T, *shape]`: one gradient per task. Everything here reads
+it as *rows*: for every leaf, the T static slices `leaf[t]`. Slices cost nothing once compiled, and
+where the caller stacked T separate arrays a moment ago (a fork does), XLA removes the stack and the
+slices together, so the T gradients are never copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mtl_optax.gram_matrix import gram_matrices, squared_norms
+
+Rows = list[tuple[jax.Array, ...]]
+
+
+class Blocks(NamedTuple):
+    """The granularity at which a method looks at gradients.
+
+    Attributes:
+      of_leaf: for every leaf the index of its block.
+      names: one name a block.
+      single: True for the usual one block, whose statistics carry no block axis.
+    """
+
+    of_leaf: tuple[int, ...]
+    names: tuple[str, ...]
+    single: bool
+
+    @property
+    def count(self) -> int:
+        """The number of blocks; one where there is nothing to look at."""
+        return max(1, len(self.names))
+
+
+def assign_blocks(tree: Any, blocks: Any) -> Blocks:
+    """Groups the leaves of `tree`, which is shaped like the parameters, by `blocks`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if isinstance(blocks, str) and blocks == "all":
+        return Blocks((0,) * len(leaves), ("all",), True)
+    if isinstance(blocks, str) and blocks == "leaf":
+        labels = [jax.tree_util.keystr(path) for path, _ in leaves]
+    elif callable(blocks):
+        labels = [str(blocks(path, leaf)) for path, leaf in leaves]
+    else:
+        raise ValueError(
+            f'blocks must be "all", "leaf" or a callable (path, leaf) -> label; found {blocks!r}.'
+        )
+    names = tuple(dict.fromkeys(labels))
+    return Blocks(tuple(names.index(label) for label in labels), names, False)
+
+
+def rows_of(updates: Any) -> Rows:
+    """For every leaf `[T, *shape]` its T slices `[*shape]`."""
+    return [
+        tuple(lax.index_in_dim(leaf, t, keepdims=False) for t in range(leaf.shape[0]))
+        for leaf in jax.tree.leaves(updates)
+    ]
+
+
+def statistics_dtype(tree: Any) -> Any:
+    """float64 where a leaf is float64, else float32: the dtype of every statistic and weight."""
+    wide = any(jnp.dtype(leaf.dtype) == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+# --- checks, all at trace time -----------------------------------------------------------------------
+
+
+def check_num_tasks(name: str, num_tasks: Any) -> int:
+    """`num_tasks` as a static positive integer, or an error that says how to make it one."""
+    if isinstance(num_tasks, jax.Array):
+        raise TypeError(
+            f"{name}: num_tasks must be a Python integer, found a JAX array ({num_tasks}). Under "
+            "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."
+        )
+    try:
+        value = int(num_tasks.__index__())
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{name}: num_tasks must be a Python integer, found {num_tasks!r}."
+        ) from None
+    if value < 1:
+        raise ValueError(f"{name}: num_tasks must be at least 1, found {value}.")
+    return value
+
+
+def check_task_index(name: str, what: str, index: Any, num_tasks: int) -> int:
+    """`index` as a task's static number."""
+    if isinstance(index, bool) or not hasattr(index, "__index__") or isinstance(index, jax.Array):
+        raise TypeError(f"{name}: {what} must be a Python integer, found {index!r}.")
+    if not 0 <= int(index) < num_tasks:
+        raise ValueError(
+            f"{name}: {what} must be the index of a task, 0 to {num_tasks - 1}; found {index}."
+        )
+    return int(index)
+
+
+def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
+    """Raises where a Python number is outside its closed range; schedules and arrays pass."""
+    for what, (value, low, high) in ranges.items():
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(f"{name}: {what} must be in [{low}, {high}], found {value}.")
+
+
+def check_updates(name: str, updates: Any, num_tasks: int, params: Any = None) -> None:
+    """Raises where `updates` is not one gradient per task, saying what was found and where."""
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    if params is not None:
+        _check_structure(name, updates, params)
+        expected = [(num_tasks, *jnp.shape(p)) for p in jax.tree.leaves(params)]
+    else:
+        expected = [(num_tasks, *jnp.shape(leaf)[1:]) for _, leaf in leaves]
+    wrong = [
+        (path, jnp.shape(leaf), shape)
+        for (path, leaf), shape in zip(leaves, expected, strict=True)
+        if jnp.shape(leaf) != shape
+    ]
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{name}: gradients must be real floating point; leaf "
+                f"{_where(path)} is {jnp.result_type(leaf)}."
+            )
+    if wrong:
+        found = "; ".join(
+            f"leaf {_where(path)} has shape {got}, expected {want}" for path, got, want in wrong[:3]
+        )
+        more = f" (and {len(wrong) - 3} more leaves)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{name}: updates must carry a leading task axis of size {num_tasks}: {found}{more}. "
+            + _remedy(wrong, num_tasks)
+        )
+
+
+def check_not_stacked_like(name: str, updates: Any, seen: set[Any]) -> None:
+    """Catches un-stacked gradients whose first dimension happens to equal the number of tasks.
+
+    Without `params` the shapes alone cannot tell; the shapes that `init` saw can.
+    """
+    if seen and _shapes(updates, 1) not in seen and _shapes(updates, 0) in seen:
+        path, leaf = jax.tree_util.tree_leaves_with_path(updates)[0]
+        raise ValueError(
+            f"{name}: updates have the shapes of the parameters (leaf {_where(path)}: "
+            f"{jnp.shape(leaf)}); the first dimension is no task axis. " + _ALREADY_SUMMED
+        )
+
+
+def shapes_of(params: Any) -> Any:
+    """Structure and shapes of a tree, hashable."""
+    return _shapes(params, 0)
+
+
+def _shapes(tree: Any, drop: int) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple(jnp.shape(leaf)[drop:] for leaf in leaves)
+
+
+_ALREADY_SUMMED = (
+    "The gradients were already summed over tasks, or are one task's: take one gradient per task "
+    "with mtl_optax.per_task_value_and_grad and put this transformation before the optimizer."
+)
+
+
+def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks: int) -> str:
+    if all(got == want[1:] for _, got, want in wrong):
+        return _ALREADY_SUMMED
+    if all(got[1:] == want[1:] and got for _, got, want in wrong):
+        sizes = sorted({got[0] for _, got, _ in wrong})
+        return (
+            f"The task axis has size {', '.join(map(str, sizes))} but num_tasks={num_tasks}: give "
+            "the number of losses that loss_fn returns."
+        )
+    if all(got[1 : len(got)] == want[1 : len(got)] for _, got, want in wrong if got):
+        return (
+            "Every leaf needs the task axis first: take gradients with "
+            "mtl_optax.per_task_value_and_grad."
+        )
+    return (
+        "Stack one gradient per task along axis 0 of every leaf, as "
+        "mtl_optax.per_task_value_and_grad does."
+    )
+
+
+def _check_structure(name: str, updates: Any, params: Any) -> None:
+    got, want = jax.tree.structure(updates), jax.tree.structure(params)
+    if got != want:
+        raise ValueError(
+            f"{name}: updates and params differ in structure: updates {got}, params {want}. Give "
+            "the gradients of the same tree as params (for a part of it, optax.partition)."
+        )
+
+
+def _where(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "(the root)"
+
+
+# --- what methods look at ----------------------------------------------------------------------------
+
+
+def gram(
+    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, active: jax.Array, axis_name: Any = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
+
+    Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
+    `axis_name` the inner products are summed over those mapped axes first.
+    """
+    products, peaks = _in_range(gram_matrices, rows, blocks, num_tasks, dtype, active, axis_name)
+    diagonal = jnp.diagonal(products, axis1=1, axis2=2)
+    norms, keep = _norms(diagonal, peaks, active)
+    nonzero = keep & (norms > 0)
+    roots = jnp.sqrt(jnp.where(nonzero, diagonal, 1))
+    both = nonzero[:, :, None] & nonzero[:, None, :]
+    cosine = jnp.where(both, products, 0) / roots[:, :, None] / roots[:, None, :]
+    eye = jnp.eye(num_tasks, dtype=bool)[None]
+    cosine = jnp.where(eye & both, 1, jnp.clip(cosine, -1, 1))
+    return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active, axis=0)
+
+
+def norms(
+    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, active: jax.Array, axis_name: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
+    squares, peaks = _in_range(squared_norms, rows, blocks, num_tasks, dtype, active, axis_name)
+    result, keep = _norms(squares, peaks, active)
+    return result.astype(dtype), jnp.all(keep | ~active, axis=0)
+
+
+def finite(rows: Rows, num_tasks: int, axis_name: Any = None) -> jax.Array:
+    """Which tasks hold only finite numbers, bool `[T]`: one pass, for methods that need no norms."""
+    if not rows:
+        return jnp.ones((num_tasks,), bool)
+    bad = [
+        sum((jnp.sum(~jnp.isfinite(leaf[t]), dtype=jnp.int32) for leaf in rows), jnp.int32(0))
+        for t in range(num_tasks)
+    ]
+    count = jnp.stack(bad)
+    return (lax.psum(count, axis_name) if axis_name is not None else count) == 0
+
+
+def _norms(squares: jax.Array, peaks: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) * peaks
+    keep = active & jnp.isfinite(squares) & jnp.isfinite(result)
+    # A task that is not finite in one block is excluded from all of them.
+    keep = keep & jnp.all(keep | ~active, axis=0)
+    return jnp.where(keep, result, 0), keep
+
+
+def _in_range(
+    products: Any,
+    rows: Rows,
+    blocks: Blocks,
+    num_tasks: int,
+    dtype: Any,
+    active: jax.Array,
+    axis_name: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Inner products of `rows / peaks` and the `peaks` `[B, T]`, normally ones.
+
+    Squares leave the range of float32 for norms below 1e-19 or above 1e19. That is rare, so the
+    division by each task's largest entry, a second and third pass, waits behind a `cond`.
+    """
+    if not rows:
+        tail = (num_tasks, num_tasks) if products is gram_matrices else (num_tasks,)
+        ones = jnp.ones((blocks.count, num_tasks), dtype)
+        return jnp.zeros((blocks.count, *tail), dtype), ones
+
+    def of(leaves: Rows) -> jax.Array:
+        result = products(leaves, blocks.of_leaf, blocks.count)
+        return lax.psum(result, axis_name) if axis_name is not None else result
+
+    plain = of(rows)
+    wide = plain.dtype
+    ones = jnp.ones((blocks.count, num_tasks), wide)
+    diagonal = jnp.diagonal(plain, axis1=1, axis2=2) if plain.ndim == 3 else plain
+    info = jnp.finfo(wide)
+    # 2**60 of headroom: entries whose squares vanish are then negligible in the sum.
+    safe = (diagonal > float(info.tiny) * 2.0**60) & (diagonal < float(info.max) * 2.0**-60)
+
+    def rescaled(leaves: Rows) -> tuple[jax.Array, jax.Array]:
+        peaks = _largest_entries(leaves, blocks, num_tasks, wide, axis_name)
+        divisors = jnp.where(peaks > 0, peaks, 1)
+        scaled = [
+            tuple(row.astype(wide) / divisors[b, t] for t, row in enumerate(leaf))
+            for leaf, b in zip(leaves, blocks.of_leaf, strict=True)
+        ]
+        return of(scaled), divisors
+
+    return lax.cond(jnp.all(safe | ~active), lambda _: (plain, ones), rescaled, rows)
+
+
+def _largest_entries(
+    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, axis_name: Any
+) -> jax.Array:
+    peaks = [[jnp.zeros((), dtype) for _ in range(num_tasks)] for _ in range(blocks.count)]
+    for leaf, b in zip(rows, blocks.of_leaf, strict=True):
+        for t, row in enumerate(leaf):
+            if row.size:
+                peaks[b][t] = jnp.maximum(peaks[b][t], jnp.max(jnp.abs(row)).astype(dtype))
+    result = jnp.stack([jnp.stack(block) for block in peaks])
+    return lax.pmax(result, axis_name) if axis_name is not None else result
+
+
+# --- what methods return -----------------------------------------------------------------------------
+
+
+def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
+    """`sum_t weights[t] * g_t` in each leaf's dtype; tasks not in `keep` [T] contribute exactly 0.
+
+    `weights` is `[B, T]`. The sum is one elementwise pass over the T gradients.
+    """
+
+    def one(leaf: tuple[jax.Array, ...], b: int) -> jax.Array:
+        total = None
+        for t, row in enumerate(leaf):
+            term = _weighted(row, weights[b, t], keep[t])
+            total = term if total is None else total + term
+        assert total is not None
+        return narrow(total, leaf[0].dtype)
+
+    leaves = [one(leaf, b) for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+
+
+def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
+    """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns."""
+    leaves = [
+        jnp.stack(
+            [
+                narrow(_weighted(row, weights[b, t], keep[t]), row.dtype)
+                for t, row in enumerate(leaf)
+            ]
+        )
+        for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+
+
+def _weighted(row: jax.Array, weight: jax.Array, keep: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(row.dtype, jnp.float32)
+    zero = jnp.zeros((), wide)
+    # A select, not a product with 0: an excluded task may hold NaN.
+    return jnp.where(keep, row.astype(wide) * weight.astype(wide), zero)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts to a leaf's dtype; what float16 cannot hold becomes its largest number, not infinity."""
+    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
+        limit = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
+
+
+def per_task_zeros(params: Any, num_tasks: int, dtype: Any) -> Any:
+    """Buffers `[T, *shape]` that keep the sharding of `params`."""
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+    return optax.tree.batch_shape(zeros, (num_tasks,))
+
+
+def remove_absent(updates: Any, keep: jax.Array) -> Any:
+    """The task tree with the slots of tasks not in `keep` [T] set to 0."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        mask = keep.reshape(keep.shape + (1,) * (leaf.ndim - 1))
+        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(one, updates)
