@@ -1,40 +1,261 @@
-"""Inner products of per-task gradients, block by block, without a task axis."""
+"""Inner products of per-task gradients, block by block: what a method needs of T large gradients.
+
+A leaf comes in one of two forms. *Stacked*, an array with a leading task axis, is for gradients
+that are in memory as one array. *Separate*, a sequence of one array a task, is for gradients that
+were computed one by one and should never be copied into one array. The numbers are the same;
+each form is read in place.
+
+Two ways of computing serve all backends. On a single CPU device the gradients are walked in blocks
+that fit the cache, since one matrix product over millions of columns leaves the cache for every
+pair of tasks. Everywhere else, and on every mesh, plain products and sums are left to XLA: they
+need no reshape of a sharded axis, and what the devices exchange is the sums, never the gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations_with_replacement
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Leaf = jax.Array | Sequence[jax.Array]
+
+# Leaves below this many elements a task are merged per block: one product for all of them.
+_SMALL = 16_384
+# From this size on a leaf is worth a kernel of its own, which costs compile time.
+_LARGE = 262_144
+# Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
+_LOOP_BLOCK = 65_280
+# Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
+_ROWS, _LANES = 8, 128
+# With more tasks the products of one pass no longer fit the registers.
+_TASKS_IN_REGISTERS = 4
+# Off the cache path, products are taken pair by pair (nothing is stacked) up to this many.
+_MAX_PAIRWISE = 512
 
 
-def gram_matrices(
-    leaves: Sequence[Sequence[jax.Array]], blocks: Sequence[int], num_blocks: int
-) -> jax.Array:
-    """Return the Gram matrix of every block, ``[num_blocks, T, T]``."""
-    num_tasks = len(leaves[0])
-    pairs = [(s, t) for s in range(num_tasks) for t in range(s, num_tasks)]
-    products = _sum_blocks(leaves, blocks, num_blocks, pairs)
-    index = {pair: k for k, pair in enumerate(pairs)}
-    order = [
-        index[min(s, t), max(s, t)] for s in range(num_tasks) for t in range(num_tasks)
-    ]
-    return products[:, jnp.array(order)].reshape(num_blocks, num_tasks, num_tasks)
+def gram_matrices(leaves: Sequence[Leaf], blocks: Sequence[int], num_blocks: int) -> jax.Array:
+    """Return the Gram matrix of the task gradients in every block.
+
+    ``G[b, s, t]`` is the sum over the leaves of block ``b`` of ``<g_s, g_t>``, accumulated in
+    float32 (float64 when a leaf is float64) and exactly symmetric. Each gradient is read once on a
+    CPU; on a mesh the result is replicated. Inside ``shard_map`` the sums are local.
+
+    Args:
+      leaves: the leaves of the gradient, each ``[T, ...]`` or a sequence of T arrays of one shape.
+      blocks: the block of each leaf.
+      num_blocks: how many blocks there are; one without leaves gets zeros.
+
+    Returns:
+      ``[num_blocks, T, T]``.
+    """
+    grams = _sum_per_block(leaves, blocks, num_blocks, (2, _gram_in_cache, _gram_by_xla))
+    return jnp.where(np.tri(len(leaves[0]), dtype=bool)[None], grams.mT, grams)
 
 
-def squared_norms(
-    leaves: Sequence[Sequence[jax.Array]], blocks: Sequence[int], num_blocks: int
-) -> jax.Array:
-    """Return the squared norm of every task in every block, ``[num_blocks, T]``."""
-    pairs = [(t, t) for t in range(len(leaves[0]))]
-    return _sum_blocks(leaves, blocks, num_blocks, pairs)
+def squared_norms(leaves: Sequence[Leaf], blocks: Sequence[int], num_blocks: int) -> jax.Array:
+    """Return the squared norm of each task gradient in every block, ``[num_blocks, T]``.
+
+    The diagonals of :func:`gram_matrices`, with the same arguments and precision, at T instead of
+    T (T + 1) / 2 products.
+    """
+    return _sum_per_block(leaves, blocks, num_blocks, (1, _norms_in_cache, _norms_by_xla))
 
 
-def _sum_blocks(leaves, blocks, num_blocks, pairs):
-    dtype = jnp.result_type(jnp.float32, *(leaf[0].dtype for leaf in leaves))
-    totals = [jnp.zeros((len(pairs),), dtype) for _ in range(num_blocks)]
+def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
+    rank, in_cache, by_xla = kind
+    leaves = [leaf if isinstance(leaf, jax.Array) else tuple(leaf) for leaf in leaves]
+    blocks = tuple(blocks)
+    double = any(_dtype(leaf) == jnp.float64 for leaf in leaves)
+    dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
+    zeros = jnp.zeros((len(leaves[0]),) * rank, dtype)
+
+    def total(products: Callable[..., jax.Array], leaves, blocks) -> jax.Array:
+        sums: list[jax.Array | None] = [None] * num_blocks
+        for leaf, block in zip(leaves, blocks, strict=True):
+            if not _size(leaf):
+                continue
+            part = products(leaf, dtype)
+            done = sums[block]
+            sums[block] = part if done is None else done + part
+        return jnp.stack([zeros if part is None else part for part in sums])
+
+    def anywhere(leaves):
+        pairwise = len(leaves) * len(leaves[0]) ** rank <= _MAX_PAIRWISE
+        return total(lambda leaf, dtype: by_xla(leaf, dtype, pairwise), leaves, blocks)
+
+    def on_one_cpu(leaves):
+        return total(in_cache, *_merge_small(leaves, blocks, dtype))
+
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and _unsharded(leaves):
+        return lax.platform_dependent(leaves, cpu=on_one_cpu, default=anywhere)
+    return anywhere(leaves)
+
+
+# On a single CPU device: blocks that fit the cache.
+
+
+def _gram_in_cache(leaf: Leaf, dtype) -> jax.Array:
+    num_tasks, size = len(leaf), _size(leaf)
+    if size < _LARGE:
+        return _dot(_flat_stack(leaf, dtype))
+    if num_tasks <= _TASKS_IN_REGISTERS:
+        pairs = list(combinations_with_replacement(range(num_tasks), 2))
+        sums = _sums_in_registers(_flat_rows(leaf), pairs, dtype)
+        return sums[_pair_index(num_tasks)]
+    # An odd multiple of 16: rows a power of two apart would all fall on the same cache lines.
+    block = 16 * (_LOOP_BLOCK // max(num_tasks, 16) // 16 | 1)
+    if isinstance(leaf, jax.Array):
+        return _loop_over_stack(leaf.reshape(num_tasks, size), block, dtype)
+    return _loop_over_rows(_flat_rows(leaf), block, dtype)
+
+
+def _norms_in_cache(leaf: Leaf, dtype) -> jax.Array:
+    if _size(leaf) < _LARGE:
+        return jnp.sum(jnp.square(_flat_stack(leaf, dtype)), axis=1)
+    rows = _flat_rows(leaf)
+    step = _TASKS_IN_REGISTERS
+    groups = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return jnp.concatenate(
+        [_sums_in_registers(group, [(t, t) for t in range(len(group))], dtype) for group in groups]
+    )
+
+
+def _sums_in_registers(rows: list[jax.Array], pairs, dtype) -> jax.Array:
+    """Return ``<rows[s], rows[t]>`` of all pairs, from one fused pass over the rows."""
+    whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
+    tiles = [row[:whole].reshape(-1, _ROWS, _LANES).astype(dtype) for row in rows]
+    sums = lax.reduce(
+        tuple(tiles[s] * tiles[t] for s, t in pairs),
+        (np.zeros((), dtype),) * len(pairs),
+        lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+        (1,),
+    )
+    rest = [row[whole:].astype(dtype) for row in rows]
+    return jnp.stack(
+        [
+            jnp.sum(part) + jnp.sum(rest[s] * rest[t])
+            for part, (s, t) in zip(sums, pairs, strict=True)
+        ]
+    )
+
+
+def _loop_over_stack(stack: jax.Array, block: int, dtype) -> jax.Array:
+    num_tasks, size = stack.shape
+
+    def add_block(i, gram):
+        part = lax.dynamic_slice(stack, (0, i * block), (num_tasks, block))
+        return gram + _dot(part.astype(dtype))
+
+    rest = stack[:, size - size % block :].astype(dtype)
+    return lax.fori_loop(0, size // block, add_block, _dot(rest))
+
+
+def _loop_over_rows(rows: list[jax.Array], block: int, dtype) -> jax.Array:
+    size = rows[0].size
+
+    def add_block(i, carry):
+        gram, buffer = carry
+        # Row by row into one small buffer: a concatenation would read with all rows interleaved.
+        for t, row in enumerate(rows):
+            part = lax.dynamic_slice(row, (i * block,), (block,)).astype(dtype)
+            buffer = lax.dynamic_update_slice(buffer, part[None], (t, 0))
+        return gram + _dot(buffer), buffer
+
+    rest = jnp.stack([row[size - size % block :].astype(dtype) for row in rows])
+    buffer = jnp.stack([row[:block].astype(dtype) for row in rows])
+    return lax.fori_loop(0, size // block, add_block, (_dot(rest), buffer))[0]
+
+
+def _merge_small(leaves: list[Leaf], blocks, dtype) -> tuple[list[Leaf], list[int]]:
+    """Join the small leaves of one block and form into one leaf, so that the program stays small."""
+    merged: list[tuple[Leaf, int]] = []
+    small: dict[tuple[int, bool], list[Leaf]] = {}
     for leaf, block in zip(leaves, blocks, strict=True):
-        rows = [row.astype(dtype) for row in leaf]
-        products = jnp.stack([jnp.sum(rows[s] * rows[t]) for s, t in pairs])
-        totals[block] = totals[block] + products
-    return jnp.stack(totals)
+        if _size(leaf) < _SMALL:
+            small.setdefault((block, isinstance(leaf, jax.Array)), []).append(leaf)
+        else:
+            merged.append((leaf, block))
+    for (block, stacked), group in small.items():
+        if len(group) == 1:
+            joined = group[0]
+        elif stacked:
+            joined = jnp.concatenate([_flat_stack(leaf, dtype) for leaf in group], axis=1)
+        else:
+            tasks = zip(*(_flat_rows(leaf) for leaf in group), strict=True)
+            joined = tuple(jnp.concatenate([row.astype(dtype) for row in rows]) for rows in tasks)
+        merged.append((joined, block))
+    return [leaf for leaf, _ in merged], [block for _, block in merged]
+
+
+# Anywhere else: what XLA partitions and fuses by itself.
+
+
+def _gram_by_xla(leaf: Leaf, dtype, pairwise: bool) -> jax.Array:
+    if isinstance(leaf, jax.Array) or not pairwise:
+        return _dot(_stack(leaf, dtype))
+    rows = [row.astype(dtype) for row in leaf]
+    pairs = combinations_with_replacement(rows, 2)
+    return jnp.stack([jnp.sum(left * right) for left, right in pairs])[_pair_index(len(rows))]
+
+
+def _norms_by_xla(leaf: Leaf, dtype, pairwise: bool) -> jax.Array:
+    if isinstance(leaf, jax.Array) or not pairwise:
+        stack = _stack(leaf, dtype)
+        return jnp.sum(jnp.square(stack), axis=tuple(range(1, stack.ndim)))
+    return jnp.stack([jnp.sum(jnp.square(row.astype(dtype))) for row in leaf])
+
+
+def _dot(stack: jax.Array) -> jax.Array:
+    """Return the products of all rows of ``[T, ...]``, without a reshape of a sharded axis."""
+    axes = tuple(range(1, stack.ndim))
+    sharding = jax.typeof(stack).sharding
+    # Explicit meshes ask to be told that the contracted axes' shards are to be summed.
+    told = any(axis is not None for axis in sharding.spec)
+    return lax.dot_general(
+        stack,
+        stack,
+        ((axes, axes), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=stack.dtype,
+        out_sharding=sharding.update(spec=jax.P(None, None)) if told else None,
+    )
+
+
+def _stack(leaf: Leaf, dtype) -> jax.Array:
+    return leaf.astype(dtype) if isinstance(leaf, jax.Array) else jnp.stack(leaf).astype(dtype)
+
+
+def _flat_stack(leaf: Leaf, dtype) -> jax.Array:
+    return _stack(leaf, dtype).reshape(len(leaf), -1)
+
+
+def _flat_rows(leaf: Leaf) -> list[jax.Array]:
+    if isinstance(leaf, jax.Array):
+        leaf = [lax.index_in_dim(leaf, t, keepdims=False) for t in range(len(leaf))]
+    return [row.reshape(-1) for row in leaf]
+
+
+def _pair_index(num_tasks: int) -> np.ndarray:
+    """Return where the pair of each matrix entry stands in ``combinations_with_replacement``."""
+    index = np.zeros((num_tasks, num_tasks), np.int32)
+    upper = np.triu_indices(num_tasks)
+    index[upper] = np.arange(len(upper[0]))
+    return np.maximum(index, index.T)
+
+
+def _unsharded(leaves: Sequence[Leaf]) -> bool:
+    arrays = jax.tree.leaves(leaves)
+    return all(axis is None for x in arrays for axis in jax.typeof(x).sharding.spec)
+
+
+def _size(leaf: Leaf) -> int:
+    return math.prod(leaf.shape[1:]) if isinstance(leaf, jax.Array) else leaf[0].size
+
+
+def _dtype(leaf: Leaf):
+    return leaf.dtype if isinstance(leaf, jax.Array) else leaf[0].dtype
