@@ -28,7 +28,7 @@ def aligned_weights(
     scale: str = "min",
     preference: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Weights :math:`\sigma\, U \operatorname{diag}(1 / s) U^\top p` from the singular values of the gradients.
+    r"""Weights :math:`\sigma\, U \operatorname{diag}(1 / s) U^\top p` from the singular values ``s``.
 
     Args:
         cosine: cosines of the gradients, ``[T, T]``.

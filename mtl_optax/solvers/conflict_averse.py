@@ -21,7 +21,9 @@ class _Pivoting(NamedTuple):
     done: jax.Array
 
 
-def _solve_two(factor: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _solve_two(
+    factor: jax.Array, first: jax.Array, second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     right = jnp.stack([first, second], axis=1)
     half = lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
     both = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
@@ -94,9 +96,7 @@ def conflict_averse_weights(
         too_small = state.passive & (amounts < -8 * eps * scale)
         short = usable & ~state.passive & (missing > 8 * eps * (mean_norm + scale))
         violated = too_small | short
-        passive, fewest, patience = exchange(
-            state.passive, violated, state.fewest, state.patience
-        )
+        passive, fewest, patience = exchange(state.passive, violated, state.fewest, state.patience)
 
         # Where nothing is violated, the correction for this level is exact: move the level.
         exact = ~jnp.any(violated)
@@ -107,9 +107,7 @@ def conflict_averse_weights(
         guess = _level_on_support(per_level, offset, ratio, slack, radius)
         inside = (guess >= low) & (guess <= high)
         level = jnp.where(inside, guess, (low + high) / 2)
-        done = exact & (
-            (jnp.abs(level - state.level) <= resolution) | (high - low <= resolution)
-        )
+        done = exact & ((jnp.abs(level - state.level) <= resolution) | (high - low <= resolution))
         return _Pivoting(
             passive=passive,
             level=jnp.where(exact, level, state.level),

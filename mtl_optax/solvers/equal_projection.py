@@ -46,10 +46,10 @@ def equal_projection_weights(
 def config_weights(
     cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
 ) -> jax.Array:
-    r"""ConFIG: the direction with the same cosine to every gradient, as long as all projections together.
+    r"""ConFIG: the direction with the same cosine to every gradient, as long as the projections together.
 
-    With :math:`x = C^+ 1` the direction is :math:`d_0 = \sum_i x_i g_i / n_i`, normalised, and the length is
-    :math:`\sum_i g_i \cdot d_0`.
+    With :math:`x = C^+ 1` the direction is :math:`d_0 = \sum_i x_i g_i / n_i`, normalised, and the
+    length is :math:`\sum_i g_i \cdot d_0`.
 
     Args:
         cosine: cosines ``C`` of the gradients, ``[T, T]``.

@@ -19,6 +19,7 @@ class _Newton(NamedTuple):
     step: jax.Array
     stationary: jax.Array  # no common descent direction: a root cannot exist
     converged: jax.Array
+    close: jax.Array  # the equation holds to what rounding and a few digits allow
 
 
 def fair_weights(
@@ -32,8 +33,8 @@ def fair_weights(
     In the variables :math:`v_i = w_i n_i` it reads :math:`(C v)_i = c_i v_i^{-1/\alpha}` with
     :math:`c_i = n_i^{1/\alpha - 1}`, the stationarity of a convex function. Newton's step for it, taken
     as a relative change of ``v``, solves :math:`(V C V + \operatorname{diag}(g / \alpha))\rho = g - V C v`
-    with :math:`g_i = c_i v_i^{1 - 1/\alpha}`; applying it as :math:`v e^{\rho}` keeps ``v`` positive without
-    a line search.
+    with :math:`g_i = c_i v_i^{1 - 1/\alpha}`; applying it as :math:`v e^{\rho}` keeps
+    ``v`` positive without a line search.
 
     Args:
         cosine: cosines ``C`` of the gradients, ``[T, T]``.
@@ -65,7 +66,9 @@ def fair_weights(
         reached = v * product(cosine, v)
         terms = v * product(magnitude, v)
         stationary = jnp.sum(reached) <= 16 * size * eps * jnp.sum(terms)
-        converged = jnp.all(jnp.abs(goal - reached) <= 4 * eps * (goal + terms))
+        gap = jnp.abs(goal - reached)
+        converged = jnp.all(gap <= 4 * eps * (goal + terms))
+        close = jnp.all(gap <= float(eps) ** 0.5 * goal + 64 * eps * terms)
         curvature = jnp.where(usable, inverse_alpha * goal + ridge(size, dtype) * v * v, 1)
         system = cosine * v[:, None] * v[None, :] + jnp.where(eye, curvature[:, None], 0)
         # Scaled to a unit diagonal, so that amounts of any size factorise alike.
@@ -77,23 +80,22 @@ def fair_weights(
         longest = jnp.max(jnp.abs(change))
         change = change * jnp.minimum(1, LONGEST_STEP / jnp.maximum(longest, LONGEST_STEP))
         change = jnp.where(stationary | ~jnp.isfinite(longest), 0, change)
-        return _Newton(state.log_amounts + change, state.step + 1, stationary, converged)
+        return _Newton(state.log_amounts + change, state.step + 1, stationary, converged, close)
 
     start = _Newton(
         log_amounts=log_c / (1 + inverse_alpha),
         step=jnp.asarray(0, jnp.int32),
         stationary=jnp.any(active & ~usable) | ~jnp.any(usable),
         converged=jnp.asarray(False),
+        close=jnp.asarray(False),
     )
     end = lax.while_loop(
         lambda state: ~state.stationary & ~state.converged & (state.step < LIMIT), step, start
     )
     log_scale = centre * (inverse_alpha - 1) / (inverse_alpha + 1)
     roots = jnp.where(usable, jnp.exp(end.log_amounts + log_scale - log_norms), 0)
-    solved = ~end.stationary & jnp.all(jnp.isfinite(roots))
-    weights = lax.cond(
-        solved, lambda: roots, lambda: min_norm_weights(cosine, norms, active)
-    )
+    solved = ~end.stationary & end.close & jnp.all(jnp.isfinite(roots))
+    weights = lax.cond(solved, lambda: roots, lambda: min_norm_weights(cosine, norms, active))
     return weights, solved
 
 

@@ -106,12 +106,8 @@ def nonnegative_least_squares(
         too_small = state.passive & (solution < -tolerance * amount)
         downhill = usable & ~state.passive & (slope < -tolerance * (1 + amount))
         violated = too_small | downhill
-        passive, fewest, patience = exchange(
-            state.passive, violated, state.fewest, state.patience
-        )
-        return _Pivoting(
-            passive, solution, fewest, patience, state.step + 1, ~jnp.any(violated)
-        )
+        passive, fewest, patience = exchange(state.passive, violated, state.fewest, state.patience)
+        return _Pivoting(passive, solution, fewest, patience, state.step + 1, ~jnp.any(violated))
 
     start = _Pivoting(
         passive=target > 0,

@@ -1,0 +1,195 @@
+"""The solvers against reference numbers, optimality conditions and their documented degenerate answers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from conftest import load_golden
+
+from mtl_optax.solvers.aligned import aligned_weights
+from mtl_optax.solvers.conflict_averse import conflict_averse_weights
+from mtl_optax.solvers.cosine import cosine_matrix
+from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
+from mtl_optax.solvers.equal_projection import config_weights, equal_projection_weights
+from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
+from mtl_optax.solvers.min_norm import min_norm_weights
+from mtl_optax.solvers.nash import fair_weights, nash_bargaining_weights
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares
+from mtl_optax.solvers.simplex import project_onto_simplex
+
+
+def nash_only(cosine, norms, active=None):
+    return nash_bargaining_weights(cosine, norms, active)[0]
+
+
+SOLVERS = {
+    "mgda": min_norm_weights,
+    "nash_mtl": nash_only,
+    "cagrad": conflict_averse_weights,
+    "upgrad": upgrad_weights,
+    "dualproj": dualproj_weights,
+    "imtl_g": equal_projection_weights,
+    "config": config_weights,
+    "aligned_mtl": aligned_weights,
+}
+
+
+@functools.cache
+def jitted(name):
+    return jax.jit(lambda gram, active: SOLVERS[name](*cosine_matrix(gram, active), active))
+
+
+def solve(name, gradients, dtype, active=None):
+    gradients = np.asarray(gradients, dtype)
+    active = np.ones(len(gradients), bool) if active is None else active
+    gram = jnp.asarray(gradients @ gradients.T)
+    return np.asarray(jitted(name)(gram, jnp.asarray(active)), np.float64)
+
+
+def reference_cases(name):
+    file = {"upgrad": "upgrad_dualproj", "dualproj": "upgrad_dualproj"}.get(name, name)
+    for case in load_golden(f"gradient/{file}")["cases"]:
+        entry = case
+        if name in ("upgrad", "dualproj"):
+            entry = case[name]
+        elif name == "cagrad":
+            entry = case["c"]["0.4"]
+        elif name == "aligned_mtl":
+            entry = case["modes"]["min"]
+        want = entry.get("update", entry.get("update_sum"))
+        if "G" in case and want is not None:
+            yield case["name"], np.array(case["G"]), np.array(want)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_reference_updates(name, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        for case, gradients, want in reference_cases(name):
+            # In float32 a Gram matrix does not hold singular values a million times apart.
+            if name == "aligned_mtl" and dtype == np.float32 and case.startswith("scales_T"):
+                continue
+            update = solve(name, gradients, dtype) @ gradients
+            longest = np.linalg.norm(gradients, axis=1).max()
+            largest = np.abs(want).max()
+            scale = largest if dtype == np.float64 and largest > 1e-9 * longest else longest
+            tolerance = 1e-6 if dtype == np.float64 else 1e-3
+            assert np.abs(update - want).max() <= tolerance * scale, case
+
+
+@pytest.mark.usefixtures("x64")
+def test_simplex_projection_reference():
+    project = jax.jit(project_onto_simplex)
+    for case in load_golden("gradient/simplex_projection")["cases"]:
+        got = np.asarray(project(jnp.asarray(np.array(case["y"], float))))
+        np.testing.assert_allclose(got, case["projection"], atol=1e-15, err_msg=case["name"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("alpha", ["0.5", "1.0", "2.0"])
+def test_fair_weights_reference(alpha):
+    solver = jax.jit(lambda gram: fair_weights(*cosine_matrix(gram), alpha=float(alpha)))
+    for case in load_golden("gradient/fairgrad")["cases"]:
+        gradients, want = np.array(case["G"]), case["alpha"][alpha]["update"]
+        weights, solved = solver(jnp.asarray(gradients @ gradients.T))
+        assert bool(solved) == (want is not None), case["name"]
+        if want is not None:
+            update = np.asarray(weights) @ gradients
+            np.testing.assert_allclose(update, want, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("tasks", [1, 3, 16, 64])
+def test_nonnegative_least_squares_agrees_with_scipy(tasks):
+    generator = np.random.default_rng(tasks)
+    solver = jax.jit(nonnegative_least_squares)
+    for size in (tasks + 3, max(tasks // 2, 1)):
+        rows, goal = generator.normal(size=(tasks, size)), generator.normal(size=size)
+        got = np.asarray(solver(jnp.asarray(rows @ rows.T), jnp.asarray(rows @ goal)))
+        want, _ = scipy.optimize.nnls(rows.T, goal)
+        np.testing.assert_allclose(got @ rows, want @ rows, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 16, 64])
+def test_min_norm_point_is_optimal(tasks):
+    generator = np.random.default_rng(tasks)
+    gradients = generator.normal(size=(tasks, tasks + 3)) * 10 ** generator.uniform(
+        -1, 1, (tasks, 1)
+    )
+    update = (weights := solve("mgda", gradients, np.float64)) @ gradients
+    assert weights.min() >= 0
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert (gradients @ update).min() >= update @ update * (1 - 1e-8)
+
+
+def test_norms_spread_over_twelve_orders_in_float32():
+    generator = np.random.default_rng(0)
+    gradients = generator.normal(size=(8, 20)) * 10 ** np.linspace(-6, 6, 8)[:, None]
+    for name in ("mgda", "nash_mtl", "cagrad", "upgrad", "dualproj", "config"):
+        single = solve(name, gradients, np.float32) @ gradients
+        with jax.enable_x64(True):
+            double = solve(name, gradients, np.float64) @ gradients
+        assert np.abs(single - double).max() <= 1e-3 * np.abs(double).max(), name
+
+
+DEGENERATE = {
+    "zero": np.zeros((3, 4)),
+    "one zero": np.array([[1.0, 2, 0, 1], [0, 0, 0, 0], [0, 1, 1, 3]]),
+    "identical": np.ones((3, 4)),
+    "opposite": np.array([[1.0, 2, 0, 1], [-1, -2, 0, -1], [0, 1, 1, 3]]),
+    "hull": np.array([[1.0, 0, 0, 0], [-1, 1, 0, 0], [-1, -2, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_input_gives_finite_weights_and_inactive_slots_count_for_nothing(name, case):
+    gradients = DEGENERATE[case]
+    weights = solve(name, gradients, np.float32)
+    assert np.isfinite(weights).all()
+    padded = np.concatenate([gradients, np.full((1, 4), np.nan)])
+    masked = solve(name, padded, np.float32, np.array([True, True, True, False]))
+    assert masked[3] == 0
+    np.testing.assert_allclose(masked[:3] @ gradients, weights @ gradients, atol=2e-3)
+
+
+def test_documented_degenerate_answers():
+    zero, one_zero, hull = (DEGENERATE[name] for name in ("zero", "one zero", "hull"))
+    np.testing.assert_allclose(solve("mgda", zero, np.float32), 1 / 3, rtol=1e-6)
+    np.testing.assert_array_equal(solve("mgda", one_zero, np.float32), [0, 1, 0])
+    for name in ("mgda", "nash_mtl", "upgrad", "dualproj"):
+        np.testing.assert_allclose(solve(name, hull, np.float32) @ hull, 0, atol=1e-4)
+    assert not nash_bargaining_weights(*cosine_matrix(jnp.asarray(hull @ hull.T, "float32")))[1]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_vmap_equals_loop(name):
+    gradients = np.random.default_rng(5).normal(size=(4, 3, 6)).astype(np.float32)
+    grams = jnp.asarray(gradients @ gradients.transpose(0, 2, 1))
+    active = jnp.ones(3, bool)
+    batched = jax.vmap(jitted(name), in_axes=(0, None))(grams, active)
+    looped = np.stack([jitted(name)(gram, active) for gram in grams])
+    np.testing.assert_allclose(batched, looped, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_kl_ball_step_is_tight_and_finite():
+    step = jax.jit(kl_ball_mirror_step)
+    generator = np.random.default_rng(0)
+    for scale in (1e-3, 1.0, 1e3, 1e30):
+        scores = jnp.asarray(generator.normal(size=4) * scale)
+        for radius in (1e-6, 0.1, 0.9):
+            log_p = np.asarray(step(jnp.zeros(4), scores, radius))
+            divergence = np.sum(np.exp(log_p) * (log_p + np.log(4)))
+            assert np.isfinite(log_p).all()
+            bound = divergence < radius and np.allclose(np.diff(log_p), np.diff(scores))
+            assert bound or divergence == pytest.approx(radius, rel=1e-7)
+    np.testing.assert_allclose(np.exp(step(jnp.zeros(4), scores, 0.0)), 0.25)
+    active = jnp.asarray([True, False, True, True])
+    masked = step(jnp.zeros(4), jnp.asarray([1.0, jnp.nan, 2.0, 0.0]), 0.1, active)
+    assert np.exp(masked)[1] == 0
+    assert np.exp(masked).sum() == pytest.approx(1)
