@@ -221,7 +221,7 @@ def gram(
     cosine = jnp.where(both, products, 0) / roots[:, :, None] / roots[:, None, :]
     eye = jnp.eye(num_tasks, dtype=bool)[None]
     cosine = jnp.where(eye & both, 1, jnp.clip(cosine, -1, 1))
-    return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active, axis=0)
+    return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active[None], axis=0)
 
 
 def norms(
@@ -230,7 +230,7 @@ def norms(
     """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
     squares, peaks = _in_range(squared_norms, rows, blocks, num_tasks, dtype, active, axis_name)
     result, keep = _norms(squares, peaks, active)
-    return result.astype(dtype), jnp.all(keep | ~active, axis=0)
+    return result.astype(dtype), jnp.all(keep | ~active[None], axis=0)
 
 
 def finite(rows: Rows, num_tasks: int, axis_name: Any = None) -> jax.Array:
@@ -247,9 +247,9 @@ def finite(rows: Rows, num_tasks: int, axis_name: Any = None) -> jax.Array:
 
 def _norms(squares: jax.Array, peaks: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
     result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) * peaks
-    keep = active & jnp.isfinite(squares) & jnp.isfinite(result)
+    keep = active[None] & jnp.isfinite(squares) & jnp.isfinite(result)
     # A task that is not finite in one block is excluded from all of them.
-    keep = keep & jnp.all(keep | ~active, axis=0)
+    keep = keep & jnp.all(keep | ~active[None], axis=0, keepdims=True)
     return jnp.where(keep, result, 0), keep
 
 
@@ -293,7 +293,7 @@ def _in_range(
         ]
         return of(scaled), divisors
 
-    return lax.cond(jnp.all(safe | ~active), lambda _: (plain, ones), rescaled, rows)
+    return lax.cond(jnp.all(safe | ~active[None]), lambda _: (plain, ones), rescaled, rows)
 
 
 def _largest_entries(
@@ -372,3 +372,21 @@ def remove_absent(updates: Any, keep: jax.Array) -> Any:
         return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(one, updates)
+
+
+def move_towards(averages: Any, updates: Any, step: jax.Array, active: jax.Array) -> Any:
+    """`averages + step * (updates - averages)` for active tasks; the others stay where they are.
+
+    Written with the two shares, so that a step of 1 gives exactly `updates` whatever was there.
+    """
+
+    def one(average: jax.Array, leaf: jax.Array) -> jax.Array:
+        moved = (1 - step) * average + step * leaf.astype(average.dtype)
+        return jnp.where(along_tasks(active, leaf.ndim), moved, average)
+
+    return jax.tree.map(one, averages, updates)
+
+
+def along_tasks(vector: jax.Array, ndim: int) -> jax.Array:
+    """`vector` [T] as `[T, 1, ...]` with `ndim` dimensions, to meet leaves `[T, *shape]`."""
+    return vector.reshape((-1,) + (1,) * (ndim - 1))

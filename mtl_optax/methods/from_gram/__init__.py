@@ -1,5 +1,44 @@
 """Methods that look at the inner products of the task gradients: a `[T, T]` problem."""
 
-from mtl_optax.methods.from_gram import emtl, mgda, multibalance
+from mtl_optax.methods.from_gram import (
+    aligned_mtl,
+    cagrad,
+    config,
+    cr_mogm,
+    emtl,
+    fairgrad,
+    grad_similarity,
+    grad_surgery,
+    grad_vaccine,
+    imtl_g,
+    krum,
+    mgda,
+    modo,
+    multibalance,
+    nash_mtl,
+    pcgrad,
+    sdmgrad,
+    upgrad,
+)
 
-TABLE = (emtl.METHOD, mgda.METHOD, multibalance.METHOD)
+TABLE = (
+    aligned_mtl.METHOD,
+    cagrad.METHOD,
+    config.METHOD,
+    cr_mogm.METHOD,
+    upgrad.DUALPROJ,
+    emtl.METHOD,
+    fairgrad.METHOD,
+    grad_similarity.METHOD,
+    grad_surgery.METHOD,
+    grad_vaccine.METHOD,
+    imtl_g.METHOD,
+    krum.METHOD,
+    mgda.METHOD,
+    modo.METHOD,
+    multibalance.METHOD,
+    nash_mtl.METHOD,
+    pcgrad.METHOD,
+    sdmgrad.METHOD,
+    upgrad.METHOD,
+)

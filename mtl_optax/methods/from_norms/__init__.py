@@ -1,5 +1,5 @@
 """Methods that look at the norms of the task gradients."""
 
-from mtl_optax.methods.from_norms import metabalance
+from mtl_optax.methods.from_norms import gradnorm, metabalance, rotograd_scale
 
-TABLE = (metabalance.METHOD,)
+TABLE = (gradnorm.METHOD, metabalance.METHOD, rotograd_scale.METHOD)
