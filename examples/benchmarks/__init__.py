@@ -1,0 +1,1 @@
+"""Measurements of the library: time, memory and what a TPU would be given to do."""

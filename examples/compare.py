@@ -1,0 +1,214 @@
+"""Train one multi-task recommender with several balancing methods and compare them.
+
+    python -m examples.compare                    # MovieLens-100K, six methods, three seeds
+    python -m examples.compare --quick            # a look in under half a minute
+    python -m examples.compare --method sum metabalance --data synthetic --out results
+
+The target task is what the folder's `buy` says, or a rating of 5 in MovieLens; the others are there to
+help it. Every method trains the same network on the same batches with the same optimizer.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from examples.recommender import report
+from examples.recommender.data import Dataset, build_dataset
+from examples.recommender.download import write_atomically
+from examples.recommender.errors import UserError
+from examples.recommender.metrics import popularity
+from examples.recommender.placements import SINGLE, SUM, known_methods
+from examples.recommender.sources import load_behaviours
+from examples.recommender.training import Run, TrainConfig, Trainer
+
+METHODS = (SINGLE, SUM, "metabalance", "multibalance", "emtl", "mgda")
+QUICK_METHODS = (SUM, "metabalance")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, on what, and where the results go."""
+
+    data: str = "movielens"
+    target: str | None = None
+    methods: tuple[str, ...] = METHODS
+    seeds: int = 3
+    out: Path | None = None
+    resume: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `main` prints."""
+        raise UserError(message)
+
+
+def parse(arguments: list[str] | None) -> CompareConfig:
+    """The configuration that the command line asks for."""
+    parser = OneLineParser(prog="python -m examples.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("--method", nargs="+", metavar="NAME", help=", ".join(known_methods()))
+    parser.add_argument(
+        "--data", default="movielens", help="movielens, synthetic, or a folder with buy.csv[.gz], ..."
+    )
+    parser.add_argument("--target", help="the behaviour to rank for (default: buy, or rated_5)")
+    parser.add_argument("--seeds", type=int, help="number of training seeds (default 3)")
+    parser.add_argument("--epochs", type=int, help="at most so many epochs (early stopping)")
+    parser.add_argument("--out", type=Path, help="folder for results.json, table.md, picture.png")
+    parser.add_argument("--resume", action="store_true", help="skip what --out already holds")
+    parser.add_argument("--quick", action="store_true", help="two methods, one seed, short training")
+    given = parser.parse_args(arguments)
+
+    config = CompareConfig(given.data, given.target, out=given.out, resume=given.resume)
+    if given.quick:
+        short = replace(config.train, epochs=3, max_steps_per_epoch=60, validation_users=128)
+        config = replace(config, methods=QUICK_METHODS, seeds=1, train=short)
+    if given.method:
+        config = replace(config, methods=tuple(dict.fromkeys(given.method)))
+    if given.seeds is not None:
+        config = replace(config, seeds=given.seeds)
+    if given.epochs is not None:
+        config = replace(config, train=replace(config.train, epochs=given.epochs))
+    _check(config)
+    return config
+
+
+def _check(config: CompareConfig) -> None:
+    for method in config.methods:
+        if method not in known_methods():
+            raise UserError(f"unknown method {method!r}; choose from {', '.join(known_methods())}")
+    if config.seeds < 1 or config.train.epochs < 1:
+        raise UserError("--seeds and --epochs must be at least 1")
+    if config.resume and config.out is None:
+        raise UserError("--resume needs --out DIR, where the finished runs are kept")
+    if config.out is not None and config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out}: is not a folder")
+
+
+def compare(config: CompareConfig, console: Console) -> list[report.Row]:
+    """Train everything, print the table, write the files; return the rows."""
+    started = time.perf_counter()
+    dataset = build_dataset(load_behaviours(config.data, config.target))
+    counts = ((dataset.labels[None] >> np.arange(len(dataset.tasks))[:, None, None]) & 1).sum((1, 2))
+    console.print(
+        f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items; training pairs: "
+        + ", ".join(f"{name} {count}" for name, count in zip(dataset.tasks, counts, strict=True))
+    )
+    runs = _train_all(dataset, config, console)
+    baseline = SUM if SUM in runs and len(runs) > 1 else None
+    rows = report.make_rows(runs, popularity(dataset.labels, dataset.held_out), baseline)
+    title = f"{dataset.name}: ranking all items for the target {dataset.tasks[0]}"
+    note = report.caption(config.seeds, baseline)
+    console.print(report.rich_table(rows, title, note))
+    if config.out is not None:
+        _write(config, dataset, runs, rows, title, note)
+        console.print(f"results.json, table.md and picture.png are in {config.out}")
+    console.print(f"total {time.perf_counter() - started:.0f} s")
+    return rows
+
+
+def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dict[str, list[Run]]:
+    trainer = Trainer(dataset, config.train)
+    fingerprint = {"train": asdict(config.train), "data": _digest(dataset)}
+    fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples become lists
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    runs: dict[str, list[Run]] = {}
+    with Progress(
+        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[told]}"),
+        console=console,
+    ) as progress:  # fmt: skip
+        for method in config.methods:
+            bar = progress.add_task(method, total=config.train.epochs, told="compiling")
+            seeds = list(range(config.seeds))
+            stored = {seed: _stored(config, method, seed, fingerprint) for seed in seeds}
+            finished = {seed: run for seed, run in stored.items() if run is not None}
+            missing = [seed for seed in seeds if seed not in finished]
+
+            def on_epoch(epoch: int, values: np.ndarray, bar: Any = bar) -> None:
+                progress.update(bar, completed=epoch, told=f"validation {values.mean():.4f}")
+
+            for run in trainer.train(method, missing, on_epoch) if missing else []:
+                finished[run.seed] = run
+                if config.out is not None:
+                    report.store_run(run, _run_path(config.out, method, run.seed), fingerprint)
+            runs[method] = [finished[seed] for seed in seeds]
+            progress.update(bar, total=len(runs[method][0].history["validation"]))
+            progress.update(bar, completed=len(runs[method][0].history["validation"]))
+    return runs
+
+
+def _stored(
+    config: CompareConfig, method: str, seed: int, fingerprint: dict[str, Any]
+) -> Run | None:
+    if not config.resume or config.out is None:
+        return None
+    return report.load_run(_run_path(config.out, method, seed), fingerprint)
+
+
+def _run_path(out: Path, method: str, seed: int) -> Path:
+    return out / "runs" / f"{method}-{seed}.json"
+
+
+def _digest(dataset: Dataset) -> str:
+    digest = hashlib.sha256(repr((dataset.name, dataset.tasks, dataset.labels.shape)).encode())
+    digest.update(dataset.labels.tobytes())
+    digest.update(dataset.held_out.tobytes())
+    return digest.hexdigest()
+
+
+def _write(
+    config: CompareConfig,
+    dataset: Dataset,
+    runs: dict[str, list[Run]],
+    rows: list[report.Row],
+    title: str,
+    note: str,
+) -> None:
+    assert config.out is not None
+    settings = {
+        "data": dataset.name,
+        "tasks": list(dataset.tasks),
+        "seeds": config.seeds,
+        "train": asdict(config.train),
+        "note": note,
+    }
+    write_atomically(config.out / "results.json", report.json_results(rows, settings).encode())
+    write_atomically(config.out / "table.md", report.markdown_table(rows, title, note).encode())
+    report.draw(runs, dataset.tasks, config.out / "picture.png")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 when the user can mend what went wrong."""
+    try:
+        config = parse(arguments)
+        compare(config, Console())
+    except UserError as error:
+        print(f"examples.compare: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "finished runs are kept: add --resume" if "--out" in sys.argv else "nothing is kept"
+        print(f"examples.compare: stopped; {hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Training on the device: an epoch is one jitted `lax.scan`, seeds run side by side under `vmap`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mtl_optax as mtl
+from examples.recommender.data import Dataset
+from examples.recommender.metrics import METRICS, table_metrics
+from examples.recommender.network import NetworkConfig
+from examples.recommender.placements import Batch, Network, Parameters, Step, make_step
+
+VALIDATION, TEST = 1, 2
+EARLY_STOPPING = METRICS.index("ndcg@10")
+PAIRS_SCORED_AT_ONCE = 2**14
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one run is trained; the same for every method."""
+
+    epochs: int = 20
+    patience: int = 3
+    batch_positives: int = 512
+    negatives: int = 2
+    learning_rate: float = 3e-3
+    weight_decay: float = 1.0
+    validation_users: int = 400
+    max_steps_per_epoch: int | None = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree for a stored run to be used again."""
+        return asdict(self)
+
+
+class Best(NamedTuple):
+    """The parameters with the best validation value so far, and when they were found."""
+
+    params: Parameters
+    value: jax.Array
+    epoch: jax.Array
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished (method, seed): test metrics of every user, and what happened on the way."""
+
+    method: str
+    seed: int
+    test: np.ndarray  # [users, metrics], NaN for a user without test pairs
+    best_epoch: int
+    seconds: float
+    history: dict[str, np.ndarray]  # by epoch: validation [E], losses, weights, norms [E, T]
+
+
+class Trainer:
+    """Trains methods on one dataset; what does not depend on the method is compiled once."""
+
+    def __init__(self, dataset: Dataset, config: TrainConfig):
+        self.dataset, self.config = dataset, config
+        tasks = len(dataset.tasks)
+        self.network = Network(dataset.num_users, dataset.num_items, tasks, config.network)
+        self._labels = jnp.asarray(dataset.labels)
+        self._held_out = jnp.asarray(dataset.held_out)
+        self._positives = jnp.asarray(dataset.positives)
+        self._batch_positives = min(config.batch_positives, len(dataset.positives))
+        steps = len(dataset.positives) // self._batch_positives
+        self.steps_per_epoch = min(steps, config.max_steps_per_epoch or steps)
+        self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
+        self._test_users = self._users_to_rank(TEST, None)
+        self._evaluate = jax.jit(
+            jax.vmap(self._evaluate_one, in_axes=(0, None, None)), static_argnums=2
+        )
+        self._init = jax.jit(jax.vmap(self.network.init))
+        self._probe = jax.jit(jax.vmap(self._task_norms))
+        self._keep_best = jax.jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam with decoupled weight decay of the embeddings.
+
+        Flattened: one kernel in place of one a parameter, which compiles several times faster.
+        """
+        return optax.chain(
+            optax.flatten(optax.scale_by_adam()),
+            optax.add_decayed_weights(self.config.weight_decay, mask=_is_embedding),
+            optax.scale(-self.config.learning_rate),
+        )
+
+    def train(
+        self, method: str, seeds: list[int], on_epoch: Callable[[int, np.ndarray], None]
+    ) -> list[Run]:
+        """Train every seed with early stopping on the validation NDCG@10; return the finished runs.
+
+        `on_epoch(epochs done, validation values [seeds])` is called after each epoch.
+        """
+        started = time.perf_counter()
+        step = make_step(method, self.network, self.optimizer())
+        epoch_fn = jax.jit(jax.vmap(partial(self._epoch, step)))
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+        params = self._init(keys)
+        state = jax.jit(jax.vmap(step.init))(params)
+        never = jnp.full(len(seeds), -jnp.inf)
+        best = Best(params, never, jnp.zeros(len(seeds), jnp.int32))
+        records: list[dict[str, np.ndarray]] = []
+        for epoch in range(1, self.config.epochs + 1):
+            epoch_keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(keys)  # noqa: B023
+            params, state, record = epoch_fn(params, state, epoch_keys)
+            record["norms"] = self._probe(params, epoch_keys)
+            value = self._mean(self._evaluate(params, self._validation_users, VALIDATION))
+            record["validation"] = value
+            best = self._keep_best(best, params, value, epoch, self.config.patience)
+            records.append({name: np.asarray(entry) for name, entry in record.items()})
+            on_epoch(epoch, np.asarray(value))
+            if np.all(epoch - np.asarray(best.epoch) >= self.config.patience):
+                break
+        test = np.asarray(self._evaluate(best.params, self._test_users, TEST))
+        seconds = (time.perf_counter() - started) / len(seeds)
+        history = {name: np.stack([record[name] for record in records]) for name in records[0]}
+        return [
+            self._finished(
+                method,
+                seed,
+                test[row],
+                int(best.epoch[row]),
+                seconds,
+                {name: entry[:, row] for name, entry in history.items()},
+            )
+            for row, seed in enumerate(seeds)
+        ]
+
+    def _epoch(
+        self, step: Step, params: Parameters, state: Any, key: jax.Array
+    ) -> tuple[Parameters, Any, dict[str, jax.Array]]:
+        """One pass over the training positives, in random order, all on the device."""
+
+        def train_step(carry: Any, slot: Any) -> Any:
+            params, state, losses, weights = step.update(*carry, self._batch(*slot))
+            return (params, state), (losses, weights)
+
+        order_key, steps_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, self._positives.shape[0])
+        order = order[: self.steps_per_epoch * self._batch_positives]
+        slots = order.reshape(self.steps_per_epoch, -1)
+        keys = jax.random.split(steps_key, self.steps_per_epoch)
+        (params, state), told = jax.lax.scan(train_step, (params, state), (slots, keys))
+        losses, weights = (entry.mean(axis=0) for entry in told)
+        return params, state, {"losses": losses, "weights": weights}
+
+    def _batch(self, chosen: jax.Array, key: jax.Array) -> Batch:
+        """Positives of any behaviour, each with items drawn at random for the same user.
+
+        All tasks see the same pairs. A pair is looked up in the label table, so that an item drawn by
+        chance that is a positive counts as one. A positive of another behaviour only is neither a
+        positive nor a random negative of the task: it is masked, or "rated but not 5" would be
+        taught as worse than "never seen".
+        """
+        sample_key, dropout_key = jax.random.split(key)
+        drawn = self.config.negatives
+        pairs = self._positives[chosen]
+        users = jnp.repeat(pairs[:, :1], 1 + drawn, axis=1)
+        shape = (pairs.shape[0], drawn)
+        random_items = jax.random.randint(sample_key, shape, 0, self.dataset.num_items)
+        items = jnp.concatenate([pairs[:, 1:], random_items], axis=1)
+        bits = self._labels[users, items]
+        tasks = jnp.arange(len(self.dataset.tasks), dtype=bits.dtype)
+        labels = ((bits[None] >> tasks[:, None, None]) & 1).astype(jnp.float32)
+        is_drawn = (jnp.arange(1 + drawn) > 0)[None, None]
+        mask = ((labels > 0) | is_drawn).astype(jnp.float32)
+        flat = (len(tasks), users.size)
+        return Batch(
+            users.ravel(), items.ravel(), labels.reshape(flat), mask.reshape(flat), dropout_key
+        )
+
+    def _task_norms(self, params: Parameters, key: jax.Array) -> jax.Array:
+        """The gradient norm `[T]` of each task on the shared bottom, on one batch: a probe that
+        means the same for every method, also for those that never compute it."""
+        chosen = jax.random.choice(
+            key, self._positives.shape[0], (self._batch_positives,), replace=True
+        )
+        value_and_grad = mtl.split_value_and_grad(self.network.encode, self.network.decode)
+        _, (grads, _) = value_and_grad(params.shared, params.heads, self._batch(chosen, key))
+        squares = [jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(grads)]
+        return jnp.sqrt(sum(squares, jnp.zeros(len(self.dataset.tasks))))
+
+    def _evaluate_one(self, params: Parameters, users: jax.Array, part: int) -> jax.Array:
+        """Metrics `[users, metrics]` with all items ranked, a few users at a time."""
+
+        def of_chunk(chunk: jax.Array) -> jax.Array:
+            items = jnp.arange(self.dataset.num_items)
+            pairs = jnp.broadcast_arrays(chunk[:, None], items[None])
+            scores = self.network.scores(params, *pairs)
+            return table_metrics(scores, self._labels[chunk], self._held_out[chunk], part)
+
+        at_once = max(1, PAIRS_SCORED_AT_ONCE // self.dataset.num_items)
+        return jax.lax.map(lambda user: of_chunk(user[None])[0], users, batch_size=at_once)
+
+    def _users_to_rank(self, part: int, at_most: int | None) -> jax.Array:
+        """Users with something held out; a fixed random choice of them where that is many."""
+        users = np.flatnonzero((self.dataset.held_out == part).any(axis=1))
+        return jnp.asarray(np.sort(np.random.default_rng(0).permutation(users)[:at_most]))
+
+    def _mean(self, metrics: jax.Array) -> jax.Array:
+        return metrics[..., EARLY_STOPPING].mean(axis=1)
+
+    def _finished(
+        self,
+        method: str,
+        seed: int,
+        test: np.ndarray,
+        best_epoch: int,
+        seconds: float,
+        history: dict[str, np.ndarray],
+    ) -> Run:
+        table = np.full((self.dataset.num_users, len(METRICS)), np.nan)
+        table[np.asarray(self._test_users)] = test
+        return Run(method, seed, table, best_epoch, seconds, history)
+
+
+def _is_embedding(params: Any) -> Any:
+    """True for the user and item embeddings; biases and dense layers are not decayed."""
+
+    def is_embedding(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
+        return "embedding" in names and "item_bias" not in names
+
+    return jax.tree.map_with_path(is_embedding, params)
+
+
+def _keep_best(best: Best, params: Parameters, value: jax.Array, epoch: int, patience: int) -> Best:
+    """The better of two; a seed that ran out of patience stays as it is while others go on."""
+    better = (value > best.value) & (epoch - best.epoch <= patience)
+    kept = Best(params, value, jnp.asarray(epoch, best.epoch.dtype))
+    return jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, best)
