@@ -89,11 +89,14 @@ def test_simplex_projection_reference():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("alpha", ["0.5", "1.0", "2.0"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_fair_weights_reference(alpha):
-    solver = jax.jit(lambda gram: fair_weights(*cosine_matrix(gram), alpha=float(alpha)))
+    solver = jax.jit(lambda gram: fair_weights(*cosine_matrix(gram), alpha=alpha))
     for case in load_golden("gradient/fairgrad")["cases"]:
-        gradients, want = np.array(case["G"]), case["alpha"][alpha]["update"]
+        by_alpha = {float(key): entry for key, entry in case["alpha"].items()}
+        if alpha not in by_alpha:
+            continue
+        gradients, want = np.array(case["G"]), by_alpha[alpha]["update"]
         weights, solved = solver(jnp.asarray(gradients @ gradients.T))
         assert bool(solved) == (want is not None), case["name"]
         if want is not None:
