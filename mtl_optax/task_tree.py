@@ -212,9 +212,9 @@ def gram(
     Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
     `axis_name` the inner products are summed over those mapped axes first.
     """
-    products, peaks = _in_range(gram_matrices, rows, blocks, num_tasks, dtype, active, axis_name)
+    products, scales = _in_range(gram_matrices, rows, blocks, num_tasks, dtype, active, axis_name)
     diagonal = jnp.diagonal(products, axis1=1, axis2=2)
-    norms, keep = _norms(diagonal, peaks, active)
+    norms, keep = _norms(diagonal, scales, active)
     nonzero = keep & (norms > 0)
     roots = jnp.sqrt(jnp.where(nonzero, diagonal, 1))
     both = nonzero[:, :, None] & nonzero[:, None, :]
@@ -228,8 +228,8 @@ def norms(
     rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, active: jax.Array, axis_name: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
-    squares, peaks = _in_range(squared_norms, rows, blocks, num_tasks, dtype, active, axis_name)
-    result, keep = _norms(squares, peaks, active)
+    squares, scales = _in_range(squared_norms, rows, blocks, num_tasks, dtype, active, axis_name)
+    result, keep = _norms(squares, scales, active)
     return result.astype(dtype), jnp.all(keep | ~active[None], axis=0)
 
 
@@ -245,8 +245,8 @@ def finite(rows: Rows, num_tasks: int, axis_name: Any = None) -> jax.Array:
     return (lax.psum(count, axis_name) if axis_name is not None else count) == 0
 
 
-def _norms(squares: jax.Array, peaks: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) * peaks
+def _norms(squares: jax.Array, scales: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) / scales
     keep = active[None] & jnp.isfinite(squares) & jnp.isfinite(result)
     # A task that is not finite in one block is excluded from all of them.
     keep = keep & jnp.all(keep | ~active[None], axis=0, keepdims=True)
@@ -262,10 +262,11 @@ def _in_range(
     active: jax.Array,
     axis_name: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Inner products of `rows / peaks` and the `peaks` `[B, T]`, normally ones.
+    """Inner products of `rows * scales` and the `scales` `[B, T]`, normally ones.
 
-    Squares leave the range of float32 for norms below 1e-19 or above 1e19. That is rare, so the
-    division by each task's largest entry, a second and third pass, waits behind a `cond`.
+    Squares leave the range of float32 for norms below 1e-19 or above 1e19. That is rare, so a second
+    pass waits behind a `cond`. It multiplies by a power of two, which is exact, and which the first
+    pass has chosen: the gradients are read once more and the devices exchange one matrix more.
     """
     if not rows:
         tail = (num_tasks, num_tasks) if products is gram_matrices else (num_tasks,)
@@ -277,35 +278,24 @@ def _in_range(
         return lax.psum(result, axis_name) if axis_name is not None else result
 
     plain = of(rows)
-    wide = plain.dtype
-    ones = jnp.ones((blocks.count, num_tasks), wide)
     diagonal = jnp.diagonal(plain, axis1=1, axis2=2) if plain.ndim == 3 else plain
-    info = jnp.finfo(wide)
+    info = jnp.finfo(plain.dtype)
     # 2**60 of headroom: entries whose squares vanish are then negligible in the sum.
-    safe = (diagonal > float(info.tiny) * 2.0**60) & (diagonal < float(info.max) * 2.0**-60)
+    small = ~(diagonal > float(info.tiny) * 2.0**60)
+    large = ~(diagonal < float(info.max) * 2.0**-60)
+    # From anywhere in the dtype these lead to where squares, and sums of 2**30 of them, are normal.
+    up, down = 2.0 ** (info.maxexp * 11 // 16), 2.0 ** -(info.maxexp * 9 // 16)
+    scales = jnp.where(large, down, jnp.where(small, up, 1)).astype(plain.dtype)
 
-    def rescaled(leaves: Rows) -> tuple[jax.Array, jax.Array]:
-        peaks = _largest_entries(leaves, blocks, num_tasks, wide, axis_name)
-        divisors = jnp.where(peaks > 0, peaks, 1)
+    def rescaled(leaves: Rows) -> jax.Array:
         scaled = [
-            tuple(row.astype(wide) / divisors[b, t] for t, row in enumerate(leaf))
+            tuple(row.astype(plain.dtype) * scales[b, t] for t, row in enumerate(leaf))
             for leaf, b in zip(leaves, blocks.of_leaf, strict=True)
         ]
-        return of(scaled), divisors
+        return of(scaled)
 
-    return lax.cond(jnp.all(safe | ~active[None]), lambda _: (plain, ones), rescaled, rows)
-
-
-def _largest_entries(
-    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, axis_name: Any
-) -> jax.Array:
-    peaks = [[jnp.zeros((), dtype) for _ in range(num_tasks)] for _ in range(blocks.count)]
-    for leaf, b in zip(rows, blocks.of_leaf, strict=True):
-        for t, row in enumerate(leaf):
-            if row.size:
-                peaks[b][t] = jnp.maximum(peaks[b][t], jnp.max(jnp.abs(row)).astype(dtype))
-    result = jnp.stack([jnp.stack(block) for block in peaks])
-    return lax.pmax(result, axis_name) if axis_name is not None else result
+    fits = jnp.all(~(small | large) | ~active[None])
+    return lax.cond(fits, lambda _: plain, rescaled, rows), scales
 
 
 # --- what methods return -----------------------------------------------------------------------------

@@ -77,9 +77,7 @@ def _reachable(names: set[str], bodies: dict[str, list[str]]) -> set[str]:
 
 
 def _numbers(shape: str, kind: str, started: bool) -> int:
-    sizes = [
-        math.prod(int(d) for d in dims.split(",") if d) for dims in _ARRAY.findall(shape)
-    ]
+    sizes = [math.prod(int(d) for d in dims.split(",") if d) for dims in _ARRAY.findall(shape)]
     # The start of a gather or a permutation returns its operands before its results.
     if started and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
