@@ -44,14 +44,15 @@ def fixed_weights(
       Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022.
     """
     num_tasks = task_tree.check_num_tasks("fixed_weights", num_tasks)
-    if jnp.shape(weights) != (num_tasks,):
+    weights = jnp.asarray(weights)
+    if weights.shape != (num_tasks,):
         raise ValueError(
             f"fixed_weights: weights must have shape ({num_tasks},), one number per task; found "
-            f"{jnp.shape(weights)}."
+            f"{weights.shape}."
         )
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        return jnp.asarray(weights), state
+        return weights, state
 
     return _constant("fixed_weights", num_tasks, weigh, options)
 

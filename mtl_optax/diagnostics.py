@@ -105,5 +105,5 @@ def _integers(leaf: Any) -> jax.Array:
     """Integers as they are, or out of the halves of 16 bits in which a fork's carrier holds them."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
-    places = jnp.asarray([1 << (16 * k) for k in range(leaf.shape[-1])], jnp.int32)
-    return jnp.sum(leaf.astype(jnp.int32) * places, axis=-1)
+    halves = [leaf[..., k].astype(jnp.int32) << (16 * k) for k in range(leaf.shape[-1])]
+    return sum(halves, jnp.zeros(leaf.shape[:-1], jnp.int32))

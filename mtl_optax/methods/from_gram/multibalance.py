@@ -83,10 +83,10 @@ def multibalance(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.multibalance(2, weight_lr=0.1)
       >>> update, state = tx.update(jnp.array([[4., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
-      >>> state.rule_state.simplex_weights.round(3).tolist()
+      >>> print(np.asarray(state.rule_state.simplex_weights).round(3))
       [0.464, 0.536]
 
     References:
@@ -102,9 +102,10 @@ def multibalance(
         raise ValueError(
             f'multibalance: ema_init must be "first", "zeros" or "debias"; found {ema_init!r}.'
         )
-    if prior is not None and jnp.shape(prior) != (num_tasks,):
+    prior = None if prior is None else jnp.asarray(prior)
+    if prior is not None and prior.shape != (num_tasks,):
         raise ValueError(
-            f"multibalance: prior must have shape ({num_tasks},); found {jnp.shape(prior)}."
+            f"multibalance: prior must have shape ({num_tasks},); found {prior.shape}."
         )
     check_range("multibalance", ema_decay=(ema_decay, 0, 1))
 
@@ -119,7 +120,7 @@ def multibalance(
         if prior is None:
             prior_weights = uniform_weights(active, dtype)
         else:
-            prior_weights = jnp.where(active, jnp.asarray(prior, dtype), 0)
+            prior_weights = jnp.where(active, prior.astype(dtype), 0)
         # In units of the largest smoothed norm the squares cannot overflow.
         unit = jnp.max(smooth)
         lengths = smooth / jnp.where(unit > 0, unit, 1)

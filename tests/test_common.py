@@ -1,0 +1,336 @@
+"""What every method in the table must do, whatever its mathematics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtl_optax as mtl
+
+T = 3
+# A method's tests run on one worker, which compiles it once.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name), id=name) for name in sorted(mtl.METHODS)
+]
+# One of each kind, for what the shared code alone decides.
+SAMPLE = ["metabalance", "multibalance", "mgda", "emtl"]
+PARAMS = {"a": jnp.ones((2, 3)), "b": {"scale": jnp.ones(()), "none": None, "w": jnp.ones((4,))}}
+LOSSES = jnp.array([0.7, 1.3, 0.2])
+
+
+def gradients(seed, params=PARAMS, num_tasks=T):
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    return jax.tree.map(
+        lambda p: jax.random.normal(next(keys), (num_tasks, *p.shape), p.dtype), params
+    )
+
+
+@functools.cache
+def method(name, num_tasks=T):
+    return mtl.METHODS[name].make(num_tasks)
+
+
+def step(name):
+    """One update outside jit: a method compiles itself, once for all tests of this file."""
+
+    def run(grads, state, losses=LOSSES, active=None):
+        active = jnp.ones((T,), bool) if active is None else jnp.asarray(active)
+        return method(name).update(grads, state, PARAMS, losses=losses, active=active)
+
+    return run
+
+
+def after(name, steps=2):
+    state = method(name).init(PARAMS)
+    for seed in range(steps):
+        update, state = step(name)(gradients(seed), state)
+    return update, state
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+def assert_close(left, right, rtol=2e-5):
+    """Equal relative to the largest entry: a sum of cancelling gradients has no smaller scale."""
+    size = max((np.abs(x).max() for x in jax.tree.leaves(right) if x.size), default=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol * size), left, right)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_has_the_shape_and_dtype_of_params_and_state_is_stable(name):
+    state = method(name).init(PARAMS)
+    update, new = step(name)(gradients(0), state)
+    describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)  # noqa: E731
+    assert describe(update) == describe(PARAMS)
+    assert describe(new) == describe(state)
+    assert_finite((update, new))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_reads_shapes_only(name):
+    like = jax.eval_shape(lambda: PARAMS)
+    from_shapes = method(name).init(like)
+    assert_close(from_shapes, method(name).init(PARAMS))
+    assert jax.tree.structure(jax.eval_shape(method(name).init, PARAMS)) == jax.tree.structure(
+        from_shapes
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmapped_scan_equals_loops(name):
+    """Scan refuses a state whose shapes or dtypes drift, which would recompile under plain jit."""
+    tx = method(name)
+    batch = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    models = batch(*(batch(gradients(seed), gradients(seed + 1)) for seed in (0, 10)))
+
+    def body(state, grads):
+        update, state = tx.update(grads, state, PARAMS, losses=LOSSES)
+        return state, update
+
+    run = jax.vmap(lambda grads: jax.lax.scan(body, tx.init(PARAMS), grads))
+    states, updates = jax.jit(run)(models)
+    for model, seed in enumerate((0, 10)):
+        state = tx.init(PARAMS)
+        for k in range(2):
+            update, state = step(name)(gradients(seed + k), state)
+            assert_close(jax.tree.map(lambda u, m=model, k=k: u[m, k], updates), update)
+        assert_close(jax.tree.map(lambda u, m=model: u[m], states), state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_extra_args_are_ignored(name):
+    state = method(name).init(PARAMS)
+    extra = {"value": jnp.ones(()), "grad": None, "unheard_of": "x"}
+    told, _ = method(name).update(gradients(0), state, PARAMS, losses=LOSSES, **extra)
+    assert_close(told, step(name)(gradients(0), state)[0], 0)
+
+
+DEGENERATE = {
+    "one zero": lambda g: jax.tree.map(lambda x: x.at[1].set(0), g),
+    "all zero": lambda g: jax.tree.map(jnp.zeros_like, g),
+    "identical": lambda g: jax.tree.map(lambda x: jnp.stack([x[0]] * T), g),
+    "opposite": lambda g: jax.tree.map(lambda x: jnp.stack([x[0], -x[0], x[2]]), g),
+    "collinear": lambda g: jax.tree.map(lambda x: jnp.stack([x[0], 2 * x[0], -3 * x[0]]), g),
+    "tiny": lambda g: jax.tree.map(lambda x: x * 1e-18, g),
+    "huge": lambda g: jax.tree.map(lambda x: x * 1e17, g),
+    "twelve decades": lambda g: jax.tree.map(
+        lambda x: x * jnp.array([1e-6, 1.0, 1e6]).reshape((T,) + (1,) * (x.ndim - 1)), g
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_degenerate_gradients_give_finite_updates(name):
+    for case, change in DEGENERATE.items():
+        state = method(name).init(PARAMS)
+        for seed in range(2):
+            update, state = step(name)(change(gradients(seed)), state)
+            for leaf in jax.tree.leaves((update, state)):
+                assert np.isfinite(np.asarray(leaf)).all(), (case, update, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_losses_give_finite_updates(name):
+    for losses in ([0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1e30, 1.0, 1e-30], [-1.0, 2.0, 0.5]):
+        state = method(name).init(PARAMS)
+        for seed in range(3):
+            update, state = step(name)(gradients(seed), state, jnp.array(losses))
+            for leaf in jax.tree.leaves((update, state)):
+                assert np.isfinite(np.asarray(leaf)).all(), (losses, update, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_task_counts_as_absent_and_is_counted(name, bad):
+    _, state = after(name)
+    spoilt = jax.tree.map(lambda x: x.at[1].set(bad), gradients(7))
+    update, new = step(name)(spoilt, state)
+    absent, absent_state = step(name)(gradients(7), state, active=[True, False, True])
+    assert_finite((update, new))
+    assert_close(update, absent)
+    skipped = [s.skipped for s in _balance_states(new)]
+    before = [s.skipped for s in _balance_states(state)]
+    assert any((a - b).tolist() == [0, 1, 0] for a, b in zip(skipped, before, strict=True))
+    # The next step's numbers do not know whether the task was absent or broken.
+    assert_close(step(name)(gradients(8), new)[0], step(name)(gradients(8), absent_state)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_absent_task_cannot_influence_anything(name):
+    _, state = after(name)
+    active = [True, False, True]
+    results = []
+    for value, loss in ((0.0, 1.0), (1e9, -5.0), (np.nan, np.nan)):
+        grads = jax.tree.map(lambda x, v=value: x.at[1].set(v), gradients(3))
+        update, new = step(name)(grads, state, LOSSES.at[1].set(loss), active)
+        results.append((update, new))
+        assert_finite((update, new))
+        assert [s.skipped.tolist() for s in _balance_states(new)] == [
+            s.skipped.tolist() for s in _balance_states(state)
+        ]
+    for other in results[1:]:
+        assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_present_gives_zero_and_leaves_statistics_alone(name):
+    _, state = after(name)
+    update, new = step(name)(gradients(3), state, active=[False] * T)
+    for leaf in jax.tree.leaves(update):
+        assert not np.any(np.asarray(leaf)) or name in ("adatask", "mtadam")
+    assert_finite((update, new))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_keeps_its_dtype_and_float32_statistics(name):
+    dtype = jnp.float16 if len(name) % 2 else jnp.bfloat16
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    tx = method(name)
+    state = tx.init(params)
+    update, new = tx.update(gradients(0, params), state, params, losses=LOSSES)
+    assert {leaf.dtype for leaf in jax.tree.leaves(update)} == {jnp.dtype(dtype)}
+    for one in _balance_states(new):
+        assert one.weights.dtype == jnp.float32
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    assert dtypes(new) == dtypes(state)
+    assert_finite((update, new))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_task(name):
+    check_sizes(name, 1, {"w": jnp.ones(3)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_many_tasks_and_an_empty_tree(name):
+    check_sizes(name, 20, {"w": jnp.ones(3)})
+    check_sizes(name, 2, {})
+
+
+def check_sizes(name, num_tasks, params):
+    tx = method(name, num_tasks)
+    grads = gradients(0, params, num_tasks)
+    losses = jnp.linspace(0.5, 1.5, num_tasks)
+    update, state = tx.update(grads, tx.init(params), params, losses=losses)
+    assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, params)
+    assert_finite((update, state))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_order_of_leaves_is_irrelevant(name):
+    tx = method(name)
+    first, second = {"a": jnp.ones(2), "b": jnp.ones(3)}, {"a": jnp.ones(3), "b": jnp.ones(2)}
+    grads = gradients(0, first)
+    swapped = {"a": grads["b"], "b": grads["a"]}
+    one, _ = tx.update(grads, tx.init(first), first, losses=LOSSES)
+    other, _ = tx.update(swapped, tx.init(second), second, losses=LOSSES)
+    assert_close({"a": other["b"], "b": other["a"]}, one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_chain_with_an_optimizer_the_weights_can_be_found(name):
+    if name == "mtadam":
+        pytest.skip("a whole optimizer")
+    tx = optax.chain(method(name), optax.adam(1e-2))
+    state = tx.init(PARAMS)
+    update, state = tx.update(gradients(0), state, PARAMS, losses=LOSSES)
+    assert optax.tree.get(state, "weights").shape[-1] == T
+    told = mtl.diagnostics(state)
+    assert int(told["steps"]) == 1
+    assert mtl.head_weights(state).shape == (T,)
+    assert_finite(optax.apply_updates(PARAMS, update))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_without_the_task_axis_are_refused(name):
+    tx = method(name)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="already summed over tasks"):
+        tx.update(PARAMS, state, PARAMS, losses=LOSSES)
+    with pytest.raises(ValueError, match=r"task axis has size 2 but num_tasks=3"):
+        tx.update(gradients(0, num_tasks=2), state, PARAMS, losses=LOSSES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_required_where_needed_and_ignored_elsewhere(name):
+    tx = method(name)
+    state = tx.init(PARAMS)
+    if "losses" in mtl.METHODS[name].needs:
+        with pytest.raises(ValueError, match=r"needs the losses of this step"):
+            tx.update(gradients(0), state, PARAMS)
+        with pytest.raises(ValueError, match=r"value=, which optax keeps for one scalar"):
+            tx.update(gradients(0), state, PARAMS, value=LOSSES)
+        with pytest.raises(ValueError, match=r"losses must have shape \(3,\)"):
+            tx.update(gradients(0), state, PARAMS, losses=LOSSES[:2])
+    else:
+        one, _ = tx.update(gradients(0), state, PARAMS)
+        other, _ = tx.update(gradients(0), state, PARAMS, losses=LOSSES)
+        assert_close(one, other, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_num_tasks_must_be_static(name):
+    with pytest.raises(TypeError, match="static_args"):
+        mtl.METHODS[name].make(jnp.asarray(3))
+    with pytest.raises(ValueError, match="at least 1"):
+        mtl.METHODS[name].make(0)
+
+
+def _balance_states(tree):
+    is_state = lambda node: isinstance(node, mtl.BalanceState)  # noqa: E731
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+
+
+def test_cached_weights_between_updates():
+    every = mtl.mgda(T, update_every=2)
+    state = every.init(PARAMS)
+    _, first = every.update(gradients(0), state, PARAMS)
+    update, second = every.update(gradients(1), first, PARAMS)
+    _, third = every.update(gradients(2), second, PARAMS)
+    assert_close(second.weights, first.weights, 0)
+    assert not np.allclose(third.weights, second.weights)
+    expected, _ = mtl.fixed_weights(T, first.weights).update(
+        gradients(1), mtl.fixed_weights(T, first.weights).init(PARAMS), PARAMS
+    )
+    assert_close(update, expected)
+
+
+def test_blocks_share_one_rule_and_carry_their_names():
+    tx = mtl.mgda(T, blocks=lambda path, leaf: "matrix" if len(leaf.shape) == 2 else "rest")
+    update, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
+    told = mtl.diagnostics(state)
+    assert sorted(told["weights"]) == ["matrix", "rest"]
+    alone = mtl.mgda(T)
+    matrix = {"a": PARAMS["a"]}
+    expected, alone_state = alone.update({"a": gradients(0)["a"]}, alone.init(matrix), matrix)
+    assert_close(update["a"], expected["a"])
+    assert_close(told["cosines"]["matrix"], alone_state.cosine)
+
+
+def test_reduce_false_keeps_the_task_axis():
+    keep, total = mtl.metabalance(T, reduce=False), mtl.metabalance(T)
+    scaled, _ = keep.update(gradients(0), keep.init(PARAMS), PARAMS)
+    update, _ = total.update(gradients(0), total.init(PARAMS), PARAMS)
+    assert_close(jax.tree.map(lambda x: x.sum(0), scaled), update)
+
+
+def test_counter_never_freezes_nor_returns_to_zero():
+    tx = method("sum_tasks")
+    state = tx.init(PARAMS)._replace(balance_count=jnp.asarray(2**31 - 1, jnp.int32))
+    _, state = tx.update(gradients(0), state, PARAMS)
+    _, later = tx.update(gradients(0), state, PARAMS)
+    assert 0 < int(state.balance_count) < int(later.balance_count)
+
+
+def test_unstacked_gradients_whose_first_dimension_is_the_number_of_tasks():
+    tx = mtl.sum_tasks(T)
+    params = {"w": jnp.ones((T, 2))}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="first dimension is no task axis"):
+        tx.update(params, state)
