@@ -32,6 +32,7 @@ from mtl_optax.methods.from_gram.fairgrad import BargainingState, fairgrad
 from mtl_optax.methods.from_gram.grad_similarity import grad_similarity
 from mtl_optax.methods.from_gram.grad_surgery import grad_surgery
 from mtl_optax.methods.from_gram.grad_vaccine import GradVaccineState, grad_vaccine
+from mtl_optax.methods.from_gram.imtl import imtl
 from mtl_optax.methods.from_gram.imtl_g import imtl_g
 from mtl_optax.methods.from_gram.krum import krum
 from mtl_optax.methods.from_gram.mgda import mgda
@@ -139,6 +140,7 @@ __all__ = [
     "graddrop",
     "gradnorm",
     "head_weights",
+    "imtl",
     "imtl_g",
     "imtl_l",
     "join",

@@ -75,12 +75,12 @@ def excess_mtl(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.excess_mtl(2)
       >>> grads = jnp.array([[2., 0.], [0., 1.]])
       >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)))
-      >>> state.weights.round(3).tolist()
-      [0.731, 0.269]
+      >>> print(np.asarray(state.weights).round(3))
+      [0.731 0.269]
 
     References:
       He, Zhou, Zhang, Zhao and Zhao, Robust Multi-Task Learning with Excess Risks, 2024.

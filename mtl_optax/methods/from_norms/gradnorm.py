@@ -75,12 +75,12 @@ def gradnorm(
 
     Example:
 
-      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, optax, mtl_optax as mtl
       >>> tx = mtl.gradnorm(2, optimizer=optax.sgd(0.1))
       >>> grads, losses = jnp.array([[3., 0.], [0., 1.]]), jnp.array([1., 1.])
       >>> updates, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
-      >>> updates.tolist(), state.rule_state.weights.values.round(3).tolist()
-      ([3.0, 1.0], [0.778, 1.222])
+      >>> print(updates, np.asarray(state.rule_state.weights.values).round(3))
+      [3. 1.] [0.778 1.222]
 
     References:
       Chen, Badrinarayanan, Lee and Rabinovich, GradNorm: Gradient Normalization for Adaptive Loss
