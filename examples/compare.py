@@ -67,14 +67,18 @@ def parse(arguments: list[str] | None) -> CompareConfig:
     parser = OneLineParser(prog="python -m examples.compare", description=__doc__.split("\n")[0])
     parser.add_argument("--method", nargs="+", metavar="NAME", help=", ".join(known_methods()))
     parser.add_argument(
-        "--data", default="movielens", help="movielens, synthetic, or a folder with buy.csv[.gz], ..."
+        "--data",
+        default="movielens",
+        help="movielens, synthetic, or a folder with buy.csv[.gz], ...",
     )
     parser.add_argument("--target", help="the behaviour to rank for (default: buy, or rated_5)")
     parser.add_argument("--seeds", type=int, help="number of training seeds (default 3)")
     parser.add_argument("--epochs", type=int, help="at most so many epochs (early stopping)")
     parser.add_argument("--out", type=Path, help="folder for results.json, table.md, picture.png")
     parser.add_argument("--resume", action="store_true", help="skip what --out already holds")
-    parser.add_argument("--quick", action="store_true", help="two methods, one seed, short training")
+    parser.add_argument(
+        "--quick", action="store_true", help="two methods, one seed, short training"
+    )
     given = parser.parse_args(arguments)
 
     config = CompareConfig(given.data, given.target, out=given.out, resume=given.resume)
@@ -107,7 +111,9 @@ def compare(config: CompareConfig, console: Console) -> list[report.Row]:
     """Train everything, print the table, write the files; return the rows."""
     started = time.perf_counter()
     dataset = build_dataset(load_behaviours(config.data, config.target))
-    counts = ((dataset.labels[None] >> np.arange(len(dataset.tasks))[:, None, None]) & 1).sum((1, 2))
+    counts = ((dataset.labels[None] >> np.arange(len(dataset.tasks))[:, None, None]) & 1).sum(
+        (1, 2)
+    )
     console.print(
         f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items; training pairs: "
         + ", ".join(f"{name} {count}" for name, count in zip(dataset.tasks, counts, strict=True))

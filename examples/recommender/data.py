@@ -57,7 +57,7 @@ def split_target(
     """
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     shuffled = pairs[np.lexsort((np.random.default_rng(seed).random(len(pairs)), pairs[:, 0]))]
-    users, starts, counts = np.unique(shuffled[:, 0], return_index=True, return_counts=True)
+    _, starts, counts = np.unique(shuffled[:, 0], return_index=True, return_counts=True)
     place = np.arange(len(shuffled)) - np.repeat(starts, counts)
     count = np.repeat(counts, counts)
     in_test = place < np.floor(test * count)

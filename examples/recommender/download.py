@@ -148,7 +148,9 @@ def movielens_ratings() -> np.ndarray:
         try:
             write_atomically(cached, text)
         except OSError as error:
-            raise UserError(f"cannot write {cached} ({error.strerror}); set MTL_OPTAX_CACHE") from None
+            raise UserError(
+                f"cannot write {cached} ({error.strerror}); set MTL_OPTAX_CACHE"
+            ) from None
     return parse_ratings(text.replace(b",", b"\t"))
 
 

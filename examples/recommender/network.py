@@ -1,5 +1,6 @@
 """MetaBalance's multi-task recommender in Flax NNX: a shared bottom and one tower a task."""
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -28,7 +29,7 @@ class Perceptron(nnx.Module):
         self.layers = nnx.List(
             [
                 nnx.Linear(fan_in, fan_out, kernel_init=KERNEL_INIT, rngs=rngs)
-                for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)
+                for fan_in, fan_out in itertools.pairwise(sizes)
             ]
         )
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from scipy import stats
 
 from examples.recommender.download import write_atomically
-from examples.recommender.metrics import METRICS
+from examples.recommender.metrics import CUTOFFS, METRICS
 from examples.recommender.training import Run
 
 POPULARITY = "popularity"
@@ -42,9 +42,7 @@ def caption(seeds: int, baseline: str | None) -> str:
     )
 
 
-def make_rows(
-    runs: Mapping[str, list[Run]], floor: np.ndarray, baseline: str | None
-) -> list[Row]:
+def make_rows(runs: Mapping[str, list[Run]], floor: np.ndarray, baseline: str | None) -> list[Row]:
     """The popularity floor and one row a method, compared with the baseline user by user."""
     by_user = {method: np.mean([run.test for run in done], axis=0) for method, done in runs.items()}
     others = [method for method in runs if method != baseline]
@@ -82,36 +80,40 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _cells(row: Row) -> list[str]:
-    cells = [row.method]
-    for column in range(len(METRICS)):
-        cell = f"{row.mean[column]:.4f}"
-        if row.error is not None:
-            cell += f" ± {row.error[column]:.4f}"
-        if row.p_value is not None:
-            cell += next((mark for limit, mark in MARKS if row.p_value[column] < limit), "")
-        cells.append(cell)
-    cells.append("" if row.best_epoch is None else f"{row.best_epoch:.1f}")
-    cells.append("" if row.seconds is None else f"{row.seconds:.0f}")
-    return cells
+def _cell(row: Row, column: int) -> str:
+    text = f"{row.mean[column]:.4f}"
+    if row.error is not None:
+        text += f" ± {row.error[column]:.4f}"
+    if row.p_value is not None:
+        text += next((mark for limit, mark in MARKS if row.p_value[column] < limit), "")
+    return text
+
+
+def rich_table(rows: list[Row], title: str, note: str) -> Table:
+    """The table for the terminal: one section a cutoff, so that it fits into 80 columns."""
+    table = Table(title=title, caption=note)
+    for name in ("method", "NDCG", "recall", "precision"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for k in CUTOFFS:
+        columns = [column for column, name in enumerate(METRICS) if name.endswith(f"@{k}")]
+        table.add_row(f"[bold]at {k}[/bold]")
+        for row in rows:
+            table.add_row(row.method, *(_cell(row, column) for column in columns))
+        table.add_section()
+    return table
 
 
 HEADER = ("method", *METRICS, "best epoch", "seconds")
 
 
-def rich_table(rows: list[Row], title: str, note: str) -> Table:
-    """The table for the terminal."""
-    table = Table(title=title, caption=note)
-    for number, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
-
-
 def markdown_table(rows: list[Row], title: str, note: str) -> str:
     """The same table for a page."""
-    lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *(_cells(row) for row in rows)]
+    lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
+    for row in rows:
+        told = (
+            ("", "") if row.best_epoch is None else (f"{row.best_epoch:.1f}", f"{row.seconds:.0f}")
+        )
+        lines.append((row.method, *(_cell(row, column) for column in range(len(METRICS))), *told))
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"**{title}**\n\n{body}\n\n{note}.\n"
 

@@ -72,13 +72,15 @@ def _read_pairs(path: Path) -> np.ndarray:
             user, item = header.index("user"), header.index("item")
             pairs = [(row[user], row[item]) for row in rows]
     except IndexError:
-        raise UserError(f"{path}: line {len(header)} columns expected in every row") from None
+        raise UserError(f"{path}: a row has fewer columns than the first line") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}); {WAYS_OUT}") from None
     return np.array(pairs, dtype=np.str_).reshape(-1, 2)
 
 
-def synthetic(num_users: int = 400, num_items: int = 300, rank: int = 6, seed: int = 0) -> Behaviours:
+def synthetic(
+    num_users: int = 400, num_items: int = 300, rank: int = 6, seed: int = 0
+) -> Behaviours:
     """Nested behaviours with planted structure: view, like and buy share one low-rank taste.
 
     A user views the items that suit a noisy taste plus popularity, likes some of what was viewed and

@@ -180,14 +180,18 @@ class Trainer:
         )
 
     def _task_norms(self, params: Parameters, key: jax.Array) -> jax.Array:
-        """The gradient norm `[T]` of each task on the shared bottom, on one batch: a probe that
-        means the same for every method, also for those that never compute it."""
+        """The gradient norm `[T]` of each task on the shared bottom, on one batch.
+
+        A probe that means the same for every method, also for those that never compute norms.
+        """
         chosen = jax.random.choice(
             key, self._positives.shape[0], (self._batch_positives,), replace=True
         )
         value_and_grad = mtl.split_value_and_grad(self.network.encode, self.network.decode)
         _, (grads, _) = value_and_grad(params.shared, params.heads, self._batch(chosen, key))
-        squares = [jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(grads)]
+        squares = [
+            jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(grads)
+        ]
         return jnp.sqrt(sum(squares, jnp.zeros(len(self.dataset.tasks))))
 
     def _evaluate_one(self, params: Parameters, users: jax.Array, part: int) -> jax.Array:
