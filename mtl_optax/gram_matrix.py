@@ -14,7 +14,7 @@ need no reshape of a sharded axis, and what the devices exchange is the sums, ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations_with_replacement
 
 import jax
@@ -24,10 +24,9 @@ from jax import lax
 
 Leaf = jax.Array | Sequence[jax.Array]
 
-# Leaves below this many elements a task are merged per block: one product for all of them.
-_SMALL = 16_384
-# From this size on a leaf is worth a kernel of its own, which costs compile time.
-_LARGE = 262_144
+# The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
+# time, so only so many do.
+_LARGE, _MAX_KERNELS = 262_144, 16
 # Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
 _LOOP_BLOCK = 65_280
 # Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
@@ -74,22 +73,25 @@ def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
     zeros = jnp.zeros((len(leaves[0]),) * rank, dtype)
 
-    def total(products: Callable[..., jax.Array], leaves, blocks) -> jax.Array:
+    def total(parts: Iterable[tuple[jax.Array, int]]) -> jax.Array:
         sums: list[jax.Array | None] = [None] * num_blocks
-        for leaf, block in zip(leaves, blocks, strict=True):
-            if not _size(leaf):
-                continue
-            part = products(leaf, dtype)
+        for part, block in parts:
             done = sums[block]
             sums[block] = part if done is None else done + part
         return jnp.stack([zeros if part is None else part for part in sums])
 
     def anywhere(leaves):
         pairwise = len(leaves) * len(leaves[0]) ** rank <= _MAX_PAIRWISE
-        return total(lambda leaf, dtype: by_xla(leaf, dtype, pairwise), leaves, blocks)
+        kept = [(leaf, block) for leaf, block in zip(leaves, blocks, strict=True) if _size(leaf)]
+        return total((by_xla(leaf, dtype, pairwise), block) for leaf, block in kept)
 
     def on_one_cpu(leaves):
-        return total(in_cache, *_merge_small(leaves, blocks, dtype))
+        kept = _merge_small(leaves, blocks, dtype)
+        kept.sort(key=lambda pair: -_size(pair[0]))
+        return total(
+            (in_cache(leaf, dtype, i < _MAX_KERNELS and _size(leaf) >= _LARGE), block)
+            for i, (leaf, block) in enumerate(kept)
+        )
 
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and _unsharded(leaves):
         return lax.platform_dependent(leaves, cpu=on_one_cpu, default=anywhere)
@@ -99,9 +101,9 @@ def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
 # On a single CPU device: blocks that fit the cache.
 
 
-def _gram_in_cache(leaf: Leaf, dtype) -> jax.Array:
+def _gram_in_cache(leaf: Leaf, dtype, own_kernel: bool) -> jax.Array:
     num_tasks, size = len(leaf), _size(leaf)
-    if size < _LARGE:
+    if not own_kernel:
         return _dot(_flat_stack(leaf, dtype))
     if num_tasks <= _TASKS_IN_REGISTERS:
         pairs = list(combinations_with_replacement(range(num_tasks), 2))
@@ -114,15 +116,8 @@ def _gram_in_cache(leaf: Leaf, dtype) -> jax.Array:
     return _loop_over_rows(_flat_rows(leaf), block, dtype)
 
 
-def _norms_in_cache(leaf: Leaf, dtype) -> jax.Array:
-    if _size(leaf) < _LARGE:
-        return jnp.sum(jnp.square(_flat_stack(leaf, dtype)), axis=1)
-    rows = _flat_rows(leaf)
-    step = _TASKS_IN_REGISTERS
-    groups = [rows[start : start + step] for start in range(0, len(rows), step)]
-    return jnp.concatenate(
-        [_sums_in_registers(group, [(t, t) for t in range(len(group))], dtype) for group in groups]
-    )
+def _norms_in_cache(leaf: Leaf, dtype, own_kernel: bool) -> jax.Array:
+    return _norms_by_xla(leaf, dtype, pairwise=own_kernel)
 
 
 def _sums_in_registers(rows: list[jax.Array], pairs, dtype) -> jax.Array:
@@ -171,25 +166,20 @@ def _loop_over_rows(rows: list[jax.Array], block: int, dtype) -> jax.Array:
     return lax.fori_loop(0, size // block, add_block, (_dot(rest), buffer))[0]
 
 
-def _merge_small(leaves: list[Leaf], blocks, dtype) -> tuple[list[Leaf], list[int]]:
-    """Join the small leaves of one block and form into one leaf, so that the program stays small."""
+def _merge_small(leaves: Sequence[Leaf], blocks, dtype) -> list[tuple[Leaf, int]]:
+    """Join the smaller separate leaves of one block, for which T arrays each are many operations."""
     merged: list[tuple[Leaf, int]] = []
-    small: dict[tuple[int, bool], list[Leaf]] = {}
+    small: dict[int, list[Sequence[jax.Array]]] = {}
     for leaf, block in zip(leaves, blocks, strict=True):
-        if _size(leaf) < _SMALL:
-            small.setdefault((block, isinstance(leaf, jax.Array)), []).append(leaf)
-        else:
+        if isinstance(leaf, jax.Array) or _size(leaf) >= _LARGE:
             merged.append((leaf, block))
-    for (block, stacked), group in small.items():
-        if len(group) == 1:
-            joined = group[0]
-        elif stacked:
-            joined = jnp.concatenate([_flat_stack(leaf, dtype) for leaf in group], axis=1)
-        else:
-            tasks = zip(*(_flat_rows(leaf) for leaf in group), strict=True)
-            joined = tuple(jnp.concatenate([row.astype(dtype) for row in rows]) for rows in tasks)
-        merged.append((joined, block))
-    return [leaf for leaf, _ in merged], [block for _, block in merged]
+        elif _size(leaf):
+            small.setdefault(block, []).append(leaf)
+    for block, group in small.items():
+        tasks = zip(*(_flat_rows(leaf) for leaf in group), strict=True)
+        rows = [[row.astype(dtype) for row in rows] for rows in tasks]
+        merged.append((tuple(jnp.concatenate(r) if len(r) > 1 else r[0] for r in rows), block))
+    return [(leaf, block) for leaf, block in merged if _size(leaf)]
 
 
 # Anywhere else: what XLA partitions and fuses by itself.

@@ -1,0 +1,189 @@
+"""The Gram matrix and the norms against NumPy in float64, on one device, on meshes, and their programs."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_optax.gram_matrix import _LARGE, gram_matrices, squared_norms
+
+SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33))
+
+
+def _random(shapes, num_tasks, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(num_tasks))
+        for shape in shapes
+    ]
+
+
+def _reference(leaves, blocks, num_blocks):
+    num_tasks = len(leaves[0])
+    grams = np.zeros((num_blocks, num_tasks, num_tasks))
+    for leaf, block in zip(leaves, blocks, strict=True):
+        rows = np.stack([np.asarray(row, np.float64).ravel() for row in leaf])
+        grams[block] += rows @ rows.T
+    return grams
+
+
+def _check(leaves, blocks, num_blocks, tolerance=1e-5):
+    want = _reference(leaves, blocks, num_blocks)
+    size = np.sqrt(np.einsum("bs,bt->bst", *[np.einsum("btt->bt", want)] * 2))
+    stacked = [jnp.stack(leaf) for leaf in leaves]
+    for form in (leaves, stacked):
+        gram, norms = jax.jit(
+            lambda x: (gram_matrices(x, blocks, num_blocks), squared_norms(x, blocks, num_blocks))
+        )(form)
+        assert np.all(np.abs(gram - want) <= tolerance * size + 1e-30)
+        np.testing.assert_array_equal(gram, np.swapaxes(gram, 1, 2))
+        np.testing.assert_allclose(norms, np.einsum("btt->bt", want), rtol=tolerance)
+    return gram
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 6])
+def test_odd_shapes_scalars_empties_and_blocks(num_tasks):
+    _check(_random(SHAPES, num_tasks), (0, 1, 0, 3, 1, 3), 5)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 6, 17])
+def test_large_leaves_with_a_remainder(num_tasks):
+    _check(_random([(_LARGE + 77,), (9,)], num_tasks), (0, 0), 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("num_tasks", [3, 5])
+def test_half_precision_accumulates_in_float32(dtype, num_tasks):
+    gram = _check(_random([(_LARGE + 5,), (40, 40)], num_tasks, dtype), (0, 1), 2)
+    assert gram.dtype == jnp.float32
+
+
+def test_float16_does_not_overflow():
+    rows = (jnp.full((1000,), 300, jnp.float16),) * 2
+    assert float(gram_matrices([rows], (0,), 1)[0, 0, 1]) == 9e7
+
+
+def test_float64_and_mixed_dtypes():
+    with jax.enable_x64(True):
+        leaves = _random([(50,)], 3, jnp.float64) + _random([(60,)], 3, jnp.bfloat16)
+        assert _check(leaves, (0, 0), 1, 1e-14).dtype == jnp.float64
+
+
+def test_a_nonfinite_task_stays_in_its_own_row_and_column():
+    leaves = [(*_random([(_LARGE,)], 5)[0], jnp.full((_LARGE,), jnp.nan))]
+    gram = gram_matrices(leaves, (0,), 1)[0]
+    assert np.all(np.isfinite(gram[:5, :5])) and np.all(np.isnan(gram[5]))
+
+
+def test_inside_vmap_scan_and_shard_map():
+    x = jnp.stack([jnp.stack(leaf) for leaf in _random([(4, 3), (4, 3)], 3)])
+    want = jnp.stack([gram_matrices([one], (0,), 1) for one in x])
+    np.testing.assert_allclose(jax.vmap(lambda one: gram_matrices([one], (0,), 1))(x), want, 1e-5)
+    scanned = jax.lax.scan(lambda c, one: (c, gram_matrices([one], (0,), 1)), 0, x)[1]
+    np.testing.assert_allclose(scanned, want, 1e-5)
+
+    big = _random([(_LARGE,)], 5)[0]
+    mesh = jax.make_mesh((1,), ("i",))
+    summed = jax.shard_map(
+        lambda *rows: jax.lax.psum(gram_matrices([rows], (0,), 1), "i"),
+        mesh=mesh,
+        in_specs=jax.P("i"),
+        out_specs=jax.P(),
+    )
+    np.testing.assert_allclose(jax.jit(summed)(*big), gram_matrices([big], (0,), 1), 1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("num_tasks", [3, 6])
+def test_separate_gradients_are_never_copied_into_one_array(num_tasks):
+    rows = _random([(512, 1024)], num_tasks)[0]
+
+    def from_stack(*rows):
+        stack = jnp.stack([row * 2 for row in rows])
+        return gram_matrices([tuple(stack[t] for t in range(num_tasks))], (0,), 1)
+
+    compiled = jax.jit(from_stack).lower(*rows).compile()
+    assert f"f32[{num_tasks},512,1024]" not in compiled.as_text()
+    assert f"f32[{num_tasks},524288]" not in compiled.as_text()
+
+
+def test_a_stacked_leaf_is_read_in_place():
+    x = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
+    compiled = jax.jit(lambda x: gram_matrices([x], (0,), 1)).lower(x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_a_branch_does_not_copy_its_operands():
+    x = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
+
+    def branch(x):
+        return jax.lax.cond(
+            x[0, 0] > 0, lambda: gram_matrices([x], (0,), 1), lambda: jnp.zeros((1, 6, 6))
+        )
+
+    assert jax.jit(branch).lower(x).compile().memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("one_block", [True, False])
+def test_the_program_of_500_leaves_stays_small(one_block):
+    shapes = [
+        (8, *((64, 64), (64,), (128, 256), (3, 3, 16, 16), (512, 600))[i % 5]) for i in range(500)
+    ]
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    blocks, num_blocks = ((0,) * 500, 1) if one_block else (tuple(range(500)), 500)
+    program = jax.jit(lambda x: gram_matrices(x, blocks, num_blocks)).lower(leaves).as_text()
+    assert program.count(" = stablehlo.") < 8 * 500
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np, re
+from jax.sharding import AxisType
+from mtl_optax.gram_matrix import gram_matrices, squared_norms
+rng = np.random.default_rng(0)
+shapes = [(64, 32), (64,), (8, 6), (5,), ()]
+specs = [jax.P("a", "b"), jax.P(("a", "b")), jax.P("a", "b"), jax.P(), jax.P()]
+values = [rng.standard_normal((4, *shape)).astype(np.float32) for shape in shapes]
+blocks = (0, 0, 0, 1, 1)
+want = np.zeros((2, 4, 4))
+for value, block in zip(values, blocks):
+    want[block] += value.reshape(4, -1) @ value.reshape(4, -1).T
+def both(x):
+    return gram_matrices(x, blocks, 2), squared_norms(x, blocks, 2)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+        separate = [tuple(put(x, p) for x in v) for v, p in zip(values, specs)]
+        stacked = [put(v, jax.P(None, *p)) for v, p in zip(values, specs)]
+        many = separate * 20
+        for leaves in (separate, stacked):
+            compiled = jax.jit(both).lower(leaves).compile()
+            text = compiled.as_text()
+            assert "all-gather" not in text and "all-to-all" not in text, text
+            assert len(re.findall(r" all-reduce(?:-start)?\\(", text)) == 1, text
+            gram, norms = compiled(leaves)
+            assert gram.sharding.is_fully_replicated
+            np.testing.assert_allclose(gram, want, 1e-5, 1e-4)
+            np.testing.assert_allclose(norms, np.einsum("btt->bt", want), 1e-5)
+        gram = jax.jit(lambda x: gram_matrices(x, blocks * 20, 2))(many)
+        np.testing.assert_allclose(gram / 20, want, 1e-5, 1e-4)
+print("done")
+"""
+
+
+def test_on_eight_devices_only_the_sums_are_exchanged():
+    run = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.endswith("done\n"), run.stderr[-2000:]
