@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
-from mtl_optax.solvers.nonnegative import exchange, masked_cholesky, product
+from mtl_optax.solvers.nonnegative import (
+    exchange,
+    masked_cholesky,
+    nonnegative_least_squares,
+    product,
+)
 
 
 class _Pivoting(NamedTuple):
@@ -39,6 +44,32 @@ def _level_on_support(
     rest = jnp.sum(slack * offset) - radius * radius
     root = jnp.sqrt(jnp.maximum(cross * cross - square * rest, 0))
     return jnp.where(square > 0, (cross + root) / jnp.where(square > 0, square, 1), jnp.inf)
+
+
+def _bisect(
+    state: _Pivoting, cosine: jax.Array, ratio: jax.Array, slack: jax.Array, radius: jax.Array
+) -> _Pivoting:
+    """Narrow the level by bisection, with an exact correction for each one: where pivoting fails.
+
+    Does nothing when the state is done.
+    """
+
+    def step(state: _Pivoting) -> _Pivoting:
+        level = (state.low + state.high) / 2
+        wanted = level * ratio - slack
+        amounts = nonnegative_least_squares(cosine, wanted, ratio > 0)
+        above = jnp.sum(amounts * wanted) > radius * radius
+        return state._replace(
+            passive=amounts > 0,
+            level=level,
+            low=jnp.where(above, state.low, level),
+            high=jnp.where(above, level, state.high),
+            step=state.step + 1,
+        )
+
+    steps = jnp.finfo(slack.dtype).nmant + 4
+    state = state._replace(step=jnp.asarray(0, jnp.int32))
+    return lax.while_loop(lambda state: ~state.done & (state.step < steps), step, state)
 
 
 def conflict_averse_weights(
@@ -133,6 +164,7 @@ def conflict_averse_weights(
     limit = 4 * size + 30
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
+    end = _bisect(end, cosine, ratio, slack, radius)
     masked_ratio = jnp.where(end.passive, ratio, 0)
     masked_slack = jnp.where(end.passive, slack, 0)
     factor = masked_cholesky(cosine, end.passive)

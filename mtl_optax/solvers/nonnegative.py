@@ -69,6 +69,51 @@ def exchange(
     return passive ^ moved, jnp.minimum(count, fewest), patience
 
 
+class _Descent(NamedTuple):
+    passive: jax.Array  # bool [T]
+    solution: jax.Array  # [T], always feasible
+    step: jax.Array
+    done: jax.Array
+
+
+def _descend(unit: jax.Array, target: jax.Array, usable: jax.Array, skip: jax.Array) -> jax.Array:
+    """Passive set by the method of Lawson and Hanson: one variable at a time, always downhill.
+
+    Slower than block pivoting, but it ends also where that goes round in circles: on many gradients
+    in few dimensions. With ``skip`` it does nothing.
+    """
+    size = target.shape[0]
+    tolerance = 8 * jnp.finfo(target.dtype).eps
+    index = jnp.arange(size, dtype=jnp.int32)
+
+    def step(state: _Descent) -> _Descent:
+        factor = masked_cholesky(unit, state.passive)
+        goal = cholesky_solve(factor, jnp.where(state.passive, target, 0))
+        blocked = state.passive & (goal <= 0)
+        room = state.solution / jnp.where(blocked, state.solution - goal, 1)
+        room = jnp.where(blocked & (state.solution > goal), room, jnp.where(blocked, 0, jnp.inf))
+        share = jnp.minimum(jnp.min(room), 1)
+        solution = jnp.maximum(state.solution + share * (goal - state.solution), 0)
+        kept = state.passive & ~(blocked & (room <= share))
+        solution = jnp.where(kept, solution, 0)
+
+        # Only at the optimum of its own set may another variable enter: the steepest one.
+        slope = jnp.where(usable & ~kept, product(unit, solution) - target, jnp.inf)
+        steepest = jnp.argmin(slope).astype(jnp.int32)
+        settled = ~jnp.any(blocked)
+        optimal = slope[steepest] >= -tolerance * (1 + jnp.max(solution))
+        enters = settled & ~optimal & (index == steepest)
+        return _Descent(kept | enters, solution, state.step + 1, settled & optimal)
+
+    start = _Descent(
+        passive=jnp.zeros_like(usable),
+        solution=jnp.zeros_like(target),
+        step=jnp.asarray(0, jnp.int32),
+        done=skip,
+    )
+    return lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, start).passive
+
+
 def nonnegative_least_squares(
     matrix: jax.Array, linear: jax.Array, active: jax.Array | None = None
 ) -> jax.Array:
@@ -77,6 +122,7 @@ def nonnegative_least_squares(
     Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): guess which variables are
     positive, solve for these, and move every variable whose sign condition fails to the other side. A few
     Cholesky factorisations suffice where a method that moves one variable at a time needs one for each.
+    Where that does not settle, the method of Lawson and Hanson (1974) takes over.
 
     Args:
         matrix: ``M``, positive semidefinite ``[T, T]``; it may be singular.
@@ -117,12 +163,13 @@ def nonnegative_least_squares(
         step=jnp.asarray(0, jnp.int32),
         done=jnp.asarray(False),
     )
-    limit = 3 * size + 20
+    limit = 20 + size // 2
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
-    solution = end.solution
-    factor = masked_cholesky(unit, end.passive)
+    passive = jnp.where(end.done, end.passive, _descend(unit, target, usable, end.done))
+    factor = masked_cholesky(unit, passive)
+    solution = cholesky_solve(factor, jnp.where(passive, target, 0))
     for _ in range(REFINEMENTS):
-        rest = jnp.where(end.passive, target - product(unit, solution), 0)
+        rest = jnp.where(passive, target - product(unit, solution), 0)
         solution = solution + cholesky_solve(factor, rest)
     return jnp.maximum(solution, 0) * scale * largest
