@@ -13,6 +13,7 @@ import jax
 import pytest
 
 import mtl_optax
+from methods_table import renewed
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,8 +74,12 @@ def test_public_callables_are_documented(name: str) -> None:
     assert ">>> " in text, f"the example of {name} cannot be run"
 
 
+def test_readme_table_is_that_of_the_methods() -> None:
+    assert renewed(README) == README, "run: python tests/methods_table.py"
+
+
 def test_every_method_names_its_reference() -> None:
-    for method in mtl_optax.METHODS:
+    for method in mtl_optax.METHODS.values():
         text = inspect.getdoc(method.factory) or ""
         assert re.search(r"^References?:$", text, flags=re.M), f"{method.name} names no reference"
 
