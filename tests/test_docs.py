@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from methods_table import renewed
 
 import mtl_optax
-from methods_table import renewed
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
