@@ -54,11 +54,11 @@ def aligned_mtl(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.aligned_mtl(2)
       >>> grads = jnp.array([[4., 0.], [0., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [1.0, 1.0]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [1. 1.]
 
     References:
       Senushkin et al., Independent Component Alignment for Multi-Task Learning, 2023.

@@ -58,11 +58,11 @@ def cagrad(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.cagrad(2, c=0.5, rescale=0)
       >>> grads = jnp.array([[2., 0.], [0., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [1.25, 1.0]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [1.    1.059]
 
     References:
       Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021.

@@ -66,13 +66,13 @@ def cr_mogm(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.cr_mogm(2, alpha=0.5)
       >>> grads = jnp.array([[2., 0.], [0., 1.]])
       >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)))
       >>> _, state = tx.update(grads[::-1], state)
-      >>> state.weights.round(3).tolist()
-      [0.5, 0.5]
+      >>> print(np.asarray(state.weights).round(3))
+      [0.5 0.5]
 
     References:
       Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond,

@@ -80,12 +80,12 @@ def emtl(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.emtl(2)
       >>> grads, losses = jnp.array([[2., 0.], [0., 1.]]), jnp.array([1., 3.])
       >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
-      >>> jnp.exp(state.rule_state.log_p).round(3).tolist()
-      [0.24, 0.76]
+      >>> print(np.asarray(jnp.exp(state.rule_state.log_p)).round(3))
+      [0.24 0.76]
 
     References:
       Yuan et al., Equitable Multi-task Learning, 2023.

@@ -74,11 +74,11 @@ def fairgrad(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.fairgrad(2, alpha=2.0)
       >>> _, state = tx.update(jnp.array([[8., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
-      >>> state.weights.round(4).tolist()
-      [0.0625, 1.0]
+      >>> print(np.asarray(state.weights).round(4))
+      [0.0625 1.    ]
 
     References:
       Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024.

@@ -51,11 +51,11 @@ def grad_similarity(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.grad_similarity(3, target=0)
       >>> grads = jnp.array([[1., 0.], [-1., 1.], [1., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].tolist()
-      [2.0, 1.0]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [2. 1.]
 
     References:
       Du et al., Adapting Auxiliary Losses Using Gradient Similarity, 2018.

@@ -47,11 +47,11 @@ def grad_surgery(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.grad_surgery(2, target=0)
       >>> grads = jnp.array([[1., 0.], [-1., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [1.0, 1.0]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [1. 1.]
 
     References:
       He et al., MetaBalance: Improving Multi-Task Recommendations via Adapting Gradient Magnitudes of

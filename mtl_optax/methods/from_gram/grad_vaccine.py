@@ -88,11 +88,14 @@ def grad_vaccine(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.grad_vaccine(2, beta=0.5)
       >>> update, state = tx.update(jnp.array([[1., 0.], [-1., 1.]]), tx.init(jnp.zeros(2)))
-      >>> update.round(3).tolist(), state.rule_state.similarity_ema.round(3).tolist()
-      ([0.5, 1.5], [[0.0, -0.354], [-0.354, 0.0]])
+      >>> print(np.asarray(update).round(3))
+      [0.5 1.5]
+      >>> print(np.asarray(state.rule_state.similarity_ema).round(3))
+      [[ 0.    -0.354]
+       [-0.354  0.   ]]
 
     References:
       Wang et al., Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively

@@ -45,11 +45,11 @@ def imtl_g(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.imtl_g(2)
       >>> grads = jnp.array([[3., 0.], [0., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [0.75, 0.75]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [0.75 0.75]
 
     References:
       Liu et al., Towards Impartial Multi-task Learning, 2021.

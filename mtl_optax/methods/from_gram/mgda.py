@@ -54,11 +54,13 @@ def mgda(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.mgda(2)
       >>> update, state = tx.update(jnp.array([[2., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
-      >>> state.weights.round(3).tolist(), update.round(3).tolist()
-      ([0.2, 0.8], [0.4, 0.8])
+      >>> print(np.asarray(state.weights).round(3))
+      [0.2 0.8]
+      >>> print(np.asarray(update).round(3))
+      [0.4 0.8]
 
     References:
       Desideri, Multiple-Gradient Descent Algorithm, 2012; Sener and Koltun, Multi-Task Learning as

@@ -64,11 +64,11 @@ def modo(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.modo(2, gamma=0.1, rho=0.0)
       >>> _, state = tx.update(jnp.array([[2., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
-      >>> state.weights.round(3).tolist()
-      [0.425, 0.575]
+      >>> print(np.asarray(state.weights).round(3))
+      [0.425 0.575]
 
     References:
       Chen et al., Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and

@@ -87,7 +87,7 @@ def multibalance(
       >>> tx = mtl.multibalance(2, weight_lr=0.1)
       >>> update, state = tx.update(jnp.array([[4., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
       >>> print(np.asarray(state.rule_state.simplex_weights).round(3))
-      [0.464, 0.536]
+      [0.464 0.536]
 
     References:
       He, Chen, Xu et al., MultiBalance: Multi-Objective Gradient Balancing in Industrial-Scale

@@ -59,11 +59,13 @@ def nash_mtl(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.nash_mtl(2)
       >>> update, state = tx.update(jnp.array([[8., 0.], [0., 0.1]]), tx.init(jnp.zeros(2)))
-      >>> update.round(3).tolist(), state.weights.round(3).tolist()
-      ([1.0, 1.0], [0.125, 10.0])
+      >>> print(np.asarray(update).round(3))
+      [1. 1.]
+      >>> print(np.asarray(state.weights).round(3))
+      [ 0.125 10.   ]
 
     References:
       Navon et al., Multi-Task Learning as a Bargaining Game, 2022.

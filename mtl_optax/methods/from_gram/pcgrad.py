@@ -65,11 +65,11 @@ def pcgrad(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.pcgrad(2)
       >>> grads = jnp.array([[1., 0.], [-1., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [0.5, 1.5]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [0.5 1.5]
 
     References:
       Yu et al., Gradient Surgery for Multi-Task Learning, 2020.

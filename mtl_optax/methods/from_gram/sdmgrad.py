@@ -76,11 +76,11 @@ def sdmgrad(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.sdmgrad(2, lam=0.5, num_steps=100, step_size=0.1)
       >>> _, state = tx.update(jnp.array([[1., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
-      >>> state.weights.round(3).tolist()
-      [0.5, 0.5]
+      >>> print(np.asarray(state.weights).round(3))
+      [0.5 0.5]
 
     References:
       Xiao, Ban and Ji, Direction-oriented Multi-objective Learning: Simple and Provable Stochastic

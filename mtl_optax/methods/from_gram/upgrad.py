@@ -49,11 +49,11 @@ def upgrad(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.upgrad(2)
       >>> grads = jnp.array([[1., 0.], [-1., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [0.25, 0.75]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [0.25 0.75]
 
     References:
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024.
@@ -91,11 +91,11 @@ def dualproj(
 
     Example:
 
-      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.dualproj(2)
       >>> grads = jnp.array([[1., 0.], [-3., 1.]])
-      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].round(3).tolist()
-      [0.0, 0.5]
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [0.  0.5]
 
     References:
       Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, 2017.
