@@ -26,7 +26,9 @@ def weigh_losses(
 
     Returns:
       `(weighted_sum, new_state)`: a scalar to differentiate, and the state for the next step (return it
-      as auxiliary output). The loss of a task with weight 0 does not reach the sum, not even as NaN.
+      as auxiliary output). The loss of a task with weight 0 does not reach the sum, not even as NaN; but
+      where its derivative is NaN, 0 times it is NaN too. `skip_nonfinite` around the optimizer, or a
+      method on gradients, keeps that from the parameters.
 
     Raises:
       ValueError: where the method needs gradients; the message says where to put it.
@@ -52,7 +54,8 @@ def weigh_losses(
     # One unit "gradient" a task: what the method makes of them is the vector of its weights.
     units = jnp.eye(losses.shape[0], dtype=losses.dtype)
     update = optax.with_extra_args_support(method).update
-    weights, state = update(units, state, None, losses=constant, on_losses=True, **extra_args)
+    # In place of parameters stands a vector [T], of which the rows of `units` are the "gradients".
+    weights, state = update(units, state, constant, losses=constant, on_losses=True, **extra_args)
     weights = jax.lax.stop_gradient(jnp.asarray(weights))
     used = weights != 0
     return jnp.sum(jnp.where(used, weights * jnp.where(used, losses, 0), 0)), state

@@ -51,8 +51,7 @@ def per_task_value_and_grad(
     References:
       The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1.
     """
-    if mode not in ("auto", "vmap", "unroll", "map"):
-        raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
+    _check_mode(mode)
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -117,6 +116,7 @@ def split_value_and_grad(
     References:
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3.
     """
+    _check_mode(mode)
 
     def value_and_grad(shared: Any, heads: Any, *args: Any) -> Any:
         representation, pull_shared = jax.vjp(lambda s: encode(s, *args), shared)
@@ -149,6 +149,11 @@ def check_losses(losses: Any) -> jax.Array:
     if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
         raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")
     return jnp.asarray(losses)
+
+
+def _check_mode(mode: Any) -> None:
+    if mode not in ("auto", "vmap", "unroll", "map"):
+        raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
 
 
 def _pull_each(pullback: Callable[[jax.Array], Any], losses: jax.Array, mode: Mode) -> Any:

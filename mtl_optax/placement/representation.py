@@ -6,7 +6,7 @@ backward pass as the *cotangent of the old state*, so there is no side effect, a
 does to a gradient (jit, scan, remat, vmap, sharding) it does to this one.
 
 A cotangent must have the dtype of its primal and integers have none, so the state travels as a
-*carrier*: the same tree, with every integer split into float32 halves of 16 bits, which is exact.
+*carrier*: see `carrier.py`.
 """
 
 from __future__ import annotations
@@ -17,75 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from mtl_optax.from_rule import BalanceState
+from mtl_optax.placement.carrier import encode_state, fork_state
 from mtl_optax.placement.parameters import check_losses
-
-
-def fork_init(method: optax.GradientTransformation, representation: Any) -> Any:
-    """Makes the carrier of a method's state for `fork`.
-
-    The carrier is the state `method.init(representation)` with float leaves only; it is a pytree to
-    donate, checkpoint and carry through `scan` like any other. The representation's values are not
-    read.
-
-    Args:
-      method: any optax transformation that removes the task axis.
-      representation: the shared representation or its `jax.ShapeDtypeStruct`, any pytree.
-
-    Returns:
-      The carrier.
-
-    Raises:
-      TypeError: where the state holds a dtype that no float can carry (complex).
-
-    Example:
-
-      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
-      >>> carrier = mtl.fork_init(mtl.multibalance(2), jax.ShapeDtypeStruct((8, 4), jnp.float32))
-      >>> {leaf.dtype.name for leaf in jax.tree.leaves(carrier)}
-      {'float32'}
-
-    References:
-      He et al., MultiBalance, 2024, algorithm 3.
-    """
-    return jax.tree.map(_encode, method.init(representation))
-
-
-def fork_state(method: optax.GradientTransformation, carrier: Any, representation: Any) -> Any:
-    """Recovers the method's optax state from a carrier, for diagnostics and checkpoints.
-
-    Args:
-      method: the method the carrier was made for.
-      carrier: what `fork_init` or the last backward pass returned.
-      representation: the representation or its `jax.ShapeDtypeStruct`.
-
-    Returns:
-      The state, with the dtypes of `method.init(representation)`.
-
-    Raises:
-      ValueError: where the carrier is not of this method.
-
-    Example:
-
-      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
-      >>> method, like = mtl.multibalance(2), jax.ShapeDtypeStruct((8, 4), jnp.float32)
-      >>> int(mtl.fork_state(method, mtl.fork_init(method, like), like).balance_count)
-      0
-
-    References:
-      He et al., MultiBalance, 2024, algorithm 3.
-    """
-    like = jax.eval_shape(method.init, representation)
-    if jax.tree.structure(like) != jax.tree.structure(carrier):
-        raise ValueError(
-            "fork: the carrier is not of this method and representation: make it with "
-            "fork_init(method, representation). Expected the structure "
-            f"{jax.tree.structure(like)}, found {jax.tree.structure(carrier)}."
-        )
-    return jax.tree.map(_decode, carrier, like)
 
 
 class ForkToken(NamedTuple):
@@ -114,13 +50,16 @@ def fork(
     Args:
       representation: `h`, any pytree of arrays.
       carrier: from `fork_init(method, h)`, or the last step's.
-      method: any optax transformation that removes the task axis. It sees `h` as `params`.
+      method: any optax transformation that removes the task axis. It sees `h` as `params`, and the
+        extra arguments `losses` and `active`: wrap one that refuses what it does not know in
+        `drop_extra_args(method, "losses", "active")`.
       num_tasks: T; read from the method's state where that is a method of this library.
 
     Returns:
       `(copies, token)`: a tuple of T representations, one for each head, and the token for `join`.
 
     Raises:
+      TypeError: where the representation holds integers; give those to the heads directly.
       ValueError: where the carrier does not fit, T cannot be told, the losses were not joined though
         the method needs them, or the method does not remove the task axis.
 
@@ -148,6 +87,7 @@ def fork(
         raise ValueError(
             "fork: cannot tell the number of tasks from this method's state; pass num_tasks=."
         )
+    _check_representation(representation)
     fork_state(method, carrier, representation)  # raises here, where the caller can see it
     copies, slots = _fork(method, num_tasks, representation, carrier)
     return copies, ForkToken(slots)
@@ -190,6 +130,10 @@ def join(losses: jax.Array, token: ForkToken, *, active: jax.Array | None = None
             f"join: the fork has {slots.shape[1]} tasks, found {losses.shape[0]} losses."
         )
     present = jnp.ones(losses.shape, bool) if active is None else jnp.asarray(active)
+    if present.shape != losses.shape:
+        raise ValueError(
+            f"join: active must have shape {losses.shape}, one entry per task; found {present.shape}."
+        )
     return _join(losses, slots, present.astype(slots.dtype))
 
 
@@ -298,9 +242,16 @@ def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> A
         # A join that was traced away leaves zeros here: then nothing is known of the losses.
         told["losses"] = jnp.where(joined > 0, losses, jnp.nan)
         told["active"] = (present > 0) | (joined <= 0)
-    update, state = optax.with_extra_args_support(method).update(
-        updates, state, representation, **told
-    )
+    try:
+        update, state = optax.with_extra_args_support(method).update(
+            updates, state, representation, **told
+        )
+    except ValueError as error:
+        if not told:
+            error.add_note(
+                "fork: the method was not told the losses: differentiate join(losses, token)."
+            )
+        raise
     got, want = (jax.tree.map(jnp.shape, tree) for tree in (update, representation))
     if got != want:
         raise ValueError(
@@ -308,7 +259,7 @@ def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> A
             f"{got}. End the chain with one that removes the task axis, such as sum_tasks."
         )
     update = jax.tree.map(lambda u, r: u.astype(r.dtype), update, representation)
-    return update, jax.tree.map(_encode, state)
+    return update, encode_state(state)
 
 
 _fork.defvjp(_fork_fwd, _fork_bwd, symbolic_zeros=True)
@@ -333,49 +284,19 @@ def _join_bwd(residuals: Any, cotangent: jax.Array) -> Any:
 _join.defvjp(_join_fwd, _join_bwd)
 
 
+def _check_representation(representation: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(representation):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                "fork: the representation must be real floating point; leaf "
+                f"{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. Give integers to the heads "
+                "directly."
+            )
+
+
 def _tasks_of(carrier: Any) -> int | None:
     is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
     for node in jax.tree.leaves(carrier, is_leaf=is_state):
         if is_state(node):
             return node.skipped.shape[0]
     return None
-
-
-# --- integers as floats ------------------------------------------------------------------------------
-
-
-def _encode(leaf: Any) -> jax.Array:
-    """A float array that determines `leaf`: itself, or halves of 16 bits along a last axis."""
-    leaf = jnp.asarray(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    if leaf.dtype == jnp.bool_:
-        return leaf.astype(jnp.float32)[..., None]
-    if not jnp.issubdtype(leaf.dtype, jnp.integer):
-        raise TypeError(f"fork: a state of dtype {leaf.dtype} cannot travel as a cotangent.")
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = lax.bitcast_convert_type(leaf, unsigned)
-    count = max(1, leaf.dtype.itemsize // 2)
-    mask = jnp.asarray(0xFFFF if leaf.dtype.itemsize > 1 else 0xFF, unsigned)
-    halves = [(bits >> jnp.asarray(16 * k, unsigned)) & mask for k in range(count)]
-    return jnp.stack([half.astype(jnp.float32) for half in halves], axis=-1)
-
-
-def _decode(leaf: jax.Array, like: Any) -> jax.Array:
-    """The inverse of `_encode`, for a leaf of the shape and dtype of `like`."""
-    if jnp.issubdtype(like.dtype, jnp.floating):
-        return leaf
-    if like.dtype == jnp.bool_:
-        return leaf[..., 0] > 0
-    is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-    dtype = jnp.dtype(jnp.uint32) if is_key else jnp.dtype(like.dtype)
-    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
-    bits = jnp.zeros(leaf.shape[:-1], unsigned)
-    for k in range(leaf.shape[-1]):
-        half = leaf[..., k].astype(jnp.uint32).astype(unsigned)
-        bits = bits | (half << jnp.asarray(16 * k, unsigned))
-    if is_key:
-        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(like))
-    return lax.bitcast_convert_type(bits, dtype)

@@ -1,0 +1,142 @@
+"""A method's state as a tree of floats, so that it can leave a backward pass as a cotangent.
+
+A cotangent must have the dtype of its primal and integers have none, so the state travels as a
+*carrier*: the same tree, with every integer split into float32 halves of 16 bits, which is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+def fork_init(method: optax.GradientTransformation, representation: Any) -> Any:
+    """Makes the carrier of a method's state for `fork`.
+
+    The carrier is the state `method.init(representation)` with float leaves only; it is a pytree to
+    donate, checkpoint and carry through `scan` like any other. The representation's values are not
+    read.
+
+    Args:
+      method: any optax transformation that removes the task axis.
+      representation: the shared representation or its `jax.ShapeDtypeStruct`, any pytree.
+
+    Returns:
+      The carrier.
+
+    Raises:
+      TypeError: where the state holds a dtype that no float can carry (complex).
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
+      >>> carrier = mtl.fork_init(mtl.multibalance(2), jax.ShapeDtypeStruct((8, 4), jnp.float32))
+      >>> {leaf.dtype.name for leaf in jax.tree.leaves(carrier)}
+      {'float32'}
+
+    References:
+      He et al., MultiBalance, 2024, algorithm 3.
+    """
+    return encode_state(method.init(representation))
+
+
+def fork_state(method: optax.GradientTransformation, carrier: Any, representation: Any) -> Any:
+    """Recovers the method's optax state from a carrier, for diagnostics and checkpoints.
+
+    Args:
+      method: the method the carrier was made for.
+      carrier: what `fork_init` or the last backward pass returned.
+      representation: the representation or its `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The state, with the dtypes of `method.init(representation)`.
+
+    Raises:
+      ValueError: where the carrier is not of this method.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
+      >>> method, like = mtl.multibalance(2), jax.ShapeDtypeStruct((8, 4), jnp.float32)
+      >>> int(mtl.fork_state(method, mtl.fork_init(method, like), like).balance_count)
+      0
+
+    References:
+      He et al., MultiBalance, 2024, algorithm 3.
+    """
+    like = jax.eval_shape(method.init, representation)
+    _check_carrier(carrier, jax.eval_shape(encode_state, like))
+    return jax.tree.map(_decode, carrier, like)
+
+
+def encode_state(state: Any) -> Any:
+    """The carrier of a state."""
+    return jax.tree.map(_encode, state)
+
+
+def _check_carrier(carrier: Any, like: Any) -> None:
+    wrong = (
+        "fork: the carrier is not of this method and representation: make it with "
+        "fork_init(method, representation). "
+    )
+    got, want = jax.tree.structure(carrier), jax.tree.structure(like)
+    if got != want:
+        raise ValueError(f"{wrong}Expected the structure {want}, found {got}.")
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    for (path, expected), leaf in zip(leaves, jax.tree.leaves(carrier), strict=True):
+        if jnp.shape(leaf) != expected.shape or jnp.result_type(leaf) != expected.dtype:
+            raise ValueError(
+                f"{wrong}Leaf {jax.tree_util.keystr(path)} should be {expected.dtype} "
+                f"{expected.shape}, found {jnp.result_type(leaf)} {jnp.shape(leaf)}."
+            )
+
+
+# --- integers as floats ------------------------------------------------------------------------------
+
+
+def _encode(leaf: Any) -> jax.Array:
+    """A float array that determines `leaf`: itself, or halves of 16 bits along a last axis."""
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    if leaf.dtype == jnp.bool_:
+        return leaf.astype(jnp.float32)[..., None]
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        raise TypeError(f"fork: a state of dtype {leaf.dtype} cannot travel as a cotangent.")
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(leaf, unsigned)
+    count = max(1, leaf.dtype.itemsize // 2)
+    mask = jnp.asarray(0xFFFF if leaf.dtype.itemsize > 1 else 0xFF, unsigned)
+    halves = [(bits >> jnp.asarray(16 * k, unsigned)) & mask for k in range(count)]
+    return jnp.stack([half.astype(jnp.float32) for half in halves], axis=-1)
+
+
+def _decode(leaf: jax.Array, like: Any) -> jax.Array:
+    """The inverse of `_encode`, for a leaf of the shape and dtype of `like`."""
+    if jnp.issubdtype(like.dtype, jnp.floating):
+        return leaf
+    if like.dtype == jnp.bool_:
+        return leaf[..., 0] > 0
+    is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+    dtype = jnp.dtype(jnp.uint32) if is_key else jnp.dtype(like.dtype)
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    bits = jnp.zeros(leaf.shape[:-1], unsigned)
+    for k in range(leaf.shape[-1]):
+        half = leaf[..., k].astype(jnp.uint32).astype(unsigned)
+        bits = bits | (half << jnp.asarray(16 * k, unsigned))
+    if is_key:
+        return jax.random.wrap_key_data(bits, impl=_key_impl(like))
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def _key_impl(like: Any) -> Any:
+    """The generator of a key's dtype, which jax tells of arrays and tracers, not of shapes."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
