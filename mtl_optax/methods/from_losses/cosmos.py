@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
@@ -65,10 +66,8 @@ def cosmos(
     """
     num_tasks = check_num_tasks("cosmos", num_tasks)
     check_range("cosmos", lam=(lam, 0, math.inf))
-    if preference is not None and jnp.shape(preference) != (num_tasks,):
-        raise ValueError(
-            f"cosmos: preference must be [{num_tasks}]; found {jnp.shape(preference)}."
-        )
+    if preference is not None and np.shape(preference) != (num_tasks,):
+        raise ValueError(f"cosmos: preference must be [{num_tasks}]; found {np.shape(preference)}.")
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         losses = evidence.losses

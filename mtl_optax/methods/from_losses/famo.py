@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
@@ -98,9 +99,9 @@ def famo(
     """
     num_tasks = check_num_tasks("famo", num_tasks)
     check_range("famo", gamma=(gamma, 0, math.inf), weight_lr=(weight_lr, 0, math.inf))
-    if jnp.shape(min_losses) not in ((), (num_tasks,)):
+    if np.shape(min_losses) not in ((), (num_tasks,)):
         raise ValueError(
-            f"famo: min_losses must be a scalar or [{num_tasks}]; found {jnp.shape(min_losses)}."
+            f"famo: min_losses must be a scalar or [{num_tasks}]; found {np.shape(min_losses)}."
         )
     optimizer = optax.adam(weight_lr)
 
@@ -126,8 +127,8 @@ def famo(
         return weights, FAMOState(logits, jnp.where(active, log_losses, state.log_losses), last)
 
     def _after(told: Any, evidence: Evidence, state: FAMOState) -> tuple[jax.Array, jax.Array]:
-        if jnp.shape(told) != (num_tasks,):
-            raise ValueError(f"famo: losses_after must be [{num_tasks}]; found {jnp.shape(told)}.")
+        if np.shape(told) != (num_tasks,):
+            raise ValueError(f"famo: losses_after must be [{num_tasks}]; found {np.shape(told)}.")
         losses = jnp.asarray(told).astype(state.log_losses.dtype)
         finite = jnp.isfinite(losses)
         trains = finite & (state.last_step == evidence.step - 1)

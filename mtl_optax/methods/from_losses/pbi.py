@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
@@ -67,11 +68,11 @@ def pbi(
     """
     num_tasks = check_num_tasks("pbi", num_tasks)
     check_range("pbi", theta=(theta, 0, math.inf))
-    if preference is not None and jnp.shape(preference) != (num_tasks,):
-        raise ValueError(f"pbi: preference must be [{num_tasks}]; found {jnp.shape(preference)}.")
-    if jnp.shape(reference) not in ((), (num_tasks,)):
+    if preference is not None and np.shape(preference) != (num_tasks,):
+        raise ValueError(f"pbi: preference must be [{num_tasks}]; found {np.shape(preference)}.")
+    if np.shape(reference) not in ((), (num_tasks,)):
         raise ValueError(
-            f"pbi: reference must be a scalar or [{num_tasks}]; found {jnp.shape(reference)}."
+            f"pbi: reference must be a scalar or [{num_tasks}]; found {np.shape(reference)}."
         )
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
@@ -59,8 +60,8 @@ def rlw(
         if noise is None:
             key = jax.random.fold_in(jax.random.key(seed), evidence.step)
             noise = jax.random.normal(key, (num_tasks,), jnp.float32)
-        if jnp.shape(noise) != (num_tasks,):
-            raise ValueError(f"rlw: noise must be [{num_tasks}]; found {jnp.shape(noise)}.")
+        if np.shape(noise) != (num_tasks,):
+            raise ValueError(f"rlw: noise must be [{num_tasks}]; found {np.shape(noise)}.")
         return jnp.exp(log_softmax(jnp.asarray(noise), evidence.active)), state
 
     rule = Rule("rlw", num_tasks, frozenset(), lambda dtype: (), weigh, ("noise",))
