@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_gradients import TaskGradients, from_gradients
@@ -66,10 +67,9 @@ def graddrop(
     """
     num_tasks = check_num_tasks("graddrop", num_tasks)
     check_range("graddrop", leak=(leak, 0, 1))
-    if jnp.shape(leak) not in ((), (num_tasks,)):
+    if np.shape(leak) not in ((), (num_tasks,)):
         raise ValueError(
-            f"graddrop: leak must be a number or have shape ({num_tasks},); found "
-            f"{jnp.shape(leak)}."
+            f"graddrop: leak must be a number or have shape ({num_tasks},); found {np.shape(leak)}."
         )
 
     def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax import task_tree
@@ -106,10 +107,10 @@ def mtadam(
     """
     num_tasks = check_num_tasks("mtadam", num_tasks)
     check_range("mtadam", b1=(b1, 0, 1), b2=(b2, 0, 1), b3=(b3, 0, 1), eps=(eps, 0, float("inf")))
-    if ranks is not None and jnp.shape(ranks) != (num_tasks,):
+    if ranks is not None and np.shape(ranks) != (num_tasks,):
         raise ValueError(
             f"mtadam: ranks must have shape ({num_tasks},), one number per task; found "
-            f"{jnp.shape(ranks)}."
+            f"{np.shape(ranks)}."
         )
 
     def init(params: Any, dtype: Any) -> MTAdamState:

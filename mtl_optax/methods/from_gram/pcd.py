@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
@@ -88,9 +89,9 @@ def pcd(
     num_tasks = check_num_tasks("pcd", num_tasks)
     target = check_task_index("pcd", "target", target, num_tasks)
     check_range("pcd", tau=(tau, 0, 1), beta=(beta, 0, 1), eps=(eps, 0, float("inf")))
-    if jnp.shape(tau) not in ((), (num_tasks,)):
+    if np.shape(tau) not in ((), (num_tasks,)):
         raise ValueError(
-            f"pcd: tau must be a number or have shape ({num_tasks},); found {jnp.shape(tau)}."
+            f"pcd: tau must be a number or have shape ({num_tasks},); found {np.shape(tau)}."
         )
 
     def init(dtype: Any) -> PCDState:
