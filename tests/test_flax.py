@@ -126,8 +126,10 @@ def test_nnx_variable_holds_the_balancer(forked: Any) -> None:
     def step(model: Balanced, optimizer: Any) -> jax.Array:
         wrt = nnx.DiffState(0, (nnx.Param, Balance))
         grads, losses = nnx.grad(Balanced.loss, argnums=wrt, has_aux=True)(model, X, Y)
-        nnx.update(model, grads.filter(Balance))  # the new state is the "gradient" of the old
-        optimizer.update(model, grads.filter(nnx.Param))
+        nnx.update(
+            model, nnx.filter_state(grads, Balance)
+        )  # the new state is the "gradient" of the old
+        optimizer.update(model, nnx.filter_state(grads, nnx.Param))
         return losses
 
     for _ in range(2):
