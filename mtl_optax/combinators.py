@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from mtl_optax import task_tree
-from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
+from mtl_optax.from_rule import Evidence, Guard, Rule, WeightingOptions, from_rule
 
 
 def fixed_weights(
@@ -171,6 +171,7 @@ def per_task(
       Multi-Task Learning, 2023.
     """
     num_tasks = task_tree.check_num_tasks("per_task", num_tasks)
+    guard = Guard("per_task", num_tasks, frozenset({"gradients"}))
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:
@@ -180,8 +181,8 @@ def per_task(
     def update_fn(
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        task_tree.check_updates("per_task", updates, num_tasks, params)
-        keep = task_tree.finite(task_tree.rows_of(updates), num_tasks)
+        guard.check(updates, params, extra_args)
+        keep = task_tree.finite(updates, num_tasks)
         if active is not None:
             keep = keep & jnp.asarray(active)
 
@@ -322,7 +323,7 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
         task_tree.check_updates("accumulate", updates, num_tasks, params)
-        keep = task_tree.finite(task_tree.rows_of(updates), num_tasks)
+        keep = task_tree.finite(updates, num_tasks)
         if active is not None:
             keep = keep & jnp.asarray(active)
         if losses is not None:

@@ -103,7 +103,7 @@ def from_gradients(
         present: jax.Array,
         extra: dict[str, Any],
     ) -> tuple[Any, BalanceState]:
-        keep = present & task_tree.finite(task_tree.rows_of(updates), num_tasks, axis_name)
+        keep = present & task_tree.finite(updates, num_tasks, axis_name)
         if losses is not None:
             keep = keep & jnp.isfinite(losses)
         view = TaskGradients(

@@ -172,7 +172,7 @@ def from_rule(
     def balance(
         updates: Any, state: BalanceState, losses: Any, present: jax.Array, extra: dict[str, Any]
     ) -> tuple[Any, BalanceState]:
-        grouping = task_tree.assign_blocks(without_task_axis(updates), blocks)
+        grouping = task_tree.assign_blocks(task_tree.without_task_axis(updates), blocks)
         active = present if losses is None else present & jnp.isfinite(losses)
         losses = None if losses is None else jnp.where(active, losses, 0)
 
@@ -188,8 +188,7 @@ def from_rule(
             ), evidence.active
 
         def cached(state: BalanceState) -> tuple[BalanceState, jax.Array]:
-            rows = task_tree.rows_of(updates)
-            return state, active & task_tree.finite(rows, rule.num_tasks, axis_name)
+            return state, active & task_tree.finite(updates, rule.num_tasks, axis_name)
 
         if update_every == 1:
             state, keep = fresh(state)
@@ -300,11 +299,6 @@ def next_count(count: jax.Array) -> jax.Array:
     return jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)
 
 
-def without_task_axis(updates: Any) -> Any:
-    """The shapes of `updates` with the task axis removed: those of the parameters."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates)
-
-
 def _check_options(rule: Rule, update_every: Any) -> None:
     unknown = rule.needs - {"losses", "norms", "gram"}
     if unknown:
@@ -319,18 +313,17 @@ def _look(
     rule: Rule, evidence: Evidence, updates: Any, grouping: Blocks, dtype: Any, axis_name: Any
 ) -> Evidence:
     """Adds what the rule needs, and takes non-finite tasks out of the active ones."""
-    rows = task_tree.rows_of(updates)
     norms = cosine = None
     if "gram" in rule.needs:
         cosine, norms, finite = task_tree.gram(
-            rows, grouping, rule.num_tasks, dtype, evidence.active, axis_name
+            updates, grouping, rule.num_tasks, dtype, evidence.active, axis_name
         )
     elif "norms" in rule.needs:
         norms, finite = task_tree.norms(
-            rows, grouping, rule.num_tasks, dtype, evidence.active, axis_name
+            updates, grouping, rule.num_tasks, dtype, evidence.active, axis_name
         )
     else:
-        finite = task_tree.finite(rows, rule.num_tasks, axis_name)
+        finite = task_tree.finite(updates, rule.num_tasks, axis_name)
     if grouping.single:
         norms, cosine = (None if x is None else x[0] for x in (norms, cosine))
     keep = evidence.active & finite

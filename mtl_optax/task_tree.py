@@ -1,9 +1,8 @@
 """The only code that knows the task axis of a pytree.
 
-A *task tree* is a pytree whose leaves are `[T, *shape]`: one gradient per task. Everything here reads
-it as *rows*: for every leaf, the T static slices `leaf[t]`. Slices cost nothing once compiled, and
-where the caller stacked T separate arrays a moment ago (a fork does), XLA removes the stack and the
-slices together, so the T gradients are never copied.
+A *task tree* is a pytree whose leaves are `[T, *shape]`: one gradient per task. Where the T gradients
+of a leaf were computed one by one (a fork's cotangents), the leaf is a `TaskRows` instead: the same
+numbers, which need never be copied into one array.
 """
 
 from __future__ import annotations
@@ -18,6 +17,38 @@ from jax import lax
 from mtl_optax.gram_matrix import gram_matrices, squared_norms
 
 Rows = list[tuple[jax.Array, ...]]
+
+
+class TaskRows(NamedTuple):
+    """A leaf of a task tree as T separate arrays `[*shape]`."""
+
+    rows: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the stack."""
+        return (len(self.rows), *self.rows[0].shape)
+
+    @property
+    def dtype(self) -> Any:
+        """That of each row."""
+        return self.rows[0].dtype
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, TaskRows)
+
+
+def leaves_of(updates: Any) -> list[Any]:
+    """The leaves of a task tree, in either form."""
+    return jax.tree.leaves(updates, is_leaf=_is_leaf)
+
+
+def without_task_axis(updates: Any) -> Any:
+    """The shapes of `updates` with the task axis removed: those of the parameters."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates, is_leaf=_is_leaf
+    )
 
 
 class Blocks(NamedTuple):
@@ -57,11 +88,14 @@ def assign_blocks(tree: Any, blocks: Any) -> Blocks:
 
 
 def rows_of(updates: Any) -> Rows:
-    """For every leaf `[T, *shape]` its T slices `[*shape]`."""
-    return [
-        tuple(lax.index_in_dim(leaf, t, keepdims=False) for t in range(leaf.shape[0]))
-        for leaf in jax.tree.leaves(updates)
-    ]
+    """For every leaf its T rows `[*shape]`; rows of a stacked leaf are static slices."""
+
+    def rows(leaf: Any) -> tuple[jax.Array, ...]:
+        if isinstance(leaf, TaskRows):
+            return leaf.rows
+        return tuple(lax.index_in_dim(leaf, t, keepdims=False) for t in range(leaf.shape[0]))
+
+    return [rows(leaf) for leaf in leaves_of(updates)]
 
 
 def statistics_dtype(tree: Any) -> Any:
@@ -111,22 +145,22 @@ def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
 
 def check_updates(name: str, updates: Any, num_tasks: int, params: Any = None) -> None:
     """Raises where `updates` is not one gradient per task, saying what was found and where."""
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_leaf)
     if params is not None:
         _check_structure(name, updates, params)
         expected = [(num_tasks, *jnp.shape(p)) for p in jax.tree.leaves(params)]
     else:
-        expected = [(num_tasks, *jnp.shape(leaf)[1:]) for _, leaf in leaves]
+        expected = [(num_tasks, *_shape(leaf)[1:]) for _, leaf in leaves]
     wrong = [
-        (path, jnp.shape(leaf), shape)
+        (path, _shape(leaf), shape)
         for (path, leaf), shape in zip(leaves, expected, strict=True)
-        if jnp.shape(leaf) != shape
+        if _shape(leaf) != shape
     ]
     for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        dtype = leaf.dtype if isinstance(leaf, TaskRows) else jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{name}: gradients must be real floating point; leaf "
-                f"{_where(path)} is {jnp.result_type(leaf)}."
+                f"{name}: gradients must be real floating point; leaf {_where(path)} is {dtype}."
             )
     if wrong:
         found = "; ".join(
@@ -145,10 +179,10 @@ def check_not_stacked_like(name: str, updates: Any, seen: set[Any]) -> None:
     Without `params` the shapes alone cannot tell; the shapes that `init` saw can.
     """
     if seen and _shapes(updates, 1) not in seen and _shapes(updates, 0) in seen:
-        path, leaf = jax.tree_util.tree_leaves_with_path(updates)[0]
+        path, leaf = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_leaf)[0]
         raise ValueError(
             f"{name}: updates have the shapes of the parameters (leaf {_where(path)}: "
-            f"{jnp.shape(leaf)}); the first dimension is no task axis. " + _ALREADY_SUMMED
+            f"{_shape(leaf)}); the first dimension is no task axis. " + _ALREADY_SUMMED
         )
 
 
@@ -158,8 +192,12 @@ def shapes_of(params: Any) -> Any:
 
 
 def _shapes(tree: Any, drop: int) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple(jnp.shape(leaf)[drop:] for leaf in leaves)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_leaf)
+    return treedef, tuple(_shape(leaf)[drop:] for leaf in leaves)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, TaskRows) else jnp.shape(leaf)
 
 
 _ALREADY_SUMMED = (
@@ -189,7 +227,8 @@ def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks
 
 
 def _check_structure(name: str, updates: Any, params: Any) -> None:
-    got, want = jax.tree.structure(updates), jax.tree.structure(params)
+    got = jax.tree.structure(updates, is_leaf=_is_leaf)
+    want = jax.tree.structure(params)
     if got != want:
         raise ValueError(
             f"{name}: updates and params differ in structure: updates {got}, params {want}. Give "
@@ -205,14 +244,21 @@ def _where(path: Any) -> str:
 
 
 def gram(
-    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, active: jax.Array, axis_name: Any = None
+    updates: Any,
+    blocks: Blocks,
+    num_tasks: int,
+    dtype: Any,
+    active: jax.Array,
+    axis_name: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
 
     Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
     `axis_name` the inner products are summed over those mapped axes first.
     """
-    products, scales = _in_range(gram_matrices, rows, blocks, num_tasks, dtype, active, axis_name)
+    products, scales = _in_range(
+        gram_matrices, updates, blocks, num_tasks, dtype, active, axis_name
+    )
     diagonal = jnp.diagonal(products, axis1=1, axis2=2)
     norms, keep = _norms(diagonal, scales, active)
     nonzero = keep & (norms > 0)
@@ -225,16 +271,22 @@ def gram(
 
 
 def norms(
-    rows: Rows, blocks: Blocks, num_tasks: int, dtype: Any, active: jax.Array, axis_name: Any = None
+    updates: Any,
+    blocks: Blocks,
+    num_tasks: int,
+    dtype: Any,
+    active: jax.Array,
+    axis_name: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
-    squares, scales = _in_range(squared_norms, rows, blocks, num_tasks, dtype, active, axis_name)
+    squares, scales = _in_range(squared_norms, updates, blocks, num_tasks, dtype, active, axis_name)
     result, keep = _norms(squares, scales, active)
     return result.astype(dtype), jnp.all(keep | ~active[None], axis=0)
 
 
-def finite(rows: Rows, num_tasks: int, axis_name: Any = None) -> jax.Array:
+def finite(updates: Any, num_tasks: int, axis_name: Any = None) -> jax.Array:
     """Which tasks hold only finite numbers, bool `[T]`: one pass, for methods that need no norms."""
+    rows = rows_of(updates)
     if not rows:
         return jnp.ones((num_tasks,), bool)
     bad = [
@@ -255,7 +307,7 @@ def _norms(squares: jax.Array, scales: jax.Array, active: jax.Array) -> tuple[ja
 
 def _in_range(
     products: Any,
-    rows: Rows,
+    updates: Any,
     blocks: Blocks,
     num_tasks: int,
     dtype: Any,
@@ -268,16 +320,17 @@ def _in_range(
     pass waits behind a `cond`. It multiplies by a power of two, which is exact, and which the first
     pass has chosen: the gradients are read once more and the devices exchange one matrix more.
     """
-    if not rows:
+    leaves = [leaf.rows if isinstance(leaf, TaskRows) else leaf for leaf in leaves_of(updates)]
+    if not leaves:
         tail = (num_tasks, num_tasks) if products is gram_matrices else (num_tasks,)
         ones = jnp.ones((blocks.count, num_tasks), dtype)
         return jnp.zeros((blocks.count, *tail), dtype), ones
 
-    def of(leaves: Rows) -> jax.Array:
+    def of(leaves: Any) -> jax.Array:
         result = products(leaves, blocks.of_leaf, blocks.count)
         return lax.psum(result, axis_name) if axis_name is not None else result
 
-    plain = of(rows)
+    plain = of(leaves)
     diagonal = jnp.diagonal(plain, axis1=1, axis2=2) if plain.ndim == 3 else plain
     info = jnp.finfo(plain.dtype)
     # 2**60 of headroom: entries whose squares vanish are then negligible in the sum.
@@ -287,15 +340,16 @@ def _in_range(
     up, down = 2.0 ** (info.maxexp * 11 // 16), 2.0 ** -(info.maxexp * 9 // 16)
     scales = jnp.where(large, down, jnp.where(small, up, 1)).astype(plain.dtype)
 
-    def rescaled(leaves: Rows) -> jax.Array:
-        scaled = [
-            tuple(row.astype(plain.dtype) * scales[b, t] for t, row in enumerate(leaf))
-            for leaf, b in zip(leaves, blocks.of_leaf, strict=True)
-        ]
-        return of(scaled)
+    def rescaled(leaves: Any) -> jax.Array:
+        def one(leaf: Any, scale: jax.Array) -> Any:
+            if isinstance(leaf, tuple):
+                return tuple(row.astype(scale.dtype) * scale[t] for t, row in enumerate(leaf))
+            return leaf.astype(scale.dtype) * scale.reshape((-1,) + (1,) * (leaf.ndim - 1))
+
+        return of([one(x, scales[b]) for x, b in zip(leaves, blocks.of_leaf, strict=True)])
 
     fits = jnp.all(~(small | large) | ~active[None])
-    return lax.cond(fits, lambda _: plain, rescaled, rows), scales
+    return lax.cond(fits, lambda _: plain, rescaled, leaves), scales
 
 
 # --- what methods return -----------------------------------------------------------------------------
@@ -316,7 +370,7 @@ def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -
         return narrow(total, leaf[0].dtype)
 
     leaves = [one(leaf, b) for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)
 
 
 def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
@@ -330,7 +384,7 @@ def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> 
         )
         for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)
 
 
 def _weighted(row: jax.Array, weight: jax.Array, keep: jax.Array) -> jax.Array:

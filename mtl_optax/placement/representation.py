@@ -22,6 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from mtl_optax.from_rule import BalanceState
 from mtl_optax.placement.carrier import encode_state, fork_state
 from mtl_optax.placement.parameters import check_losses
+from mtl_optax.task_tree import TaskRows
 
 
 class ForkToken(NamedTuple):
@@ -234,7 +235,9 @@ def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> A
     copies = jax.tree.map(
         lambda c: jnp.zeros(c.shape, c.dtype) if is_zero(c) else c, copies, is_leaf=is_zero
     )
-    updates = jax.tree.map(lambda *rows: jnp.stack(rows), *copies)
+    # A rule reads the T cotangents where they are; any other transformation gets its task axis.
+    in_place = hasattr(method.update, "rule")
+    updates = jax.tree.map(lambda *rows: TaskRows(rows) if in_place else jnp.stack(rows), *copies)
     state = fork_state(method, carrier, representation)
     told: dict[str, Any] = {}
     if not is_zero(slots):

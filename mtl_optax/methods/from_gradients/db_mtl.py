@@ -101,9 +101,7 @@ def db_mtl(
         decay = jnp.asarray(beta, dtype) * count ** -jnp.asarray(beta_sigma, dtype)
         smoothed = task_tree.move_towards(state.smoothed, updates, 1 - decay, active)
         grouping = task_tree.assign_blocks(smoothed, "all")
-        norms, _ = task_tree.norms(
-            task_tree.rows_of(smoothed), grouping, num_tasks, dtype, active, axis_name
-        )
+        norms, _ = task_tree.norms(smoothed, grouping, num_tasks, dtype, active, axis_name)
         weights = _COMMON[norm](norms[0], active) / (norms[0] + _EPS)
         update = task_tree.combine(smoothed, weights[None], active, grouping)
         return update, weights, DBMTLState(smoothed)

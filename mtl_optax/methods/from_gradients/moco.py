@@ -98,9 +98,7 @@ def moco(
             state.smoothed, view.updates, jnp.asarray(beta, dtype), active
         )
         grouping = task_tree.assign_blocks(smoothed, "all")
-        cosine, norms, _ = task_tree.gram(
-            task_tree.rows_of(smoothed), grouping, num_tasks, dtype, active, axis_name
-        )
+        cosine, norms, _ = task_tree.gram(smoothed, grouping, num_tasks, dtype, active, axis_name)
         # The old weights, given that only the active tasks are here.
         old = jnp.where(active, state.simplex_weights, 0)
         mass = jnp.sum(old)

@@ -160,10 +160,12 @@ def _norm_averages(
     view: TaskGradients, state: MTAdamState, decay: jax.Array, axis_name: Any
 ) -> list[jax.Array]:
     """The moved averages `[T]`, one a tensor."""
-    rows = task_tree.rows_of(view.updates)
-    grouping = task_tree.Blocks(tuple(range(len(rows))), ("",) * len(rows), False)
+    leaves = task_tree.leaves_of(view.updates)
+    grouping = task_tree.Blocks(tuple(range(len(leaves))), ("",) * len(leaves), False)
     num_tasks = view.active.shape[0]
-    norms, _ = task_tree.norms(rows, grouping, num_tasks, view.dtype, view.active, axis_name)
+    norms, _ = task_tree.norms(
+        view.updates, grouping, num_tasks, view.dtype, view.active, axis_name
+    )
     moved = []
     for norm, old in zip(norms, jax.tree.leaves(state.norm_ema), strict=False):
         new = jnp.where(state.task_counts > 0, decay * old + (1 - decay) * norm, norm)

@@ -150,7 +150,7 @@ def ol_aux(
         )
         grouping = task_tree.assign_blocks(means, "all")
         cosine, norms, _ = task_tree.gram(
-            task_tree.rows_of(means), grouping, num_tasks, view.dtype, view.active, axis_name
+            means, grouping, num_tasks, view.dtype, view.active, axis_name
         )
         evidence = Evidence(view.active, view.step, norms=norms[0], cosine=cosine[0])
         weights, rule_state = weigh(evidence, state.rule)
