@@ -87,7 +87,7 @@ def test_split_depends_on_the_seed_alone_and_loses_nothing():
 def test_held_out_pairs_leave_every_auxiliary_behaviour(small_dataset):
     behaviours = sources.synthetic(num_users=40, num_items=30)
     held_out = small_dataset.held_out > 0
-    assert held_out.sum() > 10
+    assert held_out.sum() >= 10
     viewed = np.zeros_like(held_out)
     viewed[tuple(behaviours.pairs["view"].T)] = True
     assert (viewed & held_out).sum() == held_out.sum()  # without the removal every one would leak
@@ -161,7 +161,7 @@ def test_ranking_metrics_equal_a_reference():
     generator = np.random.default_rng(0)
     scores = generator.normal(size=(20, 50)).astype(np.float32)
     known = generator.random((20, 50)) < 0.2
-    relevant = (generator.random((20, 50)) < 0.1) & ~known
+    relevant = (generator.random((20, 50)) < 0.3) & ~known
     relevant[0] = False
     relevant[1] = ~known[1]
     found = np.asarray(metrics.ranking_metrics(*map(jnp.asarray, (scores, known, relevant))))

@@ -26,14 +26,14 @@ PAIRS_SCORED_AT_ONCE = 2**14
 class TrainConfig:
     """How one run is trained; the same for every method."""
 
-    epochs: int = 20
+    epochs: int = 10
     patience: int = 3
-    batch_positives: int = 512
+    batch_positives: int = 256
     negatives: int = 2
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
-    validation_users: int = 400
-    max_steps_per_epoch: int | None = None
+    validation_users: int = 256
+    max_steps_per_epoch: int | None = 180
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class Trainer:
         self.steps_per_epoch = min(steps, config.max_steps_per_epoch or steps)
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
         self._test_users = self._users_to_rank(TEST, None)
-        self._evaluate = jax.jit(
+        self._evaluate = _jit(
             jax.vmap(self._evaluate_one, in_axes=(0, None, None)), static_argnums=2
         )
-        self._init = jax.jit(jax.vmap(self.network.init))
-        self._probe = jax.jit(jax.vmap(self._task_norms))
-        self._keep_best = jax.jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
+        self._init = _jit(jax.vmap(self.network.init))
+        self._probe = _jit(jax.vmap(self._task_norms))
+        self._keep_best = _jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with decoupled weight decay of the embeddings.
@@ -103,10 +103,10 @@ class Trainer:
         """
         started = time.perf_counter()
         step = make_step(method, self.network, self.optimizer())
-        epoch_fn = jax.jit(jax.vmap(partial(self._epoch, step)))
+        epoch_fn = _jit(jax.vmap(partial(self._epoch, step)))
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         params = self._init(keys)
-        state = jax.jit(jax.vmap(step.init))(params)
+        state = _jit(jax.vmap(step.init))(params)
         never = jnp.full(len(seeds), -jnp.inf)
         best = Best(params, never, jnp.zeros(len(seeds), jnp.int32))
         records: list[dict[str, np.ndarray]] = []
@@ -226,6 +226,13 @@ class Trainer:
         table = np.full((self.dataset.num_users, len(METRICS)), np.nan)
         table[np.asarray(self._test_users)] = test
         return Run(method, seed, table, best_epoch, seconds, history)
+
+
+def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit`; on a CPU with less work for LLVM: compiles faster, and the steps run as fast."""
+    if jax.default_backend() == "cpu":
+        options["compiler_options"] = {"xla_backend_optimization_level": 1}
+    return jax.jit(function, **options)
 
 
 def _is_embedding(params: Any) -> Any:
