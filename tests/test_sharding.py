@@ -4,17 +4,32 @@ Eight simulated devices, as a mesh of four ("data") by two ("model").
 """
 
 import functools
-import re
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_model import (
+    BATCH_SPECS,
+    MODEL_SHAPES,
+    MODEL_SPECS,
+    PLACEMENTS,
+    REPRESENTATIVES,
+    ROWS,
+    T,
+    chosen_for,
+    decode,
+    divide,
+    encode,
+    fork_step,
+    initial_state,
+)
 
 import mtl_optax as mtl
+from examples.benchmarks.hlo import collectives
 
-T = 3
 P = jax.P
 TREE_SPECS = {"table": P("model", None), "kernel": P("data", "model"), "bias": P()}
 TREE_SHAPES = {"table": (8, 4), "kernel": (8, 6), "bias": (5,)}
@@ -67,29 +82,36 @@ def methods_of(family):
 
 
 @functools.cache
-def two_steps(family):
-    """One compiled function that takes two steps with every method of a family."""
+def one_step(family):
+    """One compiled function that takes a step with every method of a family."""
     methods = methods_of(family)
 
-    def run(states, params, first, second, losses):
-        out = {}
-        for name, method in methods.items():
-            _, state = method.update(first, states[name], params, losses=losses[0])
-            out[name] = method.update(second, state, params, losses=losses[1])
-        return out
+    def run(states, params, grads, losses):
+        return {
+            name: method.update(grads, states[name], params, losses=losses)
+            for name, method in methods.items()
+        }
 
     return methods, jax.jit(run)
 
 
 def run_family(family, mesh):
-    methods, run = two_steps(family)
+    """The states that init made, and updates and states after two steps."""
+    methods, run = one_step(family)
     params = place(draw(0, TREE_SHAPES), TREE_SPECS, mesh)
-    first, second = (
-        place(draw(seed, TREE_SHAPES, (T,)), stacked(TREE_SPECS), mesh) for seed in (1, 2)
-    )
-    losses = np.array([[1.0, 2.0, 0.5], [0.8, 1.9, 0.6]], np.float32)
-    states = {name: method.init(params) for name, method in methods.items()}
-    return states, run(states, params, first, second, losses)
+    fresh = {name: method.init(params) for name, method in methods.items()}
+    states = fresh if mesh is None else jax.tree.map(functools.partial(settle, mesh), fresh)
+    for seed, losses in ((1, [1.0, 2.0, 0.5]), (2, [0.8, 1.9, 0.6])):
+        grads = place(draw(seed, TREE_SHAPES, (T,)), stacked(TREE_SPECS), mesh)
+        out = run(states, params, grads, np.array(losses, np.float32))
+        states = {name: state for name, (_, state) in out.items()}
+    return fresh, out
+
+
+def settle(mesh, leaf):
+    """Puts small statistics on every device, where the first update would put them."""
+    small = len(leaf.sharding.device_set) == 1
+    return jax.device_put(leaf, jax.NamedSharding(mesh, P())) if small else leaf
 
 
 @functools.cache
@@ -134,82 +156,6 @@ def check_state_stays(name, before, after, mesh, kind):
 
 # --- every placement, in a whole training step ----------------------------------------------------
 
-MODEL_SHAPES = {"kernel": (6, 8), "bias": (8,), "heads": (T, 8)}
-MODEL_SPECS = {"kernel": P(None, "model"), "bias": P("model"), "heads": P(None, "model")}
-BATCH_SPECS = {"x": P("data"), "y": P("data", None)}
-ROWS = 16
-
-
-def encode(shared, batch):
-    return jnp.tanh(batch["x"] @ shared["kernel"] + shared["bias"][None])
-
-
-def decode(heads, copies, batch):
-    # A product and a sum, which every mesh takes: the contracted axis is split over "model".
-    outputs = [(copy * heads["heads"][t][None]).sum(-1) for t, copy in enumerate(copies)]
-    return jnp.stack([((o - batch["y"][:, t]) ** 2).mean() for t, o in enumerate(outputs)])
-
-
-def divide(params):
-    return {"kernel": params["kernel"], "bias": params["bias"]}, {"heads": params["heads"]}
-
-
-def per_task_step(params, state, batch, method):
-    def loss_fn(params):
-        shared, heads = divide(params)
-        return decode(heads, [encode(shared, batch)] * T, batch)
-
-    losses, grads = mtl.per_task_value_and_grad(loss_fn, mode="vmap")(params)
-    return method.update(grads, state, params, losses=losses)
-
-
-def split_step(params, state, batch, method):
-    shared, heads = divide(params)
-    value_and_grad = mtl.split_value_and_grad(
-        encode, lambda heads, h, batch: decode(heads, [h] * T, batch)
-    )
-    losses, (shared_grads, head_grads) = value_and_grad(shared, heads, batch)
-    updates, state = method.update(shared_grads, state, shared, losses=losses)
-    return updates | head_grads, state
-
-
-def fork_step(params, carrier, batch, method):
-    def loss_fn(params, fork, batch):
-        shared, heads = divide(params)
-        return decode(heads, fork(encode(shared, batch)), batch)
-
-    _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, method)(params, carrier, batch)
-    return grads, carrier
-
-
-def weighed_step(params, state, batch, method):
-    def loss_fn(params):
-        shared, heads = divide(params)
-        losses = decode(heads, [encode(shared, batch)] * T, batch)
-        return mtl.weigh_losses(losses, state, method)
-
-    return jax.grad(loss_fn, has_aux=True)(params)
-
-
-PLACEMENTS = {
-    "per_task": per_task_step,
-    "split": split_step,
-    "fork": fork_step,
-    "weigh_losses": weighed_step,
-}
-REPRESENTATIVES = {
-    name: row.make(T)
-    for name, row in mtl.METHODS.items()
-    if name in ("multibalance", "metabalance", "db_mtl", "mgda", "scale_invariant", "sum_tasks")
-}
-
-
-def chosen_for(placement):
-    """Methods that a placement takes: those on losses must not need gradients."""
-    if placement == "weigh_losses":
-        return {n: m for n, m in REPRESENTATIVES.items() if set(mtl.METHODS[n].needs) <= {"losses"}}
-    return REPRESENTATIVES
-
 
 @jax.jit
 def every_placement(params, states, batch):
@@ -221,12 +167,6 @@ def every_placement(params, states, batch):
         }
         for placement, step in PLACEMENTS.items()
     }
-
-
-def initial_state(placement, method, params, batch):
-    if placement == "fork":
-        return mtl.fork_init(method, encode(divide(params)[0], batch))
-    return method.init(divide(params)[0] if placement == "split" else params)
 
 
 def run_placements(mesh):
@@ -260,3 +200,157 @@ def test_every_placement_is_the_same_on_a_mesh(kind):
                 assert value.sharding.is_equivalent_to(wanted, value.ndim), (placement, name, leaf)
             if kind == "explicit":
                 assert types(state) == types(before[placement][name]), (placement, name)
+
+
+# --- one program a device: shard_map ------------------------------------------------------------------
+
+AXES = ("data", "model")
+
+
+def methods_with_axis_name(**options):
+    """Methods that look across devices; the others work element by element or on losses."""
+    rows = [row for row in mtl.METHODS.values() if row.family != "from_losses"]
+    takes = [r for r in rows if "options" in signature(r) or "axis_name" in signature(r)]
+    return {row.name: row.make(T, **options) for row in takes}
+
+
+def signature(row):
+    return inspect.signature(row.make).parameters
+
+
+@functools.cache
+def on_eight_shards():
+    """Two steps of every such method, each device holding a part of every leaf."""
+    mesh = make_mesh("auto")
+    methods = methods_with_axis_name(axis_name=AXES)
+    # Every leaf is split, so that summing over both axes counts each element once.
+    shapes = {"table": (8, 4), "kernel": (16, 3)}
+    params = draw(0, shapes)
+    grads = [draw(seed, shapes, (T,)) for seed in (1, 2)]
+    losses = np.array([[1.0, 2.0, 0.5], [0.8, 1.9, 0.6]], np.float32)
+    states = {name: method.init(params) for name, method in methods.items()}
+
+    def step(methods, states, params, grads, losses):
+        return {
+            name: method.update(grads, states[name], params, losses=losses)
+            for name, method in methods.items()
+        }
+
+    def spec(x):
+        return P(None, AXES) if x.ndim == 3 else P(AXES) if x.shape in shapes.values() else P()
+
+    specs = jax.tree.map(spec, (states, params, grads[0]))
+    alone = jax.jit(functools.partial(step, methods_with_axis_name()))
+    results = jax.tree.map(spec, jax.eval_shape(alone, states, params, grads[0], losses[0]))
+    sharded = jax.shard_map(
+        functools.partial(step, methods), mesh=mesh, in_specs=(*specs, P()), out_specs=results
+    )
+
+    def two_steps(step):
+        first = jax.device_get(step(states, params, grads[0], losses[0]))
+        after = {name: state for name, (_, state) in first.items()}
+        return jax.device_get(step(after, params, grads[1], losses[1]))
+
+    return two_steps(alone), two_steps(jax.jit(sharded))
+
+
+def test_axis_name_sums_over_shards_of_parameters():
+    expected, actual = on_eight_shards()
+    assert len(expected) > 20
+    for name, result in expected.items():
+        assert_close(actual[name], result)
+
+
+def fork_over_batch(axis_name, check_vma=True):
+    """Weights and gradients of a fork whose representation is split over the batch."""
+    mesh = make_mesh("auto")
+    method = mtl.multibalance(T, weight_lr=0.1, axis_name=axis_name)
+    params = draw(3, MODEL_SHAPES)
+    batch = draw(4, {"x": (ROWS, 6), "y": (ROWS, T)})
+    carrier = mtl.fork_init(method, encode(divide(params)[0], batch))
+
+    def step(params, carrier, batch):
+        def loss_fn(params, fork, batch):
+            shared, heads = divide(params)
+            return jax.lax.pmean(decode(heads, fork(encode(shared, batch)), batch), AXES)
+
+        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, method)(params, carrier, batch)
+        return grads, carrier.weights[None]
+
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(P(), P(), P(AXES)),
+            out_specs=(P() if check_vma else P(AXES), P(AXES)),
+            check_vma=check_vma,
+        )
+    ), (params, carrier, batch)
+
+
+def test_axis_name_sums_over_shards_of_the_representation():
+    params, carrier, batch = fork_over_batch(None)[1]
+    method = mtl.multibalance(T, weight_lr=0.1)
+    expected, state = jax.jit(functools.partial(fork_step, method=method))(params, carrier, batch)
+    step, arguments = fork_over_batch(AXES)
+    grads, weights = step(*arguments)
+    assert_close(grads, expected)
+    np.testing.assert_allclose(weights, np.tile(state.weights, (8, 1)), rtol=1e-5)
+
+
+def test_without_axis_name_every_device_finds_weights_of_its_own():
+    """Why `axis_name`: a Gram matrix of a part of the batch is another matrix."""
+    step, arguments = fork_over_batch(AXES)
+    expected = np.asarray(step(*arguments)[1])
+    step, arguments = fork_over_batch(None, check_vma=False)
+    weights = np.asarray(step(*arguments)[1])
+    assert np.ptp(weights, axis=0).max() > 0.05
+    assert np.abs(weights - expected).max() > 0.02
+
+
+@pytest.mark.parametrize("kind", ["auto", "axis_name"])
+def test_devices_exchange_the_gram_matrix_and_nothing_else(kind):
+    mesh = make_mesh("auto")
+    method = mtl.multibalance(T, axis_name=AXES if kind == "axis_name" else None)
+    grads = jax.device_put(jnp.ones((T, 16, 3)), jax.NamedSharding(mesh, P(None, AXES)))
+    state = method.init(jnp.zeros((16, 3)))
+    update = method.update
+    if kind == "axis_name":
+        specs = P(None, AXES), P()
+        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=(P(AXES), P()))
+    found = collectives(jax.jit(update).lower(grads, state).compile().as_text())
+    always = [c for c in found if not c.conditional]
+    assert [c.kind for c in always] == ["all-reduce"]
+    assert always[0].numbers <= T * T
+    # The pass for norms out of range asks for the same again, and waits in a branch.
+    assert [(c.kind, c.numbers) for c in found if c.conditional] == [
+        ("all-reduce", always[0].numbers)
+    ]
+
+
+# --- accumulation -------------------------------------------------------------------------------------
+
+
+def test_gradient_accumulation_by_microbatching_is_exact():
+    params = draw(3, MODEL_SHAPES)
+    batch = draw(4, {"x": (ROWS, 6), "y": (ROWS, T)})
+    method = REPRESENTATIVES["multibalance"]
+    state = method.init(params)
+
+    def loss_fn(params, batch):
+        shared, heads = divide(params)
+        return decode(heads, [encode(shared, batch)] * T, batch)
+
+    whole = mtl.per_task_value_and_grad(loss_fn, mode="vmap")
+    mean = optax.microbatching.AccumulationType.MEAN
+    parts = optax.microbatching.microbatch(whole, 1, ROWS // 4, mean)
+
+    @jax.jit
+    def both(params, batch):
+        results = [value_and_grad(params, batch) for value_and_grad in (whole, parts)]
+        return [method.update(grads, state, params, losses=losses) for losses, grads in results]
+
+    at_once, accumulated = both(params, batch)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-6), accumulated, at_once
+    )

@@ -1,0 +1,135 @@
+"""Every method and placement compiles for TPU v5e, on one host and on 256 chips, without a TPU."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_model import (
+    BATCH_SPECS,
+    MODEL_SHAPES,
+    PLACEMENTS,
+    T,
+    chosen_for,
+    initial_state,
+)
+
+import mtl_optax as mtl
+from examples.benchmarks.hlo import Collective, collectives
+from examples.benchmarks.tpu import Problem, measure, tpu_mesh
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+FAMILIES = ["from_losses", "from_norms", "from_gram", "from_gradients"]
+
+
+def abstract(tree, specs, mesh):
+    """Shapes of `tree` on `mesh`: chips that do not exist hold no arrays."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, s)),
+        tree,
+        specs,
+    )
+
+
+def floats(shapes):
+    return {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+
+
+def everywhere(tree, mesh):
+    return abstract(tree, jax.tree.map(lambda _: jax.P(), tree), mesh)
+
+
+@pytest.mark.parametrize("chips", [4, 256])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_compiles(family, chips):
+    """As on a representation split over the batch, which also stands for split parameters."""
+    mesh = tpu_mesh(chips)
+    methods = {n: row.make(T) for n, row in mtl.METHODS.items() if row.family == family}
+    representation = floats({"h": (2 * chips, 128)})
+    grads = floats({"h": (T, 2 * chips, 128)})
+
+    def run(states, grads, representation, losses):
+        return {
+            name: method.update(grads, states[name], representation, losses=losses)
+            for name, method in methods.items()
+        }
+
+    states = {n: jax.eval_shape(method.init, representation) for n, method in methods.items()}
+    jax.jit(run).lower(
+        everywhere(states, mesh),
+        abstract(grads, {"h": jax.P(None, "data")}, mesh),
+        abstract(representation, {"h": jax.P("data")}, mesh),
+        everywhere(jax.ShapeDtypeStruct((T,), jnp.float32), mesh),
+    ).compile()
+
+
+@pytest.mark.parametrize("chips", [4, 256])
+def test_every_placement_compiles(chips):
+    mesh = tpu_mesh(chips)
+    params = floats(MODEL_SHAPES)
+    batch = floats({"x": (2 * chips, 6), "y": (2 * chips, T)})
+    chosen = {
+        (placement, name): method
+        for placement in PLACEMENTS
+        for name, method in chosen_for(placement).items()
+        if name in ("multibalance", "metabalance", "db_mtl", "scale_invariant")
+    }
+
+    def run(params, states, batch):
+        return {
+            key: PLACEMENTS[key[0]](params, states[key], batch, method)
+            for key, method in chosen.items()
+        }
+
+    states = {
+        (placement, name): jax.eval_shape(
+            lambda p, b, m=method, q=placement: initial_state(q, m, p, b), params, batch
+        )
+        for (placement, name), method in chosen.items()
+    }
+    jax.jit(run).lower(
+        everywhere(params, mesh), everywhere(states, mesh), abstract(batch, BATCH_SPECS, mesh)
+    ).compile()
+
+
+def test_a_fork_adds_one_small_all_reduce():
+    """The recommender's figures, on a small one; `python -m examples.benchmarks.tpu` prints all."""
+    problem = Problem(tables=2, rows=4096, bottom=(256, 128, 64), batch=2048)
+    mesh = tpu_mesh(4)
+    plain, fork = (measure(name, problem, mesh) for name in ("plain", "fork"))
+    assert fork.flops <= 1.01 * plain.flops
+    assert fork.temporary <= plain.temporary + 2**20
+    added = [more - less for more, less in zip(fork.collectives, plain.collectives, strict=True)]
+    assert added[0] == 1
+    assert 0 < added[1] <= problem.tasks**2
+
+
+def test_collectives_are_read_from_the_text():
+    text = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%rare (p: f32[4]) -> f32[4] {
+  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%p), to_apply=%sum
+}
+
+%usual (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8,2]) -> f32[4] {
+  %gather = (f32[8,2]{1,0}, f32[16,2]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = f32[16,2]{1,0} all-gather-done(%gather)
+  %both = (f32[10]{0}, bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%sum
+  ROOT %c = f32[4]{0} conditional(%i, %p, %p), branch_computations={%usual, %rare}
+}
+"""
+    assert collectives(text) == [
+        Collective("all-reduce", 4, True),
+        Collective("all-gather", 32, False),
+        Collective("all-reduce", 16, False),
+    ]
