@@ -33,3 +33,15 @@ def project_onto_simplex(point: jax.Array, active: jax.Array | None = None) -> j
     size = jnp.maximum(jnp.sum(support.astype(point.dtype)), 1)
     threshold = (jnp.sum(jnp.where(support, shifted, 0)) - 1) / size
     return jnp.where(support, jnp.maximum(shifted - threshold, 0), 0)
+
+
+def renormalize(weights: jax.Array, active: jax.Array) -> jax.Array:
+    """Weights of the active tasks, divided by their sum; equal ones where they are all 0.
+
+    What a method that remembers simplex weights starts from while a task is absent.
+    """
+    count = jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(weights.dtype)
+    kept = jnp.where(active, weights, 0)
+    total = jnp.sum(kept)
+    shares = kept / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, shares, active.astype(weights.dtype) / count)

@@ -12,7 +12,7 @@ import optax
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.cross_gram import given_gram
-from mtl_optax.solvers.simplex import project_onto_simplex
+from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
 from mtl_optax.task_tree import check_num_tasks, check_range
 
 
@@ -82,7 +82,7 @@ def modo(
 
     def weigh(evidence: Evidence, state: MoDoState) -> tuple[jax.Array, MoDoState]:
         dtype, active = evidence.norms.dtype, evidence.active
-        old = jnp.where(active, state.simplex_weights, 0)
+        old = renormalize(state.simplex_weights, active)
         gram = given_gram("modo", num_tasks, evidence)
         if gram is None:
             # A step that would overflow reaches a vertex of the simplex long before.

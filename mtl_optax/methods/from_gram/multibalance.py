@@ -11,7 +11,7 @@ import optax
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.cosine import uniform_weights
-from mtl_optax.solvers.simplex import project_onto_simplex
+from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
 from mtl_optax.task_tree import check_num_tasks, check_range
 
 
@@ -116,7 +116,7 @@ def multibalance(
     def weigh(evidence: Evidence, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
         norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
         ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
-        old = state.simplex_weights
+        old = renormalize(state.simplex_weights, active)
         if prior is None:
             prior_weights = uniform_weights(active, dtype)
         else:
@@ -125,7 +125,7 @@ def multibalance(
         unit = jnp.max(smooth)
         lengths = smooth / jnp.where(unit > 0, unit, 1)
         inner = evidence.cosine * lengths[:, None] * lengths[None, :]
-        y = jnp.where(active, old, 0) + jnp.asarray(prior_strength, dtype) * prior_weights
+        y = old + jnp.asarray(prior_strength, dtype) * prior_weights
         along = jnp.sum(inner * y[None, :], axis=1)
         if direction == "cosine":
             lengths_of_both = lengths * jnp.sqrt(jnp.maximum(jnp.sum(along * y), 0))
@@ -136,7 +136,7 @@ def multibalance(
             limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max, dtype)) / 4
             step = along * jnp.minimum(unit, limit) ** 2
         new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * step, active)
-        kept = jnp.where(jnp.any(active), new, old)
+        kept = jnp.where(active, new, state.simplex_weights)
         rescale = jnp.where(norms > 0, smooth / jnp.where(norms > 0, norms, 1), 0)
         return new * rescale, MultiBalanceState(ema, seen, kept)
 

@@ -14,7 +14,7 @@ from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.cross_gram import given_gram
 from mtl_optax.solvers.cosine import uniform_weights
-from mtl_optax.solvers.simplex import project_onto_simplex
+from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
 from mtl_optax.task_tree import check_num_tasks, check_range
 
 
@@ -118,7 +118,7 @@ def sdmgrad(
             trace = decay * trace + jnp.sum(matrix * weights[None, :], axis=1) + pull
             return project_onto_simplex(weights - rate * trace, active), trace
 
-        old = jnp.where(active, state.simplex_weights, 0)
+        old = renormalize(state.simplex_weights, active)
         new, _ = lax.fori_loop(0, num_steps, step, (old, jnp.zeros_like(old)))
         kept = jnp.where(active, new, state.simplex_weights)
         return (new + share * uniform) / (1 + share), SDMGradState(kept)
