@@ -65,7 +65,7 @@ def per_task_value_and_grad(
             return check_losses(losses), aux
 
         losses, pullback, aux = jax.vjp(of_chosen, *(args[n] for n in numbers), has_aux=True)
-        grads = _pull_each(pullback, losses, mode)
+        grads = pull_each(pullback, losses, mode)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ((losses, aux) if has_aux else losses), grads
 
@@ -128,7 +128,7 @@ def split_value_and_grad(
 
         losses, pull_heads, aux = jax.vjp(losses_of, heads, representation, has_aux=True)
         head_grads = pull_heads(jnp.ones_like(losses))[0]
-        shared_grads = _pull_each(lambda c: pull_shared(pull_heads(c)[1]), losses, mode)[0]
+        shared_grads = pull_each(lambda c: pull_shared(pull_heads(c)[1]), losses, mode)[0]
         return ((losses, aux) if has_aux else losses), (shared_grads, head_grads)
 
     return value_and_grad
@@ -156,7 +156,7 @@ def _check_mode(mode: Any) -> None:
         raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
 
 
-def _pull_each(pullback: Callable[[jax.Array], Any], losses: jax.Array, mode: Mode) -> Any:
+def pull_each(pullback: Callable[[jax.Array], Any], losses: jax.Array, mode: Mode) -> Any:
     """The gradients of each loss, stacked along a new leading axis."""
     units = jnp.eye(losses.shape[0], dtype=losses.dtype)
     if mode == "auto":

@@ -1,0 +1,148 @@
+"""Methods on a part of the parameters, or on some of the steps: fewer backward passes than T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mtl_optax.from_rule import BalanceState, from_rule, next_count, rule_of
+from mtl_optax.placement.parameters import Mode, check_losses, pull_each
+
+
+def balanced_value_and_grad(
+    loss_fn: Callable[..., Any],
+    method: optax.GradientTransformation,
+    has_aux: bool = False,
+    *,
+    evidence: Any = None,
+    mode: Mode = "auto",
+) -> Callable[..., Any]:
+    """Differentiates per task only what the weights are made of, and the rest once.
+
+    Two savings for weighting methods on parameters. With `evidence`, the method looks at the gradients
+    of the chosen leaves only (a few dense layers, say, and not the embedding tables); the others take
+    one backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
+    T backward passes happen on every k-th step only; in between, one pass with the cached weights
+    differentiates everything.
+
+    On such a single pass the tasks are no longer apart, so a non-finite one cannot be taken out of it:
+    what the pass yields is then replaced by 0 for this step, and the task counted as skipped.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns losses `[T]`, or `(losses, aux)` with `has_aux`.
+      method: a weighting method with one block (`blocks="all"`) that reduces the task axis.
+      has_aux: whether `loss_fn` returns auxiliary data as well.
+      evidence: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
+        tree of booleans that is a prefix of `params`. None is all of them.
+      mode: as in `per_task_value_and_grad`.
+
+    Returns:
+      A function `fn(params, state, *args, active=None)` that returns `(losses, (update, state))`, with
+      `(losses, aux)` for `losses` where `has_aux`. `update` has the structure of `params` and goes to an
+      optimizer; `state` starts from `method.init(params)`. Cost: T backward passes through the
+      evidence plus one, or one alone on the steps between.
+
+    Raises:
+      TypeError: for a method that is no weighted sum. ValueError: for several blocks, `reduce=False`,
+      or evidence that covers no leaf.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> def loss_fn(params, x):
+      ...     h = params["table"][0] * (x @ params["dense"])
+      ...     return jnp.stack([(h ** 2).mean(), h.mean()])
+      >>> params, x = {"dense": jnp.ones(2), "table": jnp.ones(5)}, jnp.ones((3, 2))
+      >>> method = mtl.mgda(2, update_every=10)
+      >>> fn = mtl.balanced_value_and_grad(loss_fn, method, evidence=lambda path, _: "dense" in str(path))
+      >>> losses, (update, state) = fn(params, method.init(params), x)
+      >>> state.weights.tolist(), update["dense"].tolist(), update["table"].tolist()
+      ([0.0, 1.0], [1.0, 1.0], [2.0, 0.0, 0.0, 0.0, 0.0])
+
+    References:
+      Navon et al., Multi-Task Learning as a Bargaining Game, 2022, section 4.4 (weights kept for
+      several steps).
+    """
+    rule, options = rule_of("balanced_value_and_grad", method), method.update.options  # type: ignore[attr-defined]
+    if options["blocks"] != "all" or not options["reduce"]:
+        raise ValueError(
+            "balanced_value_and_grad: one weight a task is needed for a single backward pass; make the "
+            f'method with blocks="all" and reduce=True, found {options["blocks"]!r} and '
+            f"{options['reduce']}."
+        )
+    every, fresh = options["update_every"], from_rule(rule, axis_name=options["axis_name"])
+
+    def value_and_grad(params: Any, state: BalanceState, *args: Any, active: Any = None) -> Any:
+        def losses_of(params: Any) -> Any:
+            result = loss_fn(params, *args)
+            losses, aux = result if has_aux else (result, None)
+            return check_losses(losses), aux
+
+        losses, pullback, aux = jax.vjp(losses_of, params, has_aux=True)
+        chosen = _mask(params, evidence)
+
+        def at_once(weights: jax.Array, keep: jax.Array) -> Any:
+            weights = jnp.where(keep, weights.astype(losses.dtype), 0)
+            return _finite_or_zero(pullback(weights)[0])
+
+        def apart(state: BalanceState) -> tuple[Any, BalanceState]:
+            grads = pull_each(lambda unit: _keep(pullback(unit)[0], chosen), losses, mode)
+            update, new = fresh.update(grads, state, losses=losses, active=active)
+            rest = params if all(chosen) else at_once(new.weights, jnp.isfinite(losses))
+            return _merge(rest, jax.tree.leaves(update), chosen), new
+
+        def cached(state: BalanceState) -> tuple[Any, BalanceState]:
+            present = jnp.ones(losses.shape, bool) if active is None else jnp.asarray(active)
+            keep = present & jnp.isfinite(losses)
+            return at_once(state.weights, keep), state._replace(
+                balance_count=next_count(state.balance_count),
+                skipped=state.skipped + (present & ~keep).astype(jnp.int32),
+            )
+
+        if every == 1:
+            result = apart(state)
+        else:
+            result = lax.cond(state.balance_count % every == 0, apart, cached, state)
+        return ((losses, aux) if has_aux else losses), result
+
+    return value_and_grad
+
+
+def _mask(params: Any, evidence: Any) -> list[bool]:
+    """For every leaf whether the method looks at its gradient."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if evidence is None:
+        return [True] * len(leaves)
+    if callable(evidence):
+        mask = [bool(evidence(path, leaf)) for path, leaf in leaves]
+    else:
+        spread = lambda flag, part: jax.tree.map(lambda _: bool(flag), part)  # noqa: E731
+        mask = jax.tree.leaves(jax.tree.map(spread, evidence, params))
+    if not any(mask):
+        raise ValueError(
+            f"balanced_value_and_grad: evidence chooses none of the {len(leaves)} leaves of params."
+        )
+    return mask
+
+
+def _keep(tree: Any, chosen: list[bool]) -> list[Any]:
+    return [leaf for leaf, keep in zip(jax.tree.leaves(tree), chosen, strict=True) if keep]
+
+
+def _merge(tree: Any, replacements: list[Any], chosen: list[bool]) -> Any:
+    """`tree` (a structure, where all are chosen) with its chosen leaves replaced, in order."""
+    leaves, treedef = jax.tree.flatten(tree)
+    new = iter(replacements)
+    return treedef.unflatten(
+        [next(new) if keep else leaf for leaf, keep in zip(leaves, chosen, strict=True)]
+    )
+
+
+def _finite_or_zero(tree: Any) -> Any:
+    ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.zeros((), leaf.dtype)), tree)

@@ -1,0 +1,89 @@
+"""Per-task gradients of a part of the parameters, or on some of the steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtl_optax as mtl
+
+T = 3
+PARAMS = {"dense": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}, "table": jnp.ones((6, 4))}
+DENSE = {"dense": True, "table": False}
+
+
+def loss_fn(params, ids, scale):
+    hidden = jnp.tanh(params["table"][ids] @ params["dense"]["w"] + params["dense"]["b"][None])
+    return jnp.stack([(hidden**2).mean(), (hidden[:, 0] - 1).mean(), hidden[:, 1].sum()]) * scale
+
+
+IDS, SCALE = jnp.array([0, 1, 1, 5]), jnp.array([1.0, 2.0, 0.5])
+
+
+def run(fn, state, scale=SCALE, active=None):
+    losses, (update, state) = fn(PARAMS, state, IDS, scale, active=active)
+    return losses, update, state
+
+
+def test_evidence_takes_the_weights_of_the_chosen_leaves_for_all():
+    method = mtl.mgda(T)
+    fn = mtl.balanced_value_and_grad(loss_fn, method, evidence=DENSE)
+    losses, update, state = run(fn, method.init(PARAMS))
+    expected_losses, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, IDS, SCALE)
+    _, alone = method.update(grads["dense"], method.init(PARAMS["dense"]))
+    weights = np.asarray(alone.weights)
+    np.testing.assert_allclose(losses, expected_losses, 1e-6)
+    np.testing.assert_allclose(state.weights, weights, 1e-5, 1e-6)
+    jax.tree.map(
+        lambda u, g: np.testing.assert_allclose(u, np.tensordot(weights, g, 1), 1e-4, 1e-6),
+        update,
+        grads,
+    )
+
+
+def test_chosen_leaves_may_be_named_by_a_callable():
+    method = mtl.mgda(T)
+    by_path = lambda path, leaf: "dense" in jax.tree_util.keystr(path)  # noqa: E731
+    one = run(mtl.balanced_value_and_grad(loss_fn, method, evidence=by_path), method.init(PARAMS))
+    two = run(mtl.balanced_value_and_grad(loss_fn, method, evidence=DENSE), method.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_steps_between_use_the_cached_weights_and_one_backward_pass():
+    method = mtl.mgda(T, update_every=2)
+    fn = jax.jit(mtl.balanced_value_and_grad(loss_fn, method))
+    _, _, first = run(fn, method.init(PARAMS))
+    later = jnp.array([3.0, 0.1, 1.0])
+    _, update, second = run(fn, first, later)
+    _, _, third = run(fn, second, later)
+    np.testing.assert_array_equal(second.weights, first.weights)
+    assert not np.allclose(third.weights, second.weights)
+    assert int(third.balance_count) == 3
+    _, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, IDS, later)
+    jax.tree.map(
+        lambda u, g: np.testing.assert_allclose(
+            u, np.tensordot(np.asarray(first.weights), g, 1), 1e-4, 1e-6
+        ),
+        update,
+        grads,
+    )
+
+
+def test_a_non_finite_task_cannot_poison_a_single_pass():
+    method = mtl.mgda(T, update_every=2)
+    fn = mtl.balanced_value_and_grad(loss_fn, method)
+    _, _, state = run(fn, method.init(PARAMS))
+    _, update, state = run(fn, state, jnp.array([1.0, jnp.nan, 1.0]))
+    for leaf in jax.tree.leaves((update, state)):
+        assert np.isfinite(np.asarray(leaf)).all()
+    assert state.skipped.tolist() == [0, 1, 0]
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match='blocks="all"'):
+        mtl.balanced_value_and_grad(loss_fn, mtl.metabalance(T))
+    with pytest.raises(TypeError, match="weighting method"):
+        mtl.balanced_value_and_grad(loss_fn, mtl.graddrop(T))
+    fn = mtl.balanced_value_and_grad(loss_fn, mtl.mgda(T), evidence=lambda path, leaf: False)
+    with pytest.raises(ValueError, match="none of the 3 leaves"):
+        run(fn, mtl.mgda(T).init(PARAMS))
