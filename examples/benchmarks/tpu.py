@@ -9,8 +9,9 @@ takes on every chip, and which collectives the chips exchange. Needs `libtpu`
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,12 +86,19 @@ class Cost(NamedTuple):
     waiting: tuple[int, int]
 
 
+# What the compiler would ask a TPU host; it may be loaded by several processes, as it holds no device.
+_COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 def tpu_mesh(chips: int) -> jax.sharding.Mesh:
     """A mesh of TPU v5e chips that exist only for the compiler, one axis "data"."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    # The compiler alone needs no lock on a device, so several processes may load it.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if jax.default_backend() != "tpu":
+        os.environ.update(_COMPILE_ONLY | dict(os.environ))
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chips])
@@ -176,17 +184,17 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
     )
 
 
-def tpu_tables() -> list[Table]:
+def tpu_tables() -> Iterator[Table]:
     """The tables of the recommender on 4 and 256 chips, and of one with 1e9 rows on 256."""
-    cases = [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]
-    return [_table(problem, chips) for problem, chips in cases]
+    for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
+        yield _table(problem, chips)
 
 
 def main() -> None:
     """Prints the tables, each as soon as it is there."""
     console = Console()
-    for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
-        console.print(_table(problem, chips))
+    for table in tpu_tables():
+        console.print(table)
 
 
 def _table(problem: Problem, chips: int) -> Table:
@@ -195,7 +203,8 @@ def _table(problem: Problem, chips: int) -> Table:
         f"{problem.width} embeddings, T = {problem.tasks}, batch {problem.batch} a chip"
     )
     table = Table(title=title)
-    for column in ("step", "FLOPs", "bytes", "temporary", "collectives", "in conditionals"):
+    columns = ("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")
+    for column in columns:
         table.add_column(column, justify="left" if column == "step" else "right")
     mesh = tpu_mesh(chips)
     plain = measure("plain", problem, mesh)
@@ -210,6 +219,7 @@ def _table(problem: Problem, chips: int) -> Table:
             f"{cost.flops / plain.flops:.4f} ({cost.flops:.3e})",
             f"{cost.bytes / plain.bytes:.4f} ({cost.bytes:.3e})",
             f"{(cost.temporary - plain.temporary) / 2**20:+.2f} MiB ({cost.temporary / 2**20:.1f})",
+            f"{(cost.arguments + cost.temporary) / 2**30:.2f} GiB",
             "{} ({:,} numbers)".format(*cost.collectives),
             "{} ({:,} numbers)".format(*cost.waiting),
         )
@@ -265,7 +275,7 @@ def _arguments(problem: Problem, mesh: jax.sharding.Mesh, *, forked: bool) -> tu
     table_shape = (problem.tables, problem.rows, problem.width)
 
     def layers(*widths: int) -> Any:
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         return [(_like((a, b), mesh), _like((b,), mesh)) for a, b in pairs]
 
     inputs = problem.tables * problem.fields * problem.width + problem.dense
