@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from mtl_optax import task_tree
-from mtl_optax.from_rule import Evidence, Guard, Rule, WeightingOptions, from_rule
+from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
+from mtl_optax.guard import Guard
 
 
 def fixed_weights(
@@ -163,7 +164,7 @@ def per_task(
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> tx = optax.chain(mtl.per_task(optax.clip_by_global_norm(1.0), 2), mtl.sum_tasks(2))
       >>> state = tx.init(jnp.zeros(2))
-      >>> tx.update(jnp.array([[3., 4.], [0., 0.5]]), state)[0].round(3).tolist()
+      >>> [round(float(x), 3) for x in tx.update(jnp.array([[3., 4.], [0., 0.5]]), state)[0]]
       [0.6, 1.3]
 
     References:
@@ -171,7 +172,7 @@ def per_task(
       Multi-Task Learning, 2023.
     """
     num_tasks = task_tree.check_num_tasks("per_task", num_tasks)
-    guard = Guard("per_task", num_tasks, frozenset({"gradients"}))
+    guard = Guard("per_task", num_tasks, frozenset({"gradients"}), reduces=False)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> Any:

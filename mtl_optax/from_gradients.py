@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax import task_tree
-from mtl_optax.from_rule import BalanceState, Guard, next_count
+from mtl_optax.from_rule import BalanceState, next_count
+from mtl_optax.guard import Guard
 
 
 class TaskGradients(NamedTuple):

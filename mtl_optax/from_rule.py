@@ -7,7 +7,7 @@ share lives here once: checks, blocks, absent and non-finite tasks, cached weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from mtl_optax import task_tree
+from mtl_optax.guard import Guard
 from mtl_optax.task_tree import Blocks
 
 
@@ -114,6 +115,7 @@ def from_rule(
     reduce: bool = True,
     update_every: int = 1,
     axis_name: Any = None,
+    options: WeightingOptions | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts `rule` to a transformation that removes the task axis.
 
@@ -123,6 +125,8 @@ def from_rule(
       reduce: see there.
       update_every: see there.
       axis_name: see there.
+      options: the same four in a dictionary, which goes first: `optax.inject_hyperparams` hands a
+        factory's `**options` on as one argument of that name.
 
     Returns:
       A transformation whose `update(updates, state, params=None, *, losses=None, active=None)` takes
@@ -144,8 +148,13 @@ def from_rule(
       >>> updates["w"].tolist()
       [1.0, 1.0]
     """
+    if options:
+        own = WeightingOptions(
+            blocks=blocks, reduce=reduce, update_every=update_every, axis_name=axis_name
+        )
+        return from_rule(rule, **{**own, **options})
     _check_options(rule, update_every)
-    guard = Guard(rule.name, rule.num_tasks, rule.needs)
+    guard = Guard(rule.name, rule.num_tasks, rule.needs, reduces=reduce)
 
     def init_fn(params: Any) -> BalanceState:
         guard.remember(params)
@@ -233,60 +242,6 @@ def rule_of(name: str, transformation: Any) -> Rule:
             f"of task gradients), found {transformation!r}."
         )
     return rule
-
-
-class Guard:
-    """The checks and the meaning of `losses` and `active`, for every method that removes the axis."""
-
-    def __init__(self, name: str, num_tasks: int, needs: frozenset[str]) -> None:
-        self.name, self.num_tasks, self.needs = name, num_tasks, needs
-        # Trace-time memory of the parameter shapes seen by init: no number ever depends on it.
-        self._shapes: set[Any] = set()
-
-    def remember(self, params: Any) -> None:
-        """Notes the shapes that `init` was given."""
-        self._shapes.add(task_tree.shapes_of(params))
-
-    def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> None:
-        """Raises where `updates` is not one gradient per task, or the place is wrong."""
-        if extra_args.get("on_losses") and self.needs & {"norms", "gram", "gradients"}:
-            raise ValueError(
-                f"{self.name}: needs gradients ({', '.join(sorted(self.needs))}), so it cannot weigh "
-                "losses alone. Use it through mtl_optax.fork (one backward pass) or "
-                "mtl_optax.per_task_value_and_grad."
-            )
-        task_tree.check_updates(self.name, updates, self.num_tasks, params)
-        if params is None:
-            task_tree.check_not_stacked_like(self.name, updates, self._shapes)
-
-    def losses(self, losses: Any, dtype: Any, extra_args: Mapping[str, Any]) -> Any:
-        """The losses `[T]`, or None where the method does not need them."""
-        if "losses" not in self.needs:
-            return None
-        if losses is None:
-            vector = jnp.ndim(extra_args.get("value", 0.0)) == 1
-            raise ValueError(
-                f"{self.name}: needs the losses of this step: update(..., losses=losses), an array "
-                f"[{self.num_tasks}] in the order of the task axis."
-                + (" Found a vector in value=, which optax keeps for one scalar." * vector)
-            )
-        return self._vector("losses", losses, dtype)
-
-    def present(self, active: Any) -> jax.Array:
-        """Which tasks the caller says are in this batch; all by default."""
-        if active is None:
-            return jnp.ones((self.num_tasks,), bool)
-        return self._vector("active", active, jnp.bool_)
-
-    def _vector(self, what: str, value: Any, dtype: Any) -> jax.Array:
-        if isinstance(value, (tuple, list)):
-            value = jnp.stack([jnp.asarray(x) for x in value])
-        if jnp.shape(value) != (self.num_tasks,):
-            raise ValueError(
-                f"{self.name}: {what} must have shape ({self.num_tasks},), one entry per task in "
-                f"the order of the task axis; found {jnp.shape(value)}."
-            )
-        return jnp.asarray(value).astype(dtype)
 
 
 def next_count(count: jax.Array) -> jax.Array:

@@ -128,7 +128,10 @@ def check_num_tasks(name: str, num_tasks: Any) -> int:
 def check_task_index(name: str, what: str, index: Any, num_tasks: int) -> int:
     """`index` as a task's static number."""
     if isinstance(index, bool) or not hasattr(index, "__index__") or isinstance(index, jax.Array):
-        raise TypeError(f"{name}: {what} must be a Python integer, found {index!r}.")
+        raise TypeError(
+            f"{name}: {what} must be a Python integer, found {index!r}. Under "
+            f"optax.inject_hyperparams name it static: static_args=({what!r}, ...)."
+        )
     if not 0 <= int(index) < num_tasks:
         raise ValueError(
             f"{name}: {what} must be the index of a task, 0 to {num_tasks - 1}; found {index}."
