@@ -37,7 +37,7 @@ def diagnostics(state: Any) -> dict[str, Any]:
       >>> grads = {"w": jnp.array([[3., 4.], [0., 10.]])}
       >>> _, state = tx.update(grads, tx.init({"w": jnp.zeros(2)}))
       >>> told = mtl.diagnostics(state)
-      >>> {name: w.round(2).tolist() for name, w in told["weights"].items()}
+      >>> {name: [round(float(x), 2) for x in w] for name, w in told["weights"].items()}
       {"['w']": [1.0, 0.65]}
     """
     found = [_of_one(node) for node in _states(state)]

@@ -75,7 +75,8 @@ def metabalance(
       >>> import jax.numpy as jnp, mtl_optax as mtl
       >>> tx = mtl.metabalance(2, relax_factor=1.0)
       >>> grads = {"w": jnp.array([[3., 4.], [0., 50.]])}
-      >>> tx.update(grads, tx.init({"w": jnp.zeros(2)}))[0]["w"].round(3).tolist()
+      >>> update, state = tx.update(grads, tx.init({"w": jnp.zeros(2)}))
+      >>> [round(float(x), 3) for x in update["w"]]
       [3.0, 9.0]
 
     References:
