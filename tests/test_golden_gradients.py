@@ -200,7 +200,7 @@ def trajectory(tx, case, dtype, losses=None):
 def assert_steps_close(updates, wanted, tolerance, name):
     for key, want in stack(wanted).items():
         for got_step, want_step in zip(updates[key], want, strict=True):
-            assert_close(got_step, want_step, tolerance, message=(name, key))
+            assert_close(got_step, want_step, tolerance, message=f"{name}, {key}")
 
 
 def parameter_steps(case):
@@ -236,11 +236,11 @@ def test_golden_mtadam(x64, index, dtype, tolerance):
 def scale_by_adagrad(eps):
     """AdaGrad with epsilon outside the root, where optax has it inside."""
 
-    def update(updates, sums, params=None):
-        sums = jax.tree.map(lambda s, g: s + g**2, sums, updates)
+    def update(updates, state, params=None):
+        sums = jax.tree.map(lambda s, g: s + g**2, state, updates)
         return jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + eps), updates, sums), sums
 
-    return optax.GradientTransformation(optax.tree.zeros_like, update)
+    return optax.GradientTransformation(lambda params: optax.tree.zeros_like(params), update)
 
 
 @precisions(STATIC)

