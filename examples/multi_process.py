@@ -87,7 +87,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Starts two processes, or is one of them; prints what they found."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Two processes, one model.")
     parser.add_argument("--steps", type=int, default=Config.steps)
     parser.add_argument("--process", type=int, help="number of this process (set by the launcher)")
     parser.add_argument("--address", help="the coordinator's address (set by the launcher)")

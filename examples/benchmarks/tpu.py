@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -227,11 +228,10 @@ def _table(problem: Problem, chips: int) -> Table:
 
 
 def _reason(error: Exception) -> tuple[str, ...]:
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
+    found = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
+    if not found:
         raise error
-    used = text.partition("Used ")[2].partition(".\n")[0] or text.splitlines()[0][:100]
-    return ("does not fit", used)
+    return ("does not fit", "", f"{found[1]}B", f"of {found[2]}B")
 
 
 def _embed(tables: jax.Array, ids: jax.Array, problem: Problem, mesh: Any) -> jax.Array:
