@@ -299,8 +299,7 @@ def accumulate(
       ([0.0], [-4.0])
     """
     num_tasks = task_tree.check_num_tasks("accumulate", num_tasks)
-    if not isinstance(every_k, int) or every_k < 1:
-        raise ValueError(f"accumulate: every_k must be a Python integer >= 1, found {every_k!r}.")
+    task_tree.check_integer("accumulate", "every_k", every_k, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:

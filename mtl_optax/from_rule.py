@@ -258,10 +258,7 @@ def _check_options(rule: Rule, update_every: Any) -> None:
     unknown = rule.needs - {"losses", "norms", "gram"}
     if unknown:
         raise ValueError(f"{rule.name}: a rule cannot need {sorted(unknown)}.")
-    if not isinstance(update_every, int) or update_every < 1:
-        raise ValueError(
-            f"{rule.name}: update_every must be a Python integer >= 1, found {update_every!r}."
-        )
+    task_tree.check_integer(rule.name, "update_every", update_every, 1)
 
 
 def _look(

@@ -66,6 +66,11 @@ class Guard:
         return self._vector("active", active, jnp.bool_)
 
     def _vector(self, what: str, value: Any, dtype: Any) -> jax.Array:
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"{self.name}: {what} must be one array of shape ({self.num_tasks},) in the order of "
+                f"the task axis; found a {type(value).__name__}, whose order is not that of the tasks."
+            )
         if isinstance(value, (tuple, list)):
             value = jnp.stack([jnp.asarray(x) for x in value])
         if jnp.shape(value) != (self.num_tasks,):

@@ -105,7 +105,7 @@ def _remedy(name: str, before: str, num_tasks: int) -> str:
 
 
 def _optax_frames() -> Iterator[FrameType]:
-    """optax's frames that lead to here, up to the first one of anybody else's code."""
+    """The frames of optax that lead to here, up to the first one of anybody else's code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]

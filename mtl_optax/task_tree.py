@@ -107,12 +107,15 @@ def statistics_dtype(tree: Any) -> Any:
 # --- checks, all at trace time -----------------------------------------------------------------------
 
 
+_NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}', ...)."
+
+
 def check_num_tasks(name: str, num_tasks: Any) -> int:
     """`num_tasks` as a static positive integer, or an error that says how to make it one."""
     if isinstance(num_tasks, jax.Array):
         raise TypeError(
-            f"{name}: num_tasks must be a Python integer, found a JAX array ({num_tasks}). Under "
-            "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."
+            f"{name}: num_tasks must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format("num_tasks")
         )
     try:
         value = int(num_tasks.__index__())
@@ -125,13 +128,28 @@ def check_num_tasks(name: str, num_tasks: Any) -> int:
     return value
 
 
+def check_integer(name: str, what: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises where `value` is not a static integer in its closed range."""
+    wanted = f">= {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name}: {what} must be a Python integer {wanted}, found a JAX array. "
+            + _NAME_STATIC.format(what)
+        )
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: {what} must be a Python integer {wanted}, found {value!r}.")
+
+
 def check_task_index(name: str, what: str, index: Any, num_tasks: int) -> int:
     """`index` as a task's static number."""
-    if isinstance(index, bool) or not hasattr(index, "__index__") or isinstance(index, jax.Array):
+    if isinstance(index, jax.Array):
         raise TypeError(
-            f"{name}: {what} must be a Python integer, found {index!r}. Under "
-            f"optax.inject_hyperparams name it static: static_args=({what!r}, ...)."
+            f"{name}: {what} must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format(what)
         )
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise TypeError(f"{name}: {what} must be a Python integer, found {index!r}.")
     if not 0 <= int(index) < num_tasks:
         raise ValueError(
             f"{name}: {what} must be the index of a task, 0 to {num_tasks - 1}; found {index}."
@@ -391,7 +409,7 @@ def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> 
 
 
 def _weighted(row: jax.Array, weight: jax.Array, keep: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(row.dtype, jnp.float32)
+    wide = statistics_dtype(row)
     zero = jnp.zeros((), wide)
     # A select, not a product with 0: an excluded task may hold NaN.
     return jnp.where(keep, row.astype(wide) * weight.astype(wide), zero)

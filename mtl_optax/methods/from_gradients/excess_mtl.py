@@ -13,7 +13,7 @@ from mtl_optax import task_tree
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
-from mtl_optax.task_tree import check_num_tasks, check_range
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class ExcessMTLState(NamedTuple):
@@ -87,10 +87,7 @@ def excess_mtl(
     """
     num_tasks = check_num_tasks("excess_mtl", num_tasks)
     check_range("excess_mtl", step_size=(step_size, 0, math.inf), eps=(eps, 0, math.inf))
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(
-            f"excess_mtl: warmup_steps must be a Python integer >= 0, found {warmup_steps!r}."
-        )
+    check_integer("excess_mtl", "warmup_steps", warmup_steps, 0)
 
     def init(params: Any, dtype: Any) -> ExcessMTLState:
         return ExcessMTLState(

@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.task_tree import along_tasks, check_num_tasks, check_range
+from mtl_optax.task_tree import along_tasks, check_num_tasks, check_range, statistics_dtype
 
 
 def graddrop(
@@ -90,7 +90,7 @@ def graddrop(
 
 def _pick_sign(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
     """The masked gradients `[T, *shape]` of one leaf, at least in float32."""
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    wide = leaf.astype(statistics_dtype(leaf))
     total, mass = jnp.sum(wide, axis=0), jnp.sum(jnp.abs(wide), axis=0)
     purity = jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 0)
     positive = 0.5 * (1 + purity)
@@ -118,7 +118,7 @@ def _noise_leaves(
             jax.random.uniform(
                 jax.random.fold_in(key, index),
                 leaf.shape[1:],
-                jnp.promote_types(leaf.dtype, jnp.float32),
+                statistics_dtype(leaf),
             )
             for index, leaf in enumerate(leaves)
         ]

@@ -10,7 +10,7 @@ import optax
 
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.task_tree import along_tasks, check_num_tasks
+from mtl_optax.task_tree import along_tasks, check_integer, check_num_tasks, statistics_dtype
 
 
 def trimmed_mean(num_tasks: int, *, trim_number: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -51,11 +51,7 @@ def trimmed_mean(num_tasks: int, *, trim_number: int = 1) -> optax.GradientTrans
       Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018.
     """
     num_tasks = check_num_tasks("trimmed_mean", num_tasks)
-    if not isinstance(trim_number, int) or not 0 <= 2 * trim_number < num_tasks:
-        raise ValueError(
-            "trimmed_mean: trim_number must be a Python integer k >= 0 with 2k + 1 <= num_tasks = "
-            f"{num_tasks}; found {trim_number!r}."
-        )
+    check_integer("trimmed_mean", "trim_number", trim_number, 0, (num_tasks - 1) // 2)
 
     def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
         present = jnp.sum(view.active, dtype=jnp.int32)
@@ -67,7 +63,7 @@ def trimmed_mean(num_tasks: int, *, trim_number: int = 1) -> optax.GradientTrans
         for leaf in leaves:
             ranks = _ranks(leaf, view.active)
             kept = (ranks >= trim) & (ranks < last) & along_tasks(view.active, leaf.ndim)
-            wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            wide = leaf.astype(statistics_dtype(leaf))
             # Divided first: a sum of the largest numbers may overflow where their mean does not.
             share = wide / left.astype(wide.dtype)
             update.append(jnp.sum(jnp.where(kept, share, 0), axis=0))

@@ -12,7 +12,7 @@ import optax
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
-from mtl_optax.task_tree import check_num_tasks, check_range
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 def cagrad(
@@ -69,8 +69,7 @@ def cagrad(
     """
     num_tasks = check_num_tasks("cagrad", num_tasks)
     check_range("cagrad", c=(c, 0, math.inf))
-    if rescale not in (0, 1, 2):
-        raise ValueError(f"cagrad: rescale must be 0, 1 or 2; found {rescale!r}.")
+    check_integer("cagrad", "rescale", rescale, 0, 2)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         radius = jnp.asarray(c, evidence.norms.dtype)

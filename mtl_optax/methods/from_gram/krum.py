@@ -10,7 +10,7 @@ import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks
+from mtl_optax.task_tree import check_integer, check_num_tasks
 
 
 def krum(
@@ -63,8 +63,8 @@ def krum(
       Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, 2017.
     """
     num_tasks = check_num_tasks("krum", num_tasks)
-    _check_count("num_byzantine", num_byzantine, 0, max(0, num_tasks - 3))
-    _check_count("num_selected", num_selected, 1, num_tasks)
+    check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, num_tasks - 3))
+    check_integer("krum", "num_selected", num_selected, 1, num_tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         active = evidence.active
@@ -79,13 +79,6 @@ def krum(
 
     rule = Rule("krum", num_tasks, frozenset({"gram"}), lambda dtype: (), weigh)
     return from_rule(rule, **options)
-
-
-def _check_count(what: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(
-            f"krum: {what} must be a Python integer from {low} to {high}; found {value!r}."
-        )
 
 
 def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:

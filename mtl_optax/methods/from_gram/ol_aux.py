@@ -12,7 +12,7 @@ from mtl_optax import task_tree
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.from_rule import Evidence, Rule, from_rule
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks, check_task_index
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_task_index
 
 # Weights stay below this in size, so that products with legal gradients stay finite.
 _LARGEST_WEIGHT = 2.0**60
@@ -110,9 +110,8 @@ def ol_aux(
     """
     num_tasks = check_num_tasks("ol_aux", num_tasks)
     target = check_task_index("ol_aux", "target", target, num_tasks)
-    for what, value in (("update_every", update_every), ("filter_window", filter_window)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"ol_aux: {what} must be a Python integer >= 1, found {value!r}.")
+    check_integer("ol_aux", "update_every", update_every, 1)
+    check_integer("ol_aux", "filter_window", filter_window, 1)
 
     def init(dtype: Any) -> OLAuxState:
         return OLAuxState(jnp.ones((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))

@@ -12,7 +12,7 @@ import optax
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
-from mtl_optax.task_tree import check_num_tasks, check_range
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class DWAState(NamedTuple):
@@ -85,8 +85,7 @@ def dwa(
     """
     num_tasks = check_num_tasks("dwa", num_tasks)
     check_range("dwa", temperature=(temperature, 1e-6, math.inf))
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"dwa: window must be a Python integer >= 1, found {window!r}.")
+    check_integer("dwa", "window", window, 1)
 
     def init(dtype: Any) -> DWAState:
         zeros, none = jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), jnp.int32)

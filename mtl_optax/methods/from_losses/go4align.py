@@ -13,7 +13,7 @@ from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.k_means import k_means_on_line
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
-from mtl_optax.task_tree import check_num_tasks, check_range
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class GO4AlignState(NamedTuple):
@@ -73,11 +73,7 @@ def go4align(
     """
     num_tasks = check_num_tasks("go4align", num_tasks)
     check_range("go4align", step_size=(step_size, 0, math.inf))
-    if not isinstance(num_groups, int) or not 1 <= num_groups <= num_tasks:
-        raise ValueError(
-            f"go4align: num_groups must be a Python integer from 1 to {num_tasks}, found "
-            f"{num_groups!r}."
-        )
+    check_integer("go4align", "num_groups", num_groups, 1, num_tasks)
 
     def init(dtype: Any) -> GO4AlignState:
         return GO4AlignState(jnp.full((num_tasks,), -math.log(num_tasks), dtype))

@@ -12,7 +12,7 @@ import optax
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
-from mtl_optax.task_tree import check_num_tasks, check_range
+from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class STCHState(NamedTuple):
@@ -83,9 +83,8 @@ def stch(
     """
     num_tasks = check_num_tasks("stch", num_tasks)
     check_range("stch", mu=(mu, 1e-6, math.inf))
-    for what, value, least in (("warmup_steps", warmup_steps, 0), ("nadir_steps", nadir_steps, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"stch: {what} must be a Python integer >= {least}, found {value!r}.")
+    check_integer("stch", "warmup_steps", warmup_steps, 0)
+    check_integer("stch", "nadir_steps", nadir_steps, 1)
 
     def init(dtype: Any) -> STCHState:
         return STCHState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), jnp.int32))

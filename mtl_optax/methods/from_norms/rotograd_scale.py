@@ -10,7 +10,7 @@ import optax
 
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks
+from mtl_optax.task_tree import check_integer, check_num_tasks
 
 
 class RotoGradState(NamedTuple):
@@ -68,10 +68,7 @@ def rotograd_scale(
       Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, 2022.
     """
     num_tasks = check_num_tasks("rotograd_scale", num_tasks)
-    if not isinstance(burn_in, int) or burn_in < 0:
-        raise ValueError(
-            f"rotograd_scale: burn_in must be a Python integer >= 0, found {burn_in!r}."
-        )
+    check_integer("rotograd_scale", "burn_in", burn_in, 0)
 
     def init(dtype: Any) -> RotoGradState:
         return RotoGradState(jnp.zeros((num_tasks,), dtype))
