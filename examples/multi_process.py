@@ -45,9 +45,7 @@ TASKS = 2
 
 def train(config: Config) -> dict[str, Any]:
     """Trains on all devices of all processes; returns weights and losses, the same on each of them."""
-    mesh = jax.make_mesh(
-        (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.NamedSharding(mesh, jax.P())
     batch = _my_share(config, jax.NamedSharding(mesh, jax.P("data")))
     method = mtl.multibalance(TASKS, weight_lr=0.1)

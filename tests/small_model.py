@@ -71,18 +71,14 @@ PLACEMENTS = {
     "fork": fork_step,
     "weigh_losses": weighed_step,
 }
-REPRESENTATIVES = {
-    name: row.make(T)
-    for name, row in mtl.METHODS.items()
-    if name in ("multibalance", "metabalance", "db_mtl", "mgda", "scale_invariant", "sum_tasks")
-}
+# One method of every kind: what a placement does depends on no more than that.
+ON_GRADIENTS = {n: mtl.METHODS[n].make(T) for n in ("multibalance", "metabalance", "db_mtl")}
+ON_LOSSES = {"scale_invariant": mtl.scale_invariant(T)}
 
 
 def chosen_for(placement):
-    """Methods that a placement takes: those on losses must not need gradients."""
-    if placement == "weigh_losses":
-        return {n: m for n, m in REPRESENTATIVES.items() if set(mtl.METHODS[n].needs) <= {"losses"}}
-    return REPRESENTATIVES
+    """Methods that a placement takes."""
+    return ON_LOSSES if placement == "weigh_losses" else ON_GRADIENTS
 
 
 def initial_state(placement, method, params, batch):

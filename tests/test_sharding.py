@@ -15,8 +15,8 @@ from small_model import (
     BATCH_SPECS,
     MODEL_SHAPES,
     MODEL_SPECS,
+    ON_GRADIENTS,
     PLACEMENTS,
-    REPRESENTATIVES,
     ROWS,
     T,
     chosen_for,
@@ -334,7 +334,7 @@ def test_devices_exchange_the_gram_matrix_and_nothing_else(kind):
 def test_gradient_accumulation_by_microbatching_is_exact():
     params = draw(3, MODEL_SHAPES)
     batch = draw(4, {"x": (ROWS, 6), "y": (ROWS, T)})
-    method = REPRESENTATIVES["multibalance"]
+    method = ON_GRADIENTS["multibalance"]
     state = method.init(params)
 
     def loss_fn(params, batch):

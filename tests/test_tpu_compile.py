@@ -75,7 +75,6 @@ def test_every_placement_compiles(chips):
         (placement, name): method
         for placement in PLACEMENTS
         for name, method in chosen_for(placement).items()
-        if name in ("multibalance", "metabalance", "db_mtl", "scale_invariant")
     }
 
     def run(params, states, batch):
