@@ -1,0 +1,59 @@
+"""Measures time and memory of the library on this machine and prints one table.
+
+    python -m examples.benchmarks [--quick] [--only SECTION ...] [--peers] [--out FILE.md]
+
+Ratios are medians over rounds in which what is compared runs in turns; memory is what XLA says of the
+compiled program. `python -m examples.benchmarks.growth` and `.tpu` have tables of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from examples.benchmarks import methods, peers, places
+from examples.benchmarks.report import Row, markdown, show
+
+SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "steps": places.step_times,
+    "savings": places.savings,
+    "map": places.map_memory,
+    "updates": methods.updates,
+    "solvers": methods.solvers,
+    "compile": methods.compile_times,
+    "peers": peers.peers,
+}
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Runs the chosen sections and returns what they measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--peers", action="store_true", help="compare with TorchJD and PyTorch")
+    parser.add_argument("--out", type=Path, help="write the table here as Markdown")
+    options = parser.parse_args(arguments)
+
+    chosen = options.only or [name for name in SECTIONS if name != "peers"]
+    if options.peers and "peers" not in chosen:
+        chosen = [*chosen, "peers"]
+    if "peers" in chosen and not peers.installed():
+        parser.error("--peers needs TorchJD: pip install torch==2.13.0 torchjd")
+    console = Console()
+    rows: list[Row] = []
+    for name in track(chosen, "measuring", console=console, transient=True):
+        rows += SECTIONS[name](options.quick)
+    order = list(dict.fromkeys(row.section for row in rows))
+    rows.sort(key=lambda row: order.index(row.section))
+    show(rows, console)
+    if options.out:
+        options.out.write_text(markdown(rows), encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The two networks of the measurements: a recommender's ranking model and a dense one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Problem(NamedTuple):
+    """A network with a shared bottom and one head a task.
+
+    Attributes:
+      tables: embedding tables.
+      rows: rows of each table.
+      width: width of an embedding.
+      dense: number of dense features.
+      bottom: widths of the shared layers; the last one is that of the representation.
+      head: widths of the hidden layers of each head.
+      batch: examples.
+    """
+
+    tables: int = 26
+    rows: int = 10_000
+    width: int = 16
+    dense: int = 13
+    bottom: tuple[int, ...] = (256, 128, 64)
+    head: tuple[int, ...] = (64, 32)
+    batch: int = 2048
+
+
+RECSYS = Problem()
+DENSE = Problem(tables=0, dense=512, bottom=(512, 512, 512))
+TINY = {
+    "recsys": Problem(tables=2, rows=10, width=2, dense=3, bottom=(8, 4), head=(4,), batch=16),
+    "dense": Problem(tables=0, dense=8, bottom=(8, 4), head=(4,), batch=16),
+}
+
+
+def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Any, Any]:
+    """`(params, batch)`; `params` has "shared" and "heads"."""
+    keys = iter(jax.random.split(jax.random.key(seed), 5 + num_tasks))
+    inputs = problem.tables * problem.width + problem.dense
+    shape = (problem.tables, problem.rows, problem.width)
+    shared: dict[str, Any] = {"layers": _layers(next(keys), inputs, *problem.bottom)}
+    if problem.tables:
+        shared["embeddings"] = 0.05 * jax.random.normal(next(keys), shape)
+    heads = [_layers(next(keys), problem.bottom[-1], *problem.head, 1) for _ in range(num_tasks)]
+    batch = {
+        "ids": jax.random.randint(
+            next(keys), (problem.tables, problem.batch), 0, max(problem.rows, 1)
+        ),
+        "features": jax.random.normal(next(keys), (problem.batch, problem.dense)),
+        "labels": jax.random.bernoulli(next(keys), 0.3, (num_tasks, problem.batch)).astype(
+            jnp.float32
+        ),
+    }
+    return {"shared": shared, "heads": heads}, batch
+
+
+def encode(shared: Any, batch: Any) -> jax.Array:
+    """The representation `[batch, width]`."""
+    inputs = batch["features"]
+    if "embeddings" in shared:
+        found = jax.vmap(lambda table, ids: table[ids], out_axes=1)(
+            shared["embeddings"], batch["ids"]
+        )
+        inputs = jnp.concatenate([found.reshape(found.shape[0], -1), inputs], axis=1)
+    for weight, bias in shared["layers"]:
+        inputs = jax.nn.relu(inputs @ weight + bias[None])
+    return inputs
+
+
+def decode(heads: Any, copies: Any, batch: Any) -> jax.Array:
+    """The losses `[T]` of the heads, each on its copy of the representation."""
+    return jnp.stack(
+        [
+            optax.sigmoid_binary_cross_entropy(_head(head, copy), labels).mean()
+            for head, copy, labels in zip(heads, copies, batch["labels"], strict=True)
+        ]
+    )
+
+
+def _head(layers: Any, x: jax.Array) -> jax.Array:
+    *hidden, (weight, bias) = layers
+    for w, b in hidden:
+        x = jax.nn.relu(x @ w + b[None])
+    return (x @ weight + bias[None])[:, 0]
+
+
+def _layers(key: jax.Array, *widths: int) -> list[tuple[jax.Array, jax.Array]]:
+    pairs = list(itertools.pairwise(widths))
+    return [
+        (jax.random.normal(k, pair) * (2 / pair[0]) ** 0.5, jnp.zeros(pair[1]))
+        for k, pair in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
+    ]

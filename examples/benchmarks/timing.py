@@ -1,0 +1,74 @@
+"""Clocks that survive a busy machine: what is compared runs in turns, and medians are taken."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one of each in every round; compiled and warmed up before."""
+    for call in calls.values():
+        for _ in range(3):
+            jax.block_until_ready(call())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over the rounds of one call's time over that of another in the same round."""
+    pairs = zip(seconds[name], seconds[base], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def interleaved_ratios(
+    calls: Mapping[str, Callable[[], Any]], base: str, rounds: int
+) -> dict[str, float]:
+    """The ratio of every other call to `base`."""
+    seconds = interleaved(calls, rounds)
+    return {name: ratio(seconds, name, base) for name in calls if name != base}
+
+
+def several(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    """Runs a short call so often that one reading of the clock does not count."""
+
+    def run() -> Any:
+        result = None
+        for _ in range(times):
+            result = call()
+        return result
+
+    return run
+
+
+class Training:
+    """A compiled training step with the state it runs on, each result the next step's input.
+
+    `step(params, opt_state, balance, batch) -> (params, opt_state, balance, losses)`; the buffers of the
+    first three are donated, as in a real training loop.
+    """
+
+    def __init__(self, step: Callable[..., Any], state: tuple[Any, ...], batch: Any) -> None:
+        jitted = jax.jit(step, donate_argnums=tuple(range(len(state))))
+        self.compiled = jitted.lower(*state, batch).compile()
+        self.state = jax.tree.map(lambda x: x.copy(), state)
+        self.batch = batch
+
+    def __call__(self) -> Any:
+        *state, losses = self.compiled(*self.state, self.batch)
+        self.state = tuple(state)
+        return losses, self.state
+
+    @property
+    def temporary_mebibytes(self) -> float:
+        """What XLA says the step needs beyond its arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
