@@ -134,7 +134,7 @@ def launch(config: Config, processes: int = 2) -> list[dict[str, Any]]:
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.communicate()
     return results
 
 

@@ -95,12 +95,14 @@ def test_every_placement_compiles(chips):
 
 
 def test_a_fork_adds_one_small_all_reduce():
-    """The recommender's figures, on a small one; `python -m examples.benchmarks.tpu` prints all."""
+    """On a small recommender; `python -m examples.benchmarks.tpu` has bytes and memory of a real one.
+
+    All of this one's temporaries fit the memory on the chip, so they say nothing of a larger one's.
+    """
     problem = Problem(tables=2, rows=4096, bottom=(256, 128, 64), batch=2048)
     mesh = tpu_mesh(4)
     plain, fork = (measure(name, problem, mesh) for name in ("plain", "fork"))
     assert fork.flops <= 1.01 * plain.flops
-    assert fork.temporary <= plain.temporary + 2**20
     added = [more - less for more, less in zip(fork.collectives, plain.collectives, strict=True)]
     assert added[0] == 1
     assert 0 < added[1] <= problem.tasks**2

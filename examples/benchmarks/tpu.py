@@ -258,7 +258,7 @@ def _embed(tables: jax.Array, ids: jax.Array, problem: Problem, mesh: Any) -> ja
 
 def _mlp(layers: Any, x: jax.Array, *, last: bool = True) -> jax.Array:
     for i, (weight, bias) in enumerate(layers):
-        x = x @ weight + bias
+        x = x @ weight + bias[None]
         if not last or i < len(layers) - 1:
             x = jax.nn.relu(x)
     return x
