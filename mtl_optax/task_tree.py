@@ -367,7 +367,12 @@ def _in_range(
                 return tuple(row.astype(scale.dtype) * scale[t] for t, row in enumerate(leaf))
             return leaf.astype(scale.dtype) * scale.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
-        return of([one(x, scales[b]) for x, b in zip(leaves, blocks.of_leaf, strict=True)])
+        result = of([one(x, scales[b]) for x, b in zip(leaves, blocks.of_leaf, strict=True)])
+        # What fits stays bit for bit what it is, whatever the other tasks hold.
+        ordinary = scales == 1
+        if result.ndim == 3:
+            ordinary = ordinary[:, :, None] & ordinary[:, None, :]
+        return jnp.where(ordinary, plain, result)
 
     fits = jnp.all(~(small | large) | ~active[None])
     return lax.cond(fits, lambda _: plain, rescaled, leaves), scales

@@ -40,7 +40,8 @@ def kl_ball_mirror_step(
 
     Args:
         log_p: logarithm of the present distribution (it need not be normalised), ``[T]``.
-        scores: ``s``, the step size times what each task is rewarded for, ``[T]``; up to 1e30.
+        scores: ``s``, the step size times what each task is rewarded for, ``[T]``; what is beyond an
+            eighth of the largest number, infinity too, counts as that.
         radius: largest divergence from uniform; 0 gives uniform, ``log T`` or more lifts the limit.
         active: tasks that count, bool ``[T]``; the divergence is from uniform over these. All by default.
 
@@ -56,7 +57,8 @@ def kl_ball_mirror_step(
     count = jnp.maximum(jnp.sum(active.astype(dtype)), 1)
     log_count = jnp.log(count)
 
-    raw = jnp.where(active, log_p, 0) + jnp.where(active, scores, 0)
+    limit = jnp.finfo(dtype).max / 8
+    raw = jnp.where(active, log_p, 0) + jnp.where(active, jnp.clip(scores, -limit, limit), 0)
     raw = jnp.where(active, raw - jnp.max(jnp.where(active, raw, -jnp.inf)), 0)
     width = -jnp.min(raw)
     spread = width > 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
 from mtl_optax.combinators import per_task, sum_tasks
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks
+from mtl_optax.task_tree import check_num_tasks, narrow, statistics_dtype
 
 
 def adatask(
@@ -19,10 +22,11 @@ def adatask(
 
     .. math:: update = \sum_t \mathrm{inner}_t(g_t),
 
-    one copy of ``inner`` and of its state a task: `chain(per_task(inner, T), sum_tasks(T))`, and nothing
-    else. Sum-like: with Adam each entry moves by up to T learning rates. Algorithm 1 of the paper; as in
-    the authors' program a step in which a task's gradient is 0 still decays its moments and takes its
-    momentum's step. To leave a task out of a step say so by ``active=``: then its state stays as it was.
+    one copy of ``inner`` and of its state a task: `chain(per_task(inner, T), sum_tasks(T))`, with the state
+    in float32 where gradients are narrower, and nothing else. Sum-like: with Adam each entry moves by up
+    to T learning rates. Algorithm 1 of the paper; as in the authors' program a step in which a task's
+    gradient is 0 still decays its moments and takes its momentum's step. To leave a task out of a step say
+    so by ``active=``: then its state stays as it was.
     Task-specific parameters get one ordinary optimizer there (`optax.partition`).
 
     Degenerate input: whatever ``inner`` makes of it. T = 1: ``inner`` itself.
@@ -51,8 +55,25 @@ def adatask(
       Yang et al., AdaTask: A Task-Aware Adaptive Learning Rate Approach to Multi-Task Learning, 2023.
     """
     num_tasks = check_num_tasks("adatask", num_tasks)
-    chain = optax.chain(per_task(inner, num_tasks), sum_tasks(num_tasks))
+    chain = optax.chain(per_task(_in_full_precision(inner), num_tasks), sum_tasks(num_tasks))
     return optax.with_extra_args_support(chain)
+
+
+def _in_full_precision(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` on float32 where gradients are narrower: squares of float16 leave its range at once."""
+    inner = optax.with_extra_args_support(inner)
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(statistics_dtype(x)), tree)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        wide = None if params is None else widen(params)
+        steps, state = inner.update(widen(updates), state, wide, **extra_args)
+        return jax.tree.map(lambda step, g: narrow(step, g.dtype), steps, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda p: inner.init(widen(p)), update_fn)
 
 
 METHOD = Method(

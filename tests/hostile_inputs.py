@@ -1,0 +1,177 @@
+"""Batches of hostile input for every method: the worst that gradients, losses and tasks can be.
+
+A batch is run twice through the same compiled program. In the first run a task of an event holds NaN or
+infinity, and absent tasks hold 0; in the second the same task is absent instead, and all absent tasks
+hold junk. The two must give the same bits, and only finite ones.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mtl_optax as mtl
+
+CASES, STEPS, T = 64, 4, 4
+# One leaf of each precision, a scalar among them, and nothing.
+PARAMS = {
+    "matrix": jnp.zeros((2, 2)),
+    "none": None,
+    "scalar": jnp.zeros((), jnp.float16),
+    "vector": jnp.zeros((1,), jnp.bfloat16),
+}
+N = 6
+JUNK = (0.0, 1e9, np.nan, np.inf, -np.inf, 3e38)
+BAD = (np.nan, np.inf, -np.inf)
+
+
+class Batch(NamedTuple):
+    """One run's input: `[CASES, STEPS, T, N]` gradients, `[CASES, STEPS, T]` losses and presence."""
+
+    gradients: np.ndarray
+    losses: np.ndarray
+    active: np.ndarray
+
+
+def draw(seed: int) -> tuple[Batch, Batch, np.ndarray]:
+    """The two runs, and how often each task of each case is broken `[CASES, T]`."""
+    rng = np.random.default_rng(seed)
+    shape = (CASES, STEPS, T)
+    gradients, losses = _gradients(rng), _losses(rng)
+    active = rng.random(shape) > rng.choice([0.0, 0.3, 0.9], size=(CASES, 1, 1))
+    # In a third of the cases fewer tasks take part from the first step to the last.
+    active &= np.arange(T) < rng.choice([T, T, 1, 2, 3], size=(CASES, 1, 1))
+    broken = active & (rng.random(shape) < rng.choice([0.0, 0.2], size=(CASES, 1, 1)))
+    first_g, first_l = np.where(active[..., None], gradients, 0), np.where(active, losses, 1)
+    second_g, second_l = first_g.copy(), first_l.copy()
+    for event in np.argwhere(broken):
+        # All of a gradient, or one element of it.
+        where = (*event, slice(None) if rng.random() < 0.5 else rng.integers(N))
+        first_g[where] = rng.choice(BAD)
+        if rng.random() < 0.5:
+            first_l[tuple(event)] = rng.choice(BAD)
+    absent = ~active | broken
+    second_g[absent] = rng.choice(JUNK, size=(absent.sum(), 1))
+    second_l[absent] = rng.choice(JUNK, size=absent.sum())
+    first = Batch(first_g, first_l, active)
+    return first, Batch(second_g, second_l, active & ~broken), broken.sum(axis=1)
+
+
+def _gradients(rng: np.random.Generator) -> np.ndarray:
+    """Norms of 1e-18 to 1e18, spread over up to twelve decades, and every degenerate position."""
+    base = rng.normal(size=(CASES, STEPS, T, N))
+    kinds = rng.integers(len(_KINDS), size=CASES)
+    for case, kind in enumerate(kinds):
+        base[case] = _KINDS[kind](base[case], rng)
+    still = rng.random(CASES) < 0.3
+    base[still] = base[still][:, :1]
+    spread = rng.choice([0.0, 2.0, 6.0], size=(CASES, 1, 1))
+    middle = rng.uniform(-18 + spread, 18 - spread)
+    middle = np.where(rng.random((CASES, 1, 1)) < 0.5, 0, middle)
+    exponents = middle + rng.uniform(-1, 1, size=(CASES, STEPS, T)) * spread
+    scaled = base * 10.0 ** exponents[..., None]
+    limits = np.array([1e18] * 4 + [6e4, 1e18])  # what the leaves' dtypes hold
+    return np.clip(scaled, -limits, limits).astype(np.float32)
+
+
+def _zero_rows(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return g * (rng.random((STEPS, T, 1)) < 0.5)
+
+
+_KINDS = (
+    lambda g, rng: g,
+    _zero_rows,
+    lambda g, rng: g * 0,
+    lambda g, rng: g[:, :1] + 0 * g,
+    lambda g, rng: g[:, :1] * np.array([1, -1, 1, -1.0])[:, None],
+    lambda g, rng: g[:, :1] * rng.normal(size=(T, 1)),
+    lambda g, rng: g[:, :1] + 1e-6 * g,
+    lambda g, rng: g[:, :1] * np.array([1, -1, 1, -1.0])[:, None] + 1e-6 * g,
+    lambda g, rng: np.linalg.qr(g.swapaxes(1, 2))[0].swapaxes(1, 2),
+    lambda g, rng: np.concatenate([g[:, :2], -g[:, :1] - g[:, 1:2], g[:, 3:]], axis=1),
+    lambda g, rng: g * (rng.random(N) < 0.3),
+)
+
+
+def _losses(rng: np.random.Generator) -> np.ndarray:
+    shape = (CASES, STEPS, T)
+    usual = rng.uniform(0.1, 2.0, size=shape)
+    wild = rng.choice([0.0, 1e30, 1e-30, -1.0, 1.0, 1e-8, 1e6], size=shape)
+    chosen = np.where(rng.random((CASES, 1, 1)) < 0.5, usual, wild)
+    still = rng.random(CASES) < 0.3
+    chosen[still] = chosen[still][:, :1]
+    return chosen.astype(np.float32)
+
+
+def tree(flat):
+    """The gradient tree of `[..., N]` numbers."""
+    shapes = {"matrix": (0, 4, (2, 2)), "scalar": (4, 5, ()), "vector": (5, 6, (1,))}
+    leaves = {
+        name: flat[..., low:high].reshape(*flat.shape[:-1], *tail).astype(PARAMS[name].dtype)
+        for name, (low, high, tail) in shapes.items()
+    }
+    return {**leaves, "none": None}
+
+
+@functools.cache
+def program(name):
+    """`Batch -> (updates, last state)` of a method, compiled once."""
+    tx = mtl.METHODS[name].make(T)
+
+    @jax.jit
+    @jax.vmap
+    def run(batch):
+        def body(state, step):
+            gradients, losses, active = step
+            update, state = tx.update(tree(gradients), state, PARAMS, losses=losses, active=active)
+            return state, update
+
+        return jax.lax.scan(body, tx.init(PARAMS), tuple(batch))[::-1]
+
+    return run
+
+
+def balance_states(state):
+    """The states of methods in a state."""
+    is_state = lambda node: isinstance(node, mtl.BalanceState)  # noqa: E731
+    return [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
+
+
+def without_counts(state):
+    """The state but for `skipped`, which tells a broken task from an absent one."""
+    is_state = lambda node: isinstance(node, mtl.BalanceState)  # noqa: E731
+    return jax.tree.map(
+        lambda node: node._replace(skipped=()) if is_state(node) else node, state, is_leaf=is_state
+    )
+
+
+def failures(name, seed):
+    """`what went wrong -> cases` for one method on one batch; empty where all held."""
+    first, second, broken = draw(seed)
+    outputs = [jax.tree.map(np.asarray, program(name)(batch)) for batch in (first, second)]
+    found = {}
+    for label, output in zip(("not finite", "not finite, junk"), outputs, strict=True):
+        found[label] = _where(output, lambda x: ~np.isfinite(x.astype(np.float64)))
+    same = [(updates, without_counts(state)) for updates, state in outputs]
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(same[0]), jax.tree.leaves(same[1]), strict=True
+    ):
+        # Two zeros are equal whatever their signs; NaN was reported above.
+        differ = (a != b) & ~((a != a) & (b != b))
+        cases = np.flatnonzero(differ.reshape(CASES, -1).any(axis=1))
+        if cases.size:
+            found[f"differs{jax.tree_util.keystr(path)}"] = cases.tolist()
+    counts = [state.skipped for state in balance_states(outputs[0][1])]
+    if not any((count == broken).all() for count in counts):
+        found["miscounted"] = np.flatnonzero((counts[0] != broken).any(axis=1)).tolist()
+    return {label: cases for label, cases in found.items() if cases}
+
+
+def _where(output, wrong):
+    bad = np.zeros(CASES, bool)
+    for leaf in jax.tree.leaves(output):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            bad |= wrong(leaf).reshape(CASES, -1).any(axis=1)
+    return np.flatnonzero(bad).tolist()

@@ -1,0 +1,88 @@
+"""Hostile input for every method: finite in, finite out, and nobody suffers from a broken task.
+
+`hostile_inputs.py` says what is drawn. The normal run tries a few batches a method, thousands of cases in
+all; `python -m pytest -m fuzz` goes on for hundreds of thousands.
+"""
+
+import hostile_inputs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import mtl_optax as mtl
+
+NAMES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"hostile {name}"), id=name)
+    for name in sorted(mtl.METHODS)
+]
+SEEDS = st.integers(0, 2**32 - 1)
+# A batch is one example; a smaller seed is no simpler, so there is nothing to shrink.
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "phases": (Phase.explicit, Phase.generate),
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=4, derandomize=True, **COMMON)
+@given(seed=SEEDS)
+def test_hostile_input(name, seed):
+    assert hostile_inputs.failures(name, seed) == {}
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=400, **COMMON)
+@given(seed=SEEDS)
+def test_hostile_input_for_long(name, seed):
+    assert hostile_inputs.failures(name, seed) == {}
+
+
+def test_the_search_can_fail():
+    """What is drawn holds every kind of trouble, and a careless method falls over it."""
+    batch, other, broken = hostile_inputs.draw(0)
+    spoilt = ~np.isfinite(batch.gradients).all(axis=-1)
+    assert spoilt.any() and (spoilt <= batch.active).all() and broken.sum() > 0
+    assert (~batch.active).any() and (batch.losses == 1e30).any()
+    assert not np.isfinite(other.gradients[~other.active]).all()
+    sizes = np.abs(batch.gradients[np.isfinite(batch.gradients)])
+    assert sizes.max() > 1e15 and sizes[sizes > 0].min() < 1e-15
+
+    def careless(gradients):
+        cosine = gradients @ gradients.T
+        return jnp.sum(jnp.linalg.inv(cosine) @ gradients, axis=0)
+
+    assert not np.isfinite(jax.vmap(careless)(batch.gradients[:, 0])).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_tree_is_a_legal_input(name):
+    tx = mtl.METHODS[name].make(3)
+    for params in ({}, {"none": None}, [[], ()]):
+
+        def run(params=params):
+            return tx.update(params, tx.init(params), params, losses=jnp.ones(3))
+
+        update, state = jax.eval_shape(run)
+        assert jax.tree.structure(update) == jax.tree.structure(params)
+        assert jax.tree.leaves(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_tasks(name):
+    tasks = 64
+    tx = mtl.METHODS[name].make(tasks)
+    params = {"w": jnp.zeros(5)}
+    draw = np.random.default_rng(0)
+    grads = {"w": jnp.asarray(draw.normal(size=(tasks, 5)), jnp.float32)}
+    losses = jnp.asarray(draw.uniform(0.1, 2, tasks), jnp.float32)
+    update, state = tx.update(grads, tx.init(params), params, losses=losses)
+    assert update["w"].shape == (5,)
+    for leaf in jax.tree.leaves((update, state)):
+        assert np.isfinite(leaf).all()
