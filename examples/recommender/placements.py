@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -51,8 +52,11 @@ class Network:
     The towers are alike, so their parameters are stacked along a task axis and one `vmap` runs all.
     """
 
-    def __init__(self, users: int, items: int, tasks: int, config: NetworkConfig):
+    def __init__(self, users: int, items: int, item_bias: np.ndarray, config: NetworkConfig):
+        """`item_bias` `[T, items]` is where each tower's bias of the items starts."""
+        tasks = len(item_bias)
         self.num_tasks = tasks
+        self._item_bias = jnp.asarray(item_bias)[..., None]
         self.width = config.embedding + config.mlp[-1]
         self._make_bottom = lambda key: SharedBottom(users, items, config, nnx.Rngs(key))
         self._make_tower = lambda key: Tower(items, config, nnx.Rngs(key))
@@ -63,12 +67,13 @@ class Network:
     def init(self, key: jax.Array) -> Parameters:
         """Fresh parameters."""
         bottom_key, tower_key = jax.random.split(key)
-        return Parameters(
-            nnx.state(self._make_bottom(bottom_key)),
-            jax.vmap(lambda key: nnx.state(self._make_tower(key)))(
-                jax.random.split(tower_key, self.num_tasks)
-            ),
+        heads = jax.vmap(lambda key: nnx.state(self._make_tower(key)))(
+            jax.random.split(tower_key, self.num_tasks)
         )
+        heads = jax.tree.map_with_path(
+            lambda path, leaf: self._item_bias if "item_bias" in str(path) else leaf, heads
+        )
+        return Parameters(nnx.state(self._make_bottom(bottom_key)), heads)
 
     def encode(self, shared: nnx.State, batch: Batch) -> jax.Array:
         """The shared representation `[N, width]` of a training batch."""

@@ -27,13 +27,13 @@ class TrainConfig:
     """How one run is trained; the same for every method."""
 
     epochs: int = 10
-    patience: int = 3
-    batch_positives: int = 256
+    patience: int = 4
+    batch_positives: int = 512
     negatives: int = 2
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
     validation_users: int = 256
-    max_steps_per_epoch: int | None = 180
+    max_steps_per_epoch: int | None = 120
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -66,13 +66,16 @@ class Trainer:
 
     def __init__(self, dataset: Dataset, config: TrainConfig):
         self.dataset, self.config = dataset, config
-        tasks = len(dataset.tasks)
-        self.network = Network(dataset.num_users, dataset.num_items, tasks, config.network)
+        self.network = Network(
+            dataset.num_users, dataset.num_items, _log_popularity(dataset), config.network
+        )
         self._labels = jnp.asarray(dataset.labels)
         self._held_out = jnp.asarray(dataset.held_out)
-        self._positives = jnp.asarray(dataset.positives)
-        self._batch_positives = min(config.batch_positives, len(dataset.positives))
-        steps = len(dataset.positives) // self._batch_positives
+        # One entry a behaviour: a pair that is a positive of every task is drawn T times as often.
+        positives = np.repeat(dataset.positives, _count_labels(dataset), axis=0)
+        self._positives = jnp.asarray(positives)
+        self._batch_positives = min(config.batch_positives, len(positives))
+        steps = len(positives) // self._batch_positives
         self.steps_per_epoch = min(steps, config.max_steps_per_epoch or steps)
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
         self._test_users = self._users_to_rank(TEST, None)
@@ -233,6 +236,23 @@ def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     if jax.default_backend() == "cpu":
         options["compiler_options"] = {"xla_backend_optimization_level": 1}
     return jax.jit(function, **options)
+
+
+def _count_labels(dataset: Dataset) -> np.ndarray:
+    """How many tasks each of `dataset.positives` is a positive of."""
+    bits = dataset.labels[dataset.positives[:, 0], dataset.positives[:, 1]]
+    return sum((bits >> task) & 1 for task in range(len(dataset.tasks))).astype(np.int64)
+
+
+def _log_popularity(dataset: Dataset) -> np.ndarray:
+    """Where the items' biases start, `[T, items]`: the logits, but for a constant, of popularity.
+
+    So every method starts from the floor of the table, and the network learns what is beyond it.
+    """
+    tasks = np.arange(len(dataset.tasks), dtype=dataset.labels.dtype)[:, None, None]
+    counts = ((dataset.labels[None] >> tasks) & 1).sum(axis=1, dtype=np.float32)
+    bias = np.log1p(counts)
+    return (bias - bias.mean(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _is_embedding(params: Any) -> Any:
