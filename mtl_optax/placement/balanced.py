@@ -11,7 +11,8 @@ import optax
 from jax import lax
 
 from mtl_optax.from_rule import BalanceState, from_rule, next_count, rule_of
-from mtl_optax.placement.parameters import Mode, check_losses, pull_each
+from mtl_optax.placement.parameters import check_losses
+from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
 def balanced_value_and_grad(
@@ -83,15 +84,15 @@ def balanced_value_and_grad(
             losses, aux = result if has_aux else (result, None)
             return check_losses(losses), aux
 
-        losses, pullback, aux = jax.vjp(losses_of, params, has_aux=True)
+        losses, pullback, aux = vjp_of_losses(losses_of, params)
         chosen = _mask(params, evidence)
 
         def at_once(weights: jax.Array, keep: jax.Array) -> Any:
             weights = jnp.where(keep, weights.astype(losses.dtype), 0)
-            return _finite_or_zero(pullback(weights)[0])
+            return _finite_or_zero(pullback.whole(weights)[0])
 
         def apart(state: BalanceState) -> tuple[Any, BalanceState]:
-            grads = pull_each(lambda unit: _keep(pullback(unit)[0], chosen), losses, mode)
+            grads = pull_each(pullback, losses, mode, lambda grads: _keep(grads[0], chosen))
             update, new = fresh.update(grads, state, losses=losses, active=active)
             rest = params if all(chosen) else at_once(new.weights, jnp.isfinite(losses))
             return _merge(rest, jax.tree.leaves(update), chosen), new

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Mode = Literal["auto", "vmap", "unroll", "map"]
+from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
 def per_task_value_and_grad(
@@ -64,7 +64,7 @@ def per_task_value_and_grad(
             losses, aux = result if has_aux else (result, None)
             return check_losses(losses), aux
 
-        losses, pullback, aux = jax.vjp(of_chosen, *(args[n] for n in numbers), has_aux=True)
+        losses, pullback, aux = vjp_of_losses(of_chosen, *(args[n] for n in numbers))
         grads = pull_each(pullback, losses, mode)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ((losses, aux) if has_aux else losses), grads
@@ -126,9 +126,9 @@ def split_value_and_grad(
             losses, aux = result if has_aux else (result, None)
             return check_losses(losses), aux
 
-        losses, pull_heads, aux = jax.vjp(losses_of, heads, representation, has_aux=True)
-        head_grads = pull_heads(jnp.ones_like(losses))[0]
-        shared_grads = pull_each(lambda c: pull_shared(pull_heads(c)[1]), losses, mode)[0]
+        losses, pull_heads, aux = vjp_of_losses(losses_of, heads, representation)
+        head_grads = pull_heads.whole(jnp.ones_like(losses))[0]
+        shared_grads = pull_each(pull_heads, losses, mode, lambda grads: pull_shared(grads[1]))[0]
         return ((losses, aux) if has_aux else losses), (shared_grads, head_grads)
 
     return value_and_grad
@@ -154,17 +154,3 @@ def check_losses(losses: Any) -> jax.Array:
 def _check_mode(mode: Any) -> None:
     if mode not in ("auto", "vmap", "unroll", "map"):
         raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
-
-
-def pull_each(pullback: Callable[[jax.Array], Any], losses: jax.Array, mode: Mode) -> Any:
-    """The gradients of each loss, stacked along a new leading axis."""
-    units = jnp.eye(losses.shape[0], dtype=losses.dtype)
-    if mode == "auto":
-        on_cpu = jax.default_backend() == "cpu"
-        mode = "vmap" if not on_cpu else "unroll" if losses.shape[0] <= 16 else "map"
-    if mode == "vmap":
-        return jax.vmap(pullback)(units)
-    if mode == "map":
-        return jax.lax.map(pullback, units)
-    each = [pullback(units[t]) for t in range(losses.shape[0])]
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *each)
