@@ -53,7 +53,7 @@ def train(
     step, optimizer_state = optax.with_extra_args_support(optimizer).update(
         gradient, state.optimizer, state.values
     )
-    moved = jnp.clip(optax.apply_updates(state.values, step), low, high)
+    moved = jnp.clip(jnp.asarray(optax.apply_updates(state.values, step)), low, high)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         chosen = moves if jnp.shape(old) == moves.shape else jnp.any(moves)

@@ -151,7 +151,8 @@ def test_one_task_keeps_its_direction(name: str) -> None:
         return
     length = np.linalg.norm(update)
     np.testing.assert_allclose(update / length, gradient[0] / 13, rtol=1e-6)
-    if method.scale in ("sum", "mean"):
+    # The averages of these two start at 0 without correction, as in their references.
+    if method.scale in ("sum", "mean") and name not in ("db_mtl", "moco"):
         np.testing.assert_allclose(update, gradient[0], rtol=1e-6)
 
 

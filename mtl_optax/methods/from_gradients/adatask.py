@@ -73,7 +73,10 @@ def _in_full_precision(
         steps, state = inner.update(widen(updates), state, wide, **extra_args)
         return jax.tree.map(lambda step, g: narrow(step, g.dtype), steps, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda p: inner.init(widen(p)), update_fn)
+    def init_fn(params: Any) -> Any:
+        return inner.init(widen(params))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 METHOD = Method(

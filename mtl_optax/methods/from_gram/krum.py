@@ -97,10 +97,10 @@ def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
 def _lowest(scores: jax.Array, active: jax.Array, number: int) -> jax.Array:
     """Equal weights on the `number` lowest scores; those that tie for the last place share it."""
     dtype = scores.dtype
-    number = jnp.minimum(jnp.sum(active, dtype=jnp.int32), number)
-    last = jnp.sort(scores)[jnp.maximum(number - 1, 0)]
+    count = jnp.minimum(jnp.sum(active, dtype=jnp.int32), number)
+    last = jnp.sort(scores)[jnp.maximum(count - 1, 0)]
     below, tied = active & (scores < last), active & (scores == last)
-    left = number - jnp.sum(below, dtype=jnp.int32)
+    left = count - jnp.sum(below, dtype=jnp.int32)
     share = left.astype(dtype) / jnp.maximum(jnp.sum(tied, dtype=jnp.int32), 1).astype(dtype)
     chosen = below.astype(dtype) + jnp.where(tied, share, 0)
     return chosen / jnp.maximum(number, 1).astype(dtype)
