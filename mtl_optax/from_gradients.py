@@ -121,7 +121,7 @@ def from_gradients(
         return result, state._replace(
             balance_count=next_count(state.balance_count),
             weights=jnp.where(keep, weights, 0).astype(state.weights.dtype),
-            skipped=state.skipped + (present & ~keep).astype(jnp.int32),
+            skipped=next_count(state.skipped, present & ~keep),
             rule_state=method_state,
         )
 

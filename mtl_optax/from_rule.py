@@ -208,7 +208,7 @@ def from_rule(
         place = task_tree.combine if reduce else task_tree.scale
         return place(updates, weights, keep, grouping), state._replace(
             balance_count=next_count(state.balance_count),
-            skipped=state.skipped + (present & ~keep).astype(jnp.int32),
+            skipped=next_count(state.skipped, present & ~keep),
         )
 
     def update_fn(
@@ -244,14 +244,15 @@ def rule_of(name: str, transformation: Any) -> Rule:
     return rule
 
 
-def next_count(count: jax.Array) -> jax.Array:
-    """Counts up; past the largest int32 it goes on from the middle.
+def next_count(count: jax.Array, happened: Any = True) -> jax.Array:
+    """Counts up where something `happened`; past the largest int32 it goes on from the middle.
 
     A counter that stopped there would freeze every random stream folded from it, and one that wrapped
     to 0 would look like a first step.
     """
     last = jnp.asarray(np.iinfo(np.int32).max, count.dtype)
-    return jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)
+    following = jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)
+    return jnp.where(happened, following, count)
 
 
 def _check_options(rule: Rule, update_every: Any) -> None:

@@ -12,6 +12,7 @@ import optax
 
 from mtl_optax import task_tree
 from mtl_optax.from_gradients import TaskGradients, from_gradients
+from mtl_optax.from_rule import next_count
 from mtl_optax.method import Method
 from mtl_optax.task_tree import along_tasks, check_num_tasks, check_range
 
@@ -125,7 +126,7 @@ def mtadam(
         active, dtype = view.active, view.dtype
         decays = _Decays(*(jnp.asarray(x, dtype) for x in (b1, b2, b3, eps)))
         rank = jnp.ones((num_tasks,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
-        counts = state.task_counts + active.astype(jnp.int32)
+        counts = next_count(state.task_counts, active)
         norm_ema = _norm_averages(view, state, decays.b3, axis_name)
         leaves, treedef = jax.tree.flatten(view.updates)
         rate = _rate(learning_rate, view.step, dtype)

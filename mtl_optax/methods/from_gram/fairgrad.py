@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
+from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, next_count
 from mtl_optax.method import Method
 from mtl_optax.solvers.nash import fair_weights
 from mtl_optax.task_tree import check_num_tasks, check_range
@@ -31,7 +31,7 @@ def bargaining_rule(name: str, num_tasks: int, alpha: Any) -> Rule:
         fairness = jnp.asarray(alpha, evidence.norms.dtype)
         weights, solved = fair_weights(evidence.cosine, evidence.norms, evidence.active, fairness)
         failed = jnp.any(evidence.active) & ~solved
-        return weights, BargainingState(state.fallback_count + failed.astype(jnp.int32))
+        return weights, BargainingState(next_count(state.fallback_count, failed))
 
     return Rule(name, num_tasks, frozenset({"gram"}), init, weigh)
 

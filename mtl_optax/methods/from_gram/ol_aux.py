@@ -10,7 +10,7 @@ import optax
 
 from mtl_optax import task_tree
 from mtl_optax.from_gradients import TaskGradients, from_gradients
-from mtl_optax.from_rule import Evidence, Rule, from_rule
+from mtl_optax.from_rule import Evidence, Rule, from_rule, next_count
 from mtl_optax.method import Method
 from mtl_optax.task_tree import check_integer, check_num_tasks, check_task_index
 
@@ -173,7 +173,7 @@ def _remember(view: TaskGradients, state: FilteredOLAuxState) -> tuple[Any, jax.
         return jnp.where(mine, leaf.astype(ring.dtype)[None], ring)
 
     window = jax.tree.map(one, state.window, view.updates)
-    return window, state.filled + view.active.astype(jnp.int32)
+    return window, next_count(state.filled, view.active)
 
 
 METHOD = Method(

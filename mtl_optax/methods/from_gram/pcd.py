@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
+from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, next_count
 from mtl_optax.method import Method
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
 from mtl_optax.task_tree import check_num_tasks, check_range, check_task_index
@@ -117,7 +117,7 @@ def pcd(
         ratio = jnp.where(norms > 0, norms[target] / jnp.where(norms > 0, norms, 1), 0)
         weights = jnp.where(squared > rounding, along / length * ratio, 0)
         failed = active[target] & (norms[target] > 0) & ~feasible
-        fallbacks = state.fallback_count + failed.astype(jnp.int32)
+        fallbacks = next_count(state.fallback_count, failed)
         return weights, PCDState(square_ema, seen, fallbacks)
 
     return from_rule(Rule("pcd", num_tasks, frozenset({"gram"}), init, weigh), **options)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
+from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, next_count
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight
 from mtl_optax.task_tree import check_num_tasks, check_range
@@ -118,7 +118,7 @@ def gradnorm(
             weights=trained._replace(values=values),
             first_losses=first,
             seen=state.seen | active,
-            fallback_count=state.fallback_count + fails.astype(jnp.int32),
+            fallback_count=next_count(state.fallback_count, fails),
         )
 
     def _gradient(evidence: Evidence, weights: jax.Array, first: jax.Array) -> jax.Array:
