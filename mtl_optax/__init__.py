@@ -59,8 +59,8 @@ from mtl_optax.methods.from_losses.uncertainty import uncertainty
 from mtl_optax.methods.from_norms.gradnorm import GradNormState, gradnorm
 from mtl_optax.methods.from_norms.metabalance import MetaBalanceState, metabalance
 from mtl_optax.methods.from_norms.rotograd_scale import RotoGradState, rotograd_scale
-from mtl_optax.placement.carrier import fork_init, fork_state
 from mtl_optax.placement.balanced import balanced_value_and_grad
+from mtl_optax.placement.carrier import fork_init, fork_state
 from mtl_optax.placement.losses import weigh_losses
 from mtl_optax.placement.parameters import per_task_value_and_grad, split_value_and_grad
 from mtl_optax.placement.representation import ForkToken, fork, fork_value_and_grad, join

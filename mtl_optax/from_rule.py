@@ -152,7 +152,8 @@ def from_rule(
         own = WeightingOptions(
             blocks=blocks, reduce=reduce, update_every=update_every, axis_name=axis_name
         )
-        return from_rule(rule, **{**own, **options})
+        own.update(options)
+        return from_rule(rule, **own)
     _check_options(rule, update_every)
     guard = Guard(rule.name, rule.num_tasks, rule.needs, reduces=reduce)
 

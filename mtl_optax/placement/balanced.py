@@ -76,7 +76,8 @@ def balanced_value_and_grad(
             f'method with blocks="all" and reduce=True, found {options["blocks"]!r} and '
             f"{options['reduce']}."
         )
-    every, fresh = options["update_every"], from_rule(rule, axis_name=options["axis_name"])
+    every = options["update_every"]
+    fresh: Any = from_rule(rule, axis_name=options["axis_name"])
 
     def value_and_grad(params: Any, state: BalanceState, *args: Any, active: Any = None) -> Any:
         def losses_of(params: Any) -> Any:

@@ -103,7 +103,7 @@ def _lowest(scores: jax.Array, active: jax.Array, number: int) -> jax.Array:
     left = count - jnp.sum(below, dtype=jnp.int32)
     share = left.astype(dtype) / jnp.maximum(jnp.sum(tied, dtype=jnp.int32), 1).astype(dtype)
     chosen = below.astype(dtype) + jnp.where(tied, share, 0)
-    return chosen / jnp.maximum(number, 1).astype(dtype)
+    return chosen / jnp.maximum(count, 1).astype(dtype)
 
 
 METHOD = Method(

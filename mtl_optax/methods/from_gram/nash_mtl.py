@@ -20,8 +20,8 @@ def nash_mtl(
     num_tasks: int,
     *,
     max_norm: Any = None,
-    update_every: int = 1,
-    **options: Unpack[WeightingOptions],
+    update_every: int = 1,  # among the options too, but the paper's own: named for its readers
+    **options: Unpack[WeightingOptions],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes the Nash bargaining solution: the direction with the largest product of progresses.
 
