@@ -540,6 +540,44 @@ def test_map_params_gives_back_any_state(name):
     assert shape_of(same) == shape_of(state)
 
 
+def test_specs_of_stacked_states_need_one_more_axis():
+    """`map_params` hands a buffer `[T, ...]` the spec of its parameter, which has one axis less."""
+    tx = mtl.moco(T)
+    state = jax.eval_shape(tx.init, PARAMS)
+    specs = jax.tree.map(lambda p: jax.P(*("model",) * p.ndim), PARAMS)
+    shapes = jax.tree.map(lambda p: p.ndim, PARAMS)
+
+    def spec_of(leaf, spec, ndim):
+        return jax.P(*(None,) * (leaf.ndim - ndim), *spec)
+
+    found = optax.tree.map_params(
+        tx, spec_of, state, specs, shapes, transform_non_params=lambda _: jax.P()
+    )
+    padded = jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, jax.P))
+    ranks = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.ndim, state))
+    assert all(len(spec) in (0, rank) for spec, rank in zip(padded, ranks, strict=True))
+    assert jax.P(None, "model", "model") in padded
+
+
+# --- E7: explicit meshes -----------------------------------------------------------------------------
+
+
+def test_gram_under_an_explicit_mesh():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = {"w": jax.device_put(jnp.ones((4,)), jax.NamedSharding(mesh, jax.P("model")))}
+    grads = jax.random.normal(jax.random.key(0), (T, 4))
+    spread = jax.device_put(grads, jax.NamedSharding(mesh, jax.P(None, "model")))
+    tx = mtl.mgda(T)
+    with jax.set_mesh(mesh):
+        with pytest.raises(Exception, match=r"(?i)shard"):
+            jax.jit(lambda g: jnp.einsum("ti,si->ts", g, g))(spread)
+        state = tx.init(params)
+        update, after = jax.jit(tx.update)({"w": spread}, state, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    expected, _ = tx.update({"w": grads}, tx.init({"w": jnp.ones(4)}))
+    assert_close(jax.device_get(update), expected)
+
+
 # --- E8: odd trees -----------------------------------------------------------------------------------
 
 
@@ -572,3 +610,28 @@ def test_flax_serialization_takes_our_states():
         tx = optax.chain(mtl.METHODS[name].make(T), optax.adam(1e-2))
         state = tx.init(PARAMS)
         assert_close(serialization.from_bytes(state, serialization.to_bytes(state)), state)
+
+
+# --- E9: Flax ----------------------------------------------------------------------------------------
+
+
+def test_linen_train_state_takes_no_losses():
+    """Its `apply_gradients` hands keywords to `replace`; three lines of one's own are needed."""
+    train_state = pytest.importorskip("flax.training.train_state")
+    tx = optax.chain(mtl.scale_invariant(T), optax.sgd(1e-2))
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    with pytest.raises(ValueError, match=re.escape(NEEDS_LOSSES)):
+        state.apply_gradients(grads=GRADS, losses=LOSSES)
+    plain = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=WHOLE)
+    assert shape_of(plain.apply_gradients(grads=GRADS).params) == shape_of(PARAMS)
+
+
+NEEDS_LOSSES = "scale_invariant: needs the losses of this step: update(..., losses=losses)"
+
+
+def test_nnx_optimizer_state_holds_variables():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(BALANCE, optax.sgd(1e-2)), wrt=nnx.Param)
+    weights = optax.tree.get(optimizer.opt_state, "weights")
+    assert isinstance(weights, nnx.Variable) and weights[...].shape == (T,)

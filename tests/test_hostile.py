@@ -4,6 +4,8 @@
 all; `python -m pytest -m fuzz` goes on for hundreds of thousands.
 """
 
+import functools
+
 import hostile_inputs
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,49 @@ def test_hostile_input(name, seed):
 @given(seed=SEEDS)
 def test_hostile_input_for_long(name, seed):
     assert hostile_inputs.failures(name, seed) == {}
+
+
+@functools.cache
+def forked(name):
+    """`Batch -> (what the bottom receives, last state)` of a method in a fork, compiled once."""
+    method = mtl.METHODS[name].make(hostile_inputs.T)
+    h = jnp.zeros((hostile_inputs.N,))
+
+    @jax.jit
+    @jax.vmap
+    def run(batch):
+        def body(carrier, step):
+            gradients, losses, active = step
+
+            def loss_fn(h, carrier):
+                copies, token = mtl.fork(h, carrier, method)
+                # The cotangent of copy t is gradient t, and its loss whatever is wanted.
+                linear = jnp.stack([jnp.sum(c * g) for c, g in zip(copies, gradients, strict=True)])
+                told = linear - jax.lax.stop_gradient(linear) + losses
+                return mtl.join(told, token, active=active)
+
+            return jax.grad(loss_fn, argnums=(1, 0))(h, carrier)
+
+        carrier, updates = jax.lax.scan(body, mtl.fork_init(method, h), tuple(batch))
+        return updates, mtl.fork_state(method, carrier, h)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["multibalance", "metabalance", "scale_invariant", "moco"])
+@settings(max_examples=4, derandomize=True, **COMMON)
+@given(seed=SEEDS)
+def test_hostile_input_through_a_fork(name, seed):
+    first, second, broken = hostile_inputs.draw(seed)
+    outputs = [jax.tree.map(np.asarray, forked(name)(batch)) for batch in (first, second)]
+    for leaf in jax.tree.leaves(outputs):
+        assert np.isfinite(leaf).all()
+    (updates, state), (others, other_state) = outputs
+    np.testing.assert_array_equal(updates, others)
+    np.testing.assert_array_equal(state.skipped, broken)
+    same = [jax.tree.leaves(hostile_inputs.without_counts(s)) for s in (state, other_state)]
+    for leaf, other in zip(*same, strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 def test_the_search_can_fail():
