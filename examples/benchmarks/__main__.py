@@ -2,7 +2,8 @@
 
     python -m examples.benchmarks [--quick] [--only SECTION ...] [--peers] [--out FILE.md]
 
-Ratios are medians over rounds in which what is compared runs in turns; memory is what XLA says of the
+Ratios are medians over rounds in which what is compared runs in turns; absolute times are the fastest
+round's, since other programs can only add to them; memory is what XLA says of the
 compiled program. `python -m examples.benchmarks.growth` and `.tpu` have tables of their own.
 """
 

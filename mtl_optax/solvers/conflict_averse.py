@@ -8,8 +8,10 @@ from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
 from mtl_optax.solvers.nonnegative import (
+    REFINEMENTS,
     exchange,
-    masked_cholesky,
+    factored_solve,
+    masked_inverse_factor,
     nonnegative_least_squares,
     product,
 )
@@ -24,15 +26,6 @@ class _Pivoting(NamedTuple):
     patience: jax.Array
     step: jax.Array
     done: jax.Array
-
-
-def _solve_two(
-    factor: jax.Array, first: jax.Array, second: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    right = jnp.stack([first, second], axis=1)
-    half = lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
-    both = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
-    return both[:, 0], both[:, 1]
 
 
 def _level_on_support(
@@ -116,11 +109,12 @@ def conflict_averse_weights(
     eps = jnp.finfo(dtype).eps
     resolution = 4 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
 
+    both = jnp.stack([ratio, slack])
+    solve_both = jax.vmap(factored_solve, in_axes=(None, 0))
+
     def step(state: _Pivoting) -> _Pivoting:
-        factor = masked_cholesky(cosine, state.passive)
-        per_level, offset = _solve_two(
-            factor, jnp.where(state.passive, ratio, 0), jnp.where(state.passive, slack, 0)
-        )
+        inverse = masked_inverse_factor(cosine, state.passive)
+        per_level, offset = solve_both(inverse, jnp.where(state.passive[None], both, 0))
         amounts = state.level * per_level - offset
         missing = state.level * ratio - slack - product(cosine, amounts)
         scale = jnp.max(jnp.abs(amounts))
@@ -165,17 +159,14 @@ def conflict_averse_weights(
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
     end = _bisect(end, cosine, ratio, slack, radius)
-    masked_ratio = jnp.where(end.passive, ratio, 0)
-    masked_slack = jnp.where(end.passive, slack, 0)
-    factor = masked_cholesky(cosine, end.passive)
-    per_level, offset = _solve_two(factor, masked_ratio, masked_slack)
-    for _ in range(2):
-        more, further = _solve_two(
-            factor,
-            jnp.where(end.passive, masked_ratio - product(cosine, per_level), 0),
-            jnp.where(end.passive, masked_slack - product(cosine, offset), 0),
-        )
-        per_level, offset = per_level + more, offset + further
+    inverse = masked_inverse_factor(cosine, end.passive)
+
+    right = jnp.where(end.passive[None], both, 0)
+    solution = solve_both(inverse, right)
+    for _ in range(REFINEMENTS):
+        rest = right - jax.vmap(product, in_axes=(None, 0))(cosine, solution)
+        solution = solution + solve_both(inverse, jnp.where(end.passive[None], rest, 0))
+    per_level, offset = solution
     level = _level_on_support(per_level, offset, ratio, slack, radius)
     level = jnp.where((level >= end.low) & (level <= end.high), level, end.level)
     amounts = jnp.maximum(level * per_level - offset, 0)

@@ -8,7 +8,7 @@ from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nonnegative import cholesky_solve, product, ridge
+from mtl_optax.solvers.nonnegative import factored_solve, inverse_factor, product, ridge
 
 LIMIT = 60
 LONGEST_STEP = 2.0
@@ -73,10 +73,8 @@ def fair_weights(
         system = cosine * v[:, None] * v[None, :] + jnp.where(eye, curvature[:, None], 0)
         # Scaled to a unit diagonal, so that amounts of any size factorise alike.
         scale = lax.rsqrt(jnp.diagonal(system))
-        factor = lax.linalg.cholesky(
-            system * scale[:, None] * scale[None, :], symmetrize_input=False
-        )
-        change = scale * cholesky_solve(factor, scale * (goal - reached))
+        inverse = inverse_factor(system * scale[:, None] * scale[None, :])
+        change = scale * factored_solve(inverse, scale * (goal - reached))
         longest = jnp.max(jnp.abs(change))
         change = change * jnp.minimum(1, LONGEST_STEP / jnp.maximum(longest, LONGEST_STEP))
         change = jnp.where(stationary | ~jnp.isfinite(longest), 0, change)
