@@ -14,7 +14,7 @@ import numpy as np
 
 import mtl_optax as mtl
 
-CASES, STEPS, T = 64, 4, 4
+CASES, STEPS = 64, 4
 # One leaf of each precision, a scalar among them, and nothing.
 PARAMS = {
     "matrix": jnp.zeros((2, 2)),
@@ -35,14 +35,14 @@ class Batch(NamedTuple):
     active: np.ndarray
 
 
-def draw(seed: int) -> tuple[Batch, Batch, np.ndarray]:
+def draw(seed: int, tasks: int = 4) -> tuple[Batch, Batch, np.ndarray]:
     """The two runs, and how often each task of each case is broken `[CASES, T]`."""
     rng = np.random.default_rng(seed)
-    shape = (CASES, STEPS, T)
-    gradients, losses = _gradients(rng), _losses(rng)
+    shape = (CASES, STEPS, tasks)
+    gradients, losses = _gradients(rng, tasks), _losses(rng, tasks)
     active = rng.random(shape) > rng.choice([0.0, 0.3, 0.9], size=(CASES, 1, 1))
     # In a third of the cases fewer tasks take part from the first step to the last.
-    active &= np.arange(T) < rng.choice([T, T, 1, 2, 3], size=(CASES, 1, 1))
+    active &= np.arange(tasks) < rng.choice([tasks, tasks, 1, 2, 3], size=(CASES, 1, 1))
     broken = active & (rng.random(shape) < rng.choice([0.0, 0.2], size=(CASES, 1, 1)))
     first_g, first_l = np.where(active[..., None], gradients, 0), np.where(active, losses, 1)
     second_g, second_l = first_g.copy(), first_l.copy()
@@ -59,9 +59,9 @@ def draw(seed: int) -> tuple[Batch, Batch, np.ndarray]:
     return first, Batch(second_g, second_l, active & ~broken), broken.sum(axis=1)
 
 
-def _gradients(rng: np.random.Generator) -> np.ndarray:
+def _gradients(rng: np.random.Generator, tasks: int) -> np.ndarray:
     """Norms of 1e-18 to 1e18, spread over up to twelve decades, and every degenerate position."""
-    base = rng.normal(size=(CASES, STEPS, T, N))
+    base = rng.normal(size=(CASES, STEPS, tasks, N))
     kinds = rng.integers(len(_KINDS), size=CASES)
     for case, kind in enumerate(kinds):
         base[case] = _KINDS[kind](base[case], rng)
@@ -70,14 +70,25 @@ def _gradients(rng: np.random.Generator) -> np.ndarray:
     spread = rng.choice([0.0, 2.0, 6.0], size=(CASES, 1, 1))
     middle = rng.uniform(-18 + spread, 18 - spread)
     middle = np.where(rng.random((CASES, 1, 1)) < 0.5, 0, middle)
-    exponents = middle + rng.uniform(-1, 1, size=(CASES, STEPS, T)) * spread
+    exponents = middle + rng.uniform(-1, 1, size=(CASES, STEPS, tasks)) * spread
     scaled = base * 10.0 ** exponents[..., None]
     limits = np.array([1e18] * 4 + [6e4, 1e18])  # what the leaves' dtypes hold
     return np.clip(scaled, -limits, limits).astype(np.float32)
 
 
 def _zero_rows(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return g * (rng.random((STEPS, T, 1)) < 0.5)
+    return g * (rng.random(g.shape[:2])[..., None] < 0.5)
+
+
+def _opposite(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return g[:, :1] * ((-1.0) ** np.arange(g.shape[1]))[:, None]
+
+
+def _zero_sum(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """0 in the convex hull of the first three tasks."""
+    return np.concatenate([g[:, :2], -g[:, :2].sum(1, keepdims=True), g[:, 3:]], axis=1)[
+        :, : g.shape[1]
+    ]
 
 
 _KINDS = (
@@ -85,18 +96,18 @@ _KINDS = (
     _zero_rows,
     lambda g, rng: g * 0,
     lambda g, rng: g[:, :1] + 0 * g,
-    lambda g, rng: g[:, :1] * np.array([1, -1, 1, -1.0])[:, None],
-    lambda g, rng: g[:, :1] * rng.normal(size=(T, 1)),
+    _opposite,
+    lambda g, rng: g[:, :1] * rng.normal(size=(g.shape[1], 1)),
     lambda g, rng: g[:, :1] + 1e-6 * g,
-    lambda g, rng: g[:, :1] * np.array([1, -1, 1, -1.0])[:, None] + 1e-6 * g,
+    lambda g, rng: _opposite(g, rng) + 1e-6 * g,
     lambda g, rng: np.linalg.qr(g.swapaxes(1, 2))[0].swapaxes(1, 2),
-    lambda g, rng: np.concatenate([g[:, :2], -g[:, :1] - g[:, 1:2], g[:, 3:]], axis=1),
+    _zero_sum,
     lambda g, rng: g * (rng.random(N) < 0.3),
 )
 
 
-def _losses(rng: np.random.Generator) -> np.ndarray:
-    shape = (CASES, STEPS, T)
+def _losses(rng: np.random.Generator, tasks: int) -> np.ndarray:
+    shape = (CASES, STEPS, tasks)
     usual = rng.uniform(0.1, 2.0, size=shape)
     wild = rng.choice([0.0, 1e30, 1e-30, -1.0, 1.0, 1e-8, 1e6], size=shape)
     chosen = np.where(rng.random((CASES, 1, 1)) < 0.5, usual, wild)
@@ -116,9 +127,9 @@ def tree(flat):
 
 
 @functools.cache
-def program(name):
+def program(name, tasks):
     """`Batch -> (updates, last state)` of a method, compiled once."""
-    tx = mtl.METHODS[name].make(T)
+    tx = mtl.METHODS[name].make(tasks)
 
     @jax.jit
     @jax.vmap
@@ -147,10 +158,10 @@ def without_counts(state):
     )
 
 
-def failures(name, seed):
+def failures(name, seed, tasks=4):
     """`what went wrong -> cases` for one method on one batch; empty where all held."""
-    first, second, broken = draw(seed)
-    outputs = [jax.tree.map(np.asarray, program(name)(batch)) for batch in (first, second)]
+    first, second, broken = draw(seed, tasks)
+    outputs = [jax.tree.map(np.asarray, program(name, tasks)(batch)) for batch in (first, second)]
     found = {}
     for label, output in zip(("not finite", "not finite, junk"), outputs, strict=True):
         found[label] = _where(output, lambda x: ~np.isfinite(x.astype(np.float64)))
