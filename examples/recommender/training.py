@@ -29,11 +29,11 @@ class TrainConfig:
     epochs: int = 10
     patience: int = 4
     batch_positives: int = 512
-    negatives: int = 2
+    negatives: int = 1
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
     validation_users: int = 256
-    max_steps_per_epoch: int | None = 120
+    max_steps_per_epoch: int | None = 100
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def fingerprint(self) -> dict[str, Any]:
