@@ -20,13 +20,13 @@ class GradNormState(NamedTuple):
     """What GradNorm remembers.
 
     Attributes:
-      weights: the trained weights `[T]` and their optimizer's state.
+      trained_weights: the weights `[T]` and their optimizer's state.
       first_losses: `[T]`, each task's loss when it was first present.
       seen: bool `[T]`, whether it was.
       fallback_count: int32, updates after which no weight was positive, so that the old ones were kept.
     """
 
-    weights: TrainedState
+    trained_weights: TrainedState
     first_losses: jax.Array
     seen: jax.Array
     fallback_count: jax.Array
@@ -79,7 +79,7 @@ def gradnorm(
       >>> tx = mtl.gradnorm(2, optimizer=optax.sgd(0.1))
       >>> grads, losses = jnp.array([[3., 0.], [0., 1.]]), jnp.array([1., 1.])
       >>> updates, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
-      >>> print(updates, np.asarray(state.rule_state.weights.values).round(3))
+      >>> print(updates, np.asarray(state.rule_state.trained_weights.values).round(3))
       [3. 1.] [0.778 1.222]
 
     References:
@@ -91,18 +91,18 @@ def gradnorm(
 
     def init(dtype: Any) -> GradNormState:
         return GradNormState(
-            weights=start(optimizer, jnp.ones((num_tasks,), dtype)),
+            trained_weights=start(optimizer, jnp.ones((num_tasks,), dtype)),
             first_losses=jnp.zeros((num_tasks,), dtype),
             seen=jnp.zeros((num_tasks,), bool),
             fallback_count=jnp.zeros((), jnp.int32),
         )
 
     def weigh(evidence: Evidence, state: GradNormState) -> tuple[jax.Array, GradNormState]:
-        active, weights = evidence.active, state.weights.values
+        active, weights = evidence.active, state.trained_weights.values
         first = jnp.where(state.seen | ~active, state.first_losses, evidence.losses)
         trained = train(
             optimizer,
-            state.weights,
+            state.trained_weights,
             _gradient(evidence, weights, first),
             active,
             0.0,
@@ -115,7 +115,7 @@ def gradnorm(
         factor = room / jnp.where(total > 0, total, 1)
         values = jnp.where(active & ~fails, trained.values * factor, weights)
         return weights, GradNormState(
-            weights=trained._replace(values=values),
+            trained_weights=trained._replace(values=values),
             first_losses=first,
             seen=state.seen | active,
             fallback_count=next_count(state.fallback_count, fails),
