@@ -31,8 +31,8 @@ _LARGE, _MAX_KERNELS = 262_144, 16
 _LOOP_BLOCK = 65_280
 # Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
 _ROWS, _LANES = 8, 128
-# With more tasks the products of one pass no longer fit the registers.
-_TASKS_IN_REGISTERS = 4
+# With more tasks the products of one pass no longer fit the registers beside what XLA fuses in.
+_TASKS_IN_REGISTERS = 2
 # Off the cache path, products are taken pair by pair (nothing is stacked) up to this many.
 _MAX_PAIRWISE = 512
 
