@@ -103,7 +103,7 @@ def balanced_value_and_grad(
             keep = present & jnp.isfinite(losses)
             return at_once(state.weights, keep), state._replace(
                 balance_count=next_count(state.balance_count),
-                skipped=state.skipped + (present & ~keep).astype(jnp.int32),
+                skipped=next_count(state.skipped, present & ~keep),
             )
 
         if every == 1:
