@@ -11,8 +11,10 @@ help it. Every method trains the same network on the same batches with the same 
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +31,7 @@ from rich.progress import (
 )
 
 from examples.recommender import report
+from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.data import Dataset, build_dataset
 from examples.recommender.download import write_atomically
 from examples.recommender.errors import UserError
@@ -39,6 +42,7 @@ from examples.recommender.training import Run, TrainConfig, Trainer
 
 METHODS = (SINGLE, SUM, "metabalance", "multibalance", "emtl", "mgda")
 QUICK_METHODS = (SUM, "metabalance")
+UNFINISHED = "unfinished"  # the folder under --out with the training that was stopped
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def parse(arguments: list[str] | None) -> CompareConfig:
     parser.add_argument("--seeds", type=int, help="number of training seeds (default 3)")
     parser.add_argument("--epochs", type=int, help="at most so many epochs (early stopping)")
     parser.add_argument("--out", type=Path, help="folder for results.json, table.md, picture.png")
-    parser.add_argument("--resume", action="store_true", help="skip what --out already holds")
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument(
         "--quick", action="store_true", help="two methods, one seed, short training"
     )
@@ -132,6 +136,8 @@ def compare(config: CompareConfig, console: Console) -> list[report.Row]:
 
 
 def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dict[str, list[Run]]:
+    if config.out is not None and not config.resume:
+        shutil.rmtree(config.out / UNFINISHED, ignore_errors=True)
     trainer = Trainer(dataset, config.train)
     fingerprint = {"train": asdict(config.train), "data": _digest(dataset)}
     fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples become lists
@@ -151,13 +157,33 @@ def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dic
             def on_epoch(epoch: int, values: np.ndarray, bar: Any = bar) -> None:
                 progress.update(bar, completed=epoch, told=f"validation {values.mean():.4f}")
 
-            for run in trainer.train(method, missing, on_epoch) if missing else []:
+            for run in _train(trainer, config, method, missing, on_epoch, fingerprint):
                 finished[run.seed] = run
-                if config.out is not None:
-                    report.store_run(run, _run_path(config.out, method, run.seed), fingerprint)
             runs[method] = [finished[seed] for seed in seeds]
             progress.update(bar, total=len(runs[method][0].history["validation"]))
             progress.update(bar, completed=len(runs[method][0].history["validation"]))
+    return runs
+
+
+def _train(
+    trainer: Trainer,
+    config: CompareConfig,
+    method: str,
+    seeds: list[int],
+    on_epoch: Callable[[int, np.ndarray], None],
+    fingerprint: dict[str, Any],
+) -> list[Run]:
+    """Train the seeds that no finished run is stored of, keeping every epoch under `--out`."""
+    if not seeds:
+        return []
+    if config.out is None:
+        return trainer.train(method, seeds, on_epoch)
+    settings = {**fingerprint, "method": method, "seeds": seeds}
+    with UnfinishedRun(config.out / UNFINISHED, settings) as unfinished:
+        runs = trainer.train(method, seeds, on_epoch, unfinished)
+        for run in runs:
+            report.store_run(run, _run_path(config.out, method, run.seed), fingerprint)
+        unfinished.remove()
     return runs
 
 
@@ -210,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"examples.compare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "finished runs are kept: add --resume" if "--out" in sys.argv else "nothing is kept"
+        hint = "add --resume to go on" if "--out" in sys.argv else "nothing is kept without --out"
         print(f"examples.compare: stopped; {hint}", file=sys.stderr)
         return 130
     return 0

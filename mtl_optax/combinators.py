@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax import task_tree
+from mtl_optax import arguments, task_shapes, task_tree
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.guard import Guard
 
@@ -44,7 +44,7 @@ def fixed_weights(
     References:
       Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022.
     """
-    num_tasks = task_tree.check_num_tasks("fixed_weights", num_tasks)
+    num_tasks = arguments.check_num_tasks("fixed_weights", num_tasks)
     weights = jnp.asarray(weights)
     if weights.shape != (num_tasks,):
         raise ValueError(
@@ -86,7 +86,7 @@ def sum_tasks(
     References:
       Caruana, Multitask Learning, 1997.
     """
-    num_tasks = task_tree.check_num_tasks("sum_tasks", num_tasks)
+    num_tasks = arguments.check_num_tasks("sum_tasks", num_tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         return jnp.ones((num_tasks,)), state
@@ -121,7 +121,7 @@ def mean_tasks(
     References:
       Caruana, Multitask Learning, 1997.
     """
-    num_tasks = task_tree.check_num_tasks("mean_tasks", num_tasks)
+    num_tasks = arguments.check_num_tasks("mean_tasks", num_tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         present = jnp.maximum(jnp.sum(evidence.active), 1)
@@ -171,7 +171,7 @@ def per_task(
       The lifting of AdaTask: Yang et al., AdaTask: A Task-Aware Adaptive Learning Rate Approach to
       Multi-Task Learning, 2023.
     """
-    num_tasks = task_tree.check_num_tasks("per_task", num_tasks)
+    num_tasks = arguments.check_num_tasks("per_task", num_tasks)
     guard = Guard("per_task", num_tasks, frozenset({"gradients"}), reduces=False)
     inner = optax.with_extra_args_support(inner)
 
@@ -298,8 +298,8 @@ def accumulate(
       >>> update.tolist(), later.tolist()
       ([0.0], [-4.0])
     """
-    num_tasks = task_tree.check_num_tasks("accumulate", num_tasks)
-    task_tree.check_integer("accumulate", "every_k", every_k, 1)
+    num_tasks = arguments.check_num_tasks("accumulate", num_tasks)
+    arguments.check_integer("accumulate", "every_k", every_k, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
@@ -322,7 +322,7 @@ def accumulate(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
-        task_tree.check_updates("accumulate", updates, num_tasks, params)
+        task_shapes.check_updates("accumulate", updates, num_tasks, params)
         keep = task_tree.finite(updates, num_tasks)
         if active is not None:
             keep = keep & jnp.asarray(active)

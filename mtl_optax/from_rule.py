@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from mtl_optax import task_tree
+from mtl_optax import arguments, task_tree
 from mtl_optax.guard import Guard
 from mtl_optax.task_tree import Blocks
 
@@ -260,7 +260,7 @@ def _check_options(rule: Rule, update_every: Any) -> None:
     unknown = rule.needs - {"losses", "norms", "gram"}
     if unknown:
         raise ValueError(f"{rule.name}: a rule cannot need {sorted(unknown)}.")
-    task_tree.check_integer(rule.name, "update_every", update_every, 1)
+    arguments.check_integer(rule.name, "update_every", update_every, 1)
 
 
 def _look(

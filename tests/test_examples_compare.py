@@ -286,6 +286,47 @@ def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "results.json").read_text())["results"] == results["results"]
 
 
+def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, monkeypatch, capsys):
+    def config_of(out: str, **changes) -> compare.CompareConfig:
+        arguments = ["--data", "synthetic", "--method", "multibalance", "--seeds", "2"]
+        config = compare.parse([*arguments, "--out", str(tmp_path / out)])
+        return compare.replace(config, train=compare.replace(TINY, epochs=3), **changes)
+
+    def run(config: compare.CompareConfig, stop_at: int | None = None) -> tuple[int, list[int]]:
+        epochs = []
+        train = Trainer.train
+
+        def stopping(self, method, seeds, on_epoch, *rest):
+            def told(epoch, values):
+                epochs.append(epoch)
+                if epoch == stop_at:
+                    raise KeyboardInterrupt
+                on_epoch(epoch, values)
+
+            return train(self, method, seeds, told, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", stopping)
+            patch.setattr(compare, "parse", lambda _: config)
+            return compare.main([]), epochs
+
+    def stored(out: str) -> list[dict]:
+        files = sorted((tmp_path / out / "runs").glob("*.json"))
+        return [json.loads(file.read_text()) | {"seconds": None} for file in files]
+
+    assert run(config_of("whole")) == (0, [1, 2, 3])
+    assert run(config_of("stopped"), stop_at=3) == (130, [1, 2, 3])
+    assert not (tmp_path / "stopped" / "runs").exists()
+    assert run(config_of("stopped", resume=True)) == (0, [3])
+    assert len(stored("whole")) == 2 and stored("stopped") == stored("whole")
+    assert not list((tmp_path / "stopped" / compare.UNFINISHED).iterdir())
+    # Other settings find nothing, and without --resume what was left is thrown away.
+    assert run(config_of("stopped"), stop_at=2) == (130, [1, 2])
+    longer = compare.replace(TINY, epochs=3, learning_rate=1e-4)
+    assert run(compare.replace(config_of("stopped", resume=True), train=longer))[1] == [1, 2, 3]
+    assert run(config_of("stopped")) == (0, [1, 2, 3])
+
+
 def error_line(capsys, *arguments: str) -> str:
     assert compare.main(list(arguments)) == 2
     shown = capsys.readouterr()

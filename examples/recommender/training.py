@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
+from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.data import Dataset
 from examples.recommender.metrics import METRICS, table_metrics
 from examples.recommender.network import NetworkConfig
@@ -20,6 +21,7 @@ from examples.recommender.placements import Batch, Network, Parameters, Step, ma
 VALIDATION, TEST = 1, 2
 EARLY_STOPPING = METRICS.index("ndcg@10")
 PAIRS_SCORED_AT_ONCE = 2**14
+RECORDED = ("losses", "weights", "norms")  # one number a task and epoch
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Best(NamedTuple):
     params: Parameters
     value: jax.Array
     epoch: jax.Array
+
+
+class _Carry(NamedTuple):
+    """All that goes from epoch to epoch, with a first axis of seeds: what a checkpoint holds."""
+
+    params: Parameters
+    state: Any
+    best: Best
+    history: dict[str, jax.Array]  # [S, E, ...]
+    seconds: jax.Array
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ class Trainer:
         self._init = _jit(jax.vmap(self.network.init))
         self._probe = _jit(jax.vmap(self._task_norms))
         self._keep_best = _jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
+        self._write_down = _jit(jax.vmap(_write_down, in_axes=(0, 0, None)))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with decoupled weight decay of the embeddings.
@@ -98,46 +111,66 @@ class Trainer:
         )
 
     def train(
-        self, method: str, seeds: list[int], on_epoch: Callable[[int, np.ndarray], None]
+        self,
+        method: str,
+        seeds: list[int],
+        on_epoch: Callable[[int, np.ndarray], None],
+        unfinished: UnfinishedRun | None = None,
     ) -> list[Run]:
         """Train every seed with early stopping on the validation NDCG@10; return the finished runs.
 
-        `on_epoch(epochs done, validation values [seeds])` is called after each epoch.
+        `on_epoch(epochs done, validation values [seeds])` is called after each epoch. Every random
+        number comes from the seed and the epoch, so that a run which goes on from the epoch that
+        `unfinished` holds ends with the bits of one that was never stopped.
         """
         started = time.perf_counter()
         step = make_step(method, self.network, self.optimizer())
         epoch_fn = _jit(jax.vmap(partial(self._epoch, step)))
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-        params = self._init(keys)
-        state = _jit(jax.vmap(step.init))(params)
-        never = jnp.full(len(seeds), -jnp.inf)
-        best = Best(params, never, jnp.zeros(len(seeds), jnp.int32))
-        records: list[dict[str, np.ndarray]] = []
-        for epoch in range(1, self.config.epochs + 1):
-            epoch_keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(keys)  # noqa: B023
-            params, state, record = epoch_fn(params, state, epoch_keys)
+        carry = self._start(step, keys)
+        epoch, carry = unfinished.restore(carry) if unfinished else (0, carry)
+        before = float(carry.seconds)
+        while epoch < self.config.epochs and not self._out_of_patience(carry, epoch):
+            epoch += 1
+            epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, epoch)
+            params, state, record = epoch_fn(carry.params, carry.state, epoch_keys)
             record["norms"] = self._probe(params, epoch_keys)
             value = self._mean(self._evaluate(params, self._validation_users, VALIDATION))
             record["validation"] = value
-            best = self._keep_best(best, params, value, epoch, self.config.patience)
-            records.append({name: np.asarray(entry) for name, entry in record.items()})
+            best = self._keep_best(carry.best, params, value, epoch, self.config.patience)
+            history = self._write_down(carry.history, record, epoch)
+            seconds = jnp.asarray(before + time.perf_counter() - started)
+            carry = _Carry(params, state, best, history, seconds)
             on_epoch(epoch, np.asarray(value))
-            if np.all(epoch - np.asarray(best.epoch) >= self.config.patience):
-                break
-        test = np.asarray(self._evaluate(best.params, self._test_users, TEST))
-        seconds = (time.perf_counter() - started) / len(seeds)
-        history = {name: np.stack([record[name] for record in records]) for name in records[0]}
+            if unfinished:
+                unfinished.save(epoch, carry)
+        test = np.asarray(self._evaluate(carry.best.params, self._test_users, TEST))
+        seconds = (before + time.perf_counter() - started) / len(seeds)
+        history = {name: np.asarray(entry)[:, :epoch] for name, entry in carry.history.items()}
         return [
             self._finished(
                 method,
                 seed,
                 test[row],
-                int(best.epoch[row]),
+                int(carry.best.epoch[row]),
                 seconds,
-                {name: entry[:, row] for name, entry in history.items()},
+                {name: entry[row] for name, entry in history.items()},
             )
             for row, seed in enumerate(seeds)
         ]
+
+    def _start(self, step: Step, keys: jax.Array) -> _Carry:
+        """What every seed starts from; the history has a row for each epoch to come."""
+        params = self._init(keys)
+        state = _jit(jax.vmap(step.init))(params)
+        seeds, epochs, tasks = len(keys), self.config.epochs, self.network.num_tasks
+        history = {name: jnp.zeros((seeds, epochs, tasks)) for name in RECORDED}
+        history["validation"] = jnp.zeros((seeds, epochs))
+        never = Best(params, jnp.full(seeds, -jnp.inf), jnp.zeros(seeds, jnp.int32))
+        return _Carry(params, state, never, history, jnp.zeros(()))
+
+    def _out_of_patience(self, carry: _Carry, epoch: int) -> bool:
+        return bool(np.all(epoch - np.asarray(carry.best.epoch) >= self.config.patience))
 
     def _epoch(
         self, step: Step, params: Parameters, state: Any, key: jax.Array
@@ -270,3 +303,9 @@ def _keep_best(best: Best, params: Parameters, value: jax.Array, epoch: int, pat
     better = (value > best.value) & (epoch - best.epoch <= patience)
     kept = Best(params, value, jnp.asarray(epoch, best.epoch.dtype))
     return jax.tree.map(lambda new, old: jnp.where(better, new, old), kept, best)
+
+
+def _write_down(
+    history: dict[str, jax.Array], record: dict[str, jax.Array], epoch: int
+) -> dict[str, jax.Array]:
+    return {name: rows.at[epoch - 1].set(record[name]) for name, rows in history.items()}

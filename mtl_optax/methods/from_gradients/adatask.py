@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import optax
 
+from mtl_optax.arguments import check_num_tasks
 from mtl_optax.combinators import per_task, sum_tasks
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks, narrow, statistics_dtype
+from mtl_optax.task_tree import narrow, statistics_dtype
 
 
 def adatask(

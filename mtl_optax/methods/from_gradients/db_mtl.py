@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax import task_tree
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks, check_range
 
 # Part of the method's definition, in the logarithm and beside the norms.
 _EPS = 1e-8

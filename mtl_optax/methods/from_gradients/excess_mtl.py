@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax import task_tree
+from mtl_optax.arguments import check_integer, check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
-from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class ExcessMTLState(NamedTuple):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.task_tree import along_tasks, check_num_tasks, check_range, statistics_dtype
+from mtl_optax.task_tree import along_tasks, statistics_dtype
 
 
 def graddrop(

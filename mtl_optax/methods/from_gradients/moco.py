@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax import task_tree
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
 from mtl_optax.solvers.simplex import project_onto_simplex
-from mtl_optax.task_tree import check_num_tasks, check_range
 
 
 class MoCoState(NamedTuple):

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 
 from mtl_optax import task_tree
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.from_rule import next_count
 from mtl_optax.method import Method
-from mtl_optax.task_tree import along_tasks, check_num_tasks, check_range
+from mtl_optax.task_tree import along_tasks
 
 
 class MTAdamState(NamedTuple):

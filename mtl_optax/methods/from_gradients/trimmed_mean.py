@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_integer, check_num_tasks
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.task_tree import along_tasks, check_integer, check_num_tasks, statistics_dtype
+from mtl_optax.task_tree import along_tasks, statistics_dtype
 
 
 def trimmed_mean(num_tasks: int, *, trim_number: int = 1) -> optax.GradientTransformationExtraArgs:

@@ -7,10 +7,10 @@ from typing import Any, Literal, Unpack
 import jax
 import optax
 
+from mtl_optax.arguments import check_num_tasks
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.aligned import SCALES, aligned_weights
-from mtl_optax.task_tree import check_num_tasks
 
 
 def aligned_mtl(

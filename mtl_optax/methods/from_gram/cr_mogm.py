@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, rule_of
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.mgda import mgda
-from mtl_optax.task_tree import check_num_tasks, check_range
 
 
 class CRMOGMState(NamedTuple):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_task_index
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.projection_order import raw_weights
-from mtl_optax.task_tree import check_num_tasks, check_task_index
 
 
 def grad_surgery(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.projection_order import (
@@ -16,7 +17,6 @@ from mtl_optax.methods.from_gram.projection_order import (
     projection_order,
     raw_weights,
 )
-from mtl_optax.task_tree import check_num_tasks, check_range
 
 
 class GradVaccineState(NamedTuple):

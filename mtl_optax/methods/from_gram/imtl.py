@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, rule_of
 from mtl_optax.method import Method
 from mtl_optax.methods.from_losses.imtl_l import imtl_l
 from mtl_optax.solvers.equal_projection import equal_projection_weights
-from mtl_optax.task_tree import check_num_tasks
 
 
 def imtl(

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
-from mtl_optax.task_tree import check_num_tasks, check_range
 
 
 class MultiBalanceState(NamedTuple):

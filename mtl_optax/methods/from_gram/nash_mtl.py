@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.fairgrad import bargaining_rule
-from mtl_optax.task_tree import check_num_tasks, check_range, narrow
+from mtl_optax.task_tree import narrow
 
 
 def nash_mtl(

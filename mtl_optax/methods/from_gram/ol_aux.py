@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax import task_tree
+from mtl_optax.arguments import check_integer, check_num_tasks, check_task_index
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.from_rule import Evidence, Rule, from_rule, next_count
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_integer, check_num_tasks, check_task_index
 
 # Weights stay below this in size, so that products with legal gradients stay finite.
 _LARGEST_WEIGHT = 2.0**60

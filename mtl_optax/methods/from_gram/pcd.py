@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range, check_task_index
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, next_count
 from mtl_optax.method import Method
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
-from mtl_optax.task_tree import check_num_tasks, check_range, check_task_index
 
 
 class PCDState(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
-from mtl_optax.task_tree import check_num_tasks, check_range
 from mtl_optax.trained_values import TrainedState, start, train
 
 # Part of the method's definition: keeps the logarithm of a loss at its minimum finite.

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import exp_weights, magnitudes
-from mtl_optax.task_tree import check_num_tasks
 
 
 def gls(

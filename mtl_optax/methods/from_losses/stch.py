@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_integer, check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
-from mtl_optax.task_tree import check_integer, check_num_tasks, check_range
 
 
 class STCHState(NamedTuple):

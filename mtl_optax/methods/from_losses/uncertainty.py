@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.log_weights import largest_weight
-from mtl_optax.task_tree import check_num_tasks
 from mtl_optax.trained_values import TrainedState, start, train
 
 _FORMS = ("half_logvar", "logvar", "sigma", "half_sigma")

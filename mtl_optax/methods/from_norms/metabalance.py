@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.arguments import check_num_tasks, check_range, check_task_index
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
-from mtl_optax.task_tree import check_num_tasks, check_range, check_task_index
 
 
 class MetaBalanceState(NamedTuple):

@@ -1,0 +1,56 @@
+"""Unfinished training on disk: a command that was stopped goes on from its last finished epoch."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class UnfinishedRun:
+    """The newest finished epoch of one training, as an orbax checkpoint under `folder`.
+
+    What the run was started with is part of the checkpoint's name, so that a run with other settings
+    finds nothing. A save that is cut short leaves the epoch before it.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """`settings` is anything that JSON can hold."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self._folder = (folder / digest[:16]).resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def restore(self, like: Any) -> tuple[int, Any]:
+        """The last saved epoch and what was saved, or `(0, like)` where there is nothing yet."""
+        epoch = self._manager.latest_step()
+        if epoch is None:
+            return 0, like
+        described = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return epoch, self._manager.restore(epoch, args=ocp.args.StandardRestore(described))
+
+    def save(self, epoch: int, carry: Any) -> None:
+        """Write in the background, while the next epoch trains."""
+        self._manager.save(epoch, args=ocp.args.StandardSave(carry))
+
+    def remove(self) -> None:
+        """Forget the run: it is finished, and kept elsewhere."""
+        self._manager.wait_until_finished()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> "UnfinishedRun":
+        """The run itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Also after Ctrl-C: finish the save that is under way."""
+        self._manager.close()
