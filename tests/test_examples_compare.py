@@ -200,7 +200,7 @@ def test_a_real_step_in_each_placement(small_dataset, method):
     trainer = Trainer(small_dataset, TINY)
     step = make_step(method, trainer.network, trainer.optimizer())
     params = trainer.network.init(jax.random.key(0))
-    batch = trainer._batch(jnp.arange(64), jax.random.key(1))
+    batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
     new, _, losses, weights = jax.jit(step.update)(params, step.init(params), batch)
     assert losses.shape == weights.shape == (3,)
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True):
@@ -212,7 +212,7 @@ def test_a_real_step_in_each_placement(small_dataset, method):
 
 def test_batch_masks_positives_of_other_behaviours(small_dataset):
     trainer = Trainer(small_dataset, TINY)
-    batch = trainer._batch(jnp.arange(64), jax.random.key(1))
+    batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
     users, items = np.asarray(batch.users), np.asarray(batch.items)
     for task in range(3):
         labels = (small_dataset.labels[users, items] >> task) & 1

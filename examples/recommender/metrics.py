@@ -1,7 +1,5 @@
 """NDCG, recall and precision at k with every item ranked, on the device."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +31,9 @@ def ranking_metrics(scores: jax.Array, known: jax.Array, relevant: jax.Array) ->
     return jnp.where(count[:, None] > 0, jnp.stack(columns, axis=1), jnp.nan)
 
 
-@partial(jax.jit, static_argnames=("part",))
+@jax.jit
 def table_metrics(
-    scores: jax.Array, labels: jax.Array, held_out: jax.Array, part: int
+    scores: jax.Array, labels: jax.Array, held_out: jax.Array, part: int | jax.Array
 ) -> jax.Array:
     """Metrics from the rows of `Dataset.labels` and `held_out`: part 1 is validation, 2 is test.
 

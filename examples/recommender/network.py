@@ -46,7 +46,8 @@ class SharedBottom(nnx.Module):
     """
 
     def __init__(self, users: int, items: int, config: NetworkConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.variance_scaling(1.0, "fan_out", "uniform")
+        # Small: what the embeddings start with is noise, which Adam outgrows in a few steps.
+        init = nnx.initializers.variance_scaling(0.01, "fan_out", "uniform")
         self.user = nnx.Embed(users, config.embedding, embedding_init=init, rngs=rngs)
         self.item = nnx.Embed(items, config.embedding, embedding_init=init, rngs=rngs)
         self.mlp = Perceptron(2 * config.embedding, config.mlp, rngs)

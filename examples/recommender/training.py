@@ -16,7 +16,14 @@ from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.data import Dataset
 from examples.recommender.metrics import METRICS, table_metrics
 from examples.recommender.network import NetworkConfig
-from examples.recommender.placements import Batch, Network, Parameters, Step, make_step
+from examples.recommender.placements import (
+    SINGLE,
+    Batch,
+    Network,
+    Parameters,
+    Step,
+    make_step,
+)
 
 VALIDATION, TEST = 1, 2
 EARLY_STOPPING = METRICS.index("ndcg@10")
@@ -28,14 +35,14 @@ RECORDED = ("losses", "weights", "norms")  # one number a task and epoch
 class TrainConfig:
     """How one run is trained; the same for every method."""
 
-    epochs: int = 10
-    patience: int = 4
+    epochs: int = 6
+    patience: int = 3
     batch_positives: int = 512
-    negatives: int = 1
-    learning_rate: float = 3e-3
-    weight_decay: float = 1.0
+    negatives: int = 3
+    learning_rate: float = 1.5e-2
+    weight_decay: float = 2.0
     validation_users: int = 256
-    max_steps_per_epoch: int | None = 100
+    max_steps_per_epoch: int | None = 50
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -86,28 +93,32 @@ class Trainer:
         # One entry a behaviour: a pair that is a positive of every task is drawn T times as often.
         positives = np.repeat(dataset.positives, _count_labels(dataset), axis=0)
         self._positives = jnp.asarray(positives)
+        # Training for the target alone reads its pairs alone, as often as the others read theirs.
+        own = positives[(dataset.labels[positives[:, 0], positives[:, 1]] & 1) > 0]
+        self._target_positives = jnp.asarray(np.resize(own, positives.shape))
         self._batch_positives = min(config.batch_positives, len(positives))
         steps = len(positives) // self._batch_positives
         self.steps_per_epoch = min(steps, config.max_steps_per_epoch or steps)
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
         self._test_users = self._users_to_rank(TEST, None)
-        self._evaluate = _jit(
-            jax.vmap(self._evaluate_one, in_axes=(0, None, None)), static_argnums=2
-        )
+        self._evaluate = _jit(jax.vmap(self._evaluate_one, in_axes=(0, None, None)))
         self._init = _jit(jax.vmap(self.network.init))
         self._probe = _jit(jax.vmap(self._task_norms))
         self._keep_best = _jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
         self._write_down = _jit(jax.vmap(_write_down, in_axes=(0, 0, None)))
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam with decoupled weight decay of the embeddings.
+        """Adam with decoupled weight decay of the embeddings, and a rate that falls to 0.
 
         Flattened: one kernel in place of one a parameter, which compiles several times faster.
         """
+        steps = self.config.epochs * self.steps_per_epoch
         return optax.chain(
             optax.flatten(optax.scale_by_adam()),
             optax.add_decayed_weights(self.config.weight_decay, mask=_is_embedding),
-            optax.scale(-self.config.learning_rate),
+            optax.scale_by_learning_rate(
+                optax.cosine_decay_schedule(self.config.learning_rate, steps)
+            ),
         )
 
     def train(
@@ -125,7 +136,8 @@ class Trainer:
         """
         started = time.perf_counter()
         step = make_step(method, self.network, self.optimizer())
-        epoch_fn = _jit(jax.vmap(partial(self._epoch, step)))
+        positives = self._target_positives if method == SINGLE else self._positives
+        epoch_fn = _jit(jax.vmap(partial(self._epoch, step), in_axes=(None, 0, 0, 0)))
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         carry = self._start(step, keys)
         epoch, carry = unfinished.restore(carry) if unfinished else (0, carry)
@@ -133,9 +145,9 @@ class Trainer:
         while epoch < self.config.epochs and not self._out_of_patience(carry, epoch):
             epoch += 1
             epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, epoch)
-            params, state, record = epoch_fn(carry.params, carry.state, epoch_keys)
+            params, state, record = epoch_fn(positives, carry.params, carry.state, epoch_keys)
             record["norms"] = self._probe(params, epoch_keys)
-            value = self._mean(self._evaluate(params, self._validation_users, VALIDATION))
+            value = self._mean(self._rank(params, self._validation_users, VALIDATION))
             record["validation"] = value
             best = self._keep_best(carry.best, params, value, epoch, self.config.patience)
             history = self._write_down(carry.history, record, epoch)
@@ -144,7 +156,7 @@ class Trainer:
             on_epoch(epoch, np.asarray(value))
             if unfinished:
                 unfinished.save(epoch, carry)
-        test = np.asarray(self._evaluate(carry.best.params, self._test_users, TEST))
+        test = np.asarray(self._rank(carry.best.params, self._test_users, TEST))
         seconds = (before + time.perf_counter() - started) / len(seeds)
         history = {name: np.asarray(entry)[:, :epoch] for name, entry in carry.history.items()}
         return [
@@ -173,16 +185,18 @@ class Trainer:
         return bool(np.all(epoch - np.asarray(carry.best.epoch) >= self.config.patience))
 
     def _epoch(
-        self, step: Step, params: Parameters, state: Any, key: jax.Array
+        self, step: Step, positives: jax.Array, params: Parameters, state: Any, key: jax.Array
     ) -> tuple[Parameters, Any, dict[str, jax.Array]]:
-        """One pass over the training positives, in random order, all on the device."""
+        """One pass over `positives` `[N, 2]`, in random order, all on the device."""
 
         def train_step(carry: Any, slot: Any) -> Any:
-            params, state, losses, weights = step.update(*carry, self._batch(*slot))
+            chosen, key = slot
+            batch = self._batch(positives[chosen], key)
+            params, state, losses, weights = step.update(*carry, batch)
             return (params, state), (losses, weights)
 
         order_key, steps_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, self._positives.shape[0])
+        order = jax.random.permutation(order_key, len(positives))
         order = order[: self.steps_per_epoch * self._batch_positives]
         slots = order.reshape(self.steps_per_epoch, -1)
         keys = jax.random.split(steps_key, self.steps_per_epoch)
@@ -190,8 +204,8 @@ class Trainer:
         losses, weights = (entry.mean(axis=0) for entry in told)
         return params, state, {"losses": losses, "weights": weights}
 
-    def _batch(self, chosen: jax.Array, key: jax.Array) -> Batch:
-        """Positives of any behaviour, each with items drawn at random for the same user.
+    def _batch(self, pairs: jax.Array, key: jax.Array) -> Batch:
+        """Positive pairs `[N, 2]` of any behaviour, each with items drawn at random for the same user.
 
         All tasks see the same pairs. A pair is looked up in the label table, so that an item drawn by
         chance that is a positive counts as one. A positive of another behaviour only is neither a
@@ -200,7 +214,6 @@ class Trainer:
         """
         sample_key, dropout_key = jax.random.split(key)
         drawn = self.config.negatives
-        pairs = self._positives[chosen]
         users = jnp.repeat(pairs[:, :1], 1 + drawn, axis=1)
         shape = (pairs.shape[0], drawn)
         random_items = jax.random.randint(sample_key, shape, 0, self.dataset.num_items)
@@ -224,13 +237,21 @@ class Trainer:
             key, self._positives.shape[0], (self._batch_positives,), replace=True
         )
         value_and_grad = mtl.split_value_and_grad(self.network.encode, self.network.decode)
-        _, (grads, _) = value_and_grad(params.shared, params.heads, self._batch(chosen, key))
+        batch = self._batch(self._positives[chosen], key)
+        _, (grads, _) = value_and_grad(params.shared, params.heads, batch)
         squares = [
             jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(grads)
         ]
         return jnp.sqrt(sum(squares, jnp.zeros(len(self.dataset.tasks))))
 
-    def _evaluate_one(self, params: Parameters, users: jax.Array, part: int) -> jax.Array:
+    def _rank(self, params: Parameters, users: jax.Array, part: int) -> jax.Array:
+        """Metrics `[S, users, metrics]`, in blocks of one size: one program for both parts."""
+        size = len(self._validation_users)
+        blocks = np.resize(users, (-(-len(users) // size), size))
+        found = [self._evaluate(params, block, part) for block in blocks]
+        return jnp.concatenate(found, axis=1)[:, : len(users)]
+
+    def _evaluate_one(self, params: Parameters, users: jax.Array, part: jax.Array) -> jax.Array:
         """Metrics `[users, metrics]` with all items ranked, a few users at a time."""
 
         def of_chunk(chunk: jax.Array) -> jax.Array:
