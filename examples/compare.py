@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> CompareConfig:
 
     config = CompareConfig(given.data, given.target, out=given.out, resume=given.resume)
     if given.quick:
-        short = replace(config.train, epochs=3, max_steps_per_epoch=40, validation_users=128)
+        short = replace(config.train, epochs=3, max_steps_per_epoch=30, validation_users=128)
         config = replace(config, methods=QUICK_METHODS, seeds=1, train=short)
     if given.method:
         config = replace(config, methods=tuple(dict.fromkeys(given.method)))
@@ -138,7 +138,7 @@ def compare(config: CompareConfig, console: Console) -> list[report.Row]:
 def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dict[str, list[Run]]:
     if config.out is not None and not config.resume:
         shutil.rmtree(config.out / UNFINISHED, ignore_errors=True)
-    trainer = Trainer(dataset, config.train)
+    trainer = Trainer(dataset, config.train, probe_norms=config.out is not None)
     fingerprint = {"train": asdict(config.train), "data": _digest(dataset)}
     fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples become lists
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())

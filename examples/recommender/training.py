@@ -83,8 +83,10 @@ class Run:
 class Trainer:
     """Trains methods on one dataset; what does not depend on the method is compiled once."""
 
-    def __init__(self, dataset: Dataset, config: TrainConfig):
+    def __init__(self, dataset: Dataset, config: TrainConfig, *, probe_norms: bool = True):
+        """`probe_norms` adds the tasks' gradient norms to the history: one more backward pass a task."""
         self.dataset, self.config = dataset, config
+        self._recorded = RECORDED if probe_norms else tuple(n for n in RECORDED if n != "norms")
         self.network = Network(
             dataset.num_users, dataset.num_items, _log_popularity(dataset), config.network
         )
@@ -102,7 +104,7 @@ class Trainer:
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
         self._test_users = self._users_to_rank(TEST, None)
         self._evaluate = _jit(jax.vmap(self._evaluate_one, in_axes=(0, None, None)))
-        self._init = _jit(jax.vmap(self.network.init))
+        self._init = _jit(jax.vmap(self.network.init), effort=0)  # runs once
         self._probe = _jit(jax.vmap(self._task_norms))
         self._keep_best = _jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
         self._write_down = _jit(jax.vmap(_write_down, in_axes=(0, 0, None)))
@@ -146,7 +148,8 @@ class Trainer:
             epoch += 1
             epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, epoch)
             params, state, record = epoch_fn(positives, carry.params, carry.state, epoch_keys)
-            record["norms"] = self._probe(params, epoch_keys)
+            if "norms" in self._recorded:
+                record["norms"] = self._probe(params, epoch_keys)
             value = self._mean(self._rank(params, self._validation_users, VALIDATION))
             record["validation"] = value
             best = self._keep_best(carry.best, params, value, epoch, self.config.patience)
@@ -176,7 +179,7 @@ class Trainer:
         params = self._init(keys)
         state = _jit(jax.vmap(step.init))(params)
         seeds, epochs, tasks = len(keys), self.config.epochs, self.network.num_tasks
-        history = {name: jnp.zeros((seeds, epochs, tasks)) for name in RECORDED}
+        history = {name: jnp.zeros((seeds, epochs, tasks)) for name in self._recorded}
         history["validation"] = jnp.zeros((seeds, epochs))
         never = Best(params, jnp.full(seeds, -jnp.inf), jnp.zeros(seeds, jnp.int32))
         return _Carry(params, state, never, history, jnp.zeros(()))
@@ -285,11 +288,11 @@ class Trainer:
         return Run(method, seed, table, best_epoch, seconds, history)
 
 
-def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit`; on a CPU with less work for LLVM: compiles faster, and the steps run as fast."""
-    if jax.default_backend() == "cpu":
-        options["compiler_options"] = {"xla_backend_optimization_level": 1}
-    return jax.jit(function, **options)
+def _jit(function: Callable[..., Any], effort: int = 1) -> Callable[..., Any]:
+    """`jax.jit`; on a CPU with less work for LLVM: at 1 it compiles faster and runs as fast."""
+    if jax.default_backend() != "cpu":
+        return jax.jit(function)
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": effort})
 
 
 def _count_labels(dataset: Dataset) -> np.ndarray:
