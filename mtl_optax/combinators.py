@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax import arguments, task_shapes, task_tree
+from mtl_optax import arguments, task_tree
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.guard import Guard
 
@@ -322,7 +322,7 @@ def accumulate(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
-        task_shapes.check_updates("accumulate", updates, num_tasks, params)
+        task_tree.check_updates("accumulate", updates, num_tasks, params)
         keep = task_tree.finite(updates, num_tasks)
         if active is not None:
             keep = keep & jnp.asarray(active)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax import surroundings, task_shapes
+from mtl_optax import surroundings, task_tree
 
 
 class Guard:
@@ -23,7 +23,7 @@ class Guard:
 
     def remember(self, params: Any) -> None:
         """Notes the shapes that `init` was given."""
-        self._shapes.add(task_shapes.shapes_of(params))
+        self._shapes.add(task_tree.shapes_of(params))
 
     def check(self, updates: Any, params: Any, extra_args: Mapping[str, Any]) -> None:
         """Raises where `updates` is not one gradient per task, or the place is wrong."""
@@ -34,9 +34,9 @@ class Guard:
                 "mtl_optax.per_task_value_and_grad."
             )
         try:
-            task_shapes.check_updates(self.name, updates, self.num_tasks, params)
+            task_tree.check_updates(self.name, updates, self.num_tasks, params)
             if params is None:
-                task_shapes.check_not_stacked_like(self.name, updates, self._shapes)
+                task_tree.check_not_stacked_like(self.name, updates, self._shapes)
         except ValueError as error:
             reason = surroundings.explain_shape(self.name, self.num_tasks)
             if reason is None:

@@ -69,6 +69,21 @@ def root() -> Path:
     return ROOT
 
 
+# The files that take longest, longest first: a worker that starts one of them last is waited for.
+LONGEST = (
+    "test_sharding.py",
+    "test_examples_compare.py",
+    "test_solvers.py",
+    "test_benchmarks.py",
+    "test_golden_gram.py",
+    "test_placement.py",
+    "test_checkpoints.py",
+    "test_notebooks.py",
+    "test_properties.py",
+    "test_multi_process.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file on one worker, and skip what needs an accelerator where there is none.
 
@@ -77,6 +92,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() == "cpu":
         for item in marked:

@@ -34,7 +34,10 @@ P = jax.P
 TREE_SPECS = {"table": P("model", None), "kernel": P("data", "model"), "bias": P()}
 TREE_SHAPES = {"table": (8, 4), "kernel": (8, 6), "bias": (5,)}
 AXIS_TYPES = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
-FAMILIES = ["from_losses", "from_norms", "from_gram", "from_gradients"]
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.xdist_group(f"sharding {family}"))
+    for family in ("from_losses", "from_norms", "from_gram", "from_gradients")
+]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
