@@ -17,7 +17,6 @@ from examples.recommender import download, metrics, report, sources
 from examples.recommender.data import Behaviours, build_dataset, split_target
 from examples.recommender.errors import UserError
 from examples.recommender.network import NetworkConfig
-from examples.recommender.placements import make_step
 from examples.recommender.training import Run, TrainConfig, Trainer
 
 TINY = TrainConfig(
@@ -195,10 +194,10 @@ def test_popularity_counts_training_pairs_and_hides_known_items():
 # --- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["sum", "multibalance", "metabalance"])
+@pytest.mark.parametrize("method", ["sum", "multibalance", "metabalance", "adatask", "mtadam"])
 def test_a_real_step_in_each_placement(small_dataset, method):
     trainer = Trainer(small_dataset, TINY)
-    step = make_step(method, trainer.network, trainer.optimizer())
+    step = trainer.make_step(method)
     params = trainer.network.init(jax.random.key(0))
     batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
     new, _, losses, weights = jax.jit(step.update)(params, step.init(params), batch)
@@ -225,8 +224,8 @@ def test_embeddings_alone_are_decayed(small_dataset):
     trainer = Trainer(small_dataset, TINY)
     params = trainer.network.init(jax.random.key(0))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    optimizer = trainer.optimizer()
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    descent = trainer.descent()
+    updates, _ = descent.update(zeros, descent.init(params), params)
     moved = [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates)]
     assert sum(moved) == 2
     assert jnp.any(updates.shared["user"]["embedding"][...] != 0)

@@ -21,6 +21,7 @@ from examples.recommender.network import NetworkConfig, SharedBottom, Tower
 
 SINGLE, SUM = "single", "sum"
 ON_REPRESENTATION = ("multibalance",)  # the methods whose paper puts them there
+WITH_ADAM = ("adatask", "mtadam")  # the methods that take Adam's place on the shared bottom
 
 
 class Batch(NamedTuple):
@@ -113,9 +114,18 @@ def known_methods() -> tuple[str, ...]:
     return (SINGLE, SUM, *mtl.METHODS)
 
 
-def make_step(name: str, network: Network, optimizer: optax.GradientTransformation) -> Step:
-    """The step of a method by name, in the placement that its paper gives it."""
+def make_step(
+    name: str,
+    network: Network,
+    scaler: optax.GradientTransformation,
+    descent: optax.GradientTransformation,
+) -> Step:
+    """The step of a method by name, in the placement that its paper gives it.
+
+    The optimizer is `scaler` (Adam) followed by `descent` (decay and learning rate).
+    """
     num_tasks = network.num_tasks
+    optimizer = optax.chain(scaler, descent)
     if name == SINGLE:
         target_only = mtl.fixed_weights(num_tasks, [1.0] + [0.0] * (num_tasks - 1))
         return on_losses(target_only, network, optimizer)
@@ -124,12 +134,17 @@ def make_step(name: str, network: Network, optimizer: optax.GradientTransformati
     if name not in mtl.METHODS:
         raise UserError(f"unknown method {name!r}; choose from {', '.join(known_methods())}")
     row = mtl.METHODS[name]
-    method = row.make(num_tasks)
+    if name == "mtadam":  # it descends by itself: undone, since `descent` does
+        method = optax.chain(mtl.mtadam(1.0, num_tasks), optax.scale(-1.0))
+    else:
+        method = row.make(num_tasks)
+    if name in WITH_ADAM:
+        return on_parameters(optax.chain(method, descent), network, optimizer)
     if name in ON_REPRESENTATION:
         return on_representation(method, network, optimizer)
     if set(row.needs) <= {"losses"}:
         return on_losses(method, network, optimizer)
-    return on_parameters(method, network, optimizer)
+    return on_parameters(optax.chain(method, optimizer), network, optimizer)
 
 
 def on_losses(method: Any, network: Network, optimizer: optax.GradientTransformation) -> Step:
@@ -180,9 +195,8 @@ def on_representation(
     return Step(init, update)
 
 
-def on_parameters(method: Any, network: Network, optimizer: optax.GradientTransformation) -> Step:
-    """One backward pass a task; the method combines the tasks' gradients of the shared bottom."""
-    shared_optimizer = optax.chain(method, optimizer)
+def on_parameters(shared_optimizer: Any, network: Network, optimizer: Any) -> Step:
+    """One backward pass a task; a method in `shared_optimizer` combines the gradients of the bottom."""
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
     def init(params: Parameters) -> Any:
