@@ -193,7 +193,7 @@ def tpu_tables() -> Iterator[Table]:
 
 def main() -> None:
     """Prints the tables, each as soon as it is there."""
-    console = Console()
+    console = Console(width=max(Console().width, 110))  # numbers cut short tell nothing
     for table in tpu_tables():
         console.print(table)
 
