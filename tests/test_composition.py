@@ -19,6 +19,7 @@ from optax.experimental import aggregating
 import mtl_optax as mtl
 
 T = 3
+OPTAX = tuple(map(int, optax.__version__.split(".")[:3]))
 PARAMS = {"head": jnp.ones((2, 3)), "shared": {"b": jnp.ones(()), "w": jnp.ones((4, 2))}}
 LOSSES = jnp.array([0.7, 1.3, 0.2])
 
@@ -281,7 +282,7 @@ def test_partition_by_labels_from_paths(labels, mask_extra):
 def test_labels_from_ranks_fail_because_gradients_have_one_more():
     ranks = functools.partial(jax.tree.map, lambda x: "shared" if jnp.ndim(x) >= 3 else "head")
     groups = {name: optax.chain(BALANCE, optax.adam(1e-2)) for name in ("head", "shared")}
-    with pytest.raises(ValueError, match=r"(?i)structure|mismatch|None"):
+    with pytest.raises(ValueError, match=r"(?i)structure|mismatch|None|named tuple"):
         run(optax.partition(groups, ranks))
     assert traced(optax.partition(groups, ranks(PARAMS))) == shape_of(PARAMS)
 
@@ -348,6 +349,11 @@ INSIDE = {
 @pytest.mark.parametrize("name", INSIDE)
 def test_wrappers_that_cannot_stand_around_are_refused(name):
     tx, why = INSIDE[name]
+    if name == "MultiSteps" and OPTAX < (0, 2, 8):
+        # It broadcasts its accumulator over the tasks, and then refuses its own two branches.
+        with jax.numpy_rank_promotion("allow"), pytest.raises(TypeError, match="acc_grads"):
+            run(tx)
+        return
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as raised:
         run(tx)
     assert str(raised.value) == f"sum_tasks: stands inside {name}, which {why}"
@@ -369,7 +375,8 @@ def test_inside_such_wrappers_what_keeps_the_axis_may_stand():
 def test_mechanize_and_sam_around_fail():
     with (
         jax.numpy_rank_promotion("allow"),
-        pytest.raises(TypeError, match="contracting dimensions"),
+        # An assertion without a message until optax 0.2.7.
+        pytest.raises((TypeError, AssertionError), match=r"contracting dimensions|^$"),
     ):
         run(optax.contrib.mechanize(WHOLE))
     with pytest.raises(TypeError, match="losses"):

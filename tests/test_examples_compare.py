@@ -205,8 +205,8 @@ def test_a_real_step_in_each_placement(small_dataset, method):
     for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True):
         assert before.shape == after.shape and np.all(np.isfinite(after))
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, new)
-    assert moved.shared["user"]["embedding"].get_value()
-    assert moved.heads["item_bias"]["embedding"].get_value()
+    assert all(jax.tree.leaves(moved.shared["user"]))
+    assert all(jax.tree.leaves(moved.heads["item_bias"]))
 
 
 def test_batch_masks_positives_of_other_behaviours(small_dataset):
