@@ -87,7 +87,8 @@ def parse(arguments: list[str] | None) -> CompareConfig:
 
     config = CompareConfig(given.data, given.target, out=given.out, resume=given.resume)
     if given.quick:
-        short = replace(config.train, epochs=2, max_steps_per_epoch=30, validation_users=128)
+        short = replace(config.train, epochs=2, max_steps_per_epoch=30)
+        short = replace(short, validation_users=128, test_users=256)
         config = replace(config, methods=QUICK_METHODS, seeds=1, train=short)
     if given.method:
         config = replace(config, methods=tuple(dict.fromkeys(given.method)))

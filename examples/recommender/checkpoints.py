@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 
 class UnfinishedRun:
@@ -20,6 +19,9 @@ class UnfinishedRun:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         """`settings` is anything that JSON can hold."""
+        import orbax.checkpoint as ocp  # a second to import, for those alone who keep something
+
+        self._ocp = ocp
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self._folder = (folder / digest[:16]).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -30,12 +32,12 @@ class UnfinishedRun:
         epoch = self._manager.latest_step()
         if epoch is None:
             return 0, like
-        described = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return epoch, self._manager.restore(epoch, args=ocp.args.StandardRestore(described))
+        described = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        return epoch, self._manager.restore(epoch, args=self._ocp.args.StandardRestore(described))
 
     def save(self, epoch: int, carry: Any) -> None:
         """Write in the background, while the next epoch trains."""
-        self._manager.save(epoch, args=ocp.args.StandardSave(carry))
+        self._manager.save(epoch, args=self._ocp.args.StandardSave(carry))
 
     def remove(self) -> None:
         """Forget the run: it is finished, and kept elsewhere."""

@@ -45,6 +45,8 @@ def caption(seeds: int, baseline: str | None) -> str:
 def make_rows(runs: Mapping[str, list[Run]], floor: np.ndarray, baseline: str | None) -> list[Row]:
     """The popularity floor and one row a method, compared with the baseline user by user."""
     by_user = {method: np.mean([run.test for run in done], axis=0) for method, done in runs.items()}
+    # The floor of the users that were ranked: the test may be on a part of them.
+    floor = np.where(np.isnan(next(iter(by_user.values()))), np.nan, floor)
     others = [method for method in runs if method != baseline]
     corrected: dict[str, np.ndarray] = {}
     if baseline is not None and others:

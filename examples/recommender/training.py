@@ -42,6 +42,7 @@ class TrainConfig:
     learning_rate: float = 1.5e-2
     weight_decay: float = 2.0
     validation_users: int = 256
+    test_users: int | None = None
     max_steps_per_epoch: int | None = 50
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
@@ -102,7 +103,7 @@ class Trainer:
         steps = len(positives) // self._batch_positives
         self.steps_per_epoch = min(steps, config.max_steps_per_epoch or steps)
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
-        self._test_users = self._users_to_rank(TEST, None)
+        self._test_users = self._users_to_rank(TEST, config.test_users)
         self._evaluate = _jit(jax.vmap(self._evaluate_one, in_axes=(0, None, None)))
         self._init = _jit(jax.vmap(self.network.init), effort=0)  # runs once
         self._probe = _jit(jax.vmap(self._task_norms))
