@@ -5,7 +5,8 @@
     python -m examples.compare --method sum metabalance --data synthetic --out results
 
 The target task is what the folder's `buy` says, or a rating of 5 in MovieLens; the others are there to
-help it. Every method trains the same network on the same batches with the same optimizer.
+help it. Every method trains the same network with the same optimizer on the same batches; `single`, which
+has no use for the other tasks' pairs, draws as many of the target's alone.
 """
 
 import argparse

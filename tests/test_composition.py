@@ -282,7 +282,8 @@ def test_partition_by_labels_from_paths(labels, mask_extra):
 def test_labels_from_ranks_fail_because_gradients_have_one_more():
     ranks = functools.partial(jax.tree.map, lambda x: "shared" if jnp.ndim(x) >= 3 else "head")
     groups = {name: optax.chain(BALANCE, optax.adam(1e-2)) for name in ("head", "shared")}
-    with pytest.raises(ValueError, match=r"(?i)structure|mismatch|None|named tuple"):
+    told = "Expected named tuple" if OPTAX < (0, 2, 8) else r"(?i)structure|mismatch|None"
+    with pytest.raises(ValueError, match=told):
         run(optax.partition(groups, ranks))
     assert traced(optax.partition(groups, ranks(PARAMS))) == shape_of(PARAMS)
 
@@ -373,11 +374,11 @@ def test_inside_such_wrappers_what_keeps_the_axis_may_stand():
 
 
 def test_mechanize_and_sam_around_fail():
-    with (
-        jax.numpy_rank_promotion("allow"),
-        # An assertion without a message until optax 0.2.7.
-        pytest.raises((TypeError, AssertionError), match=r"contracting dimensions|^$"),
-    ):
+    # Until optax 0.2.7 an assertion without a message.
+    error, told = (
+        (TypeError, "contracting dimensions") if OPTAX >= (0, 2, 8) else (AssertionError, "^$")
+    )
+    with jax.numpy_rank_promotion("allow"), pytest.raises(error, match=told):
         run(optax.contrib.mechanize(WHOLE))
     with pytest.raises(TypeError, match="losses"):
         run(optax.contrib.sam(WHOLE, WHOLE), losses=LOSSES)

@@ -2,7 +2,7 @@
 
 Every step has the same form, so that the training loop does not know which method it runs. Whatever the
 placement, the towers get the gradient of the plain sum of losses (a method on the losses excepted, which
-weights the towers too), and the two parts of the network have one optimizer.
+weights the towers too). The two parts of the network have the same optimizer, unless the method is one.
 """
 
 from collections.abc import Callable

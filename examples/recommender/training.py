@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,10 +45,6 @@ class TrainConfig:
     test_users: int | None = None
     max_steps_per_epoch: int | None = 50
     network: NetworkConfig = field(default_factory=NetworkConfig)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must agree for a stored run to be used again."""
-        return asdict(self)
 
 
 class Best(NamedTuple):
@@ -105,7 +101,7 @@ class Trainer:
         self._validation_users = self._users_to_rank(VALIDATION, config.validation_users)
         self._test_users = self._users_to_rank(TEST, config.test_users)
         self._evaluate = _jit(jax.vmap(self._evaluate_one, in_axes=(0, None, None)))
-        self._init = _jit(jax.vmap(self.network.init), effort=0)  # runs once
+        self._init = _jit(jax.vmap(self.network.init), effort=0)  # runs once a method
         self._probe = _jit(jax.vmap(self._task_norms))
         self._keep_best = _jit(jax.vmap(_keep_best, in_axes=(0, 0, 0, None, None)))
         self._write_down = _jit(jax.vmap(_write_down, in_axes=(0, 0, None)))

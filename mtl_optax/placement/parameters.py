@@ -136,7 +136,24 @@ def split_value_and_grad(
 
 
 def check_losses(losses: Any) -> jax.Array:
-    """`losses` as a 1-D floating array, or an error that says how to make one."""
+    """`losses` as a 1-D floating array, or an error that says how to make one.
+
+    Args:
+      losses: what the user's function returned.
+
+    Returns:
+      The losses `[T]`.
+
+    Raises:
+      TypeError: where they are a tuple or list, or no real floating numbers.
+      ValueError: where they are not one-dimensional.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> check_losses(jnp.array([1.0, 2.0])).shape
+      (2,)
+    """
     if isinstance(losses, (tuple, list)):
         raise TypeError(
             f"loss_fn must return one array [T], found a {type(losses).__name__} of {len(losses)}: "
