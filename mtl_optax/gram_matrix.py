@@ -14,8 +14,9 @@ need no reshape of a sharded axis, and what the devices exchange is the sums, ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,19 @@ _LARGE, _MAX_KERNELS = 262_144, 16
 # Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
 _LOOP_BLOCK = 65_280
 # Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
-_ROWS, _LANES = 8, 128
+_ROWS, _LANES = 8, 256
 # With more tasks the products of one pass no longer fit the registers beside what XLA fuses in.
-_TASKS_IN_REGISTERS = 2
+_TASKS_IN_REGISTERS = 5
 # Off the cache path, products are taken pair by pair (nothing is stacked) up to this many.
 _MAX_PAIRWISE = 512
 
 
-def gram_matrices(leaves: Sequence[Leaf], blocks: Sequence[int], num_blocks: int) -> jax.Array:
+def gram_matrices(
+    leaves: Sequence[Leaf],
+    blocks: Sequence[int],
+    num_blocks: int,
+    scales: jax.Array | None = None,
+) -> jax.Array:
     """Return the Gram matrix of the task gradients in every block.
 
     ``G[b, s, t]`` is the sum over the leaves of block ``b`` of ``<g_s, g_t>``, accumulated in
@@ -48,30 +54,51 @@ def gram_matrices(leaves: Sequence[Leaf], blocks: Sequence[int], num_blocks: int
       leaves: the leaves of the gradient, each ``[T, ...]`` or a sequence of T arrays of one shape.
       blocks: the block of each leaf.
       num_blocks: how many blocks there are; one without leaves gets zeros.
+      scales: ``[num_blocks, T]``, what each gradient is multiplied by as it is read; no scaled copy of a
+        large leaf is made on a CPU. None for ones.
 
     Returns:
       ``[num_blocks, T, T]``.
     """
-    grams = _sum_per_block(leaves, blocks, num_blocks, (2, _gram_in_cache, _gram_by_xla))
+    grams = _sum_per_block(leaves, blocks, num_blocks, scales, (2, _gram_in_cache, _gram_by_xla))
     return jnp.where(np.tri(len(leaves[0]), dtype=bool)[None], grams.mT, grams)
 
 
-def squared_norms(leaves: Sequence[Leaf], blocks: Sequence[int], num_blocks: int) -> jax.Array:
+def squared_norms(
+    leaves: Sequence[Leaf],
+    blocks: Sequence[int],
+    num_blocks: int,
+    scales: jax.Array | None = None,
+) -> jax.Array:
     """Return the squared norm of each task gradient in every block, ``[num_blocks, T]``.
 
     The diagonals of :func:`gram_matrices`, with the same arguments and precision, at T instead of
     T (T + 1) / 2 products.
     """
-    return _sum_per_block(leaves, blocks, num_blocks, (1, _norms_in_cache, _norms_by_xla))
+    squares = _sums_by_xla(jnp.square)
+    return _sum_per_block(leaves, blocks, num_blocks, scales, (1, squares, squares))
 
 
-def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
+def finiteness(leaves: Sequence[Leaf]) -> jax.Array:
+    """Return per task 0 where all its numbers are finite and NaN elsewhere, ``[T]``.
+
+    Made to be added up: over mapped axes the answers of the devices are summed. The sum of ``x - x`` is
+    taken because a sum of floats is what XLA fuses on every backend; a count of flags is stored first.
+    """
+    marks = _sums_by_xla(lambda x: x - x)
+    return _sum_per_block(leaves, (0,) * len(leaves), 1, None, (1, marks, marks))[0]
+
+
+def _sum_per_block(leaves, blocks, num_blocks, scales, kind) -> jax.Array:
     rank, in_cache, by_xla = kind
     leaves = [leaf if isinstance(leaf, jax.Array) else tuple(leaf) for leaf in leaves]
     blocks = tuple(blocks)
     double = any(_dtype(leaf) == jnp.float64 for leaf in leaves)
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
     zeros = jnp.zeros((len(leaves[0]),) * rank, dtype)
+
+    def wide_in(block: int) -> _Wide:
+        return _Wide(dtype, None if scales is None else scales[block].astype(dtype))
 
     def total(parts: Iterable[tuple[jax.Array, int]]) -> jax.Array:
         sums: list[jax.Array | None] = [None] * num_blocks
@@ -83,13 +110,13 @@ def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
     def anywhere(leaves):
         pairwise = len(leaves) * len(leaves[0]) ** rank <= _MAX_PAIRWISE
         kept = [(leaf, block) for leaf, block in zip(leaves, blocks, strict=True) if _size(leaf)]
-        return total((by_xla(leaf, dtype, pairwise), block) for leaf, block in kept)
+        return total((by_xla(leaf, wide_in(block), pairwise), block) for leaf, block in kept)
 
     def on_one_cpu(leaves):
         kept = _merge_small(leaves, blocks, dtype)
         kept.sort(key=lambda pair: -_size(pair[0]))
         return total(
-            (in_cache(leaf, dtype, i < _MAX_KERNELS and _size(leaf) >= _LARGE), block)
+            (in_cache(leaf, wide_in(block), i < _MAX_KERNELS and _size(leaf) >= _LARGE), block)
             for i, (leaf, block) in enumerate(kept)
         )
 
@@ -98,71 +125,81 @@ def _sum_per_block(leaves, blocks, num_blocks, kind) -> jax.Array:
     return anywhere(leaves)
 
 
+class _Wide(NamedTuple):
+    """How a gradient is read: in the accumulator's dtype and times its task's scale."""
+
+    dtype: jnp.dtype
+    scale: jax.Array | None  # [T]
+
+    def row(self, row: jax.Array, t: int) -> jax.Array:
+        row = row.astype(self.dtype)
+        return row if self.scale is None else row * self.scale[t]
+
+    def stack(self, stack: jax.Array) -> jax.Array:
+        stack = stack.astype(self.dtype)
+        if self.scale is None:
+            return stack
+        return stack * self.scale.reshape((-1,) + (1,) * (stack.ndim - 1))
+
+
 # On a single CPU device: blocks that fit the cache.
 
 
-def _gram_in_cache(leaf: Leaf, dtype, own_kernel: bool) -> jax.Array:
+def _gram_in_cache(leaf: Leaf, wide: _Wide, own_kernel: bool) -> jax.Array:
     num_tasks, size = len(leaf), _size(leaf)
     if not own_kernel:
-        return _dot(_flat_stack(leaf, dtype))
+        return _dot(_stack(leaf, wide).reshape(num_tasks, size))
     if num_tasks <= _TASKS_IN_REGISTERS:
-        pairs = list(combinations_with_replacement(range(num_tasks), 2))
-        sums = _sums_in_registers(_flat_rows(leaf), pairs, dtype)
-        return sums[_pair_index(num_tasks)]
+        return _sums_in_registers(_flat_rows(leaf), wide)
     # An odd multiple of 16: rows a power of two apart would all fall on the same cache lines.
     block = 16 * (_LOOP_BLOCK // max(num_tasks, 16) // 16 | 1)
     if isinstance(leaf, jax.Array):
-        return _loop_over_stack(leaf.reshape(num_tasks, size), block, dtype)
-    return _loop_over_rows(_flat_rows(leaf), block, dtype)
+        return _loop_over_stack(leaf.reshape(num_tasks, size), block, wide)
+    return _loop_over_rows(_flat_rows(leaf), block, wide)
 
 
-def _norms_in_cache(leaf: Leaf, dtype, own_kernel: bool) -> jax.Array:
-    return _norms_by_xla(leaf, dtype, pairwise=own_kernel)
-
-
-def _sums_in_registers(rows: list[jax.Array], pairs, dtype) -> jax.Array:
-    """Return ``<rows[s], rows[t]>`` of all pairs, from one fused pass over the rows."""
+def _sums_in_registers(rows: list[jax.Array], wide: _Wide) -> jax.Array:
+    """The products of all pairs of rows, from one fused pass over them."""
+    pairs = list(combinations_with_replacement(range(len(rows)), 2))
     whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
-    tiles = [row[:whole].reshape(-1, _ROWS, _LANES).astype(dtype) for row in rows]
+    tiles = [wide.row(row[:whole].reshape(-1, _ROWS, _LANES), t) for t, row in enumerate(rows)]
     sums = lax.reduce(
         tuple(tiles[s] * tiles[t] for s, t in pairs),
-        (np.zeros((), dtype),) * len(pairs),
+        (np.zeros((), wide.dtype),) * len(pairs),
         lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
         (1,),
     )
-    rest = [row[whole:].astype(dtype) for row in rows]
-    return jnp.stack(
-        [
-            jnp.sum(part) + jnp.sum(rest[s] * rest[t])
-            for part, (s, t) in zip(sums, pairs, strict=True)
-        ]
-    )
+    rest = [wide.row(row[whole:], t) for t, row in enumerate(rows)]
+    parts = [
+        jnp.sum(part) + jnp.sum(rest[s] * rest[t]) for part, (s, t) in zip(sums, pairs, strict=True)
+    ]
+    return jnp.stack(parts)[_pair_index(len(rows))]
 
 
-def _loop_over_stack(stack: jax.Array, block: int, dtype) -> jax.Array:
+def _loop_over_stack(stack: jax.Array, block: int, wide: _Wide) -> jax.Array:
     num_tasks, size = stack.shape
 
     def add_block(i, gram):
         part = lax.dynamic_slice(stack, (0, i * block), (num_tasks, block))
-        return gram + _dot(part.astype(dtype))
+        return gram + _dot(wide.stack(part))
 
-    rest = stack[:, size - size % block :].astype(dtype)
+    rest = wide.stack(stack[:, size - size % block :])
     return lax.fori_loop(0, size // block, add_block, _dot(rest))
 
 
-def _loop_over_rows(rows: list[jax.Array], block: int, dtype) -> jax.Array:
+def _loop_over_rows(rows: list[jax.Array], block: int, wide: _Wide) -> jax.Array:
     size = rows[0].size
 
     def add_block(i, carry):
         gram, buffer = carry
         # Row by row into one small buffer: a concatenation would read with all rows interleaved.
         for t, row in enumerate(rows):
-            part = lax.dynamic_slice(row, (i * block,), (block,)).astype(dtype)
+            part = wide.row(lax.dynamic_slice(row, (i * block,), (block,)), t)
             buffer = lax.dynamic_update_slice(buffer, part[None], (t, 0))
         return gram + _dot(buffer), buffer
 
-    rest = jnp.stack([row[size - size % block :].astype(dtype) for row in rows])
-    buffer = jnp.stack([row[:block].astype(dtype) for row in rows])
+    rest = jnp.stack([wide.row(row[size - size % block :], t) for t, row in enumerate(rows)])
+    buffer = jnp.stack([row[:block].astype(wide.dtype) for row in rows])
     return lax.fori_loop(0, size // block, add_block, (_dot(rest), buffer))[0]
 
 
@@ -185,19 +222,24 @@ def _merge_small(leaves: Sequence[Leaf], blocks, dtype) -> list[tuple[Leaf, int]
 # Anywhere else: what XLA partitions and fuses by itself.
 
 
-def _gram_by_xla(leaf: Leaf, dtype, pairwise: bool) -> jax.Array:
+def _gram_by_xla(leaf: Leaf, wide: _Wide, pairwise: bool) -> jax.Array:
     if isinstance(leaf, jax.Array) or not pairwise:
-        return _dot(_stack(leaf, dtype))
-    rows = [row.astype(dtype) for row in leaf]
+        return _dot(_stack(leaf, wide))
+    rows = [wide.row(row, t) for t, row in enumerate(leaf)]
     pairs = combinations_with_replacement(rows, 2)
     return jnp.stack([jnp.sum(left * right) for left, right in pairs])[_pair_index(len(rows))]
 
 
-def _norms_by_xla(leaf: Leaf, dtype, pairwise: bool) -> jax.Array:
-    if isinstance(leaf, jax.Array) or not pairwise:
-        stack = _stack(leaf, dtype)
-        return jnp.sum(jnp.square(stack), axis=tuple(range(1, stack.ndim)))
-    return jnp.stack([jnp.sum(jnp.square(row.astype(dtype))) for row in leaf])
+def _sums_by_xla(of: Callable[[jax.Array], jax.Array]) -> Callable[[Leaf, _Wide, bool], jax.Array]:
+    """Sums of `of` each element, one a task."""
+
+    def sums(leaf: Leaf, wide: _Wide, pairwise: bool) -> jax.Array:
+        if isinstance(leaf, jax.Array) or not pairwise:
+            stack = of(_stack(leaf, wide))
+            return jnp.sum(stack, axis=tuple(range(1, stack.ndim)))
+        return jnp.stack([jnp.sum(of(wide.row(row, t))) for t, row in enumerate(leaf)])
+
+    return sums
 
 
 def _dot(stack: jax.Array) -> jax.Array:
@@ -216,12 +258,8 @@ def _dot(stack: jax.Array) -> jax.Array:
     )
 
 
-def _stack(leaf: Leaf, dtype) -> jax.Array:
-    return leaf.astype(dtype) if isinstance(leaf, jax.Array) else jnp.stack(leaf).astype(dtype)
-
-
-def _flat_stack(leaf: Leaf, dtype) -> jax.Array:
-    return _stack(leaf, dtype).reshape(len(leaf), -1)
+def _stack(leaf: Leaf, wide: _Wide) -> jax.Array:
+    return wide.stack(leaf if isinstance(leaf, jax.Array) else jnp.stack(leaf))
 
 
 def _flat_rows(leaf: Leaf) -> list[jax.Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.gram_matrix import gram_matrices, squared_norms
+from mtl_optax.gram_matrix import finiteness, gram_matrices, squared_norms
 
 Rows = list[tuple[jax.Array, ...]]
 
@@ -250,15 +250,16 @@ def norms(
 
 def finite(updates: Any, num_tasks: int, axis_name: Any = None) -> jax.Array:
     """Which tasks hold only finite numbers, bool `[T]`: one pass, for methods that need no norms."""
-    rows = rows_of(updates)
-    if not rows:
+    leaves = _forms(updates)
+    if not leaves:
         return jnp.ones((num_tasks,), bool)
-    bad = [
-        sum((jnp.sum(~jnp.isfinite(leaf[t]), dtype=jnp.int32) for leaf in rows), jnp.int32(0))
-        for t in range(num_tasks)
-    ]
-    count = jnp.stack(bad)
-    return (lax.psum(count, axis_name) if axis_name is not None else count) == 0
+    marks = finiteness(leaves)
+    return (lax.psum(marks, axis_name) if axis_name is not None else marks) == 0
+
+
+def _forms(updates: Any) -> list[Any]:
+    """The leaves as `gram_matrices` takes them."""
+    return [leaf.rows if isinstance(leaf, TaskRows) else leaf for leaf in leaves_of(updates)]
 
 
 def _norms(squares: jax.Array, scales: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -284,14 +285,14 @@ def _in_range(
     pass waits behind a `cond`. It multiplies by a power of two, which is exact, and which the first
     pass has chosen: the gradients are read once more and the devices exchange one matrix more.
     """
-    leaves = [leaf.rows if isinstance(leaf, TaskRows) else leaf for leaf in leaves_of(updates)]
+    leaves = _forms(updates)
     if not leaves:
         tail = (num_tasks, num_tasks) if products is gram_matrices else (num_tasks,)
         ones = jnp.ones((blocks.count, num_tasks), dtype)
         return jnp.zeros((blocks.count, *tail), dtype), ones
 
-    def of(leaves: Any) -> jax.Array:
-        result = products(leaves, blocks.of_leaf, blocks.count)
+    def of(leaves: Any, scales: jax.Array | None = None) -> jax.Array:
+        result = products(leaves, blocks.of_leaf, blocks.count, scales)
         return lax.psum(result, axis_name) if axis_name is not None else result
 
     plain = of(leaves)
@@ -305,12 +306,7 @@ def _in_range(
     scales = jnp.where(large, down, jnp.where(small, up, 1)).astype(plain.dtype)
 
     def rescaled(leaves: Any) -> jax.Array:
-        def one(leaf: Any, scale: jax.Array) -> Any:
-            if isinstance(leaf, tuple):
-                return tuple(row.astype(scale.dtype) * scale[t] for t, row in enumerate(leaf))
-            return leaf.astype(scale.dtype) * scale.reshape((-1,) + (1,) * (leaf.ndim - 1))
-
-        result = of([one(x, scales[b]) for x, b in zip(leaves, blocks.of_leaf, strict=True)])
+        result = of(leaves, scales)
         # What fits stays bit for bit what it is, whatever the other tasks hold.
         ordinary = scales == 1
         if result.ndim == 3:

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.gram_matrix import _LARGE, gram_matrices, squared_norms
+from mtl_optax.gram_matrix import _LARGE, finiteness, gram_matrices, squared_norms
+
+
+@pytest.fixture(params=[1, 8], autouse=True)
+def num_devices(request, monkeypatch):
+    """On one device the gradients are walked in the cache; among several all is left to XLA."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    jax.clear_caches()
+    return request.param
+
 
 SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33))
 
@@ -127,6 +136,48 @@ def test_a_branch_does_not_copy_its_operands():
     assert jax.jit(branch).lower(x).compile().memory_analysis().temp_size_in_bytes < 2**20
 
 
+@pytest.mark.parametrize("num_tasks", [2, 6])
+@pytest.mark.parametrize("products", [gram_matrices, squared_norms])
+def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_devices):
+    leaves = _random([(_LARGE + 77,), (9,), (4, 5)], num_tasks)
+    scales = 2.0 ** jnp.arange(2 * num_tasks, dtype=jnp.float32).reshape(2, num_tasks)
+    blocks = (0, 1, 0)
+    scaled = [
+        tuple(row * scales[block, t] for t, row in enumerate(leaf))
+        for leaf, block in zip(leaves, blocks, strict=True)
+    ]
+    want = products(scaled, blocks, 2)
+    for form in (leaves, [jnp.stack(leaf) for leaf in leaves]):
+        np.testing.assert_allclose(products(form, blocks, 2, scales), want, 1e-5, 1e-5 * want.max())
+
+    if num_devices > 1:
+        return  # There XLA decides what is fused: a CPU's plain product is given a scaled copy.
+    large = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
+    one = jax.ShapeDtypeStruct((1, 6), jnp.float32)
+    for form in ([large], [(jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6]):
+        compiled = jax.jit(lambda x, s: products(x, (0,), 1, s)).lower(form, one).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_one_number_that_is_not_finite_is_found(bad, dtype):
+    big, small = _random([(_LARGE + 77,), (9,)], 3, dtype)
+    big = (big[0], big[1].at[_LARGE + 5].set(bad), jnp.full_like(big[2], jnp.finfo(dtype).max))
+    small = (small[0].at[0].set(bad), *small[1:])
+    for leaf, want in ((big, [True, False, True]), (small, [False, True, True])):
+        for form in (leaf, jnp.stack(leaf)):
+            np.testing.assert_array_equal(jax.jit(finiteness)([form]) == 0, want)
+    np.testing.assert_array_equal(finiteness([big, small]) == 0, [False, False, True])
+
+
+def test_looking_for_what_is_not_finite_copies_nothing():
+    rows = (jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6
+    for form in (rows, jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)):
+        compiled = jax.jit(finiteness).lower([form]).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
 @pytest.mark.parametrize("one_block", [True, False])
 def test_the_program_of_500_leaves_stays_small(one_block):
     shapes = [
@@ -181,6 +232,7 @@ print("done")
 """
 
 
+@pytest.mark.parametrize("num_devices", [8], indirect=True)
 def test_on_eight_devices_only_the_sums_are_exchanged():
     run = subprocess.run(
         [sys.executable, "-c", ON_A_MESH],

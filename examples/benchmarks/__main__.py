@@ -2,9 +2,9 @@
 
     python -m examples.benchmarks [--quick] [--only SECTION ...] [--peers] [--out FILE.md]
 
-Ratios are medians over rounds in which what is compared runs in turns; absolute times are the fastest
-round's, since other programs can only add to them; memory is what XLA says of the
-compiled program. `python -m examples.benchmarks.growth` and `.tpu` have tables of their own.
+Ratios are medians over rounds in which what is compared runs in turns, times are medians of rounds, and
+memory and floating-point operations are what XLA says of the compiled program.
+`python -m examples.benchmarks.growth` and `.tpu` have tables of their own.
 """
 
 from __future__ import annotations

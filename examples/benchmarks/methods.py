@@ -1,10 +1,8 @@
-"""Sections on methods alone: `update`, solvers, and the time to compile.
-
-Absolute times are the fastest round's: other programs on the machine can only add to them.
-"""
+"""Sections on methods alone: `update`, solvers, and the time to compile. Times are medians of rounds."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,7 +69,7 @@ def updates(quick: bool) -> Iterator[Row]:
             call = update_call(name, stacked)
             times, rounds = (1, 1) if quick else (20, 15) if size <= 10_000 else (1, 9)
             seconds = interleaved({name: several(call, times)}, rounds)[name]
-            milliseconds = 1e3 * min(seconds) / times
+            milliseconds = 1e3 * statistics.median(seconds) / times
             yield Row("update alone", f"{name} [{num_tasks}, {size}]", milliseconds, "ms", target)
 
 
@@ -84,7 +82,7 @@ def solvers(quick: bool) -> Iterator[Row]:
         compiled = jax.jit(solve).lower(cosine, norms).compile()
         call = several(lambda compiled=compiled: compiled(cosine, norms), 1 if quick else 50)
         seconds = interleaved({name: call}, 1 if quick else 15)[name]
-        microseconds = 1e6 * min(seconds) / (1 if quick else 50)
+        microseconds = 1e6 * statistics.median(seconds) / (1 if quick else 50)
         yield Row("solver alone", f"{name}, T={num_tasks}", microseconds, "us", 100.0)
 
 

@@ -30,7 +30,7 @@ def _target(kind: str, num_tasks: int, place: str) -> float | None:
 
 
 def step_times(quick: bool) -> Iterator[Row]:
-    """Every place over the plain step, and the memory that it adds."""
+    """Every place over the plain step: time, arithmetic, and the memory that it adds."""
     for kind, problem in _problems(quick).items():
         for num_tasks in (2,) if quick else (2, 4, 8):
             made = steps(problem, num_tasks, PLACES)
@@ -40,6 +40,10 @@ def step_times(quick: bool) -> Iterator[Row]:
             for place, value in interleaved_ratios(timed, "plain", rounds).items():
                 case = f"{place} / plain, {kind}, T={num_tasks}"
                 yield Row("step time", case, value, "x", _target(kind, num_tasks, place))
+            for place in PLACES:
+                operations = made[place].operations / made["plain"].operations
+                case = f"{place} / plain, {kind}, T={num_tasks}"
+                yield Row("step operations", case, operations, "x")
             plain = made["plain"].temporary_mebibytes
             yield Row("step memory", f"plain, {kind}, T={num_tasks}", plain, "MiB")
             for place in PLACES:

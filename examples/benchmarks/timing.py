@@ -72,3 +72,8 @@ class Training:
     def temporary_mebibytes(self) -> float:
         """What XLA says the step needs beyond its arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of one step, as XLA counts them."""
+        return self.compiled.cost_analysis()["flops"]
