@@ -28,6 +28,8 @@ Leaf = jax.Array | Sequence[jax.Array]
 # The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
 # time, so only so many do.
 _LARGE, _MAX_KERNELS = 262_144, 16
+# Stacked leaves are read where they are, unless that takes longer to start than to copy them.
+_SMALL_STACK = 4_096
 # Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
 _LOOP_BLOCK = 65_280
 # Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
@@ -86,7 +88,9 @@ def finiteness(leaves: Sequence[Leaf]) -> jax.Array:
     taken because a sum of floats is what XLA fuses on every backend; a count of flags is stored first.
     """
     marks = _sums_by_xla(lambda x: x - x)
-    return _sum_per_block(leaves, (0,) * len(leaves), 1, None, (1, marks, marks))[0]
+    # XLA copies what leads to a result into every operation that uses it, one a leaf, unless it is dear:
+    # a root is, and leaves 0 and NaN what they are.
+    return jnp.sqrt(_sum_per_block(leaves, (0,) * len(leaves), 1, None, (1, marks, marks))[0])
 
 
 def _sum_per_block(leaves, blocks, num_blocks, scales, kind) -> jax.Array:
@@ -204,19 +208,26 @@ def _loop_over_rows(rows: list[jax.Array], block: int, wide: _Wide) -> jax.Array
 
 
 def _merge_small(leaves: Sequence[Leaf], blocks, dtype) -> list[tuple[Leaf, int]]:
-    """Join the smaller separate leaves of one block, for which T arrays each are many operations."""
+    """Join the smaller leaves of one block: each alone is an operation to compile and to start."""
     merged: list[tuple[Leaf, int]] = []
-    small: dict[int, list[Sequence[jax.Array]]] = {}
+    rows: dict[int, list[list[jax.Array]]] = {}
+    stacks: dict[int, list[jax.Array]] = {}
     for leaf, block in zip(leaves, blocks, strict=True):
-        if isinstance(leaf, jax.Array) or _size(leaf) >= _LARGE:
+        stacked = isinstance(leaf, jax.Array)
+        if _size(leaf) >= (_SMALL_STACK if stacked else _LARGE):
             merged.append((leaf, block))
-        elif _size(leaf):
-            small.setdefault(block, []).append(leaf)
-    for block, group in small.items():
-        tasks = zip(*(_flat_rows(leaf) for leaf in group), strict=True)
-        rows = [[row.astype(dtype) for row in rows] for rows in tasks]
-        merged.append((tuple(jnp.concatenate(r) if len(r) > 1 else r[0] for r in rows), block))
-    return [(leaf, block) for leaf, block in merged if _size(leaf)]
+        elif not _size(leaf):
+            continue
+        elif isinstance(leaf, jax.Array):
+            stacks.setdefault(block, []).append(leaf.reshape(len(leaf), -1).astype(dtype))
+        else:
+            rows.setdefault(block, []).append([row.astype(dtype) for row in _flat_rows(leaf)])
+    for block, group in rows.items():
+        tasks = [list(task) for task in zip(*group, strict=True)]
+        merged.append((tuple(jnp.concatenate(task) for task in tasks), block))
+    for block, group in stacks.items():
+        merged.append((jnp.concatenate(group, axis=1), block))
+    return merged
 
 
 # Anywhere else: what XLA partitions and fuses by itself.

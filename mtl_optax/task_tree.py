@@ -7,6 +7,9 @@ numbers, which need never be copied into one array.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -325,38 +328,40 @@ def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -
 
     `weights` is `[B, T]`. The sum is one elementwise pass over the T gradients.
     """
-
-    def one(leaf: tuple[jax.Array, ...], b: int) -> jax.Array:
-        total = None
-        for t, row in enumerate(leaf):
-            term = _weighted(row, weights[b, t], keep[t])
-            total = term if total is None else total + term
-        assert total is not None
-        return narrow(total, leaf[0].dtype)
-
-    leaves = [one(leaf, b) for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)]
+    leaves = [
+        narrow(functools.reduce(operator.add, terms), leaf.dtype)
+        for leaf, terms in _weighted(updates, weights, keep, blocks)
+    ]
     return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)
 
 
 def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
     """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns."""
     leaves = [
-        jnp.stack(
-            [
-                narrow(_weighted(row, weights[b, t], keep[t]), row.dtype)
-                for t, row in enumerate(leaf)
-            ]
-        )
-        for leaf, b in zip(rows_of(updates), blocks.of_leaf, strict=True)
+        jnp.stack([narrow(term, leaf.dtype) for term in terms])
+        for leaf, terms in _weighted(updates, weights, keep, blocks)
     ]
     return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)
 
 
-def _weighted(row: jax.Array, weight: jax.Array, keep: jax.Array) -> jax.Array:
-    wide = statistics_dtype(row)
-    zero = jnp.zeros((), wide)
-    # A select, not a product with 0: an excluded task may hold NaN.
-    return jnp.where(keep, row.astype(wide) * weight.astype(wide), zero)
+def _weighted(
+    updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks
+) -> Iterator[tuple[Any, list[jax.Array]]]:
+    """Every leaf with its T weighted rows, in the dtype of statistics."""
+    # Taken apart once: with hundreds of leaves this is most of what there is to trace.
+    kept = [keep[t] for t in range(keep.shape[0])]
+    parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
+    for leaf, rows, b in zip(leaves_of(updates), rows_of(updates), blocks.of_leaf, strict=True):
+        wide = statistics_dtype(leaf)
+        zero = jnp.zeros((), wide)
+        # A select, not a product with 0: an excluded task may hold NaN.
+        yield (
+            leaf,
+            [
+                jnp.where(k, row.astype(wide) * weight.astype(wide), zero)
+                for row, weight, k in zip(rows, parts[b], kept, strict=True)
+            ],
+        )
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:

@@ -286,6 +286,7 @@ def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "results.json").read_text())["results"] == results["results"]
 
 
+@pytest.mark.slow
 def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, monkeypatch, capsys):
     def config_of(out: str, *, resume: bool = False) -> compare.CompareConfig:
         arguments = ["--data", "synthetic", "--method", "multibalance", "--seeds", "2"]

@@ -16,11 +16,10 @@ from mtl_optax.gram_matrix import _LARGE, finiteness, gram_matrices, squared_nor
 def num_devices(request, monkeypatch):
     """On one device the gradients are walked in the cache; among several all is left to XLA."""
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
-    jax.clear_caches()
     return request.param
 
 
-SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33))
+SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33), (2, 3))
 
 
 def _random(shapes, num_tasks, dtype=jnp.float32, seed=0):
@@ -56,7 +55,7 @@ def _check(leaves, blocks, num_blocks, tolerance=1e-5):
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 6])
 def test_odd_shapes_scalars_empties_and_blocks(num_tasks):
-    _check(_random(SHAPES, num_tasks), (0, 1, 0, 3, 1, 3), 5)
+    _check(_random(SHAPES, num_tasks), (0, 1, 0, 3, 1, 3, 0), 5)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 6, 17])
@@ -167,14 +166,14 @@ def test_one_number_that_is_not_finite_is_found(bad, dtype):
     small = (small[0].at[0].set(bad), *small[1:])
     for leaf, want in ((big, [True, False, True]), (small, [False, True, True])):
         for form in (leaf, jnp.stack(leaf)):
-            np.testing.assert_array_equal(jax.jit(finiteness)([form]) == 0, want)
+            np.testing.assert_array_equal(jax.jit(lambda x: finiteness(x))([form]) == 0, want)
     np.testing.assert_array_equal(finiteness([big, small]) == 0, [False, False, True])
 
 
 def test_looking_for_what_is_not_finite_copies_nothing():
     rows = (jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6
     for form in (rows, jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)):
-        compiled = jax.jit(finiteness).lower([form]).compile()
+        compiled = jax.jit(lambda x: finiteness(x)).lower([form]).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**16
 
 
