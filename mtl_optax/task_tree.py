@@ -347,12 +347,13 @@ def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> 
 def _weighted(
     updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks
 ) -> Iterator[tuple[Any, list[jax.Array]]]:
-    """Every leaf with its T weighted rows, in the dtype of statistics."""
+    """Every leaf with its T weighted rows, in a dtype that holds both."""
     # Taken apart once: with hundreds of leaves this is most of what there is to trace.
     kept = [keep[t] for t in range(keep.shape[0])]
     parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
     for leaf, rows, b in zip(leaves_of(updates), rows_of(updates), blocks.of_leaf, strict=True):
-        wide = statistics_dtype(leaf)
+        # Beside a float64 leaf a weight may be beyond what the others' float32 holds.
+        wide = jnp.promote_types(statistics_dtype(leaf), weights.dtype)
         zero = jnp.zeros((), wide)
         # A select, not a product with 0: an excluded task may hold NaN.
         yield (

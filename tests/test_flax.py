@@ -15,7 +15,7 @@ from flax import linen as nn  # noqa: E402
 from flax import nnx  # noqa: E402
 from flax.training.train_state import TrainState  # noqa: E402
 
-TASKS, LIKE = 2, jax.ShapeDtypeStruct((8, 4), jnp.float32)
+TASKS, LIKE = 2, jnp.zeros((8, 4))
 X = jax.random.normal(jax.random.key(0), (8, 3))
 Y = jax.random.normal(jax.random.key(1), (8, TASKS)) * jnp.asarray([[1.0, 10.0]])
 METHOD = mtl.multibalance(TASKS)

@@ -129,7 +129,7 @@ def test_a_branch_does_not_copy_its_operands():
 
     def branch(x):
         return jax.lax.cond(
-            x[0, 0] > 0, lambda: gram_matrices([x], (0,), 1), lambda: jnp.zeros((1, 6, 6))
+            x[0, 0] > 0, lambda: gram_matrices([x], (0,), 1), lambda: jnp.zeros((1, 6, 6), x.dtype)
         )
 
     assert jax.jit(branch).lower(x).compile().memory_analysis().temp_size_in_bytes < 2**20

@@ -13,7 +13,7 @@ from mtl_optax.placement.carrier import encode_state
 
 T, N = 2, 4
 PARAMS = {"w": jnp.zeros(N)}
-LIKE = jax.ShapeDtypeStruct((N,), jnp.float32)
+LIKE = jnp.zeros(N)
 # Where float32 stops counting, where int32 does, and where the halves of a carrier carry over.
 LIMITS = [2**16 - 2, 2**24 - 2, 2**24 + 1, 2**31 - 4]
 

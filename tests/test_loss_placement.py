@@ -42,7 +42,7 @@ def on_representation(method):
         )(w, carrier)
         return grad, carrier
 
-    like = jax.ShapeDtypeStruct((4, 2), jnp.float32)
+    like = jnp.zeros((4, 2))
     return step, mtl.fork_init(method, like), lambda c: mtl.fork_state(method, c, like)
 
 

@@ -63,7 +63,7 @@ def fork_step(method: Any, **options: Any) -> Any:
 
 
 def carrier_of(method: Any) -> Any:
-    return mtl.fork_init(method, jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32))
+    return mtl.fork_init(method, jnp.zeros((BATCH, WIDTH)))
 
 
 def explicit_step(method: Any, params: Any, state: Any, batch: Any, **extra: Any) -> Any:
@@ -261,7 +261,7 @@ METHODS = {
 def test_fork_equals_the_explicit_computation(name: str) -> None:
     method = METHODS[name]
     params, batch = make_problem()
-    like = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
+    like = jnp.zeros((BATCH, WIDTH))
     carrier, state = carrier_of(method), method.init(jnp.zeros(like.shape))
     step = jax.jit(fork_step(method))
     for _ in range(3):
@@ -659,10 +659,11 @@ def test_cotangents_are_not_stacked() -> None:
         losses = [jnp.mean((c @ p - 1) ** 2) for c, p in zip(copies, params[1], strict=True)]
         return mtl.join(jnp.stack(losses), token)
 
-    carrier = mtl.fork_init(method, jax.ShapeDtypeStruct((batch_size, width), jnp.float32))
+    carrier = mtl.fork_init(method, jnp.zeros((batch_size, width)))
     step = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
     program = step.lower((shared, heads), carrier).compile().as_text()
-    assert f"f32[{batch_size},{width}]" in program
+    kind = "f64" if shared.dtype == jnp.float64 else "f32"
+    assert f"{kind}[{batch_size},{width}]" in program
     sizes = [
         np.prod([int(n) for n in shape.split(",")])
         for shape in re.findall(r"f32\[([\d,]+)\]", program)
