@@ -666,7 +666,7 @@ def test_cotangents_are_not_stacked() -> None:
     assert f"{kind}[{batch_size},{width}]" in program
     sizes = [
         np.prod([int(n) for n in shape.split(",")])
-        for shape in re.findall(r"f32\[([\d,]+)\]", program)
+        for shape in re.findall(rf"{kind}\[([\d,]+)\]", program)
     ]
     assert max(sizes) <= batch_size * width
 

@@ -62,7 +62,9 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
     def of_task(t: int) -> Any:
         if id(rows[t]) not in varying:
             return jax.tree.map(jnp.zeros_like, primals)
-        one = core.ClosedJaxpr(program.jaxpr.replace(outvars=[rows[t]]), program.consts)
+        # The heads of the other tasks are left out here: XLA would drop them, but only once traced.
+        alone = program.jaxpr.replace(outvars=[rows[t]], eqns=_leading_to(program.jaxpr, rows[t]))
+        one = core.ClosedJaxpr(alone, program.consts)
         call = core.jaxpr_as_fun(one)
         pull = jax.linear_transpose(lambda *p: call(*jax.tree.leaves(p))[0], *primals)
         return pull(jnp.ones(rows[t].aval.shape, losses.dtype))
@@ -79,7 +81,7 @@ def pull_each(
       pullback: what `vjp_of_losses` returned.
       losses: the losses `[T]`.
       mode: "vmap" takes all at once, "unroll" one after the other in one program, "map" in a loop with
-        the memory of one; "auto" is "vmap" off the CPU, and on it "unroll" up to 16 tasks, then "map".
+        the memory of one; "auto" is "vmap" off the CPU, and on it "unroll" up to 64 tasks, then "map".
       then: applied to the gradients of each loss before they are stacked.
 
     Returns:
@@ -95,7 +97,7 @@ def pull_each(
     """
     if mode == "auto":
         on_cpu = jax.default_backend() == "cpu"
-        mode = "vmap" if not on_cpu else "unroll" if losses.shape[0] <= 16 else "map"
+        mode = "vmap" if not on_cpu else "unroll" if losses.shape[0] <= 64 else "map"
     if mode == "vmap":
         return jax.vmap(lambda unit: then(pullback.whole(unit)))(_units(losses))
     if mode == "map":
@@ -123,6 +125,16 @@ def _rows_of_stack(program: Any) -> list[Any] | None:
         row.aval.shape == (1,) for row in last.invars
     )
     return list(last.invars) if whole or joined else None
+
+
+def _leading_to(program: Any, result: Any) -> list[Any]:
+    """The operations of a program that one of its results needs."""
+    wanted, needed = {id(result)}, []
+    for eqn in reversed(program.eqns):
+        if any(id(variable) in wanted for variable in eqn.outvars):
+            needed.append(eqn)
+            wanted |= {id(variable) for variable in eqn.invars}
+    return needed[::-1]
 
 
 def _varying(program: Any) -> set[int]:
