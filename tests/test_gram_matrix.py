@@ -19,6 +19,8 @@ def num_devices(request, monkeypatch):
     return request.param
 
 
+# What later releases fuse, XLA of 0.8 stores; and it adds a product's terms one after the other.
+OLD_XLA = jax.__version_info__ < (0, 9)
 SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33), (2, 3))
 
 
@@ -40,6 +42,8 @@ def _reference(leaves, blocks, num_blocks):
 
 
 def _check(leaves, blocks, num_blocks, tolerance=1e-5):
+    if OLD_XLA and jax.device_count() > 1 and max(leaf[0].size for leaf in leaves) >= _LARGE:
+        pytest.skip("a plain product of jaxlib 0.8 on a CPU is that inexact")
     want = _reference(leaves, blocks, num_blocks)
     size = np.sqrt(np.einsum("bs,bt->bst", *[np.einsum("btt->bt", want)] * 2))
     stacked = [jnp.stack(leaf) for leaf in leaves]
@@ -138,6 +142,8 @@ def test_a_branch_does_not_copy_its_operands():
 @pytest.mark.parametrize("num_tasks", [2, 6])
 @pytest.mark.parametrize("products", [gram_matrices, squared_norms])
 def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_devices):
+    if OLD_XLA and num_devices > 1:
+        pytest.skip("a plain product of jaxlib 0.8 on a CPU is inexact")
     leaves = _random([(_LARGE + 77,), (9,), (4, 5)], num_tasks)
     scales = 2.0 ** jnp.arange(2 * num_tasks, dtype=jnp.float32).reshape(2, num_tasks)
     blocks = (0, 1, 0)
@@ -147,9 +153,10 @@ def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_d
     ]
     want = products(scaled, blocks, 2)
     for form in (leaves, [jnp.stack(leaf) for leaf in leaves]):
-        np.testing.assert_allclose(products(form, blocks, 2, scales), want, 1e-5, 1e-5 * want.max())
+        got = products(form, blocks, 2, scales)
+        np.testing.assert_allclose(got, want, 1e-5, 1e-5 * want.max())
 
-    if num_devices > 1:
+    if num_devices > 1 or OLD_XLA:
         return  # There XLA decides what is fused: a CPU's plain product is given a scaled copy.
     large = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
     one = jax.ShapeDtypeStruct((1, 6), jnp.float32)
@@ -170,6 +177,7 @@ def test_one_number_that_is_not_finite_is_found(bad, dtype):
     np.testing.assert_array_equal(finiteness([big, small]) == 0, [False, False, True])
 
 
+@pytest.mark.skipif(OLD_XLA, reason="fused by later releases")
 def test_looking_for_what_is_not_finite_copies_nothing():
     rows = (jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6
     for form in (rows, jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)):

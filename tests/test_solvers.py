@@ -196,3 +196,22 @@ def test_kl_ball_step_is_tight_and_finite():
     masked = step(jnp.zeros(4), jnp.asarray([1.0, jnp.nan, 2.0, 0.0]), 0.1, active)
     assert np.exp(masked)[1] == 0
     assert np.exp(masked).sum() == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("num_tasks", "size"), [(8, 3), (10, 4)])
+def test_min_norm_point_of_more_gradients_than_dimensions(num_tasks, size):
+    """Of thousands of random cases some leave the refinement a free direction out of the simplex."""
+    rng = np.random.default_rng(0)
+    unit = rng.normal(size=(3000, num_tasks, size)) + 0.3
+    unit /= np.linalg.norm(unit, axis=2, keepdims=True)
+    norms = rng.uniform(0.2, 1, size=(3000, num_tasks))
+
+    def solve(unit, norms):
+        return min_norm_weights(cosine_matrix(unit @ unit.T)[0], norms)
+
+    weights = np.asarray(jax.jit(jax.vmap(solve))(unit, norms))
+    point = np.einsum("bt,btn->bn", weights * norms, unit)
+    progress = np.einsum("bn,btn->bt", point, unit * norms[..., None])
+    # The shortest point has at least its own square with every gradient.
+    assert np.max((point**2).sum(1)[:, None] - progress) < 1e-12

@@ -1,6 +1,6 @@
 """Nonnegative least squares in Gram form: the core on which the other solvers rest."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,8 +195,53 @@ def nonnegative_least_squares(
     slow_passive, slow_inverse = _descend(unit, target, usable, end.done)
     passive = jnp.where(end.done, end.passive, slow_passive)
     inverse = jnp.where(end.done, end.inverse, slow_inverse)
-    solution = factored_solve(inverse, jnp.where(passive, target, 0))
-    for _ in range(REFINEMENTS):
-        rest = jnp.where(passive, target - product(unit, solution), 0)
-        solution = solution + factored_solve(inverse, rest)
+    solution = _refine(unit, target, tolerance, passive, inverse)
     return jnp.maximum(solution, 0) * scale * largest
+
+
+class _Refining(NamedTuple):
+    passive: jax.Array  # bool [T]
+    point: jax.Array  # [T], nonnegative, and never worse than where it began
+    solution: jax.Array  # [T], refined
+    blocked: jax.Array  # bool [T]: variables that refinement has made negative
+    step: jax.Array
+
+
+def _refine(
+    unit: jax.Array,
+    target: jax.Array,
+    tolerance: Any,
+    passive: jax.Array,
+    inverse: jax.Array,
+) -> jax.Array:
+    """The solution on a passive set without what the ridge has done to it.
+
+    Along a direction that carries no gradient, refinement is free to go anywhere, also out of the
+    nonnegative numbers. The variable that gets there first is then not needed, and the others are solved
+    without it, as in the method of Lawson and Hanson: set to 0 alone, it would leave them wrong.
+    """
+    index = jnp.arange(target.shape[0], dtype=jnp.int32)
+
+    def solve(
+        passive: jax.Array, inverse: jax.Array, point: jax.Array | None, step: jax.Array
+    ) -> _Refining:
+        solution = factored_solve(inverse, jnp.where(passive, target, 0))
+        point = jnp.maximum(solution, 0) if point is None else jnp.where(passive, point, 0)
+        for _ in range(REFINEMENTS):
+            rest = jnp.where(passive, target - product(unit, solution), 0)
+            solution = solution + factored_solve(inverse, rest)
+        blocked = passive & (solution < -tolerance * jnp.max(jnp.abs(solution)))
+        return _Refining(passive, point, solution, blocked, step)
+
+    def without_first(state: _Refining) -> _Refining:
+        way = state.point - state.solution
+        room = jnp.where(state.blocked, state.point / jnp.where(state.blocked, way, 1), jnp.inf)
+        point = jnp.maximum(state.point - jnp.min(room) * way, 0)
+        passive = state.passive & (index != jnp.argmin(room).astype(jnp.int32))
+        return solve(passive, masked_inverse_factor(unit, passive), point, state.step + 1)
+
+    start = solve(passive, inverse, None, jnp.asarray(0, jnp.int32))
+    limit = target.shape[0]
+    return lax.while_loop(
+        lambda state: jnp.any(state.blocked) & (state.step < limit), without_first, start
+    ).solution

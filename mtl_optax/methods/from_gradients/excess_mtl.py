@@ -128,7 +128,7 @@ def excess_mtl(
             wide = gradient.astype(total.dtype)
             hessian = jnp.sqrt(total + jnp.asarray(eps, total.dtype))
             quotient = jnp.abs(wide) / jnp.where(hessian > 0, hessian, 1)
-            return jnp.sum((jnp.abs(wide) * quotient).reshape(num_tasks, -1), axis=1)
+            return jnp.sum(jnp.abs(wide) * quotient, axis=tuple(range(1, wide.ndim)))
 
         leaves = zip(jax.tree.leaves(view.updates), jax.tree.leaves(squares), strict=True)
         total = sum((one(g, s) for g, s in leaves), jnp.zeros((num_tasks,), view.dtype))
