@@ -94,8 +94,9 @@ def _descend(
 ) -> tuple[jax.Array, jax.Array]:
     """Passive set by the method of Lawson and Hanson: one variable at a time, always downhill.
 
-    Slower than block pivoting, but it ends also where that goes round in circles: on many gradients
-    in few dimensions. With ``skip`` it does nothing.
+    Slower than block pivoting, but it nearly always ends where that goes round in circles: on many
+    gradients in few dimensions. At its step limit the set may not be the best. With ``skip`` it does
+    nothing.
 
     Returns:
         The set and its inverse factor.
