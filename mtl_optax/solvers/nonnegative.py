@@ -91,23 +91,26 @@ class _Descent(NamedTuple):
 
 def _descend(
     unit: jax.Array, target: jax.Array, usable: jax.Array, skip: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Passive set by the method of Lawson and Hanson: one variable at a time, always downhill.
 
-    Slower than block pivoting, but it nearly always ends where that goes round in circles: on many
-    gradients in few dimensions. At its step limit the set may not be the best. With ``skip`` it does
-    nothing.
+    Slower than block pivoting, but it ends where that goes round in circles: on many gradients in few
+    dimensions. There rounding decides, so each solution is refined before its signs are read. With
+    ``skip`` it does nothing.
 
     Returns:
-        The set and its inverse factor.
+        The set, its inverse factor, and a feasible point on the set.
     """
-    size = target.shape[0]
-    tolerance = 8 * jnp.finfo(target.dtype).eps
+    size, dtype = target.shape[0], target.dtype
+    tolerance = 8 * jnp.finfo(dtype).eps
     index = jnp.arange(size, dtype=jnp.int32)
 
     def step(state: _Descent) -> _Descent:
         inverse = masked_inverse_factor(unit, state.passive)
-        goal = factored_solve(inverse, jnp.where(state.passive, target, 0))
+        goal = jnp.zeros_like(target)
+        for _ in range(1 + REFINEMENTS):
+            left = target - product(unit, goal) - ridge(size, dtype) * goal
+            goal = goal + factored_solve(inverse, jnp.where(state.passive, left, 0))
         blocked = state.passive & (goal <= 0)
         room = state.solution / jnp.where(blocked, state.solution - goal, 1)
         room = jnp.where(blocked & (state.solution > goal), room, jnp.where(blocked, 0, jnp.inf))
@@ -130,12 +133,12 @@ def _descend(
         passive=jnp.zeros_like(usable),
         solution=jnp.zeros_like(target),
         tried=jnp.zeros_like(usable),
-        inverse=jnp.eye(size, dtype=target.dtype),
+        inverse=jnp.eye(size, dtype=dtype),
         step=jnp.asarray(0, jnp.int32),
         done=skip,
     )
     end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, start)
-    return end.tried, end.inverse
+    return end.tried, end.inverse, end.solution
 
 
 def nonnegative_least_squares(
@@ -193,10 +196,11 @@ def nonnegative_least_squares(
     limit = 20 + size // 2
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
-    slow_passive, slow_inverse = _descend(unit, target, usable, end.done)
+    slow_passive, slow_inverse, slow_solution = _descend(unit, target, usable, end.done)
     passive = jnp.where(end.done, end.passive, slow_passive)
     inverse = jnp.where(end.done, end.inverse, slow_inverse)
-    solution = _refine(unit, target, tolerance, passive, inverse)
+    point = jnp.where(end.done, jnp.maximum(end.solution, 0), slow_solution)
+    solution = _refine(unit, target, tolerance, passive, inverse, point)
     return jnp.maximum(solution, 0) * scale * largest
 
 
@@ -214,6 +218,7 @@ def _refine(
     tolerance: Any,
     passive: jax.Array,
     inverse: jax.Array,
+    point: jax.Array,
 ) -> jax.Array:
     """The solution on a passive set without what the ridge has done to it.
 
@@ -224,15 +229,14 @@ def _refine(
     index = jnp.arange(target.shape[0], dtype=jnp.int32)
 
     def solve(
-        passive: jax.Array, inverse: jax.Array, point: jax.Array | None, step: jax.Array
+        passive: jax.Array, inverse: jax.Array, point: jax.Array, step: jax.Array
     ) -> _Refining:
         solution = factored_solve(inverse, jnp.where(passive, target, 0))
-        point = jnp.maximum(solution, 0) if point is None else jnp.where(passive, point, 0)
         for _ in range(REFINEMENTS):
             rest = jnp.where(passive, target - product(unit, solution), 0)
             solution = solution + factored_solve(inverse, rest)
         blocked = passive & (solution < -tolerance * jnp.max(jnp.abs(solution)))
-        return _Refining(passive, point, solution, blocked, step)
+        return _Refining(passive, jnp.where(passive, point, 0), solution, blocked, step)
 
     def without_first(state: _Refining) -> _Refining:
         way = state.point - state.solution
@@ -241,7 +245,7 @@ def _refine(
         passive = state.passive & (index != jnp.argmin(room).astype(jnp.int32))
         return solve(passive, masked_inverse_factor(unit, passive), point, state.step + 1)
 
-    start = solve(passive, inverse, None, jnp.asarray(0, jnp.int32))
+    start = solve(passive, inverse, point, jnp.asarray(0, jnp.int32))
     limit = target.shape[0]
     return lax.while_loop(
         lambda state: jnp.any(state.blocked) & (state.step < limit), without_first, start
