@@ -215,3 +215,24 @@ def test_min_norm_point_of_more_gradients_than_dimensions(num_tasks, size):
     progress = np.einsum("bn,btn->bt", point, unit * norms[..., None])
     # The shortest point has at least its own square with every gradient.
     assert np.max((point**2).sum(1)[:, None] - progress) < 1e-12
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-3])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_cosines_that_rounding_has_made_indefinite(name, noise):
+    """Inner products of 1e9 numbers in float32 are not exact; of dependent gradients that shows."""
+    rng = np.random.default_rng(0)
+    unit = rng.normal(size=(20, 8, 3))
+    unit /= np.linalg.norm(unit, axis=2, keepdims=True)
+    rounding = noise * rng.normal(size=(20, 8, 8))
+    cosine = np.clip(unit @ unit.transpose(0, 2, 1) + rounding + rounding.transpose(0, 2, 1), -1, 1)
+    cosine[:, np.arange(8), np.arange(8)] = 1
+    assert np.linalg.eigvalsh(cosine).min() < -noise
+    norms = rng.uniform(0.2, 1, size=(20, 8))
+    solver = jax.jit(SOLVERS[name])
+    for c, n, u in zip(cosine.astype("float32"), norms.astype("float32"), unit, strict=True):
+        weights = np.asarray(solver(c, n), np.float64)
+        assert np.isfinite(weights).all()
+        if name == "mgda":
+            point = (weights * n) @ u
+            assert np.max(point @ point - (u * n[:, None]) @ point) < 20 * noise

@@ -14,6 +14,7 @@ from mtl_optax.solvers.nonnegative import (
     masked_inverse_factor,
     nonnegative_least_squares,
     product,
+    semidefinite,
 )
 
 
@@ -91,6 +92,7 @@ def conflict_averse_weights(
         mean and is left out of the worst case, which it cannot change. All zero, or a zero mean: uniform.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
+    cosine = semidefinite(cosine)
     size, dtype = norms.shape[0], norms.dtype
     uniform = uniform_weights(active, dtype)
     usable = active & (norms > 0)

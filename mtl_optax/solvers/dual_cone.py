@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product, semidefinite
 
 
 def _preference(preference: jax.Array | None, active: jax.Array, norms: jax.Array) -> jax.Array:
@@ -38,6 +38,7 @@ def dualproj_weights(
         keeps its ``u``. With 0 inside the convex hull the combination is 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
+    cosine = semidefinite(cosine)
     preference = _preference(preference, active, norms)
     # In units of the largest norm, so that nothing overflows.
     largest = jnp.max(norms)
@@ -67,6 +68,7 @@ def upgrad_weights(
         Weights on the raw gradients, ``[T]``; see :func:`dualproj_weights` for the degenerate cases.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
+    cosine = semidefinite(cosine)
     preference = _preference(preference, active, norms)
     added = jax.vmap(nonnegative_least_squares, in_axes=(None, 0))(cosine, -cosine)
     # added[i, j]: how much of the unit gradient j the projection of the unit gradient i takes in.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
 
 
 def min_norm_weights(
@@ -28,6 +28,7 @@ def min_norm_weights(
         equally, and the combination is then exactly 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
+    cosine = semidefinite(cosine)
     zero = active & ~(norms > 0)
     usable = active & (norms > 0)
     smallest = jnp.min(jnp.where(usable, norms, jnp.inf))

@@ -8,7 +8,13 @@ from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nonnegative import factored_solve, inverse_factor, product, ridge
+from mtl_optax.solvers.nonnegative import (
+    factored_solve,
+    inverse_factor,
+    product,
+    ridge,
+    semidefinite,
+)
 
 LIMIT = 60
 LONGEST_STEP = 2.0
@@ -49,6 +55,7 @@ def fair_weights(
         vanishes there: a Pareto-stationary point offers no common descent to bargain over.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
+    cosine = semidefinite(cosine)
     dtype, size = norms.dtype, norms.shape[0]
     inverse_alpha = 1 / jnp.asarray(alpha, dtype)
     usable = active & (norms > 0)

@@ -28,6 +28,29 @@ def ridge(size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jnp.asarray((64 + size) * jnp.finfo(dtype).eps, dtype)
 
 
+def semidefinite(cosine: jax.Array) -> jax.Array:
+    """The cosines over ``1 + s``, with the smallest ``s >= 0`` that lets :func:`ridge` do its work.
+
+    Rounding in very long sums may give the cosines of dependent gradients eigenvalues further below 0
+    than the ridge makes up for, and a factorisation would then be NaN. ``s`` is 0 where that has not
+    happened, nearly always; to see that costs one factorisation.
+    """
+    size, dtype = cosine.shape[0], cosine.dtype
+    # Half of it, so that rounding cannot tip another factorisation over.
+    margin = ridge(size, dtype) / 2
+    eye = jnp.eye(size, dtype=dtype)
+
+    def indefinite(shift: jax.Array) -> jax.Array:
+        factor = lax.linalg.cholesky(cosine + (shift + margin) * eye, symmetrize_input=False)
+        return ~jnp.isfinite(factor[-1, -1]) & (shift < size)
+
+    def larger(shift: jax.Array) -> jax.Array:
+        return jnp.maximum(2 * shift, margin)
+
+    shift = lax.while_loop(indefinite, larger, jnp.zeros((), dtype))
+    return jnp.where(eye > 0, cosine, cosine / (1 + shift))
+
+
 def inverse_factor(matrix: jax.Array) -> jax.Array:
     """``inverse(L)`` of the Cholesky factorisation ``L L'`` of a positive definite matrix.
 
