@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
         cross_entropy = optax.sigmoid_binary_cross_entropy(second[:, 0], batch["y"][:, 1]).mean()
         return jnp.stack([mean_square, cross_entropy])
 
-    @jax.jit(out_shardings=everywhere)
+    @partial(jax.jit, out_shardings=everywhere)
     def step(params: Any, opt_state: Any, carrier: Any, batch: Any) -> Any:
         value_and_grad = mtl.fork_value_and_grad(losses_of, method)
         losses, (grads, carrier) = value_and_grad(params, carrier, batch)

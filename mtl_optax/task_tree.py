@@ -18,6 +18,7 @@ import optax
 from jax import lax
 
 from mtl_optax.gram_matrix import finiteness, gram_matrices, squared_norms
+from mtl_optax.solvers.cosine import cosine_matrix
 
 Rows = list[tuple[jax.Array, ...]]
 
@@ -228,12 +229,7 @@ def gram(
     )
     diagonal = jnp.diagonal(products, axis1=1, axis2=2)
     norms, keep = _norms(diagonal, scales, active)
-    nonzero = keep & (norms > 0)
-    roots = jnp.sqrt(jnp.where(nonzero, diagonal, 1))
-    both = nonzero[:, :, None] & nonzero[:, None, :]
-    cosine = jnp.where(both, products, 0) / roots[:, :, None] / roots[:, None, :]
-    eye = jnp.eye(num_tasks, dtype=bool)[None]
-    cosine = jnp.where(eye & both, 1, jnp.clip(cosine, -1, 1))
+    cosine, _ = jax.vmap(cosine_matrix)(products, keep & (norms > 0))
     return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active[None], axis=0)
 
 
