@@ -55,7 +55,7 @@ def train(config: Config) -> dict[str, Any]:
     @jax.jit
     def start() -> Any:
         params = _init(config)
-        h = jax.ShapeDtypeStruct((config.examples, config.hidden), jnp.float32)
+        h = jnp.zeros((config.examples, config.hidden))
         return params, optimizer.init(params), mtl.fork_init(method, h)
 
     def losses_of(params: Any, fork: Any, batch: Any) -> jax.Array:

@@ -65,7 +65,7 @@ def on_representation(method):
         return losses_of(params["heads"], fork(encode(params["shared"], x)), target)
 
     def init(params):
-        carrier = mtl.fork_init(method, jax.ShapeDtypeStruct((8,), jnp.float32))
+        carrier = mtl.fork_init(method, jnp.zeros(8))
         return carrier, optimizer.init(params)
 
     def step(params, state, count):
