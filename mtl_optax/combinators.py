@@ -183,9 +183,7 @@ def per_task(
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         guard.check(updates, params, extra_args)
-        keep = task_tree.finite(updates, num_tasks)
-        if active is not None:
-            keep = keep & jnp.asarray(active)
+        keep = task_tree.finite(updates, num_tasks) & guard.present(active)
 
         def one(update: Any, state: Any, keep: jax.Array) -> tuple[Any, Any]:
             new_update, new_state = inner.update(update, state, params, **extra_args)
@@ -213,7 +211,8 @@ def skip_nonfinite(
     """Skips a whole step where anything in it is not finite.
 
     Where a gradient, a loss given as `losses=`, or the update that `inner` makes of them holds NaN or
-    infinity, the update is 0 and the inner state stays as it was. The methods here exclude a
+    infinity, the update is 0 and the inner state stays as it was; what an absent task's slots hold
+    (`active=`) does not count. The methods here exclude a
     non-finite task by themselves; this guard is for those who rather lose the step than train on the
     remaining tasks, and for the heads, whose gradients no method looks at. `optax.apply_if_finite`
     cannot stand around a transformation that removes the task axis: its zeros keep that axis.
@@ -244,7 +243,8 @@ def skip_nonfinite(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipNonfiniteState]:
         result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        ok = _all_finite((updates, result, extra_args.get("losses")))
+        seen = _of_active((updates, extra_args.get("losses")), extra_args.get("active"))
+        ok = _all_finite((seen, result))
         result = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros((), u.dtype)), result)
         kept = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), inner_state, state.inner_state
@@ -300,17 +300,17 @@ def accumulate(
     """
     num_tasks = arguments.check_num_tasks("accumulate", num_tasks)
     arguments.check_integer("accumulate", "every_k", every_k, 1)
+    guard = Guard("accumulate", num_tasks, frozenset({"losses"}), reduces=False)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
         dtype = task_tree.statistics_dtype(params)
-        zeros = jnp.zeros((num_tasks,), dtype)
         return AccumulateState(
             inner_state=inner.init(params),
             micro_count=jnp.zeros((), jnp.int32),
             gradients=task_tree.per_task_zeros(params, num_tasks, dtype),
-            losses=zeros,
-            present=zeros,
+            losses=jnp.zeros((num_tasks,), dtype),
+            present=jnp.zeros((num_tasks,), dtype),
         )
 
     def update_fn(
@@ -323,11 +323,9 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
         task_tree.check_updates("accumulate", updates, num_tasks, params)
-        keep = task_tree.finite(updates, num_tasks)
-        if active is not None:
-            keep = keep & jnp.asarray(active)
+        keep = task_tree.finite(updates, num_tasks) & guard.present(active)
         if losses is not None:
-            losses = jnp.asarray(losses).astype(state.losses.dtype)
+            losses = guard.losses(losses, state.losses.dtype, extra_args)
             keep = keep & jnp.isfinite(losses)
         gradients = jax.tree.map(
             lambda total, g: total + g.astype(total.dtype),
@@ -359,7 +357,7 @@ def accumulate(
 
         def wait(sums: AccumulateState) -> tuple[Any, AccumulateState]:
             shapes, _ = jax.eval_shape(step, sums)
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), sums
+            return jax.tree.map(jnp.zeros_like, shapes), sums
 
         return lax.cond(sums.micro_count == every_k, step, wait, sums)
 
@@ -406,6 +404,21 @@ def _concrete(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.zeros(leaf.shape, leaf.dtype)
     return leaf
+
+
+def _of_active(tree: Any, active: Any) -> Any:
+    """The leaves `[T, ...]` of a tree with the slots of absent tasks set to 0."""
+    if active is None:
+        return tree
+    active = jnp.asarray(active)
+
+    def one(leaf: Any) -> Any:
+        stacked = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == active.size
+        return (
+            jnp.where(task_tree.along_tasks(active, jnp.ndim(leaf)), leaf, 0) if stacked else leaf
+        )
+
+    return jax.tree.map(one, tree)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -24,6 +24,7 @@ class TaskGradients(NamedTuple):
     Attributes:
       updates: the task tree, leaves `[T, *shape]`; slots of tasks not in `active` hold 0.
       active: bool `[T]`; tasks present in this batch whose numbers are finite.
+      broken: bool `[T]`; tasks present in this batch whose numbers are not.
       step: int32 scalar; updates done before this one.
       dtype: the dtype of statistics and weights.
       losses: `[T]` where the method needs them, 0 for inactive tasks.
@@ -33,6 +34,7 @@ class TaskGradients(NamedTuple):
 
     updates: Any
     active: jax.Array
+    broken: jax.Array
     step: jax.Array
     dtype: Any
     losses: Any
@@ -85,15 +87,18 @@ def from_gradients(
     def init_fn(params: Any) -> BalanceState:
         guard.remember(params)
         dtype = task_tree.statistics_dtype(params)
-        return BalanceState(
+        state = BalanceState(
             balance_count=jnp.zeros((), jnp.int32),
             weights=jnp.zeros((num_tasks,), dtype),
             norms=(),
             cosine=(),
             skipped=jnp.zeros((num_tasks,), jnp.int32),
+            weighed=jnp.zeros((num_tasks,), bool),
             block_names=(),
             rule_state=init(params, dtype),
         )
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
 
     @jax.jit
     def balance(
@@ -110,6 +115,7 @@ def from_gradients(
         view = TaskGradients(
             updates=task_tree.remove_absent(updates, keep),
             active=keep,
+            broken=present & ~keep,
             step=state.balance_count,
             dtype=state.weights.dtype,
             losses=None if losses is None else jnp.where(keep, losses, 0),
@@ -122,6 +128,7 @@ def from_gradients(
             balance_count=next_count(state.balance_count),
             weights=jnp.where(keep, weights, 0).astype(state.weights.dtype),
             skipped=next_count(state.skipped, present & ~keep),
+            weighed=keep,
             rule_state=method_state,
         )
 

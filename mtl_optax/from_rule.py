@@ -75,6 +75,7 @@ class BalanceState(NamedTuple):
       norms: the gradient norms seen last, same shape; `()` where the method needs none.
       cosine: the cosines seen last, `[T, T]` or `[B, T, T]`; `()` where the method needs none.
       skipped: int32 `[T]`, how often each task was excluded because its numbers were not finite.
+      weighed: bool `[T]`, the tasks that `weights` were made for.
       block_names: uint8 `[B, length]`, the blocks' names in ASCII; `()` for one block.
       rule_state: what the method itself remembers.
     """
@@ -84,6 +85,7 @@ class BalanceState(NamedTuple):
     norms: Any
     cosine: Any
     skipped: jax.Array
+    weighed: jax.Array
     block_names: Any
     rule_state: Any
 
@@ -95,9 +97,11 @@ class WeightingOptions(TypedDict, total=False):
       blocks: the granularity at which the method looks at gradients: "all" (one block), "leaf" (each
         tensor on its own), or a callable `(path, leaf) -> label` (one block a label; it sees leaves
         without the task axis).
-      reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain.
+      reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain. The
+        slot of a task that is not finite is passed on as NaN, so that the next method excludes it too.
       update_every: k > 1 asks for new weights every k-th update only, and uses the cached ones in
-        between, when nothing but finiteness is looked at.
+        between, when nothing but finiteness is looked at. A task that these were not made for, because it
+        was absent then, makes new ones due at once.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the gradients' elements are
         split; inner products are summed over them, so that all devices find the same weights.
     """
@@ -167,15 +171,18 @@ def from_rule(
         rule_state = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (*lead, *jnp.shape(x))), rule.init(dtype)
         )
-        return BalanceState(
+        state = BalanceState(
             balance_count=jnp.zeros((), jnp.int32),
             weights=zeros,
             norms=zeros if gram or "norms" in rule.needs else (),
             cosine=jnp.zeros((*lead, rule.num_tasks, rule.num_tasks), dtype) if gram else (),
             skipped=jnp.zeros((rule.num_tasks,), jnp.int32),
+            weighed=jnp.zeros((rule.num_tasks,), bool),
             block_names=() if grouping.single else _encode_names(grouping.names),
             rule_state=rule_state,
         )
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
 
     # Compiled on its own, so that a call outside jit is one program too; inside jit it is inlined.
     @jax.jit
@@ -192,6 +199,7 @@ def from_rule(
             weights, rule_state = _weigh(rule, evidence, state.rule_state, grouping)
             return state._replace(
                 weights=jnp.where(evidence.active, weights, 0).astype(state.weights.dtype),
+                weighed=evidence.active,
                 norms=() if evidence.norms is None else evidence.norms,
                 cosine=() if evidence.cosine is None else evidence.cosine,
                 rule_state=jax.tree.map(_like, rule_state, state.rule_state),
@@ -203,11 +211,14 @@ def from_rule(
         if update_every == 1:
             state, keep = fresh(state)
         else:
-            due = state.balance_count % update_every == 0
+            due = is_due(state, active, update_every)
             state, keep = lax.cond(due, fresh, cached, state)
         weights = state.weights[None] if grouping.single else state.weights
-        place = task_tree.combine if reduce else task_tree.scale
-        return place(updates, weights, keep, grouping), state._replace(
+        if reduce:
+            result = task_tree.combine(updates, weights, keep, grouping)
+        else:
+            result = task_tree.scale(updates, weights, keep, present & ~keep, grouping)
+        return result, state._replace(
             balance_count=next_count(state.balance_count),
             skipped=next_count(state.skipped, present & ~keep),
         )
@@ -234,9 +245,23 @@ def from_rule(
     return transformation
 
 
-def rule_of(name: str, transformation: Any) -> Rule:
-    """The rule inside a weighting method of this library, for methods built on another."""
+def is_due(state: BalanceState, active: jax.Array, update_every: int) -> jax.Array:
+    """Whether new weights are due: by the count, or for a task that the cached ones were not made for."""
+    return (state.balance_count % update_every == 0) | jnp.any(active & ~state.weighed)
+
+
+def rule_of(name: str, transformation: Any, *, finished: bool = False) -> Rule:
+    """The rule inside a weighting method of this library, for what is built on another.
+
+    What such a method does to its update after weighing, `update.finish`, is not in the rule: the caller
+    says by `finished` that it does the same.
+    """
     rule = getattr(transformation.update, "rule", None)
+    if not finished and hasattr(transformation.update, "finish"):
+        raise ValueError(
+            f"{name}: takes the weights of {getattr(rule, 'name', 'a method')} only, so its max_norm "
+            "would be lost. Leave it out, and put optax.clip_by_global_norm after the whole method."
+        )
     if rule is None:
         raise TypeError(
             f"{name}: expected a weighting method of mtl_optax (one whose update is a weighted sum "

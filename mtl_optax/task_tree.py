@@ -331,10 +331,20 @@ def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -
     return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)
 
 
-def scale(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
-    """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns."""
+def scale(
+    updates: Any, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
+) -> Any:
+    """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns.
+
+    A `broken` task, present but not finite, becomes NaN for the next method to see.
+    """
     leaves = [
-        jnp.stack([narrow(term, leaf.dtype) for term in terms])
+        jnp.stack(
+            [
+                jnp.where(broken[t], jnp.nan, narrow(term, leaf.dtype))
+                for t, term in enumerate(terms)
+            ]
+        )
         for leaf, terms in _weighted(updates, weights, keep, blocks)
     ]
     return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_leaf), leaves)

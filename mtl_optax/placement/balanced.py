@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.from_rule import BalanceState, from_rule, next_count, rule_of
-from mtl_optax.placement.parameters import check_losses
+from mtl_optax.from_rule import BalanceState, from_rule, is_due, next_count, rule_of
+from mtl_optax.placement.parameters import check_differentiable, check_losses
 from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
@@ -69,7 +69,7 @@ def balanced_value_and_grad(
       Navon et al., Multi-Task Learning as a Bargaining Game, 2022, section 4.4 (weights kept for
       several steps).
     """
-    rule, options = rule_of("balanced_value_and_grad", method), method.update.options  # type: ignore[attr-defined]
+    rule, options = rule_of("balanced_value_and_grad", method, finished=True), method.update.options  # type: ignore[attr-defined]
     if options["blocks"] != "all" or not options["reduce"]:
         raise ValueError(
             "balanced_value_and_grad: one weight a task is needed for a single backward pass; make the "
@@ -78,6 +78,7 @@ def balanced_value_and_grad(
         )
     every = options["update_every"]
     fresh: Any = from_rule(rule, axis_name=options["axis_name"])
+    finish = getattr(method.update, "finish", lambda update, dtype: update)
 
     def value_and_grad(params: Any, state: BalanceState, *args: Any, active: Any = None) -> Any:
         def losses_of(params: Any) -> Any:
@@ -85,6 +86,7 @@ def balanced_value_and_grad(
             losses, aux = result if has_aux else (result, None)
             return check_losses(losses), aux
 
+        check_differentiable("balanced_value_and_grad", params)
         losses, pullback, aux = vjp_of_losses(losses_of, params)
         chosen = _mask(params, evidence)
 
@@ -98,19 +100,20 @@ def balanced_value_and_grad(
             rest = params if all(chosen) else at_once(new.weights, jnp.isfinite(losses))
             return _merge(rest, jax.tree.leaves(update), chosen), new
 
+        present = jnp.ones(losses.shape, bool) if active is None else jnp.asarray(active)
+        keep = present & jnp.isfinite(losses)
+
         def cached(state: BalanceState) -> tuple[Any, BalanceState]:
-            present = jnp.ones(losses.shape, bool) if active is None else jnp.asarray(active)
-            keep = present & jnp.isfinite(losses)
             return at_once(state.weights, keep), state._replace(
                 balance_count=next_count(state.balance_count),
                 skipped=next_count(state.skipped, present & ~keep),
             )
 
         if every == 1:
-            result = apart(state)
+            update, state = apart(state)
         else:
-            result = lax.cond(state.balance_count % every == 0, apart, cached, state)
-        return ((losses, aux) if has_aux else losses), result
+            update, state = lax.cond(is_due(state, keep, every), apart, cached, state)
+        return ((losses, aux) if has_aux else losses), (finish(update, state.weights.dtype), state)
 
     return value_and_grad
 

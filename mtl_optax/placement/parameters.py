@@ -39,7 +39,8 @@ def per_task_value_and_grad(
       leaves of `grads` are `[T, *shape]`.
 
     Raises:
-      TypeError, ValueError: where `loss_fn` does not return a floating 1-D array, or for an unknown mode.
+      TypeError, ValueError: where `loss_fn` does not return a floating 1-D array, for parameters that have
+        no gradient (integers, keys), or for an unknown mode.
 
     Example:
 
@@ -66,7 +67,9 @@ def per_task_value_and_grad(
             losses, aux = result if has_aux else (result, None)
             return check_losses(losses), aux
 
-        losses, pullback, aux = vjp_of_losses(of_chosen, *(args[n] for n in numbers))
+        chosen = [args[n] for n in numbers]
+        check_differentiable("per_task_value_and_grad", chosen)
+        losses, pullback, aux = vjp_of_losses(of_chosen, *chosen)
         grads = pull_each(pullback, losses, mode)
         grads = grads[0] if isinstance(argnums, int) else grads
         return ((losses, aux) if has_aux else losses), grads
@@ -121,6 +124,7 @@ def split_value_and_grad(
     _check_mode(mode)
 
     def value_and_grad(shared: Any, heads: Any, *args: Any) -> Any:
+        check_differentiable("split_value_and_grad", (shared, heads))
         representation, pull_shared = jax.vjp(lambda s: encode(s, *args), shared)
 
         def losses_of(heads: Any, representation: Any) -> Any:
@@ -168,6 +172,31 @@ def check_losses(losses: Any) -> jax.Array:
     if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
         raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")
     return jnp.asarray(losses)
+
+
+def check_differentiable(name: str, params: Any) -> None:
+    """Raises where `params` hold what has no gradient, as `jax.grad` does.
+
+    Args:
+      name: whose error it is.
+      params: what is differentiated by.
+
+    Raises:
+      TypeError: with the leaf's path. A Flax module with counters (of its random numbers, say) among its
+        parameters would otherwise train with all of them standing still.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> check_differentiable("per_task_value_and_grad", {"w": jnp.ones(2)})
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"{name}: cannot differentiate by the leaf {jax.tree_util.keystr(path)} of "
+                f"{jnp.result_type(leaf)}. Pass what is no parameter as another argument; of an nnx.Module "
+                "differentiate by nnx.split(model, nnx.Param, ...)."
+            )
 
 
 def _check_mode(mode: Any) -> None:

@@ -67,7 +67,7 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
         one = core.ClosedJaxpr(alone, program.consts)
         call = core.jaxpr_as_fun(one)
         pull = jax.linear_transpose(lambda *p: call(*jax.tree.leaves(p))[0], *primals)
-        return pull(jnp.ones(rows[t].aval.shape, losses.dtype))
+        return pull(jnp.ones_like(losses[t]).reshape(rows[t].aval.shape))
 
     return losses, whole._replace(of_task=of_task), aux
 
@@ -111,7 +111,8 @@ def _by_units(pullback: Callable[[jax.Array], Any], losses: jax.Array) -> Pullba
 
 
 def _units(losses: jax.Array) -> jax.Array:
-    return jnp.eye(losses.shape[0], dtype=losses.dtype)
+    # With the losses' type inside `shard_map`, where what differs between devices says so.
+    return jnp.eye(losses.shape[0], dtype=losses.dtype) + jnp.zeros_like(losses)
 
 
 def _rows_of_stack(program: Any) -> list[Any] | None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
 
 from mtl_optax.from_rule import BalanceState
 from mtl_optax.placement.carrier import encode_state, fork_state
@@ -162,7 +163,8 @@ def fork_value_and_grad(
       `fork_init(method, representation)`. One backward pass.
 
     Raises:
-      ValueError: where `loss_fn` does not call `fork` exactly once, and as `fork`.
+      ValueError: where `loss_fn` does not call `fork` exactly once, or inside jit, checkpoint or the like,
+        and as `fork`.
 
     Example:
 
@@ -184,8 +186,17 @@ def fork_value_and_grad(
     def value_and_grad(params: Any, carrier: Any, *args: Any, active: Any = None) -> Any:
         def total(params: Any, carrier: Any) -> Any:
             tokens: list[ForkToken] = []
+            here = core.get_opaque_trace_state()
 
             def fork_once(representation: Any) -> tuple[Any, ...]:
+                # From an inner trace the token would leak out, and the losses never reach the method.
+                if core.get_opaque_trace_state() != here:
+                    raise ValueError(
+                        "fork_value_and_grad: loss_fn calls fork inside jit, checkpoint, scan, vmap or the "
+                        "like, where the losses cannot be joined to it. Move the call out of there, or use "
+                        "mtl_optax.fork and mtl_optax.join themselves, with the token among the results "
+                        "of the inner function."
+                    )
                 copies, token = fork(representation, carrier, method, num_tasks=num_tasks)
                 tokens.append(token)
                 return copies
@@ -232,8 +243,14 @@ def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> A
     representation, carrier = residuals
     copies, slots = cotangents
     is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
-    copies = jax.tree.map(
-        lambda c: jnp.zeros(c.shape, c.dtype) if is_zero(c) else c, copies, is_leaf=is_zero
+    copies = tuple(
+        jax.tree.map(
+            lambda c, r: jnp.zeros_like(r) if is_zero(c) else c,
+            copy,
+            representation,
+            is_leaf=is_zero,
+        )
+        for copy in copies
     )
     # A rule reads the T cotangents where they are; any other transformation gets its task axis.
     in_place = hasattr(method.update, "rule")
@@ -243,7 +260,8 @@ def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> A
     if not is_zero(slots):
         losses, present, joined = slots
         # A join that was traced away leaves zeros here: then nothing is known of the losses.
-        told["losses"] = jnp.where(joined > 0, losses, jnp.nan)
+        # `joined` counts the joins; of losses joined twice the cotangents have been added.
+        told["losses"] = jnp.where(joined > 0, losses / jnp.maximum(joined, 1), jnp.nan)
         told["active"] = (present > 0) | (joined <= 0)
     try:
         update, state = optax.with_extra_args_support(method).update(

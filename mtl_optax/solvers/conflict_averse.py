@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
+from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.nonnegative import (
     REFINEMENTS,
     exchange,
@@ -62,7 +63,7 @@ def _bisect(
         )
 
     steps = jnp.finfo(slack.dtype).nmant + 4
-    state = state._replace(step=jnp.asarray(0, jnp.int32))
+    state = state._replace(step=jnp.zeros_like(state.step))
     return lax.while_loop(lambda state: ~state.done & (state.step < steps), step, state)
 
 
@@ -158,6 +159,7 @@ def conflict_averse_weights(
         done=~some,
     )
     limit = 4 * size + 30
+    start = varying_like(cosine, start)
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
     end = _bisect(end, cosine, ratio, slack, radius)

@@ -64,7 +64,9 @@ def config_weights(
     coefficients, nonzero = _common_direction(cosine, norms)
     image = jnp.sum(cosine * coefficients[None, :], axis=1)
     squared = jnp.sum(coefficients * image)
-    exists = squared > 0
+    # Below this the direction is what rounding has left of a sum that vanishes.
+    noise = 4 * norms.shape[0] * jnp.finfo(norms.dtype).eps
+    exists = squared > noise * noise
     largest = jnp.max(norms)
     lengths = norms / jnp.where(largest > 0, largest, 1)
     length = jnp.sum(lengths * image) / jnp.where(exists, squared, 1)

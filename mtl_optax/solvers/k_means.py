@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.loops import varying_like
+
 
 def k_means_on_line(points: jax.Array, active: jax.Array, num_groups: int) -> jax.Array:
     """Replaces every number by the mean of its group, for the grouping of least squared error.
@@ -70,5 +72,7 @@ def _interval_errors(values: jax.Array, counts: jax.Array) -> jax.Array:
 
     zeros = jnp.zeros((size + 1,), dtype)
     first = jnp.where(starts == 0, zeros, jnp.inf)
-    _, columns = lax.scan(lengthen, (zeros, zeros, zeros), (values, counts, jnp.arange(size)))
+    _, columns = lax.scan(
+        lengthen, varying_like(values, (zeros, zeros, zeros)), (values, counts, jnp.arange(size))
+    )
     return jnp.concatenate([first[None], columns]).T

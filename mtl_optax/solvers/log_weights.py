@@ -38,6 +38,25 @@ def exp_weights(log_weights: jax.Array, usable: jax.Array) -> jax.Array:
     return jnp.where(usable, jnp.exp(jnp.minimum(log_weights, limit)), 0)
 
 
+def keep_log_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:
+    """:func:`mtl_optax.solvers.simplex.keep_shares` of logarithms of weights.
+
+    Args:
+        new: ``[T]``, normalised over the active tasks.
+        old: ``[T]``, normalised over all.
+        active: bool ``[T]``.
+
+    Returns:
+        ``[T]``, finite; exactly ``new`` where all are active.
+    """
+    lowest = float(jnp.finfo(old.dtype).min) / 4
+    peak = jnp.max(jnp.where(active, old, lowest))
+    share = jnp.sum(jnp.where(active, jnp.exp(old - peak), 0))
+    log_share = peak + jnp.log(jnp.where(share > 0, share, 1))
+    moved = jnp.maximum(new + jnp.where(jnp.all(active), 0, log_share), lowest)
+    return jnp.where(active, moved, old)
+
+
 def log_softmax(logits: jax.Array, active: jax.Array) -> jax.Array:
     """Logarithm of the softmax over the active entries.
 

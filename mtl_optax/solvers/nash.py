@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.cosine import mask_inactive
+from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nonnegative import (
     factored_solve,
@@ -94,6 +95,7 @@ def fair_weights(
         converged=jnp.asarray(False),
         close=jnp.asarray(False),
     )
+    start = varying_like(cosine, start)
     end = lax.while_loop(
         lambda state: ~state.stationary & ~state.converged & (state.step < LIMIT), step, start
     )

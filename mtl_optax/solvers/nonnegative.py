@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.loops import varying_like
+
 REFINEMENTS = 2
 
 
@@ -47,7 +49,7 @@ def semidefinite(cosine: jax.Array) -> jax.Array:
     def larger(shift: jax.Array) -> jax.Array:
         return jnp.maximum(2 * shift, margin)
 
-    shift = lax.while_loop(indefinite, larger, jnp.zeros((), dtype))
+    shift = lax.while_loop(indefinite, larger, jnp.zeros_like(cosine[0, 0]))
     return jnp.where(eye > 0, cosine, cosine / (1 + shift))
 
 
@@ -160,6 +162,7 @@ def _descend(
         step=jnp.asarray(0, jnp.int32),
         done=skip,
     )
+    start = varying_like(unit, start)
     end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, start)
     return end.tried, end.inverse, end.solution
 
@@ -217,6 +220,7 @@ def nonnegative_least_squares(
         done=jnp.asarray(False),
     )
     limit = 20 + size // 2
+    start = varying_like(unit, start)
     end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
 
     slow_passive, slow_inverse, slow_solution = _descend(unit, target, usable, end.done)
@@ -268,7 +272,7 @@ def _refine(
         passive = state.passive & (index != jnp.argmin(room).astype(jnp.int32))
         return solve(passive, masked_inverse_factor(unit, passive), point, state.step + 1)
 
-    start = solve(passive, inverse, point, jnp.asarray(0, jnp.int32))
+    start = varying_like(unit, solve(passive, inverse, point, jnp.asarray(0, jnp.int32)))
     limit = target.shape[0]
     return lax.while_loop(
         lambda state: jnp.any(state.blocked) & (state.step < limit), without_first, start

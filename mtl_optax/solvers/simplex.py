@@ -45,3 +45,22 @@ def renormalize(weights: jax.Array, active: jax.Array) -> jax.Array:
     total = jnp.sum(kept)
     shares = kept / jnp.where(total > 0, total, 1)
     return jnp.where(total > 0, shares, active.astype(weights.dtype) / count)
+
+
+def keep_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:
+    """What to remember of ``new``, weights of sum 1 over the active tasks, while others are absent.
+
+    The active tasks divide among them what they had together in ``old``; the others keep what they had.
+    Stored as it is, ``new`` would make the sum exceed 1, and a task that is absent now and then would
+    lose a part of its share each time.
+
+    Args:
+        new: ``[T]``, sum 1 over the active tasks.
+        old: ``[T]``, sum 1 over all.
+        active: bool ``[T]``.
+
+    Returns:
+        ``[T]``, sum 1; exactly ``new`` where all are active.
+    """
+    share = jnp.sum(jnp.where(active, old, 0))
+    return jnp.where(active, new * jnp.where(jnp.all(active), 1, share), old)

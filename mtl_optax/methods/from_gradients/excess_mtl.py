@@ -13,7 +13,7 @@ from mtl_optax import task_tree
 from mtl_optax.arguments import check_integer, check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_softmax
 
 
 class ExcessMTLState(NamedTuple):
@@ -111,7 +111,7 @@ def excess_mtl(
         weights = jnp.exp(log_weights)
         blocks = task_tree.assign_blocks(state.squares, "all")
         update = task_tree.combine(view.updates, weights[None], active, blocks)
-        kept = jnp.where(active, log_weights, state.log_weights)
+        kept = keep_log_shares(log_weights, state.log_weights, active)
         return update, weights, ExcessMTLState(squares, kept, baseline, seen)
 
     def _measure(

@@ -12,7 +12,7 @@ from mtl_optax import task_tree
 from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_gradients import TaskGradients, from_gradients
 from mtl_optax.method import Method
-from mtl_optax.solvers.simplex import project_onto_simplex
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex
 
 
 class MoCoState(NamedTuple):
@@ -105,7 +105,7 @@ def moco(
         start = old / jnp.where(mass > 0, mass, 1)
         step = _slope(cosine[0], norms[0], start) + jnp.asarray(rho, dtype) * start
         weights = project_onto_simplex(start - jnp.asarray(gamma, dtype) * step, active)
-        kept = jnp.where(active, weights * mass, state.simplex_weights)
+        kept = keep_shares(weights, state.simplex_weights, active)
         update = task_tree.combine(smoothed, weights[None], active, grouping)
         return update, weights, MoCoState(smoothed, kept)
 

@@ -14,6 +14,7 @@ from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule, rul
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.mgda import mgda
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
+from mtl_optax.solvers.log_weights import keep_log_shares
 
 
 class EMTLState(NamedTuple):
@@ -114,7 +115,7 @@ def emtl(
         scores = jnp.asarray(step_size, dtype) * per_unit * evidence.losses
         log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(radius, dtype), active)
         # An absent task keeps its place in the distribution until it is back.
-        kept = jnp.where(active, log_p, state.log_p)
+        kept = keep_log_shares(log_p, state.log_p, active)
         share = jnp.asarray(epsilon, dtype)
         p = jnp.where(active, jnp.exp(log_p), 0)
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)

@@ -13,7 +13,7 @@ from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.cross_gram import given_gram
-from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
 class MoDoState(NamedTuple):
@@ -90,7 +90,7 @@ def modo(
             gram = evidence._replace(norms=jnp.minimum(evidence.norms, limit)).gram
         direction = jnp.sum(gram * old[None, :], axis=1) + jnp.asarray(rho, dtype) * old
         new = project_onto_simplex(old - jnp.asarray(gamma, dtype) * direction, active)
-        return new, MoDoState(jnp.where(active, new, state.simplex_weights))
+        return new, MoDoState(keep_shares(new, state.simplex_weights, active))
 
     rule = Rule("modo", num_tasks, frozenset({"gram"}), init, weigh, ("gram",))
     return from_rule(rule, **options)

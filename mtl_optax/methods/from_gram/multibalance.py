@@ -12,7 +12,7 @@ from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.cosine import uniform_weights
-from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
 class MultiBalanceState(NamedTuple):
@@ -136,7 +136,7 @@ def multibalance(
             limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max, dtype)) / 4
             step = along * jnp.minimum(unit, limit) ** 2
         new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * step, active)
-        kept = jnp.where(active, new, state.simplex_weights)
+        kept = keep_shares(new, state.simplex_weights, active)
         rescale = jnp.where(norms > 0, smooth / jnp.where(norms > 0, norms, 1), 0)
         return new * rescale, MultiBalanceState(ema, seen, kept)
 

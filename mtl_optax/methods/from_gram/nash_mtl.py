@@ -79,12 +79,16 @@ def nash_mtl(
         return balance
     reduce, axis_name = options.get("reduce", True), options.get("axis_name")
 
+    def clip(update: Any, dtype: Any) -> Any:
+        return _clip(update, max_norm, reduce, axis_name, dtype)
+
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         result, state = balance.update(updates, state, params, **extra)
-        return _clip(result, max_norm, reduce, axis_name, state.weights.dtype), state
+        return clip(result, state.weights.dtype), state
 
     update_fn.rule = rule  # type: ignore[attr-defined]
     update_fn.options = balance.update.options  # type: ignore[attr-defined]
+    update_fn.finish = clip  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(balance.init, update_fn)
 
 

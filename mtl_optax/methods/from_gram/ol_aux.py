@@ -153,8 +153,11 @@ def ol_aux(
         )
         evidence = Evidence(view.active, view.step, norms=norms[0], cosine=cosine[0])
         weights, rule_state = weigh(evidence, state.rule)
-        place = task_tree.combine if reduce else task_tree.scale
-        update = place(view.updates, weights[None], view.active, grouping)
+        told = (view.updates, weights[None], view.active)
+        if reduce:
+            update = task_tree.combine(*told, grouping)
+        else:
+            update = task_tree.scale(*told, view.broken, grouping)
         return update, weights, FilteredOLAuxState(rule_state, window, filled)
 
     needs = frozenset({"gradients"})

@@ -15,7 +15,7 @@ from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.methods.from_gram.cross_gram import given_gram
 from mtl_optax.solvers.cosine import uniform_weights
-from mtl_optax.solvers.simplex import project_onto_simplex, renormalize
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
 class SDMGradState(NamedTuple):
@@ -120,7 +120,7 @@ def sdmgrad(
 
         old = renormalize(state.simplex_weights, active)
         new, _ = lax.fori_loop(0, num_steps, step, (old, jnp.zeros_like(old)))
-        kept = jnp.where(active, new, state.simplex_weights)
+        kept = keep_shares(new, state.simplex_weights, active)
         return (new + share * uniform) / (1 + share), SDMGradState(kept)
 
     rule = Rule("sdmgrad", num_tasks, frozenset({"gram"}), init, weigh, ("gram",))

@@ -13,7 +13,7 @@ from mtl_optax.arguments import check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
-from mtl_optax.solvers.log_weights import log_softmax
+from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
 
 
 class BanditMTLState(NamedTuple):
@@ -86,7 +86,7 @@ def bandit_mtl(
         weights = jnp.exp(log_softmax(state.log_p, active)) / count
         scores = jnp.asarray(step_size, dtype) * evidence.losses
         moved = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(kl_radius, dtype), active)
-        return weights, BanditMTLState(jnp.where(active, moved, state.log_p))
+        return weights, BanditMTLState(keep_log_shares(moved, state.log_p, active))
 
     return from_rule(Rule("bandit_mtl", num_tasks, frozenset({"losses"}), init, weigh), **options)
 

@@ -13,7 +13,7 @@ from mtl_optax.arguments import check_integer, check_num_tasks, check_range
 from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
 from mtl_optax.method import Method
 from mtl_optax.solvers.k_means import k_means_on_line
-from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
+from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_softmax, magnitudes
 
 
 class GO4AlignState(NamedTuple):
@@ -86,7 +86,7 @@ def go4align(
         log_shares = log_softmax(jnp.log(sizes), usable)  # log of L_t / sum L
         relative = exp_weights(log_q - log_shares, usable)
         weights = k_means_on_line(relative, usable, num_groups)
-        return weights, GO4AlignState(jnp.where(active, log_q, state.log_q))
+        return weights, GO4AlignState(keep_log_shares(log_q, state.log_q, active))
 
     return from_rule(Rule("go4align", num_tasks, frozenset({"losses"}), init, weigh), **options)
 

@@ -14,9 +14,15 @@ from mtl_optax.method import Method
 
 
 class MetaBalanceState(NamedTuple):
-    """EMA of each task's gradient norm, `[T]` a block; starts at 0."""
+    """State of `metabalance`, `[T]` a block.
+
+    Attributes:
+      norm_ema: EMA of each task's gradient norm; starts at 0.
+      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
+    """
 
     norm_ema: jax.Array
+    seen: jax.Array
 
 
 def metabalance(
@@ -46,7 +52,9 @@ def metabalance(
     r = 1 makes the magnitudes equal, r = 0 changes nothing.
 
     Algorithm 1 (strategies: algorithm 2) of the paper. The averages start at 0 without bias correction,
-    as in the authors' code; only their ratio is used, so it cancels. Differences from that code, which
+    as in the authors' code; only their ratio is used, so it cancels between tasks that were there equally
+    often. Between others the ratio is corrected for it: else an auxiliary that comes in late would be
+    enlarged a hundredfold. Without a target so far, the weights are 1. Differences from that code, which
     has strategy "both" only: r = 1 is allowed; a tensor that a task has no gradient for counts as a
     zero gradient (there the code leaves every later tensor unbalanced); where :math:`m_t = 0` the
     weight is 1 (there the tensor becomes NaN).
@@ -64,7 +72,7 @@ def metabalance(
       **options: see `WeightingOptions`; here `blocks` is "leaf" by default, as in the paper.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to `[*shape]`. State: `rule_state.norm_ema`, `[B, T]`.
+      A transformation from leaves `[T, *shape]` to `[*shape]`. State: `rule_state`, two `[B, T]`.
       Cost: one pass over the gradients for the norms, one for the sum; no Gram matrix.
 
     Raises:
@@ -92,19 +100,24 @@ def metabalance(
     check_range("metabalance", relax_factor=(relax_factor, 0, 1), ema_decay=(ema_decay, 0, 1))
 
     def init(dtype: Any) -> MetaBalanceState:
-        return MetaBalanceState(jnp.zeros((num_tasks,), dtype))
+        return MetaBalanceState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
 
     def weigh(evidence: Evidence, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
         norms, dtype = evidence.norms, evidence.norms.dtype
         decay, relax = jnp.asarray(ema_decay, dtype), jnp.asarray(relax_factor, dtype)
-        moved = decay * state.norm_ema + (1 - decay) * norms
-        ema = jnp.where(evidence.active, moved, state.norm_ema)
-        reference = ema[target]
+
+        def average(old: jax.Array, new: Any) -> jax.Array:
+            return jnp.where(evidence.active, decay * old + (1 - decay) * new, old)
+
+        ema, seen = average(state.norm_ema, norms), average(state.seen, 1)
+        known = (seen > 0) & (seen[target] > 0)
+        arrived = seen / jnp.where(known, seen[target], 1)  # exactly 1 where all are present
+        reference = ema[target] * arrived
         ratio = jnp.where(ema > 0, reference / jnp.where(ema > 0, ema, 1), 1)
         rescaled = relax * ratio + (1 - relax)
         applies = {"shrink": ema > reference, "enlarge": ema < reference, "both": ema > 0}[strategy]
-        balanced = applies & (jnp.arange(num_tasks) != target)
-        return jnp.where(balanced, rescaled, 1), MetaBalanceState(ema)
+        balanced = applies & known & (jnp.arange(num_tasks) != target)
+        return jnp.where(balanced, rescaled, 1), MetaBalanceState(ema, seen)
 
     rule = Rule("metabalance", num_tasks, frozenset({"norms"}), init, weigh)
     return from_rule(rule, **{"blocks": "leaf", **options})
