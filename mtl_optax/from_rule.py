@@ -103,7 +103,8 @@ class WeightingOptions(TypedDict, total=False):
         between, when nothing but finiteness is looked at. A task that these were not made for, because it
         was absent then, makes new ones due at once.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the gradients' elements are
-        split; inner products are summed over them, so that all devices find the same weights.
+        split; inner products are summed over them, so that all devices find the same weights. `losses` and
+        `active` must be equal on all devices already: `lax.pmean` local losses first.
     """
 
     blocks: Any

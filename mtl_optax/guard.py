@@ -45,6 +45,7 @@ class Guard:
         surroundings.check_before(self.name, self.num_tasks)
         if self.reduces:
             surroundings.check_around(self.name)
+            surroundings.check_beside(self.name, self.num_tasks)
 
     def losses(self, losses: Any, dtype: Any, extra_args: Mapping[str, Any]) -> Any:
         """The losses `[T]`, or None where the method does not need them."""

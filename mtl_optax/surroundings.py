@@ -1,10 +1,11 @@
 """What stands around a method: the optax transformations before it, and the wrappers that call it.
 
-A method sees gradients, not the chain it stands in. Yet three mistakes happen outside of it and raise
+A method sees gradients, not the chain it stands in. Yet four mistakes happen outside of it and raise
 nothing there: a stateful transformation before the method, whose state broadcasts over the task axis;
-one that takes norms over all tasks at once; a wrapper whose other branch keeps the task axis. So at
-trace time the method looks at the Python frames of optax that called it. Frames that it does not
-recognise are passed over, and then nothing is checked; no number ever depends on any of this.
+one that takes norms over all tasks at once; a wrapper whose other branch keeps the task axis; a partition
+whose other group does. So at trace time the method looks at the Python frames of optax that called it.
+Frames that it does not recognise are passed over, and then nothing is checked; no number ever depends on
+any of this.
 """
 
 from __future__ import annotations
@@ -82,6 +83,19 @@ def check_around(name: str) -> None:
             )
 
 
+def check_beside(name: str, num_tasks: int) -> None:
+    """Raises in a partition where another group gets the task axis and keeps it."""
+    for frame in _optax_frames():
+        group = _group_that_keeps_axis(frame, num_tasks) if _factory(frame) == "partition" else None
+        if group is not None:
+            raise ValueError(
+                f"{name}: beside it in the partition stands the group {group!r}, whose gradients carry the "
+                "task axis too and which does not remove it: its updates would be broadcast into the "
+                f"parameters. Begin it with a method: optax.chain(mtl_optax.sum_tasks({num_tasks}), ...). "
+                "To freeze parameters, put optax.transforms.freeze(mask) after everything."
+            )
+
+
 def explain_shape(name: str, num_tasks: int) -> str | None:
     """Why updates without a task axis arrived, where a wrapper around the method is the reason."""
     for frame in _optax_frames():
@@ -148,6 +162,23 @@ def _changed_shape(old: Any, new: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
+def _group_that_keeps_axis(frame: FrameType, num_tasks: int) -> Any:
+    """The label of such a group among those of a partition, or None."""
+    known = frame.f_locals
+    try:
+        params, updates = known["params"], known["updates"]
+        spread = lambda label, part: jax.tree.map(lambda _: label, part)  # noqa: E731
+        labels = jax.tree.leaves(jax.tree.map(spread, known["labels"], params))
+        leaves = zip(labels, jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
+        for label, param, update in leaves:
+            stacked = jnp.shape(update) == (num_tasks, *jnp.shape(param))
+            if stacked and _only_optax(known["transforms"][label].update, set()):
+                return label
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return None
+
+
 # --- functions ---------------------------------------------------------------------------------------
 
 
@@ -172,6 +203,19 @@ def _find_mixer(function: Any, seen: set[int]) -> str | None:
     return next(
         filter(None, (_find_mixer(inner, seen) for inner in _inner_functions(function))), None
     )
+
+
+def _only_optax(function: Any, seen: set[int]) -> bool:
+    """Whether an update and all that it wraps are optax's own, none of which removes the task axis."""
+    if id(function) in seen:
+        return True
+    seen.add(id(function))
+    updates = [
+        f
+        for f in _inner_functions(function)
+        if getattr(f, "__name__", "").startswith("update") or _of_optax(f)
+    ]
+    return _of_optax(function) and all(_only_optax(inner, seen) for inner in updates)
 
 
 def _names_of(function: Any) -> str:

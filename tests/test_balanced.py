@@ -87,3 +87,27 @@ def test_what_cannot_work_is_refused():
     fn = mtl.balanced_value_and_grad(loss_fn, mtl.mgda(T), evidence=lambda path, leaf: False)
     with pytest.raises(ValueError, match="none of the 3 leaves"):
         run(fn, mtl.mgda(T).init(PARAMS))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_max_norm_holds_here_too(every):
+    method = mtl.nash_mtl(T, max_norm=0.5, update_every=every)
+    fn = jax.jit(lambda state: run(mtl.balanced_value_and_grad(loss_fn, method), state)[1:])
+    state = method.init(PARAMS)
+    for _ in range(2):
+        update, state = fn(state)
+        squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(update))
+        assert squares**0.5 == pytest.approx(0.5)
+
+
+def test_a_task_that_was_absent_makes_new_weights_due():
+    method = mtl.mgda(T, update_every=10)
+    fn = jax.jit(
+        lambda state, active: run(
+            mtl.balanced_value_and_grad(loss_fn, method), state, active=active
+        )[2]
+    )
+    state = fn(method.init(PARAMS), jnp.array([True, True, False]))
+    assert state.weighed.tolist() == [True, True, False]
+    state = fn(state, jnp.ones((T,), bool))
+    assert state.weighed.all() and int(state.balance_count) == 2

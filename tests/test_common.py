@@ -334,3 +334,95 @@ def test_unstacked_gradients_whose_first_dimension_is_the_number_of_tasks():
     state = tx.init(params)
     with pytest.raises(ValueError, match="first dimension is no task axis"):
         tx.update(params, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_state_can_be_donated(name):
+    """Equal zeros in one buffer would be donated twice, which XLA refuses."""
+    states = [method(name).init(PARAMS), mtl.fork_init(method(name), PARAMS["a"])]
+    states.append(mtl.accumulate(method(name), T, 2).init(PARAMS))
+    for state in states:
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
+        assert len(set(buffers)) == len(buffers)
+
+
+STANDING_STILL = {
+    "bandit_mtl": mtl.bandit_mtl(T),
+    "emtl": mtl.emtl(T),
+    "excess_mtl": mtl.excess_mtl(T, step_size=0.0),
+    "go4align": mtl.go4align(T, num_groups=3),
+    "moco": mtl.moco(T),
+    "modo": mtl.modo(T),
+    "multibalance": mtl.multibalance(T, weight_lr=0.01),
+    "sdmgrad": mtl.sdmgrad(T),
+}
+
+
+@pytest.mark.parametrize("name", STANDING_STILL)
+def test_a_task_that_is_absent_now_and_then_keeps_its_share(name):
+    tx, grads = STANDING_STILL[name], jnp.ones((T, 4))
+
+    def two_steps(state, _):
+        for active in ([True, True, True], [True, True, False]):
+            _, state = tx.update(
+                grads, state, jnp.ones(4), losses=jnp.ones(T), active=jnp.array(active)
+            )
+        return state, None
+
+    state, _ = jax.lax.scan(two_steps, tx.init(jnp.ones(4)), length=100)
+    _, state = tx.update(grads, state, jnp.ones(4), losses=jnp.ones(T))
+    assert_close(state.weights, jnp.broadcast_to(state.weights[0], (T,)), 1e-3)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_metabalance_takes_a_late_task_as_it_is(late):
+    tx, grads = mtl.metabalance(T, ema_decay=0.999), jnp.ones((T, 4))
+    absent = jnp.arange(T) != late
+    step = jax.jit(lambda state, active: tx.update(grads, state, active=active)[1])
+    state = tx.init(jnp.ones(4))
+    for _ in range(3):
+        state = step(state, absent)
+        assert_close(state.weights, absent.astype(jnp.float32))
+    for _ in range(3):
+        state = step(state, jnp.ones((T,), bool))
+        assert_close(state.weights, jnp.ones(T))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_non_finite_task_stays_one_through_methods_that_keep_the_task_axis(name):
+    first = mtl.fixed_weights(T, [1.0, 1.0, 1.0], reduce=False)
+    chained, alone = optax.chain(first, method(name)), method(name)
+    grads = jax.tree.map(lambda g: g.at[1].set(jnp.nan), gradients(0))
+    update, (_, state) = chained.update(grads, chained.init(PARAMS), PARAMS, losses=LOSSES)
+    expected, want = alone.update(grads, alone.init(PARAMS), PARAMS, losses=LOSSES)
+    assert_close(update, expected, 0)
+    assert_close(state.rule_state, want.rule_state, 0)
+    assert state.skipped.tolist() == [0, 1, 0]
+    # A loss that is not finite counts like a gradient; an absent task's slot stays 0.
+    keep = mtl.emtl(T, reduce=False)
+    active = jnp.array([True, True, False])
+    losses = LOSSES.at[1].set(jnp.nan)
+    update, _ = keep.update(gradients(0), keep.init(PARAMS), PARAMS, losses=losses, active=active)
+    assert np.isnan(update["a"][1]).all() and not np.any(update["a"][2])
+
+
+def test_cached_weights_are_for_those_who_were_there():
+    every = mtl.mgda(2, update_every=10)
+    grads = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    state = every.init(jnp.zeros(2))
+    _, state = every.update(grads.at[1].set(jnp.nan), state)
+    assert state.weights.tolist() == [1, 0]
+    update, state = every.update(grads, state)
+    assert_close(update, jnp.array([0.5, 0.5]))
+    _, cached = every.update(
+        jnp.array([[1.0, 0.0], [0.0, 9.0]]), state, active=jnp.array([True, False])
+    )
+    assert_close(cached.weights, state.weights, 0)
+
+
+@pytest.mark.parametrize("rows", [[[1, 2], [-2, -4], [3, 0], [-12, 0]], [[1, 2], [-2, -4], [4, 8]]])
+def test_config_finds_no_direction_where_there_is_none(rows):
+    grads = jnp.asarray(np.asarray(rows, np.float32) / 3)
+    tx = mtl.config(len(rows))
+    update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
+    assert update.tolist() == [0, 0]

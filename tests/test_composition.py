@@ -293,6 +293,51 @@ def test_masked_alone_leaves_the_rest_stacked():
     assert update["head"].shape == (T, 2, 3) and update["shared"]["w"].shape == (4, 2)
 
 
+FROZEN = {
+    "partition": lambda tx: optax.partition(
+        {"trained": tx, "frozen": optax.set_to_zero()}, {"head": "frozen", "shared": "trained"}
+    ),
+    "another optimizer": lambda tx: optax.partition(
+        {
+            "trained": tx,
+            "frozen": optax.chain(optax.scale_by_schedule(lambda _: 0.5), optax.sgd(0.1)),
+        },
+        {"head": "frozen", "shared": "trained"},
+    ),
+}
+if hasattr(optax.transforms, "selective_transform"):
+    FROZEN["selective"] = lambda tx: optax.transforms.selective_transform(
+        tx, freeze_mask={"head": True, "shared": {"b": False, "w": False}}
+    )
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_group_that_keeps_the_task_axis_is_refused(name):
+    group = "freeze" if name == "selective" else "frozen"
+    told = (
+        f"mgda: beside it in the partition stands the group '{group}', whose gradients carry the task axis "
+        "too and which does not remove it: its updates would be broadcast into the parameters. Begin it "
+        f"with a method: optax.chain(mtl_optax.sum_tasks({T}), ...). To freeze parameters, put "
+        "optax.transforms.freeze(mask) after everything."
+    )
+    with pytest.raises(ValueError) as raised:
+        run(FROZEN[name](optax.chain(mtl.mgda(T), optax.sgd(1e-2))))
+    assert str(raised.value) == told
+
+
+def test_two_ways_to_freeze():
+    tx = optax.chain(mtl.mgda(T), optax.sgd(1e-2))
+    mask = {"head": True, "shared": jax.tree.map(lambda _: False, PARAMS["shared"])}
+    groups = {"trained": tx, "frozen": optax.chain(mtl.sum_tasks(T), optax.set_to_zero())}
+    for frozen in (
+        optax.chain(tx, optax.transforms.freeze(mask)),
+        optax.partition(groups, {"head": "frozen", "shared": "trained"}),
+    ):
+        update, _ = run(frozen)
+        assert shape_of(update) == shape_of(PARAMS)
+        assert not np.any(update["head"]) and np.any(update["shared"]["w"])
+
+
 def test_shared_and_heads_recipes():
     groups = {"shared": mtl.mgda(T), "head": BALANCE}
     stacked = optax.chain(
@@ -308,8 +353,8 @@ def test_shared_and_heads_recipes():
 
 def test_selective_transform_goes_after():
     freeze = {"head": True, "shared": False}
-    around = optax.selective_transform(BALANCE, freeze_mask=freeze)
-    assert run(around)[0]["head"].shape == (T, 2, 3)
+    with pytest.raises(ValueError, match="beside it in the partition stands the group 'freeze'"):
+        run(optax.selective_transform(BALANCE, freeze_mask=freeze))
     after = optax.chain(BALANCE, optax.selective_transform(optax.sgd(1e-2), freeze_mask=freeze))
     assert traced(after) == shape_of(PARAMS)
 

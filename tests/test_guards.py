@@ -185,3 +185,32 @@ def test_nothing_to_drop_is_a_mistake():
     assert str(raised.value) == (
         "drop_extra_args: name the extra arguments to drop, such as 'losses'."
     )
+
+
+# --- absent tasks ------------------------------------------------------------------------------------
+
+
+def test_what_an_absent_task_holds_skips_no_step():
+    active = jnp.array([True, False])
+    grads = {"a": gradients(0)["a"].at[1].set(jnp.nan), "b": gradients(0)["b"].at[1].set(jnp.inf)}
+    update, state = GUARDED.update(
+        grads, GUARDED.init(PARAMS), PARAMS, losses=LOSSES.at[1].set(jnp.nan), active=active
+    )
+    assert int(state.skipped_steps) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
+    _, state = GUARDED.update(grads, GUARDED.init(PARAMS), PARAMS, losses=LOSSES)
+    assert int(state.skipped_steps) == 1
+
+
+@pytest.mark.parametrize("name", ["accumulate", "per_task"])
+def test_misshapen_losses_and_active_are_refused(name):
+    if name == "accumulate":
+        tx = mtl.accumulate(mtl.sum_tasks(T), T, 2)
+    else:
+        tx = mtl.per_task(optax.trace(0.9), T)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=rf"{name}: active must have shape \(2,\)"):
+        tx.update(gradients(0), state, PARAMS, active=jnp.asarray(False))
+    if name == "accumulate":
+        with pytest.raises(ValueError, match=r"accumulate: losses must have shape \(2,\)"):
+            tx.update(gradients(0), state, PARAMS, losses=jnp.asarray(1.0))

@@ -281,3 +281,91 @@ def test_a_name_of_blocks_that_does_not_exist():
 def test_per_task_on_gradients_without_the_axis():
     tx = mtl.per_task(optax.clip_by_global_norm(1.0), T)
     assert message(ValueError, lambda: update(tx, PARAMS)).endswith(ALREADY_SUMMED)
+
+
+# --- what is differentiated --------------------------------------------------------------------------
+
+
+def test_parameters_without_a_gradient():
+    def loss_fn(params):
+        return params["w"] * params["w"]
+
+    params = {"w": jnp.ones(3), "count": jnp.uint32(0)}
+    told = (
+        "per_task_value_and_grad: cannot differentiate by the leaf [0]['count'] of uint32. Pass what is no "
+        "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, nnx.Param, ...)."
+    )
+    assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == told
+    balanced = mtl.balanced_value_and_grad(loss_fn, mtl.mgda(3))
+    state = mtl.mgda(3).init({"w": jnp.ones(3)})
+    assert "leaf ['count'] of uint32" in message(TypeError, lambda: balanced(params, state))
+    split = mtl.split_value_and_grad(lambda p: p["w"], lambda heads, h: heads * h)
+    assert "leaf [0]['count'] of uint32" in message(TypeError, lambda: split(params, jnp.ones(3)))
+
+
+WRAPPERS = {
+    "checkpoint": jax.checkpoint,
+    "jit": jax.jit,
+    "scan": lambda f: lambda *args: jax.lax.scan(lambda c, _: (c, f(*args)), 0.0, length=1)[1][0],
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_fork_inside_an_inner_trace(name):
+    method = mtl.mgda(2)
+
+    def loss_fn(w, fork, x):
+        return WRAPPERS[name](lambda w, x: jnp.stack([jnp.sum(c**2) for c in fork(x @ w)]))(w, x)
+
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    carrier = mtl.fork_init(method, x @ w)
+    told = (
+        "fork_value_and_grad: loss_fn calls fork inside jit, checkpoint, scan, vmap or the like, where the "
+        "losses cannot be joined to it. Move the call out of there, or use mtl_optax.fork and "
+        "mtl_optax.join themselves, with the token among the results of the inner function."
+    )
+    fn = mtl.fork_value_and_grad(loss_fn, method)
+    assert message(ValueError, lambda: fn(w, carrier, x)) == told
+    assert message(ValueError, lambda: jax.jit(fn)(w, carrier, x)) == told
+
+
+def test_the_remedy_for_it():
+    """`fork` itself inside of `jax.checkpoint`, its token handed out: the numbers are those without."""
+    method = mtl.emtl(2)
+    w, x = jnp.ones((3, 2)), jnp.linspace(-1, 1, 12).reshape(4, 3)
+
+    def total(wrap):
+        def loss_fn(w, carrier, x):
+            def block(w, carrier, x):
+                copies, token = mtl.fork(jnp.tanh(x @ w), carrier, method)
+                return jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1] - 1)]), token
+
+            return mtl.join(*wrap(block)(w, carrier, x))
+
+        return jax.grad(loss_fn, argnums=(0, 1))(w, mtl.fork_init(method, x @ w), x)
+
+    plain, inside = total(lambda f: f), total(jax.checkpoint)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), inside, plain)
+
+
+def test_losses_joined_twice_are_told_once():
+    method = mtl.emtl(2)
+    h = jnp.arange(3.0)
+
+    def total(times):
+        def loss_fn(h, carrier):
+            copies, token = mtl.fork(h, carrier, method)
+            losses = jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])])
+            return sum(mtl.join(losses, token) for _ in range(times)) / times
+
+        return jax.grad(loss_fn, argnums=(0, 1))(h, mtl.fork_init(method, h))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), total(2), total(1))
+
+
+def test_a_weigher_that_clips():
+    told = (
+        "emtl: takes the weights of nash_mtl only, so its max_norm would be lost. Leave it out, and put "
+        "optax.clip_by_global_norm after the whole method."
+    )
+    assert message(ValueError, lambda: mtl.emtl(T, weigher=mtl.nash_mtl(T, max_norm=1.0))) == told

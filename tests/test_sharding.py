@@ -357,3 +357,61 @@ def test_gradient_accumulation_by_microbatching_is_exact():
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-6), accumulated, at_once
     )
+
+
+# --- shard_map -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_a_device_under_shard_map(family):
+    """Loops inside `shard_map` must start from the types that they end with."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AXIS_TYPES["auto"],))
+    grads = jax.random.normal(jax.random.key(0), (8, T, 5))
+    losses = jnp.linspace(0.5, 2.0, 8 * T).reshape(8, T)
+    for row in mtl.METHODS.values():
+        if row.family != family:
+            continue
+        tx = row.make(T)
+
+        def one(grads, state, losses, tx=tx):
+            alone = jax.tree.map(lambda x: x[0], (grads, state, losses))
+            result = tx.update(*alone[:2], jnp.zeros(5), losses=alone[2])
+            return jax.tree.map(lambda x: x[None], result)
+
+        states = jax.tree.map(lambda x: jnp.stack([x] * 8), tx.init(jnp.zeros(5)))
+        mapped = jax.shard_map(one, mesh=mesh, in_specs=P("model"), out_specs=P("model"))
+        update, _ = jax.eval_shape(mapped, grads, states, losses)
+        assert update.shape == (8, 5)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "unroll", "map"])
+def test_local_losses_inside_shard_map(mode):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
+    w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
+
+    def losses_of(w, x):
+        h = jnp.tanh(x @ w)
+        return jnp.stack([jnp.mean(h**2), jnp.mean(h - 1)])
+
+    def local(w, x):
+        w = jax.lax.pcast(w, "data", to="varying")
+        losses, grads = mtl.per_task_value_and_grad(losses_of, mode=mode)(w, x)
+        return jax.lax.pmean((losses, grads), "data")
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    expected = mtl.per_task_value_and_grad(losses_of)(w, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), run(w, x), expected)
+
+
+def test_accumulate_on_an_explicit_mesh():
+    mesh = make_mesh("explicit")
+    params = place({"w": jnp.ones((8, 6))}, {"w": P("data", "model")}, mesh)
+    grads = place({"w": jnp.ones((T, 8, 6))}, {"w": P(None, "data", "model")}, mesh)
+    tx = mtl.accumulate(optax.chain(mtl.mgda(T), optax.sgd(1.0)), T, 2)
+    with jax.set_mesh(mesh):
+        step = jax.jit(tx.update)
+        update, state = step(grads, tx.init(params), params)
+        assert not np.any(update["w"])
+        update, _ = step(grads, state, params)
+    assert update["w"].sharding.spec == P("data", "model")
+    np.testing.assert_allclose(update["w"], -1, 1e-6)

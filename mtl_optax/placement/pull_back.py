@@ -112,7 +112,7 @@ def _by_units(pullback: Callable[[jax.Array], Any], losses: jax.Array) -> Pullba
 
 def _units(losses: jax.Array) -> jax.Array:
     # With the losses' type inside `shard_map`, where what differs between devices says so.
-    return jnp.eye(losses.shape[0], dtype=losses.dtype) + jnp.zeros_like(losses)
+    return jnp.eye(losses.shape[0], dtype=losses.dtype) + jnp.zeros_like(losses)[None]
 
 
 def _rows_of_stack(program: Any) -> list[Any] | None:

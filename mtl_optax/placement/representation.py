@@ -99,7 +99,8 @@ def join(losses: jax.Array, token: ForkToken, *, active: jax.Array | None = None
     """Sums the losses of a fork's heads and hands the losses to the method.
 
     Args:
-      losses: `[T]`, in the order of the copies.
+      losses: `[T]`, in the order of the copies. For a method with `axis_name`, equal on all devices:
+        `lax.pmean` local losses first.
       token: from the same `fork`.
       active: bool `[T]`, tasks present in this batch; all by default. The loss of an absent task does
         not enter the sum.
