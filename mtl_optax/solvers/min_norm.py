@@ -16,7 +16,9 @@ def min_norm_weights(
     variables :math:`b_i = a_i n_i` and with :math:`r_i = n_{\min} / n_i`, the minimiser over
     :math:`b \ge 0` of :math:`\tfrac12 b^\top (C + r r^\top) b - r^\top b` is a multiple of the answer, also
     when 0 lies in the hull. All coefficients are at most 1, so norms that differ by many orders of
-    magnitude cost no accuracy.
+    magnitude cost no accuracy, with one exception: where 0 lies in the hull of gradients that are all some
+    100 times (float32; 1e6 times in float64) as long as another, that one keeps a weight, up to 1. The
+    combination is then no longer than it, but not 0.
 
     Args:
         cosine: cosines ``C`` of the gradients, ``[T, T]``.

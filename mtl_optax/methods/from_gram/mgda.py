@@ -38,7 +38,8 @@ def mgda(
 
     Degenerate input: one zero gradient gets all the weight and the update is 0, with any normalisation;
     all zero: equal weights. With "loss" and "loss+", a loss of 0 (or below) counts as converged in the
-    same way. T = 1: weight 1.
+    same way. Where 0 lies in the hull of gradients some 100 times (float32) as long as another, that one
+    keeps a weight, and the update is as long as it at most. T = 1: weight 1.
 
     Args:
       num_tasks: T, static.
