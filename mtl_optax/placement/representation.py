@@ -18,12 +18,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 
 from mtl_optax.from_rule import BalanceState
 from mtl_optax.placement.carrier import encode_state, fork_state
 from mtl_optax.placement.parameters import check_losses
 from mtl_optax.task_tree import TaskRows
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # where older releases of jax have it
+    from jax.core import get_opaque_trace_state  # type: ignore[attr-defined]
 
 
 class ForkToken(NamedTuple):
@@ -187,11 +191,11 @@ def fork_value_and_grad(
     def value_and_grad(params: Any, carrier: Any, *args: Any, active: Any = None) -> Any:
         def total(params: Any, carrier: Any) -> Any:
             tokens: list[ForkToken] = []
-            here = core.get_opaque_trace_state()
+            here = get_opaque_trace_state()
 
             def fork_once(representation: Any) -> tuple[Any, ...]:
                 # From an inner trace the token would leak out, and the losses never reach the method.
-                if core.get_opaque_trace_state() != here:
+                if get_opaque_trace_state() != here:
                     raise ValueError(
                         "fork_value_and_grad: loss_fn calls fork inside jit, checkpoint, scan, vmap or the "
                         "like, where the losses cannot be joined to it. Move the call out of there, or use "
