@@ -212,10 +212,10 @@ def skip_nonfinite(
 
     Where a gradient, a loss given as `losses=`, or the update that `inner` makes of them holds NaN or
     infinity, the update is 0 and the inner state stays as it was; what an absent task's slots hold
-    (`active=`) does not count. The methods here exclude a
-    non-finite task by themselves; this guard is for those who rather lose the step than train on the
-    remaining tasks, and for the heads, whose gradients no method looks at. `optax.apply_if_finite`
-    cannot stand around a transformation that removes the task axis: its zeros keep that axis.
+    (`active=`) does not count. The methods here exclude a non-finite task by themselves; this guard is
+    for those who rather lose the step than train on the remaining tasks, and for the heads, whose
+    gradients no method looks at. `optax.apply_if_finite` cannot stand around a transformation that
+    removes the task axis: its zeros keep that axis.
 
     Args:
       inner: the whole optimizer, balancing method included.
@@ -413,10 +413,9 @@ def _of_active(tree: Any, active: Any) -> Any:
     active = jnp.asarray(active)
 
     def one(leaf: Any) -> Any:
-        stacked = jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == active.size
-        return (
-            jnp.where(task_tree.along_tasks(active, jnp.ndim(leaf)), leaf, 0) if stacked else leaf
-        )
+        # A head's gradient may have no task axis: what it holds shows in the update.
+        stacked = jnp.shape(leaf)[:1] == active.shape
+        return task_tree.remove_absent(leaf, active) if stacked else leaf
 
     return jax.tree.map(one, tree)
 

@@ -101,7 +101,7 @@ class WeightingOptions(TypedDict, total=False):
         slot of a task that is not finite is passed on as NaN, so that the next method excludes it too.
       update_every: k > 1 asks for new weights every k-th update only, and uses the cached ones in
         between, when nothing but finiteness is looked at. A task that these were not made for, because it
-        was absent then, makes new ones due at once.
+        was absent then or not finite, makes new ones due at once, and as long as it is not finite.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the gradients' elements are
         split; inner products are summed over them, so that all devices find the same weights. `losses` and
         `active` must be equal on all devices already: `lax.pmean` local losses first.

@@ -389,8 +389,7 @@ def remove_absent(updates: Any, keep: jax.Array) -> Any:
     """The task tree with the slots of tasks not in `keep` [T] set to 0."""
 
     def one(leaf: jax.Array) -> jax.Array:
-        mask = keep.reshape(keep.shape + (1,) * (leaf.ndim - 1))
-        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+        return jnp.where(along_tasks(keep, leaf.ndim), leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(one, updates)
 

@@ -181,6 +181,9 @@ def check_differentiable(name: str, params: Any) -> None:
       name: whose error it is.
       params: what is differentiated by.
 
+    Returns:
+      None.
+
     Raises:
       TypeError: with the leaf's path. A Flax module with counters (of its random numbers, say) among its
         parameters would otherwise train with all of them standing still.
