@@ -146,18 +146,18 @@ def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dic
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     runs: dict[str, list[Run]] = {}
     with Progress(
-        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[told]}"),
+        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
         console=console,
     ) as progress:  # fmt: skip
         for method in config.methods:
-            bar = progress.add_task(method, total=config.train.epochs, told="compiling")
+            bar = progress.add_task(method, total=config.train.epochs, note="compiling")
             seeds = list(range(config.seeds))
             stored = {seed: _stored(config, method, seed, fingerprint) for seed in seeds}
             finished = {seed: run for seed, run in stored.items() if run is not None}
             missing = [seed for seed in seeds if seed not in finished]
 
             def on_epoch(epoch: int, values: np.ndarray, bar: Any = bar) -> None:
-                progress.update(bar, completed=epoch, told=f"validation {values.mean():.4f}")
+                progress.update(bar, completed=epoch, note=f"validation {values.mean():.4f}")
 
             for run in _train(trainer, config, method, missing, on_epoch, fingerprint):
                 finished[run.seed] = run

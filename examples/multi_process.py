@@ -56,7 +56,7 @@ def train(config: Config) -> dict[str, Any]:
     def start() -> Any:
         params = _init(config)
         h = jnp.zeros((config.examples, config.hidden))
-        return params, optimizer.init(params), mtl.fork_init(method, h)
+        return params, optimizer.init(params), method.init(h)
 
     def losses_of(params: Any, fork: Any, batch: Any) -> jax.Array:
         h = jnp.tanh(batch["x"] @ params["shared"])
@@ -66,20 +66,20 @@ def train(config: Config) -> dict[str, Any]:
         return jnp.stack([mean_square, cross_entropy])
 
     @partial(jax.jit, out_shardings=everywhere)
-    def step(params: Any, opt_state: Any, carrier: Any, batch: Any) -> Any:
+    def step(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         value_and_grad = mtl.fork_value_and_grad(losses_of, method)
-        losses, (grads, carrier) = value_and_grad(params, carrier, batch)
+        losses, (grads, balance) = value_and_grad(params, balance, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, carrier, losses
+        return optax.apply_updates(params, updates), opt_state, balance, losses
 
-    params, opt_state, carrier = jax.device_put(start(), everywhere)
+    params, opt_state, balance = jax.device_put(start(), everywhere)
     history = []
     for _ in range(config.steps):
-        params, opt_state, carrier, losses = step(params, opt_state, carrier, batch)
+        params, opt_state, balance, losses = step(params, opt_state, balance, batch)
         history.append(losses.tolist())
     return {
         "processes": jax.process_count(),
-        "weights": mtl.head_weights(carrier).tolist(),
+        "weights": mtl.head_weights(balance).tolist(),
         "losses": history,
     }
 

@@ -1,4 +1,4 @@
-"""Small transformations that make an algebra of the methods: reducers, per-task lifting, guards."""
+"""Small transformations that combine with the methods: reducers, lifting over tasks, guards."""
 
 from __future__ import annotations
 
@@ -9,72 +9,68 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax import arguments, task_tree
-from mtl_optax.from_rule import Evidence, Rule, WeightingOptions, from_rule
-from mtl_optax.guard import Guard
+from mtl_optax.core import checks, task_tree
+from mtl_optax.core.arguments import check_integer, check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.solvers.arithmetic import safe_divide
 
 
-def fixed_weights(
-    num_tasks: int, weights: Any, **options: Unpack[WeightingOptions]
-) -> optax.GradientTransformationExtraArgs:
-    """Weighs every task by a given number.
+def fixed_weights(num_tasks: Any, weights: Any, **options: Unpack[MethodOptions]) -> Method:
+    """Multiplies each task gradient by a given number.
 
-    The weighted sum `sum_t weights[t] * g_t` with constants: linear scalarisation, the baseline that a
-    careful grid search can make hard to beat. Sum-like with weights of one.
+    The update is `sum_t weights[t] * g_t` with constant weights: linear scalarisation, the baseline that
+    a careful search over weights can make hard to beat. Scale: sum-like with weights of one.
 
     Args:
-      num_tasks: T, static.
-      weights: `[T]`, any real numbers; they multiply the raw gradients.
-      **options: see `WeightingOptions`.
+      num_tasks: T, or the task names.
+      weights: `[T]`, or a dictionary by task name; any real numbers.
+      **options: see `MethodOptions`.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to `[*shape]`. Cost: one pass over the gradients.
+      A `Method`. Cost: one pass over the gradients.
 
     Raises:
-      ValueError: where `weights` does not have T entries.
+      ValueError: if `weights` does not have one entry per task.
 
     Example:
 
       >>> import jax.numpy as jnp, mtl_optax as mtl
-      >>> tx = mtl.fixed_weights(2, [1.0, 0.5])
+      >>> tx = mtl.fixed_weights(("click", "buy"), {"click": 0.5, "buy": 1.0})
       >>> state = tx.init(jnp.zeros(2))
       >>> tx.update(jnp.array([[1., 0.], [0., 4.]]), state)[0].tolist()
       [1.0, 2.0]
 
     References:
-      Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022.
+      Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022,
+      https://arxiv.org/abs/2201.04122
     """
-    num_tasks = arguments.check_num_tasks("fixed_weights", num_tasks)
+    tasks = read_tasks("fixed_weights", num_tasks)
+    if isinstance(weights, dict):
+        weights = task_vector("fixed_weights", "weights", weights, tasks)
     weights = jnp.asarray(weights)
-    if weights.shape != (num_tasks,):
-        raise ValueError(
-            f"fixed_weights: weights must have shape ({num_tasks},), one number per task; found "
-            f"{weights.shape}."
-        )
+    check_per_task("fixed_weights", "weights", weights, tasks.number)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         return weights, state
 
-    return _constant("fixed_weights", num_tasks, weigh, options)
+    return from_rule("fixed_weights", tasks, WeightRule(frozenset(), weigh), **options)
 
 
-def sum_tasks(
-    num_tasks: int, **options: Unpack[WeightingOptions]
-) -> optax.GradientTransformationExtraArgs:
+def sum_tasks(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     """Sums the task gradients: plain multi-task training.
 
-    The update is `sum_t g_t` over the tasks present; sum-like. The end of a chain of transformations
-    that keep the task axis, and the baseline of every comparison.
+    The update is `sum_t g_t` over the tasks present. Scale: sum-like. It ends a chain of transformations
+    that keep the task axis, and is the baseline of every comparison.
 
     Args:
-      num_tasks: T, static.
-      **options: see `WeightingOptions`.
+      num_tasks: T, or the task names.
+      **options: see `MethodOptions`.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to `[*shape]`. Cost: one pass over the gradients.
-
-    Raises:
-      TypeError: where `num_tasks` is not a static integer.
+      A `Method`. Cost: one pass over the gradients.
 
     Example:
 
@@ -84,32 +80,27 @@ def sum_tasks(
       [1.0, 4.0]
 
     References:
-      Caruana, Multitask Learning, 1997.
+      Caruana, Multitask Learning, 1997, https://doi.org/10.1023/A:1007379606734
     """
-    num_tasks = arguments.check_num_tasks("sum_tasks", num_tasks)
+    tasks = read_tasks("sum_tasks", num_tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        return jnp.ones((num_tasks,)), state
+        return jnp.ones((tasks.number,)), state
 
-    return _constant("sum_tasks", num_tasks, weigh, options)
+    return from_rule("sum_tasks", tasks, WeightRule(frozenset(), weigh), **options)
 
 
-def mean_tasks(
-    num_tasks: int, **options: Unpack[WeightingOptions]
-) -> optax.GradientTransformationExtraArgs:
+def mean_tasks(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     """Averages the task gradients.
 
-    The update is the mean of `g_t` over the tasks present; mean-like.
+    The update is the mean of `g_t` over the tasks present. Scale: mean-like.
 
     Args:
-      num_tasks: T, static.
-      **options: see `WeightingOptions`.
+      num_tasks: T, or the task names.
+      **options: see `MethodOptions`.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to `[*shape]`. Cost: one pass over the gradients.
-
-    Raises:
-      TypeError: where `num_tasks` is not a static integer.
+      A `Method`. Cost: one pass over the gradients.
 
     Example:
 
@@ -119,31 +110,24 @@ def mean_tasks(
       [0.5, 2.0]
 
     References:
-      Caruana, Multitask Learning, 1997.
+      Caruana, Multitask Learning, 1997, https://doi.org/10.1023/A:1007379606734
     """
-    num_tasks = arguments.check_num_tasks("mean_tasks", num_tasks)
+    tasks = read_tasks("mean_tasks", num_tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         present = jnp.maximum(jnp.sum(evidence.active), 1)
-        return jnp.broadcast_to(1 / present, (num_tasks,)), state
+        return jnp.broadcast_to(1 / present, (tasks.number,)), state
 
-    return _constant("mean_tasks", num_tasks, weigh, options)
-
-
-def _constant(
-    name: str, num_tasks: int, weigh: Any, options: WeightingOptions
-) -> optax.GradientTransformationExtraArgs:
-    rule = Rule(name, num_tasks, frozenset(), lambda dtype: (), weigh)
-    return from_rule(rule, **options)
+    return from_rule("mean_tasks", tasks, WeightRule(frozenset(), weigh), **options)
 
 
 def per_task(
-    inner: optax.GradientTransformation, num_tasks: int
+    inner: optax.GradientTransformation, num_tasks: Any, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts any optax transformation over the task axis: `[T, ...]` to `[T, ...]`.
 
-    Every task gets its own copy of `inner` and of its state, by `vmap`. It is what makes a stateful or
-    norm-taking transformation correct before a balancing method: `per_task(optax.trace(0.9), T)` keeps
+    Every task gets its own copy of `inner` and of its state, by `vmap`. This makes a transformation that
+    has a state or takes norms correct before a balancing method: `per_task(optax.trace(0.9), T)` keeps
     one momentum per task, `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient.
 
     An absent or non-finite task leaves its own state as it was; its slot passes through unchanged, so
@@ -151,13 +135,14 @@ def per_task(
 
     Args:
       inner: a transformation from leaves `[*shape]` to leaves `[*shape]`.
-      num_tasks: T, static.
+      num_tasks: T, or the task names.
+      axis_name: see `MethodOptions`.
 
     Returns:
-      A transformation on leaves `[T, *shape]`; T times the state of `inner`.
+      A transformation on leaves `[T, *shape]`. Memory: T states of `inner`.
 
     Raises:
-      ValueError: where updates do not carry the task axis.
+      ValueError: for updates without the task axis.
 
     Example:
 
@@ -166,36 +151,49 @@ def per_task(
       >>> state = tx.init(jnp.zeros(2))
       >>> [round(float(x), 3) for x in tx.update(jnp.array([[3., 4.], [0., 0.5]]), state)[0]]
       [0.6, 1.3]
-
-    References:
-      The lifting of AdaTask: Yang et al., AdaTask: A Task-Aware Adaptive Learning Rate Approach to
-      Multi-Task Learning, 2023.
     """
-    num_tasks = arguments.check_num_tasks("per_task", num_tasks)
-    guard = Guard("per_task", num_tasks, frozenset({"gradients"}), reduces=False)
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params: Any) -> Any:
-        like = jax.tree.map(_concrete, params)
-        return jax.vmap(inner.init, in_axes=None, axis_size=num_tasks)(like)
+    tasks = read_tasks("per_task", num_tasks)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, *, active: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        guard.check(updates, params, extra_args)
-        keep = task_tree.finite(updates, num_tasks) & guard.present(active)
+        checks.check_updates("per_task", updates, tasks, params)
+        keep = checks.read_active("per_task", active, tasks)
+        keep = keep & task_tree.finite(updates, tasks.number, axis_name)
+        return update_each(inner, updates, state, params, keep, extra_args)
 
-        def one(update: Any, state: Any, keep: jax.Array) -> tuple[Any, Any]:
-            new_update, new_state = inner.update(update, state, params, **extra_args)
-            return jax.tree.map(
-                lambda new, old: jnp.where(keep, new, old),
-                (new_update, new_state),
-                (update, state),
-            )
+    return optax.GradientTransformationExtraArgs(
+        lambda params: init_each(inner, params, tasks.number), update_fn
+    )
 
-        return jax.vmap(one)(updates, state, keep)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+def init_each(inner: optax.GradientTransformation, params: Any, num_tasks: int) -> Any:
+    """The states of one copy of `inner` per task, stacked along a leading axis."""
+
+    def concrete(leaf: Any) -> Any:
+        shaped = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if shaped else leaf
+
+    like = jax.tree.map(concrete, params)
+    return jax.vmap(inner.init, in_axes=None, axis_size=num_tasks)(like)
+
+
+def update_each(
+    inner: optax.GradientTransformation,
+    updates: Any,
+    states: Any,
+    params: Any,
+    keep: jax.Array,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The updates of one copy of `inner` per task; those not in `keep` [T] stay as they are."""
+    update = optax.with_extra_args_support(inner).update
+
+    def one(gradient: Any, state: Any, keep: jax.Array) -> tuple[Any, Any]:
+        moved = update(gradient, state, params, **extra_args)
+        return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))
+
+    return jax.vmap(one)(updates, states, keep)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -206,25 +204,22 @@ class SkipNonfiniteState(NamedTuple):
 
 
 def skip_nonfinite(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a whole step where anything in it is not finite.
+    """Skips a whole step if anything in it is not finite.
 
-    Where a gradient, a loss given as `losses=`, or the update that `inner` makes of them holds NaN or
-    infinity, the update is 0 and the inner state stays as it was; what an absent task's slots hold
-    (`active=`) does not count. The methods here exclude a non-finite task by themselves; this guard is
-    for those who rather lose the step than train on the remaining tasks, and for the heads, whose
-    gradients no method looks at. `optax.apply_if_finite` cannot stand around a transformation that
-    removes the task axis: its zeros keep that axis.
+    If a gradient, a loss given as `losses=`, or the update that `inner` makes of them holds NaN or
+    infinity, the update is 0 and the inner state stays as it was. What the slots of an absent task
+    (`active=`) hold does not count. The methods exclude a non-finite task by themselves and go on with
+    the others; use this to skip the step instead, or to guard the heads, whose gradients no method sees.
+    `optax.apply_if_finite` cannot replace it: its zeros keep the task axis.
 
     Args:
       inner: the whole optimizer, balancing method included.
+      axis_name: see `MethodOptions`; all devices then skip together.
 
     Returns:
       A transformation with the input and output of `inner`. Cost: one pass over gradients and update.
-
-    Raises:
-      Whatever `inner` raises.
 
     Example:
 
@@ -243,8 +238,9 @@ def skip_nonfinite(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipNonfiniteState]:
         result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        seen = _of_active((updates, extra_args.get("losses")), extra_args.get("active"))
-        ok = _all_finite((seen, result))
+        seen = _without_absent((updates, extra_args.get("losses")), extra_args.get("active"))
+        bad = jnp.logical_not(_all_finite((seen, result))).astype(jnp.float32)
+        ok = task_tree.sum_over(bad, axis_name) == 0
         result = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros((), u.dtype)), result)
         kept = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), inner_state, state.inner_state
@@ -266,7 +262,7 @@ class AccumulateState(NamedTuple):
 
 
 def accumulate(
-    inner: optax.GradientTransformation, num_tasks: int, every_k: int
+    inner: optax.GradientTransformation, num_tasks: Any, every_k: int, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Averages per-task gradients over `every_k` micro-batches before `inner` sees them.
 
@@ -278,8 +274,9 @@ def accumulate(
 
     Args:
       inner: the whole optimizer, balancing method included.
-      num_tasks: T, static.
+      num_tasks: T, or the task names.
       every_k: micro-batches per step, static.
+      axis_name: see `MethodOptions`.
 
     Returns:
       A transformation from leaves `[T, *shape]` to what `inner` returns. Memory: one float32 copy of
@@ -298,20 +295,21 @@ def accumulate(
       >>> update.tolist(), later.tolist()
       ([0.0], [-4.0])
     """
-    num_tasks = arguments.check_num_tasks("accumulate", num_tasks)
-    arguments.check_integer("accumulate", "every_k", every_k, 1)
-    guard = Guard("accumulate", num_tasks, frozenset({"losses"}), reduces=False)
+    tasks = read_tasks("accumulate", num_tasks)
+    check_integer("accumulate", "every_k", every_k, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> AccumulateState:
         dtype = task_tree.statistics_dtype(params)
-        return AccumulateState(
+        state = AccumulateState(
             inner_state=inner.init(params),
             micro_count=jnp.zeros((), jnp.int32),
-            gradients=task_tree.per_task_zeros(params, num_tasks, dtype),
-            losses=jnp.zeros((num_tasks,), dtype),
-            present=jnp.zeros((num_tasks,), dtype),
+            gradients=task_tree.per_task_zeros(params, tasks.number, dtype),
+            losses=jnp.zeros((tasks.number,), dtype),
+            present=jnp.zeros((tasks.number,), dtype),
         )
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
 
     def update_fn(
         updates: Any,
@@ -322,10 +320,11 @@ def accumulate(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
-        task_tree.check_updates("accumulate", updates, num_tasks, params)
-        keep = task_tree.finite(updates, num_tasks) & guard.present(active)
+        checks.check_updates("accumulate", updates, tasks, params)
+        keep = checks.read_active("accumulate", active, tasks)
+        keep = keep & task_tree.finite(updates, tasks.number, axis_name)
         if losses is not None:
-            losses = guard.losses(losses, state.losses.dtype, extra_args)
+            losses = task_vector("accumulate", "losses", losses, tasks, state.losses.dtype)
             keep = keep & jnp.isfinite(losses)
         gradients = jax.tree.map(
             lambda total, g: total + g.astype(total.dtype),
@@ -342,12 +341,9 @@ def accumulate(
         def step(sums: AccumulateState) -> tuple[Any, AccumulateState]:
             times = jnp.maximum(sums.present, 1)
             mean = jax.tree.map(
-                lambda total, g: task_tree.narrow(
-                    total / times.reshape((-1,) + (1,) * (total.ndim - 1)), g.dtype
-                ),
-                sums.gradients,
-                updates,
+                lambda total: total / task_tree.along_tasks(times, total.ndim), sums.gradients
             )
+            mean = task_tree.narrow_like(mean, updates)
             given = {} if losses is None else {"losses": sums.losses / times}
             result, inner_state = inner.update(
                 mean, sums.inner_state, params, active=sums.present > 0, **given, **extra_args
@@ -364,23 +360,144 @@ def accumulate(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class RememberState(NamedTuple):
+    """State of `remember`.
+
+    Attributes:
+      inner_state: of the method underneath.
+      gradients: leaves `[T, *shape]`, averages of each task's gradients; start at 0.
+      share: `[T]`, the share of each average that is data: `1 - decay ** k` after k gradients.
+      losses: `[T]`, each task's last loss.
+    """
+
+    inner_state: Any
+    gradients: Any
+    share: jax.Array
+    losses: jax.Array
+
+
+def remember(
+    inner: optax.GradientTransformation,
+    num_tasks: Any = None,
+    *,
+    decay: Any = 0.0,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the gradients of tasks that are absent from a step, so that a method sees all T.
+
+    For one gradient a step (`one_task_value_and_grad`), one data loader per task, or a subset of the tasks
+    in each step. With :math:`\beta` = ``decay``, for a task that is present for the k-th time
+
+    .. math:: m_t \leftarrow \beta m_t + (1 - \beta) g_t, \qquad \hat m_t = m_t / (1 - \beta^k),
+
+    and the others keep theirs. ``inner`` gets :math:`\hat m` for all tasks that have been present at least
+    once, and the last losses.
+
+    Args:
+      inner: a method, or a whole optimizer that begins with one.
+      num_tasks: T, or the task names; needed only if `inner` is no `Method`.
+      decay: beta in [0, 1); 0 keeps the last gradient itself.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A transformation from leaves `[T, *shape]` to what `inner` returns, with the state `RememberState`.
+      Memory: T gradients.
+
+    Raises:
+      ValueError: for updates without the task axis, or a decay outside its range.
+
+    Notes:
+      A task that is not finite counts as absent: its old gradient stays. On a representation
+      `[batch, width]` the kept gradients would belong to other examples: use it on parameters.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.remember(mtl.sum_tasks(2))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for grads, active in ((jnp.array([[1., 0.], [0., 0.]]), [True, False]),
+      ...                       (jnp.array([[0., 0.], [0., 3.]]), [False, True])):
+      ...     update, state = tx.update(grads, state, active=jnp.array(active))
+      >>> update.tolist()
+      [1.0, 3.0]
+
+    References:
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
+      2025, section 3.3, https://arxiv.org/abs/2408.11104
+    """
+    if num_tasks is None and not isinstance(inner, Method):
+        raise ValueError("remember: give num_tasks for a transformation that is not one Method.")
+    tasks = inner.tasks if isinstance(inner, Method) else read_tasks("remember", num_tasks)
+    check_range("remember", decay=(decay, 0, 1))
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init_fn(params: Any) -> RememberState:
+        dtype = task_tree.statistics_dtype(params)
+        state = RememberState(
+            inner_state=inner.init(params),
+            gradients=task_tree.per_task_zeros(params, tasks.number, dtype),
+            share=jnp.zeros((tasks.number,), dtype),
+            losses=jnp.zeros((tasks.number,), dtype),
+        )
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        losses: Any = None,
+        active: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, RememberState]:
+        checks.check_updates("remember", updates, tasks, params)
+        dtype = state.share.dtype
+        keep = checks.read_active("remember", active, tasks)
+        keep = keep & task_tree.finite(updates, tasks.number, axis_name)
+        last = state.losses
+        if losses is not None:
+            losses = task_vector("remember", "losses", losses, tasks, dtype)
+            keep = keep & jnp.isfinite(losses)
+            last = jnp.where(keep, losses, last)
+        step = jnp.asarray(1 - jnp.asarray(decay, dtype), dtype)
+        present = task_tree.remove_absent(updates, keep)
+        gradients = task_tree.move_towards(state.gradients, present, step, keep)
+        share = jnp.where(keep, (1 - step) * state.share + step, state.share)
+        corrected = jax.tree.map(
+            lambda m: safe_divide(m, task_tree.along_tasks(share, m.ndim)), gradients
+        )
+        given = {} if losses is None else {"losses": last}
+        result, inner_state = update_inner(
+            task_tree.narrow_like(corrected, updates),
+            state.inner_state,
+            params,
+            active=share > 0,
+            **given,
+            **extra_args,
+        )
+        return result, RememberState(inner_state, gradients, share, last)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def drop_extra_args(
     inner: optax.GradientTransformation, *names: str
 ) -> optax.GradientTransformationExtraArgs:
     """Hides extra arguments from a transformation that refuses those it does not know.
 
     optax's line searches hand every extra argument to their `value_fn`, so `losses=`, which a method
-    earlier in the chain needs, makes them raise. Wrap them by `drop_extra_args(inner, "losses")`.
+    earlier in the chain needs, makes them raise. Wrap them in `drop_extra_args(inner, "losses")`.
 
     Args:
-      inner: the transformation to shield.
+      inner: the transformation to wrap.
       *names: the extra arguments that it must not see.
 
     Returns:
       `inner` without those arguments.
 
     Raises:
-      ValueError: where no name is given.
+      ValueError: if no name is given.
 
     Example:
 
@@ -400,22 +517,23 @@ def drop_extra_args(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _concrete(leaf: Any) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    return leaf
-
-
-def _of_active(tree: Any, active: Any) -> Any:
+def _without_absent(tree: Any, active: Any) -> Any:
     """The leaves `[T, ...]` of a tree with the slots of absent tasks set to 0."""
     if active is None:
         return tree
+    if isinstance(active, dict):
+        names = sorted(active)
+        active = jnp.stack([jnp.asarray(active[name]) for name in names])
+        updates, losses = tree
+        if isinstance(losses, dict):
+            losses = jnp.stack([jnp.asarray(losses[name]) for name in names])
+        tree = (updates, losses)
     active = jnp.asarray(active)
 
     def one(leaf: Any) -> Any:
-        # A head's gradient may have no task axis: what it holds shows in the update.
-        stacked = jnp.shape(leaf)[:1] == active.shape
-        return task_tree.remove_absent(leaf, active) if stacked else leaf
+        # A head's gradient may have no task axis; then its numbers show in the update.
+        with_tasks = jnp.shape(leaf)[:1] == active.shape
+        return task_tree.remove_absent(leaf, active) if with_tasks else leaf
 
     return jax.tree.map(one, tree)
 

@@ -1,8 +1,10 @@
-"""Pictures of the balance of the tasks over training; needs the extra `plot` (matplotlib).
+"""Plots of the balance of the tasks over training; needs the extra `plot` (matplotlib).
 
-Every function draws on one `Axes` and returns it, so that pictures can be placed side by side, restyled
-and saved as any other. A *history* is what `diagnostics` told, stacked over steps: the second output of a
-`lax.scan` that returns `diagnostics(state)["weights"]`, or a list of arrays `[T]`.
+Every function draws on one `Axes` and returns it, so that plots can be placed side by side, restyled and
+saved like any other. A *history* is an entry of `diagnostics`, stacked over the steps: the second output
+of a `lax.scan` that returns `diagnostics(state, method)["weights"]`, for example. It is an array
+`[steps, T]` or, for named tasks, a mapping from task names to arrays `[steps]`. For several blocks it is a
+mapping from block names to either of these.
 """
 
 from __future__ import annotations
@@ -17,42 +19,42 @@ def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: A
     """Draws the weight of every task over the steps.
 
     Args:
-      history: `[steps, T]`, or a mapping from block names to such arrays, each drawn in a line style of
-        its own.
-      task_names: T labels; "task 0", ... by default.
+      history: `[steps, T]`, a mapping from task names to arrays `[steps]`, or a mapping from block names
+        to either; each block has a line style of its own.
+      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
       The `Axes`.
 
     Raises:
-      ImportError: where matplotlib is not installed.
+      ImportError: if matplotlib is not installed.
       ValueError: for a history or names of the wrong shape.
 
     Example:
 
       >>> import matplotlib; matplotlib.use("Agg")
       >>> from mtl_optax.plotting import plot_weights
-      >>> ax = plot_weights([[0.5, 0.5], [0.4, 0.6]], task_names=["click", "buy"])
+      >>> ax = plot_weights({"buy": [0.5, 0.4], "click": [0.5, 0.6]})
       >>> ax.get_ylabel(), [line.get_label() for line in ax.get_lines()]
-      ('weight', ['click', 'buy'])
+      ('weight', ['buy', 'click'])
     """
-    return _plot_lines(history, "weight", task_names, ax)
+    return _plot_lines("plot_weights", history, "weight", task_names, ax)
 
 
 def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any = None) -> Any:
     """Draws the gradient norm of every task over the steps, on a logarithmic scale.
 
     Args:
-      history: `[steps, T]`, or a mapping from block names to such arrays.
-      task_names: T labels; "task 0", ... by default.
+      history: as in `plot_weights`.
+      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
       The `Axes`. A norm of 0 is a gap in its line.
 
     Raises:
-      ImportError: where matplotlib is not installed.
+      ImportError: if matplotlib is not installed.
       ValueError: for a history or names of the wrong shape.
 
     Example:
@@ -62,7 +64,7 @@ def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any
       >>> plot_norms({"w": [[1.0, 10.0], [2.0, 0.0]]}).get_yscale()
       'log'
     """
-    ax = _plot_lines(history, "gradient norm", task_names, ax, positive=True)
+    ax = _plot_lines("plot_norms", history, "gradient norm", task_names, ax, positive=True)
     ax.set_yscale("log")
     return ax
 
@@ -71,15 +73,16 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
     """Draws the cosines between task gradients as a heat map; negative ones are conflicts.
 
     Args:
-      cosines: `[T, T]`, or `[steps, T, T]`, of which the mean over steps is drawn.
-      task_names: T labels; "task 0", ... by default.
+      cosines: `[T, T]`, or `[steps, T, T]`, of which the mean over steps is drawn; or a mapping from task
+        names to mappings from task names to numbers or arrays `[steps]`.
+      task_names: T labels for arrays; "task 0", ... by default.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
       The `Axes`.
 
     Raises:
-      ImportError: where matplotlib is not installed.
+      ImportError: if matplotlib is not installed.
       ValueError: for cosines or names of the wrong shape.
 
     Example:
@@ -90,14 +93,23 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
       >>> [text.get_text() for text in ax.texts]
       ['1.00', '-0.50', '-0.50', '1.00']
     """
-    values = np.asarray(cosines, dtype=float)
+    found: Any = type(cosines).__name__
+    values: Any = np.empty(0)
+    if not isinstance(cosines, Mapping):
+        values = np.asarray(cosines, dtype=float)
+        found = values.shape
+    elif all(isinstance(row, Mapping) and set(row) == set(cosines) for row in cosines.values()):
+        task_names = list(cosines) if task_names is None else task_names
+        rows = [[row[name] for name in cosines] for row in cosines.values()]
+        values = np.moveaxis(np.asarray(rows, dtype=float), (0, 1), (-2, -1))
     if values.ndim == 3:
         values = values.mean(axis=0)
     if values.ndim != 2 or values.shape[0] != values.shape[1]:
         raise ValueError(
-            f"plot_conflicts: cosines must be [T, T] or [steps, T, T]; found {np.shape(cosines)}."
+            "plot_conflicts: cosines must be an array [T, T] or [steps, T, T], or a mapping from task "
+            f"names to mappings from task names; found {found}."
         )
-    names = _names(task_names, values.shape[0])
+    names = _labels("plot_conflicts", task_names, values.shape[0])
     ax = _axes(ax)
     image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu")
     for row, column in np.ndindex(*values.shape):
@@ -113,18 +125,18 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
 def plot_pareto(
     trajectories: Any,
     *,
-    tasks: tuple[int, int] = (0, 1),
+    tasks: tuple[int | str, int | str] = (0, 1),
     task_names: Sequence[str] | None = None,
     front: Any = None,
     ax: Any = None,
 ) -> Any:
-    """Draws how the losses of two tasks move over training, one path a run.
+    """Draws how the losses of two tasks change over training, one path per run.
 
     Args:
-      trajectories: losses `[steps, T]`, or a mapping from labels (methods, seeds) to such arrays. A dot
-        marks the start of a path, a star its end.
-      tasks: the two tasks to draw.
-      task_names: T labels; "task 0", ... by default.
+      trajectories: losses `[steps, T]`, a mapping from task names to arrays `[steps]`, or a mapping from
+        labels of runs (methods, seeds) to either. A dot marks the start of a path, a star its end.
+      tasks: the two tasks to draw, by index or name.
+      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
       front: `[points, 2]`, a known Pareto front to draw below, in the order of `tasks`.
       ax: the `Axes` to draw on; a new figure's by default.
 
@@ -132,7 +144,7 @@ def plot_pareto(
       The `Axes`.
 
     Raises:
-      ImportError: where matplotlib is not installed.
+      ImportError: if matplotlib is not installed.
       ValueError: for losses, names or tasks of the wrong shape.
 
     Example:
@@ -143,30 +155,33 @@ def plot_pareto(
       >>> ax.get_xlabel(), ax.get_ylabel()
       ('loss of click', 'loss of buy')
     """
-    runs = _blocks(trajectories, "trajectories")
-    num_tasks = next(iter(runs.values())).shape[1]
-    names = _names(task_names, num_tasks)
-    if not all(0 <= task < num_tasks for task in tasks):
-        raise ValueError(f"plot_pareto: tasks must be two of 0 to {num_tasks - 1}; found {tasks}.")
+    runs, names = _read("plot_pareto", trajectories, "trajectories", task_names)
+    numbers: dict[int | str, int] = {t: t for t in range(len(names))}
+    numbers |= {name: t for t, name in enumerate(names)}
+    if not all(task in numbers for task in tasks):
+        raise ValueError(
+            f"plot_pareto: tasks must be two of 0 to {len(names) - 1} or of {names}; found {tasks}."
+        )
     ax = _axes(ax)
     if front is not None:
         points = np.asarray(front, dtype=float)
         ax.plot(points[:, 0], points[:, 1], color="0.7", linewidth=4, label="Pareto front")
     for label, losses in runs.items():
-        path = losses[:, list(tasks)]
+        path = losses[:, [numbers[task] for task in tasks]]
         (line,) = ax.plot(path[:, 0], path[:, 1], label=label or None)
         ax.plot(*path[0], "o", color=line.get_color())
         ax.plot(*path[-1], "*", color=line.get_color(), markersize=12)
-    ax.set_xlabel(f"loss of {names[tasks[0]]}")
-    ax.set_ylabel(f"loss of {names[tasks[1]]}")
+    ax.set_xlabel(f"loss of {names[numbers[tasks[0]]]}")
+    ax.set_ylabel(f"loss of {names[numbers[tasks[1]]]}")
     if any(runs) or front is not None:
         ax.legend()
     return ax
 
 
-def _plot_lines(history: Any, what: str, task_names: Any, ax: Any, positive: bool = False) -> Any:
-    blocks = _blocks(history, "history")
-    names = _names(task_names, next(iter(blocks.values())).shape[1])
+def _plot_lines(
+    caller: str, history: Any, what: str, task_names: Any, ax: Any, positive: bool = False
+) -> Any:
+    blocks, names = _read(caller, history, "history", task_names)
     ax = _axes(ax)
     styles = ("-", "--", ":", "-.")
     for number, (block, values) in enumerate(blocks.items()):
@@ -182,22 +197,42 @@ def _plot_lines(history: Any, what: str, task_names: Any, ax: Any, positive: boo
     return ax
 
 
-def _blocks(history: Any, what: str) -> dict[str, np.ndarray]:
-    """The arrays `[steps, T]` by block name; one without a name where there are no blocks."""
-    blocks = dict(history) if isinstance(history, Mapping) else {"": history}
-    arrays = {name: np.asarray(values, dtype=float) for name, values in blocks.items()}
+def _read(
+    caller: str, given: Any, what: str, task_names: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays `[steps, T]` by block or run, "" where there is only one; and the labels of the tasks."""
+    several = isinstance(given, Mapping) and not _is_by_task(given)
+    parts = dict(given) if several else {"": given}
+    arrays = {}
+    for label, part in parts.items():
+        if not isinstance(part, Mapping):
+            arrays[label] = np.asarray(part, dtype=float)
+        elif _is_by_task(part):
+            task_names = list(part) if task_names is None else task_names
+            columns = [np.asarray(values, dtype=float) for values in part.values()]
+            arrays[label] = np.stack(columns, axis=1)
+        else:
+            arrays[label] = np.empty(0)
     shapes = [values.shape for values in arrays.values()]
     if not shapes or any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
         raise ValueError(
-            f"{what} must be an array [steps, T] or a mapping to such arrays; found {shapes}."
+            f"{caller}: {what} must be an array [steps, T], a mapping from task names to arrays "
+            f"[steps], or a mapping to either; found {shapes}."
         )
-    return arrays
+    return arrays, _labels(caller, task_names, shapes[0][1])
 
 
-def _names(task_names: Sequence[str] | None, num_tasks: int) -> list[str]:
+def _is_by_task(given: Mapping[str, Any]) -> bool:
+    """Whether a mapping holds one number per step for each of its keys."""
+    return bool(given) and all(
+        not isinstance(values, Mapping) and np.ndim(values) == 1 for values in given.values()
+    )
+
+
+def _labels(caller: str, task_names: Sequence[str] | None, num_tasks: int) -> list[str]:
     names = [f"task {t}" for t in range(num_tasks)] if task_names is None else list(task_names)
     if len(names) != num_tasks:
-        raise ValueError(f"task_names must have {num_tasks} entries, found {len(names)}.")
+        raise ValueError(f"{caller}: task_names must have {num_tasks} entries, found {len(names)}.")
     return names
 
 

@@ -57,27 +57,40 @@ def on_parameters(tx):
     return tx.init, step
 
 
-def on_representation(method):
-    """The same of a method in a fork, whose carrier is part of the state."""
+def on_representation(init_balance, value_and_grad):
+    """The same of a method in a fork; its state, or its carrier, is part of the state."""
     optimizer = optax.adam(1e-2)
 
-    def loss_fn(params, fork, x, target):
-        return losses_of(params["heads"], fork(encode(params["shared"], x)), target)
-
     def init(params):
-        carrier = mtl.fork_init(method, jnp.zeros(8))
-        return carrier, optimizer.init(params)
+        return init_balance(jnp.zeros(8)), optimizer.init(params)
 
     def step(params, state, count):
-        carrier, optimizer_state = state
+        balance, optimizer_state = state
         x, target = batch(count)
-        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, method)(params, carrier, x, target)
+        grads, balance = value_and_grad(params, balance, x, target)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-        return optax.apply_updates(params, updates), (carrier, optimizer_state)
+        return optax.apply_updates(params, updates), (balance, optimizer_state)
 
     return init, step
 
 
+def by_value_and_grad(method):
+    def loss_fn(params, fork, x, target):
+        return losses_of(params["heads"], fork(encode(params["shared"], x)), target)
+
+    step = mtl.fork_value_and_grad(loss_fn, method)
+    return on_representation(method.init, lambda *args: step(*args)[1])
+
+
+def by_operator(method):
+    def loss_fn(params, carrier, x, target):
+        copies, token = mtl.fork(encode(params["shared"], x), carrier, method)
+        return mtl.join(losses_of(params["heads"], copies, target), token)
+
+    return on_representation(lambda h: mtl.fork_init(method, h), jax.grad(loss_fn, argnums=(0, 1)))
+
+
+FORKED = optax.chain(mtl.rlw(T, reduce=False), mtl.multibalance(T))
 KINDS = {
     "chain": lambda: on_parameters(
         mtl.skip_nonfinite(
@@ -93,7 +106,8 @@ KINDS = {
     "accumulated buffers": lambda: on_parameters(
         mtl.accumulate(optax.chain(mtl.moco(T), optax.adam(1e-2)), T, 2)
     ),
-    "fork": lambda: on_representation(optax.chain(mtl.rlw(T, reduce=False), mtl.multibalance(T))),
+    "fork": lambda: by_value_and_grad(FORKED),
+    "carrier": lambda: by_operator(FORKED),
 }
 
 

@@ -1,20 +1,164 @@
-"""Reference cases brought to one shape, so that a method compiles once for all of them.
+"""The reference cases: how many there are, and how to bring them to one shape.
 
-Vectors are padded with zeros, tasks with absent ones: what an absent task's slot holds must not matter,
-so that the padding tests `active` on the way.
+Compiling is what takes the time, so the cases of a method run as one batch. Vectors are padded with
+zeros, tasks with absent ones: what an absent task's slot holds must not matter, so that the padding tests
+`active` on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from conftest import load_golden
 
-from mtl_optax.from_rule import Evidence, rule_of
-from mtl_optax.solvers.cosine import cosine_matrix
+# How many cases each file of reference numbers holds: one that goes missing is an error.
+CASES = {
+    "gradient/aligned_mtl": 22,
+    "gradient/cagrad": 22,
+    "gradient/config": 22,
+    "gradient/db_mtl": 29,
+    "gradient/fairgrad": 22,
+    "gradient/graddrop": 21,
+    "gradient/gradsurgery_target": 20,
+    "gradient/gradvac": 11,
+    "gradient/imtl_g": 23,
+    "gradient/lr_annealing": 3,
+    "gradient/mean_sum_trimmed_krum": 21,
+    "gradient/mgda": 22,
+    "gradient/mgda_normalized": 20,
+    "gradient/moco": 4,
+    "gradient/modo": 4,
+    "gradient/multibalance": 42,
+    "gradient/nash_mtl": 29,
+    "gradient/pcgrad": 22,
+    "gradient/rotograd_scale": 4,
+    "gradient/sdmgrad": 4,
+    "gradient/simplex_projection": 37,
+    "gradient/torchjd_extras": 4,
+    "gradient/upgrad_dualproj": 22,
+    "loss/adatask": 4,
+    "loss/bandit_mtl": 3,
+    "loss/db_mtl": 2,
+    "loss/dwa": 3,
+    "loss/emtl": 7,
+    "loss/famo": 2,
+    "loss/gls": 2,
+    "loss/go4align": 3,
+    "loss/grad_similarity": 3,
+    "loss/gradnorm": 4,
+    "loss/imtl_l": 2,
+    "loss/inverse_norm": 6,
+    "loss/lagrangian": 3,
+    "loss/metabalance": 8,
+    "loss/mtadam": 5,
+    "loss/ntk": 3,
+    "loss/ol_aux": 4,
+    "loss/relobralo": 4,
+    "loss/rlw": 2,
+    "loss/si": 2,
+    "loss/softadapt": 12,
+    "loss/stch": 2,
+    "loss/uncertainty": 4,
+}
+
+# How many numbers each check compares: rows of a static file (two counts: in double and in single
+# precision) or steps of sequences. A filter or a condition that begins to leave one out is an error.
+COMPARED: dict[str, Any] = {
+    # test_golden_gram.py
+    "mgda": (22, 22),
+    "mgda weights": 18,
+    "mgda_normalized none": (16, 16),
+    "mgda_normalized none, of normalised gradients": 20,
+    "mgda_normalized l2": (14, 14),
+    "mgda_normalized l2, of normalised gradients": 18,
+    "mgda_normalized loss": (18, 18),
+    "mgda_normalized loss, of normalised gradients": 20,
+    "mgda_normalized loss+": (17, 17),
+    "mgda_normalized loss+, of normalised gradients": 18,
+    "pcgrad": (66, 54),
+    "gradsurgery_target": (20, 20),
+    "gradsimilarity": (20, 19),
+    "cagrad": (36, 36),
+    "imtl_g": (15, 15),
+    "config": (21, 21),
+    "fairgrad": (53, 53),
+    "fairgrad residuals": 53,
+    "nash_mtl": (17, 17),
+    "aligned_mtl min": (19, 19),
+    "aligned_mtl median": (17, 17),
+    "aligned_mtl rmse": (19, 19),
+    "upgrad": (22, 22),
+    "dualproj": (22, 22),
+    "krum_byz1_sel1": 5,
+    "krum_byz1_sel2": 5,
+    "krum_byz0_sel1": 5,
+    # test_golden_gram_sequences.py
+    "nash_mtl sequences, every 1": 39,
+    "nash_mtl sequences, every 3": 52,
+    "gradvac": 90,
+    "gradvac without eps": 7,
+    "modo": 52,
+    "sdmgrad official_function": 51,
+    "sdmgrad libmtl": 52,
+    "sdmgrad official_training_class_aliased": 52,
+    "multibalance raw first": 66,
+    "multibalance raw noema": 44,
+    "multibalance cos first": 66,
+    "multibalance cos zeros": 66,
+    "multibalance cos debias": 44,
+    "multibalance cos noema": 44,
+    "cr_mogm": 52,
+    # test_golden_gradients.py
+    "graddrop": 40,
+    "moco": 52,
+    "db_mtl max": 20,
+    "db_mtl min": 20,
+    "db_mtl median": 20,
+    "db_mtl mean": 20,
+    "db_mtl sequences": 124,
+    "rotograd_scale": 52,
+    "pcd": 52,
+    "sum": 21,
+    "mean": 21,
+    "trimmed_mean_1": 16,
+    "trimmed_mean_2": 5,
+    "mtadam updates": 3,
+    # test_golden_losses.py: the cases of the variant that the library has
+    "loss/gradnorm": 2,
+    "loss/dwa": 2,
+    # test_solvers.py
+    "solver mgda": (22, 22),
+    "solver nash_mtl": (17, 17),
+    "solver cagrad": (20, 20),
+    "solver upgrad": (22, 22),
+    "solver dualproj": (22, 22),
+    "solver imtl_g": (15, 15),
+    "solver config": (21, 21),
+    "solver aligned_mtl": (21, 19),
+    "solver fairgrad 0.5": 17,
+    "solver fairgrad 1.0": 17,
+    "solver fairgrad 2.0": 19,
+}
+
+
+def load(name: str) -> list[Any]:
+    """The cases of one file of reference numbers, e.g. `load("gradient/mgda")`."""
+    cases = load_golden(name)["cases"]
+    assert len(cases) == CASES[name], name
+    return cases
+
+
+def parameters(name: str, keep: Callable[[Any], bool] = lambda case: True) -> list[Any]:
+    """The cases of a file for `pytest.mark.parametrize`."""
+    kept = [pytest.param(case, id=case["name"]) for case in load(name) if keep(case)]
+    assert len(kept) == COMPARED.get(name, CASES[name]), name
+    return kept
+
 
 # The absent tasks' slots hold this, not 0: nobody may look at it.
 ABSENT = 7.0
@@ -64,22 +208,14 @@ class Batch:
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Updates and weights of `make(num_tasks, **keywords)`, one step from a fresh state each.
 
-        Runs the method's rule on the Gram matrix, without the pytree around it: compiling T-fold
-        unrolled code for every method is what would take the time. `keywords` and `extra` map names to
-        stacked arrays, an entry a case; `losses` among `extra` are the losses.
+        `keywords` and `extra` map names to stacked arrays, an entry a case.
         """
 
         def one(g: jax.Array, active: jax.Array, keywords: Any, extra: Any) -> Any:
-            rule = rule_of("test", make(self.num_tasks, **keywords))
-            g = jnp.where(active[:, None], g, 0)
-            cosine, norms = cosine_matrix(jnp.matmul(g, g.T, precision="highest"), active)
-            losses = extra.get("losses")
-            given = {name: extra.get(name) for name in rule.extra}
-            step = jnp.zeros((), jnp.int32)
-            evidence = Evidence(active, step, losses, norms, cosine, given)
-            weights, _ = rule.weigh(evidence, rule.init(g.dtype))
-            weights = jnp.where(active, weights, 0).astype(g.dtype)
-            return jnp.matmul(weights, g, precision="highest"), weights
+            method = make(self.num_tasks, **keywords)
+            params = jnp.zeros(g.shape[1:], g.dtype)
+            update, state = method.update(g, method.init(params), params, active=active, **extra)
+            return update, state.weights[0]
 
         def cast(x: Any) -> jax.Array:
             x = jnp.asarray(x)
@@ -93,29 +229,37 @@ class Batch:
         )
 
 
+class Trajectory(NamedTuple):
+    """What a method did in many sequences, `[cases, steps, ...]`; states without the axis of one block."""
+
+    updates: np.ndarray
+    weights: np.ndarray
+    rule_state: Any
+
+
 def run_sequence(
     make: Callable[..., Any],
     gradients: Any,
     active: Any,
     keywords: Any = None,
     extra: Any = None,
-) -> tuple[np.ndarray, Any]:
-    """All updates, and the states after them, of many sequences `[cases, steps, T, n]` at once."""
+) -> Trajectory:
+    """Runs many sequences `[cases, steps, T, n]` at once; `keywords` and `extra` as in `Batch.run`."""
 
     def one(sequence: jax.Array, active: jax.Array, keywords: Any, extra: Any) -> Any:
-        transformation = make(sequence.shape[1], **keywords)
+        method = make(sequence.shape[1], **keywords)
 
         def step(state: Any, inputs: Any) -> tuple[Any, Any]:
             g, given = inputs
-            update, state = transformation.update(g, state, active=active, **given)
-            return state, (update, state)
+            update, state = method.update(g, state, active=active, **given)
+            first = jax.tree.map(lambda x: x[0], (state.weights, state.rule_state))
+            return state, (update, *first)
 
-        start = transformation.init(jnp.zeros(sequence.shape[2:], sequence.dtype))
+        start = method.init(jnp.zeros(sequence.shape[2:], sequence.dtype))
         return jax.lax.scan(step, start, (sequence, extra))[1]
 
     arrays = jax.tree.map(jnp.asarray, (gradients, active, keywords or {}, extra or {}))
-    updates, states = jax.jit(jax.vmap(one))(*arrays)
-    return np.asarray(updates), jax.tree.map(np.asarray, states)
+    return Trajectory(*jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(*arrays)))
 
 
 def pad_sequences(sequences: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray]:

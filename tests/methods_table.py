@@ -14,10 +14,10 @@ LOOKS_AT = {
     "gradients": "full gradients",
 }
 FAMILIES = {
-    "from_losses": "Losses or nothing: all three places, one backward pass is enough",
-    "from_norms": "Norms of the task gradients",
-    "from_gram": "Gram matrix of the task gradients",
-    "from_gradients": "Gradients element by element, or with buffers of their size",
+    "losses": "Losses or nothing: all three places, one backward pass is enough",
+    "norms": "Norms of the task gradients",
+    "gram": "Gram matrix of the task gradients",
+    "gradients": "Gradients element by element, or with buffers of their size",
 }
 
 

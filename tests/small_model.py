@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from method_properties import make
 
 import mtl_optax as mtl
 
@@ -47,13 +48,13 @@ def split_step(params, state, batch, method):
     return updates | head_grads, state
 
 
-def fork_step(params, carrier, batch, method):
+def fork_step(params, state, batch, method):
     def loss_fn(params, fork, batch):
         shared, heads = divide(params)
         return decode(heads, fork(encode(shared, batch)), batch)
 
-    _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, method)(params, carrier, batch)
-    return grads, carrier
+    _, result = mtl.fork_value_and_grad(loss_fn, method)(params, state, batch)
+    return result
 
 
 def weighed_step(params, state, batch, method):
@@ -72,7 +73,7 @@ PLACEMENTS = {
     "weigh_losses": weighed_step,
 }
 # One method of every kind: what a placement does depends on no more than that.
-ON_GRADIENTS = {n: mtl.METHODS[n].make(T) for n in ("multibalance", "metabalance", "db_mtl")}
+ON_GRADIENTS = {n: make(n, T) for n in ("multibalance", "metabalance", "db_mtl")}
 ON_LOSSES = {"scale_invariant": mtl.scale_invariant(T)}
 
 
@@ -83,5 +84,5 @@ def chosen_for(placement):
 
 def initial_state(placement, method, params, batch):
     if placement == "fork":
-        return mtl.fork_init(method, encode(divide(params)[0], batch))
+        return method.init(encode(divide(params)[0], batch))
     return method.init(divide(params)[0] if placement == "split" else params)

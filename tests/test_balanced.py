@@ -31,9 +31,9 @@ def test_evidence_takes_the_weights_of_the_chosen_leaves_for_all():
     losses, update, state = run(fn, method.init(PARAMS))
     expected_losses, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, IDS, SCALE)
     _, alone = method.update(grads["dense"], method.init(PARAMS["dense"]))
-    weights = np.asarray(alone.weights)
+    weights = np.asarray(alone.weights[0])
     np.testing.assert_allclose(losses, expected_losses, 1e-6)
-    np.testing.assert_allclose(state.weights, weights, 1e-5, 1e-6)
+    np.testing.assert_allclose(state.weights[0], weights, 1e-5, 1e-6)
     jax.tree.map(
         lambda u, g: np.testing.assert_allclose(u, np.tensordot(weights, g, 1), 1e-4, 1e-6),
         update,
@@ -62,7 +62,7 @@ def test_steps_between_use_the_cached_weights_and_one_backward_pass():
     _, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, IDS, later)
     jax.tree.map(
         lambda u, g: np.testing.assert_allclose(
-            u, np.tensordot(np.asarray(first.weights), g, 1), 1e-4, 1e-6
+            u, np.tensordot(np.asarray(first.weights[0]), g, 1), 1e-4, 1e-6
         ),
         update,
         grads,
@@ -77,6 +77,47 @@ def test_a_non_finite_task_cannot_poison_a_single_pass():
     for leaf in jax.tree.leaves((update, state)):
         assert np.isfinite(np.asarray(leaf)).all()
     assert state.skipped.tolist() == [0, 1, 0]
+
+
+NAMES = ("view", "buy", "click")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_losses_by_name_come_back_as_given(every):
+    """Weights `[T]` and `active=` follow the sorted names, on steps with and without new weights."""
+
+    def named(params, ids, scale):
+        losses = dict(zip(sorted(NAMES), loss_fn(params, ids, scale), strict=True))
+        return {name: losses[name] for name in NAMES}, ids
+
+    active = {"buy": True, "click": False, "view": True}
+    tasks = mtl.multibalance(NAMES, update_every=every)
+    fn = mtl.balanced_value_and_grad(named, tasks, has_aux=True)
+    plain = mtl.balanced_value_and_grad(loss_fn, mtl.multibalance(T, update_every=every))
+
+    @jax.jit
+    def both(state):
+        got = fn(PARAMS, state, IDS, SCALE, active=active)
+        return got, plain(PARAMS, state, IDS, SCALE, active=jnp.array([True, False, True]))
+
+    state = tasks.init(PARAMS)
+    for _ in range(2):
+        ((losses, aux), result), (expected, expected_result) = both(state)
+        assert losses.keys() == set(NAMES) and aux.shape == IDS.shape
+        assert [losses[name] for name in sorted(NAMES)] == expected.tolist()
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), result, expected_result
+        )
+        state = result[1]
+        assert state.weights[0, 1] == 0
+    assert int(state.balance_count) == 2
+
+
+def test_losses_of_other_names_are_refused():
+    fn = mtl.balanced_value_and_grad(lambda w: {"buy": w, "view": w}, mtl.mgda(("buy", "click")))
+    w = jnp.ones(())
+    with pytest.raises(ValueError, match=r"\['buy', 'click'\]; found \['buy', 'view'\]"):
+        fn(w, mtl.mgda(2).init(w))
 
 
 def test_what_cannot_work_is_refused():

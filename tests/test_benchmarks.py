@@ -3,8 +3,10 @@
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+import mtl_optax as mtl
 from examples.benchmarks import growth, hlo, methods, peers, places
 from examples.benchmarks.__main__ import SECTIONS, main
 from examples.benchmarks.problems import TINY
@@ -45,12 +47,29 @@ def test_peers_are_measured_where_they_are_installed():
     assert list(SECTIONS["peers"](True))
 
 
+def losses_in_training(method, places, count=6):
+    made = steps(TINY["recsys"], 2, places, method)
+    return {name: np.stack([step()[0] for _ in range(count)]) for name, step in made.items()}
+
+
 def test_every_place_trains_the_same_model():
-    """What is compared is the same work: the first losses agree."""
-    made = steps(TINY["dense"], 2, ("fork", "split", "per_task", "balanced", "balanced_layers"))
-    losses = {name: step()[0].tolist() for name, step in made.items()}
+    """What is compared is the same work: with the plain sum of gradients, the same losses all along."""
+    places = ("fork", "split", "per_task", "balanced", "balanced_layers")
+    losses = losses_in_training(mtl.sum_tasks(2), places)
+    plain = losses.pop("plain")
+    assert losses.keys() == set(places)
     for found in losses.values():
-        assert found == pytest.approx(losses["plain"], rel=1e-5)
+        np.testing.assert_allclose(found, plain, rtol=1e-5)
+    # The updates are seen in the losses, far above that tolerance.
+    assert (np.abs(np.diff(plain.sum(axis=1))) > 1e-3 * plain.sum(axis=1)[1:]).all()
+
+
+def test_a_method_trains_the_same_model_where_it_sees_the_same_gradients():
+    losses = losses_in_training(mtl.fixed_weights(2, [3.0, 0.0]), ("fork", "split", "per_task"))
+    plain = losses.pop("plain")
+    for found in losses.values():
+        np.testing.assert_allclose(found, losses["split"], rtol=1e-5)
+        assert np.abs(found - plain)[-1].max() > 1e-3 * plain[-1].max()
 
 
 def test_verdict_compares_with_the_target():
@@ -67,8 +86,29 @@ def test_growth_draws_its_points(tmp_path):
     assert not plt.get_fignums()
 
 
-def test_collectives_are_read_from_the_program_text():
-    text = (
-        "ENTRY %main (a: f32[4]) -> f32[4] {\n  %x = f32[2,2]{1,0} all-reduce(%a), to_apply=%s\n}\n"
-    )
-    assert hlo.collectives(text) == [hlo.Collective("all-reduce", 4, False)]
+def test_collectives_are_read_from_the_text():
+    text = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%rare (p: f32[4]) -> f32[4] {
+  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%p), to_apply=%sum
+}
+
+%usual (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8,2]) -> f32[4] {
+  %gather = (f32[8,2]{1,0}, f32[16,2]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = f32[16,2]{1,0} all-gather-done(%gather)
+  %both = (f32[10]{0}, bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%sum
+  ROOT %c = f32[4]{0} conditional(%i, %p, %p), branch_computations={%usual, %rare}
+}
+"""
+    assert hlo.collectives(text) == [
+        hlo.Collective("all-reduce", 4, True),
+        hlo.Collective("all-gather", 32, False),
+        hlo.Collective("all-reduce", 16, False),
+    ]

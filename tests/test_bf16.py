@@ -57,7 +57,7 @@ def _train(place, dtype):
         return optax.apply_updates(params, updates), balance, opt_state
 
     h = jax.eval_shape(encode, params)
-    balance = mtl.fork_init(method, h) if place == "fork" else method.init(params)
+    balance = method.init(h if place == "fork" else params)
     opt_state = optimizer.init(params)
     weights = []
     for _ in range(STEPS):

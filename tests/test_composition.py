@@ -1,18 +1,22 @@
 """Which optax transformations and wrappers go before, after and around a method, row by row.
 
-What works is traced through `scan`, which refuses a state whose shapes or dtypes drift; what fails is
-pinned with its message: ours word for word, optax's own by what it is about. An optax release that
-changes a row, or hides the frames by which a method sees what stands before it, is seen here.
+What works is traced through `scan`, which refuses a state whose shapes or dtypes drift, and passes
+`check`; what a shape can show is refused by `check` with a message that is pinned word for word; what no
+shape shows passes `check`, and numbers show what it does. The README's table says the same, and every name
+in it is one of these cases. An optax release that changes a row is seen here.
 """
 
 import functools
 import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from method_properties import make
 from optax import microbatching
 from optax.experimental import aggregating
 
@@ -21,7 +25,9 @@ import mtl_optax as mtl
 T = 3
 OPTAX = tuple(map(int, optax.__version__.split(".")[:3]))
 PARAMS = {"head": jnp.ones((2, 3)), "shared": {"b": jnp.ones(()), "w": jnp.ones((4, 2))}}
+PAIR = optax.LookaheadParams.init_synced(PARAMS)
 LOSSES = jnp.array([0.7, 1.3, 0.2])
+WITH_LOSSES = {"losses": LOSSES}
 
 
 def gradients(seed, params=PARAMS):
@@ -32,7 +38,12 @@ def gradients(seed, params=PARAMS):
 GRADS = gradients(0)
 # Compiled once for the whole file: outside jit an update is its own program.
 BALANCE = mtl.sum_tasks(T)
+WHOLE = optax.chain(BALANCE, optax.sgd(1e-2))
 shape_of = functools.partial(jax.tree.map, jnp.shape)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def traced(tx, params=PARAMS, grads=GRADS, **extra_args):
@@ -53,45 +64,423 @@ def run(tx, grads=GRADS, params=PARAMS, **extra_args):
     return tx.update(grads, tx.init(params), params, **extra_args)
 
 
+def refusal(tx, params=PARAMS, **extra_args):
+    """What `check` says."""
+    with pytest.raises(ValueError) as raised:
+        mtl.check(tx, shapes(params), T, **extra_args)
+    return str(raised.value)
+
+
 def assert_close(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), left, right)
 
 
-# --- E1: chain ---------------------------------------------------------------------------------------
+def difference(left, right):
+    """The largest difference of two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(abs(a - b))), left, right)))
 
-AFTER = {
-    "adam": optax.adam(1e-2),
-    "adamw": optax.adamw(1e-2),
-    "adaptive_grad_clip": optax.adaptive_grad_clip(0.1),
-    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
-    "decay, masked": optax.masked(optax.add_decayed_weights(0.1), {"head": True, "shared": False}),
-    "flatten": optax.flatten(optax.adam(1e-2)),
-    "keep_params_nonnegative": optax.keep_params_nonnegative(),
-    "mechanize": optax.contrib.mechanize(optax.sgd(1e-2)),
-    "muon": optax.contrib.muon(1e-2),
-    "schedule_free": optax.contrib.schedule_free_sgd(1e-2),
-    "sgd, momentum": optax.sgd(1e-2, 0.9),
+
+# --- what works --------------------------------------------------------------------------------------
+
+
+class Works(NamedTuple):
+    """An optimizer that works, and the extra arguments of its `update` and its parameters."""
+
+    tx: Any
+    extra: Any = WITH_LOSSES
+    params: Any = PARAMS
+    scans: bool = True
+
+
+def after(inner, **extra):
+    return Works(optax.chain(mtl.scale_invariant(T), inner), {**WITH_LOSSES, **extra})
+
+
+def before(outer):
+    return Works(optax.chain(outer, BALANCE))
+
+
+def squares(params):
+    return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+
+def label(path, _):
+    return "shared" if "shared" in jax.tree_util.keystr(path) else "head"
+
+
+def freeze(inner):
+    return optax.chain(inner, optax.transforms.freeze({"head": True, "shared": False}))
+
+
+LABELS = {"head": "head", "shared": "shared"}
+ONLY_SHARED = {"head": False, "shared": True}
+GROUPS = {
+    "shared": optax.chain(mtl.scale_invariant(T), optax.adam(1e-2)),
+    "head": optax.chain(BALANCE, optax.sgd(1e-2)),
+    # An empty group, to which a method must not object.
+    "nothing": optax.chain(mtl.mgda(T), optax.sgd(1e-2)),
+}
+SEARCH = {"value": jnp.ones(()), "grad": PARAMS, "value_fn": squares}
+WORKS = {
+    ("after", "adam"): after(optax.adam(1e-2)),
+    ("after", "adamw"): after(optax.adamw(1e-2)),
+    ("after", "adaptive_grad_clip"): after(optax.adaptive_grad_clip(0.1)),
+    ("after", "add_decayed_weights"): after(optax.add_decayed_weights(0.1)),
+    ("after", "add_decayed_weights, masked"): after(
+        optax.masked(optax.add_decayed_weights(0.1), {"head": True, "shared": False})
+    ),
+    ("after", "apply_if_finite"): after(optax.apply_if_finite(optax.sgd(1e-2), 2)),
+    ("after", "clip_by_global_norm"): after(optax.clip_by_global_norm(1.0)),
+    ("after", "conditionally_mask"): after(
+        optax.conditionally_mask(optax.sgd(1e-2), lambda step: step < 3)
+    ),
+    ("after", "conditionally_transform"): after(
+        optax.conditionally_transform(optax.sgd(1e-2), lambda step: step < 3)
+    ),
+    ("after", "flatten"): after(optax.flatten(optax.adam(1e-2))),
+    ("after", "freeze"): Works(freeze(WHOLE)),
+    ("after", "keep_params_nonnegative"): after(optax.keep_params_nonnegative()),
+    ("after", "lbfgs"): after(mtl.drop_extra_args(optax.lbfgs(), "losses"), **SEARCH),
+    ("after", "mechanize"): after(optax.contrib.mechanize(optax.sgd(1e-2))),
+    ("after", "momo"): after(optax.contrib.momo(1.0), value=LOSSES.sum()),
+    # It has no entries before its first step, which `scan` does not take.
+    ("after", "monitor"): after(optax.monitor({"norm": optax.tree.norm}))._replace(scans=False),
+    ("after", "MultiSteps"): after(optax.MultiSteps(optax.sgd(1e-2), 2).gradient_transformation()),
+    ("after", "muon"): after(optax.contrib.muon(1e-2)),
+    ("after", "polyak_sgd"): after(optax.polyak_sgd(), value=LOSSES.sum()),
+    ("after", "reduce_on_plateau"): after(optax.contrib.reduce_on_plateau(), value=LOSSES.sum()),
+    ("after", "sam"): after(
+        mtl.drop_extra_args(optax.contrib.sam(optax.sgd(1e-2), optax.sgd(1e-2)), "losses")
+    ),
+    ("after", "scale_by_backtracking_linesearch"): after(
+        mtl.drop_extra_args(optax.scale_by_backtracking_linesearch(3), "losses"), **SEARCH
+    ),
+    ("after", "scale_by_zoom_linesearch"): after(
+        mtl.drop_extra_args(optax.scale_by_zoom_linesearch(3), "losses"), **SEARCH
+    ),
+    ("after", "schedule_free_sgd"): after(optax.contrib.schedule_free_sgd(1e-2)),
+    ("after", "selective_transform"): after(
+        optax.selective_transform(optax.sgd(1e-2), freeze_mask={"head": True, "shared": False})
+    ),
+    ("after", "sgd"): after(optax.sgd(1e-2, 0.9)),
+    ("after", "snapshot"): after(optax.snapshot("norm", optax.tree.norm)),
+    ("before", "add_noise"): before(optax.add_noise(0.1, 0.5, jax.random.key(0))),
+    ("before", "clip"): before(optax.clip(1.0)),
+    ("before", "per_task"): before(mtl.per_task(optax.scale_by_adam(), T)),
+    ("before", "per_task, apply_every"): before(mtl.per_task(optax.apply_every(2), T)),
+    ("before", "per_task, snapshot"): before(mtl.per_task(optax.snapshot("n", optax.tree.norm), T)),
+    ("before", "scale"): before(optax.scale(2.0)),
+    ("before", "scale_by_schedule"): before(optax.scale_by_schedule(lambda count: 0.5)),
+    ("before", "scale_by_sign"): before(optax.scale_by_sign()),
+    ("before", "zero_nans"): before(optax.zero_nans()),
+    ("around", "accumulate"): Works(mtl.accumulate(WHOLE, T, 2)),
+    ("around", "apply_if_finite, reduce=False"): Works(
+        optax.chain(optax.apply_if_finite(mtl.mgda(T, reduce=False), 2), BALANCE)
+    ),
+    ("around", "chain"): Works(optax.chain(optax.chain(optax.chain(BALANCE), optax.adam(1e-2)))),
+    ("around", "inject_hyperparams"): Works(
+        optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))(
+            num_tasks=T, c=lambda step: 0.1 + 0.1 * step
+        )
+    ),
+    ("around", "lookahead"): Works(optax.lookahead(WHOLE, 2, 0.5), {}, PAIR),
+    ("around", "masked"): Works(
+        optax.chain(
+            optax.masked(mtl.moco(T), ONLY_SHARED),
+            optax.masked(BALANCE, {"head": True, "shared": False}),
+            optax.adam(1e-2),
+        )
+    ),
+    ("around", "named_chain"): Works(
+        optax.named_chain(("balance", BALANCE), ("optimizer", optax.adam(1e-2)))
+    ),
+    ("around", "partition"): Works(optax.partition(GROUPS, LABELS)),
+    ("around", "partition, labels from paths"): Works(
+        optax.partition(GROUPS, functools.partial(jax.tree_util.tree_map_with_path, label))
+    ),
+    ("around", "partition, extra arguments masked"): Works(
+        optax.partition(GROUPS, LABELS, mask_compatible_extra_args=True)
+    ),
+    ("around", "partition, then one optimizer"): Works(
+        optax.chain(
+            optax.partition({"shared": mtl.mgda(T), "head": BALANCE}, LABELS), optax.adam(1e-2)
+        )
+    ),
+    ("around", "process"): Works(
+        aggregating.process(
+            optax.with_extra_args_support(optax.identity()),
+            mtl.scale_invariant(T),
+            optax.with_extra_args_support(optax.adam(1e-2)),
+        )
+    ),
+    ("around", "schedule_free"): Works(optax.contrib.schedule_free(WHOLE, 1e-2)),
+    ("around", "skip_nonfinite"): Works(mtl.skip_nonfinite(WHOLE)),
+    ("around", "split_real_and_imaginary"): Works(
+        optax.contrib.split_real_and_imaginary(WHOLE), {}
+    ),
+    ("around", "five levels"): Works(
+        mtl.skip_nonfinite(
+            mtl.accumulate(
+                optax.partition(
+                    {
+                        "shared": optax.chain(
+                            mtl.per_task(optax.clip_by_global_norm(1.0), T),
+                            mtl.metabalance(T, reduce=False),
+                            mtl.grad_surgery(T),
+                            optax.apply_if_finite(optax.adam(1e-2), 2),
+                        ),
+                        "head": optax.chain(BALANCE, optax.adam(1e-2)),
+                    },
+                    LABELS,
+                ),
+                T,
+                2,
+            )
+        )
+    ),
 }
 
 
-@pytest.mark.parametrize("name", AFTER)
-def test_works_before_any_optimizer(name):
-    assert traced(optax.chain(BALANCE, AFTER[name]), losses=LOSSES) == shape_of(PARAMS)
+def names(table):
+    return [f"{where}: {name}" for where, name in table]
 
 
-def test_monitor_and_snapshot_go_after():
-    tx = optax.chain(BALANCE, optax.monitor({"norm": optax.tree.norm}), optax.sgd(1e-2))
-    assert shape_of(jax.eval_shape(lambda: run(tx))[0]) == shape_of(PARAMS)
+@pytest.mark.parametrize("case", WORKS.values(), ids=names(WORKS))
+def test_works(case):
+    if case.scans:
+        assert traced(case.tx, case.params, **case.extra) == shape_of(case.params)
+    else:
+        update, _ = jax.eval_shape(lambda: run(case.tx, params=case.params, **case.extra))
+        assert shape_of(update) == shape_of(case.params)
+    mtl.check(case.tx, shapes(case.params), T, **case.extra)
 
 
-def test_momo_takes_its_scalar_value_beside_the_losses():
-    tx = optax.chain(mtl.scale_invariant(T), optax.contrib.momo(1.0))
-    assert traced(tx, losses=LOSSES, value=LOSSES.sum()) == shape_of(PARAMS)
+# --- what a shape can show ---------------------------------------------------------------------------
+
+# The transformation, and where its state would get the task axis.
+STATEFUL = {
+    "scale_by_adam": (optax.scale_by_adam(), "mu['head']"),
+    "scale_by_lion": (optax.scale_by_lion(), "mu['head']"),
+    "scale_by_rms": (optax.scale_by_rms(), "nu['head']"),
+    "trace": (optax.trace(0.9), "trace['head']"),
+    "ema": (optax.ema(0.9), "ema['head']"),
+    "apply_every": (optax.apply_every(2), "grad_acc['head']"),
+}
+TRAINED = optax.chain(mtl.mgda(T), optax.sgd(1e-2))
+KEEPS_AXIS = {
+    "partition": optax.partition(
+        {"trained": TRAINED, "frozen": optax.set_to_zero()}, {"head": "frozen", "shared": "trained"}
+    ),
+    "partition, another optimizer": optax.partition(
+        {"trained": TRAINED, "frozen": optax.adam(0.1)}, {"head": "frozen", "shared": "trained"}
+    ),
+    "masked": optax.masked(TRAINED, ONLY_SHARED),
+    "masked, an optimizer after it": optax.chain(
+        optax.masked(mtl.mgda(T), ONLY_SHARED), optax.adam(0.1)
+    ),
+    "selective_transform": optax.selective_transform(
+        TRAINED, freeze_mask={"head": True, "shared": {"b": False, "w": False}}
+    ),
+}
+# The wrapper, and what `check` says of it.
+CANNOT_STAND_AROUND = {
+    "MultiSteps": (
+        optax.MultiSteps(WHOLE, 2),
+        "optax.MultiSteps, found at state, stands around a method: it accumulates gradients shaped like "
+        "the parameters, without the task axis. Use mtl_optax.accumulate(inner, 3, every_k=...) in its "
+        "place.",
+    ),
+    "apply_if_finite": (
+        optax.apply_if_finite(WHOLE, 2),
+        "optax.apply_if_finite, found at state, stands around a method: it returns updates with the task "
+        "axis when it skips a step. Use mtl_optax.skip_nonfinite(inner) in its place.",
+    ),
+    "conditionally_mask": (
+        optax.conditionally_mask(WHOLE, lambda step: step < 3),
+        "optax.conditionally_mask, found at state, stands around a method: it returns updates with the "
+        "task axis when its condition is false. Put it after the method.",
+    ),
+    "conditionally_transform": (
+        optax.conditionally_transform(WHOLE, lambda step: step < 3),
+        "optax.conditionally_transform, found at state, stands around a method: it returns updates with "
+        "the task axis when its condition is false. Put it after the method.",
+    ),
+    "mechanize": (
+        optax.contrib.mechanize(WHOLE),
+        "optax.contrib.mechanize, found at state, stands around a method: it multiplies gradients by "
+        "parameters, which have no task axis. Put it after the method: optax.chain(method, "
+        "optax.contrib.mechanize(inner)).",
+    ),
+    "flatten": (
+        optax.flatten(WHOLE),
+        "update raises ValueError: sum_tasks: updates must carry a leading task axis of size 3: leaf (the "
+        "root) has shape (45,), expected (3, 15). The gradients of all tasks were concatenated into one "
+        "vector, as optax.flatten does: put it after the method.\n",
+    ),
+    "sam": (
+        mtl.drop_extra_args(optax.contrib.sam(WHOLE, WHOLE), "losses"),
+        # It computes `c * old + (1 - c) * new` with every state.
+        "state.opt_state[0].weighed changes its dtype from bool to int32, which jax.lax.scan refuses and "
+        "jax.jit compiles anew. See 'Composition with optax' in the README.",
+    ),
+}
+REMEDY = (
+    "What stands before or around a method is given gradients with a task axis. Put it after the method, "
+    "or, if it stands before, lift it over the tasks: mtl_optax.per_task(inner, 3). See 'Composition with "
+    "optax' in the README."
+)
+
+
+def labels(is_shared):
+    return functools.partial(jax.tree.map, lambda x: "shared" if is_shared(x) else "head")
+
+
+# Of the parameters none is shared, of their gradients all or most are.
+RANKS = {
+    "ndim": labels(lambda x: jnp.ndim(x) >= 3),
+    "shape": labels(lambda x: jnp.shape(x)[:1] == (T,)),
+}
+FUNCTION_OF_SHAPES = (
+    "\nA function for the labels or the mask is called on the parameters at init, and on gradients with "
+    "the task axis at update. Where it looks at ranks or shapes, call it once on the parameters, and give "
+    "optax.partition or optax.masked the result. See 'Composition with optax' in the README."
+)
+
+
+def by_ranks(labels):
+    same = optax.chain(BALANCE, optax.adam(1e-2))
+    return optax.partition({"head": same, "shared": same}, labels)
+
+
+REFUSED = {
+    **{("before", name): optax.chain(tx, BALANCE) for name, (tx, _) in STATEFUL.items()},
+    ("before", "adaptive_grad_clip"): optax.chain(optax.adaptive_grad_clip(0.1), BALANCE),
+    ("before", "snapshot"): optax.chain(
+        optax.snapshot("norms", jax.vmap(optax.tree.norm)), BALANCE
+    ),
+    **{("around", name): tx for name, (tx, _) in CANNOT_STAND_AROUND.items()},
+    **{("around", name): by_ranks(labels) for name, labels in RANKS.items()},
+    **{("beside", name): tx for name, tx in KEEPS_AXIS.items()},
+}
+
+
+@pytest.mark.parametrize("tx", REFUSED.values(), ids=names(REFUSED))
+def test_is_refused(tx):
+    """The messages are in the tests below."""
+    assert refusal(tx).startswith("check: ")
+
+
+# --- what no shape shows -----------------------------------------------------------------------------
+
+MIXES = {
+    "clip_by_global_norm": Works(optax.clip_by_global_norm(1.0)),
+    "clip_by_block_rms": Works(optax.clip_by_block_rms(1.0)),
+    "normalize": Works(optax.contrib.normalize()),
+    "normalize_by_update_norm": Works(optax.normalize_by_update_norm()),
+    "scale_by_polyak": Works(optax.scale_by_polyak(), {"value": jnp.ones(())}),
+    "scale_by_trust_ratio": Works(optax.scale_by_trust_ratio()),
+}
+SILENT = {
+    **{
+        ("before", name): Works(optax.chain(case.tx, BALANCE), case.extra)
+        for name, case in MIXES.items()
+    },
+    ("before", "centralize"): before(optax.centralize()),
+    ("before", "add_decayed_weights"): before(optax.add_decayed_weights(0.1)),
+}
+
+
+@pytest.mark.parametrize("case", SILENT.values(), ids=names(SILENT))
+def test_passes_check_though_it_is_wrong(case):
+    """That it is wrong is shown in the three tests below."""
+    mtl.check(case.tx, shapes(PARAMS), T, **case.extra)
+    with jax.numpy_rank_promotion("allow"):
+        assert traced(case.tx, **case.extra) == shape_of(PARAMS)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_passes_check_and_silently_mixes_the_tasks(name):
+    tx, extra = MIXES[name].tx, MIXES[name].extra
+    # The gradient of the second task alone grows.
+    louder = jax.tree.map(lambda g: g.at[1].multiply(10.0), GRADS)
+
+    @jax.jit
+    def first_task(grads):
+        bare, lifted = optax.with_extra_args_support(tx), mtl.per_task(tx, T)
+        updates = [run(transformation, grads, **extra)[0] for transformation in (bare, lifted)]
+        return jax.tree.map(lambda u: u[0], updates)
+
+    (bare, lifted), (bare_louder, lifted_louder) = first_task(GRADS), first_task(louder)
+    assert difference(bare, bare_louder) > 0.01
+    assert_close(lifted, lifted_louder)
+
+
+def test_centralize_before_takes_the_task_axis_for_that_of_the_parameter():
+    alone, _ = run(mtl.per_task(optax.centralize(), T))
+    stacked, _ = run(optax.centralize())
+    assert difference(alone, stacked) > 0.1
+    # Each row of a matrix is centred on its own, but behind a task axis the whole matrix.
+    assert difference(alone["head"].mean(2), jnp.zeros((T, 2))) < 1e-6
+    assert difference(stacked["head"].mean((1, 2)), jnp.zeros(T)) < 1e-6
+    assert difference(stacked["head"].mean(2), jnp.zeros((T, 2))) > 0.1
+
+
+def test_weight_decay_before_is_added_once_per_task():
+    no_gradients = jax.tree.map(jnp.zeros_like, GRADS)
+    decay = optax.add_decayed_weights(0.1)
+    with jax.numpy_rank_promotion("allow"):
+        update, _ = run(optax.chain(decay, BALANCE), no_gradients)
+    assert_close(update, jax.tree.map(lambda p: T * 0.1 * p, PARAMS))
+    update, _ = run(optax.chain(BALANCE, decay), no_gradients)
+    assert_close(update, jax.tree.map(lambda p: 0.1 * p, PARAMS))
+
+
+# --- the README's table ------------------------------------------------------------------------------
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+VERDICTS = {
+    "yes": WORKS,
+    "no: `check` refuses it": REFUSED,
+    "**no, and no shape shows it**": SILENT,
+}
+
+
+def readme_rows():
+    """`(where, names of transformations, verdict)` of each row."""
+    section = README.split("## Composition with optax")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return [
+        (where.split()[0], re.findall(r"`(\w+)`", what), verdict.strip(" |"))
+        for where, what, verdict, *_ in rows[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "named", "verdict"),
+    readme_rows(),
+    ids=[f"{where}: {', '.join(named)}" for where, named, _ in readme_rows()],
+)
+def test_every_row_of_the_readme_is_a_case_here(where, named, verdict):
+    assert named
+    assert [name for name in named if (where, name) not in VERDICTS[verdict]] == []
+
+
+@pytest.mark.parametrize("verdict", ["no: `check` refuses it", "**no, and no shape shows it**"])
+def test_the_readme_warns_of_every_case_here(verdict):
+    warned = {(where, name) for where, named, v in readme_rows() for name in named if v == verdict}
+    assert warned == {(where, name.split(",")[0]) for where, name in VERDICTS[verdict]}
+
+
+def test_check_names_what_it_cannot_see():
+    notes = mtl.check.__doc__.split("Notes:")[1].split("Args:")[0]
+    assert [name for _, name in SILENT if name not in notes] == []
+
+
+# --- E1: chain ---------------------------------------------------------------------------------------
 
 
 def test_works_in_a_named_chain():
-    tx = optax.named_chain(("balance", BALANCE), ("optimizer", optax.adam(1e-2)))
-    assert traced(tx) == shape_of(PARAMS)
+    tx = WORKS["around", "named_chain"].tx
     assert int(tx.update(GRADS, tx.init(PARAMS))[1]["balance"].balance_count) == 1
 
 
@@ -103,50 +492,40 @@ def test_no_recompilation_on_the_second_step():
     assert update._cache_size() == 1
 
 
-ELEMENTWISE = {
-    "add_noise": optax.add_noise(0.1, 0.5, jax.random.key(0)),
-    "clip": optax.clip(1.0),
-    "scale": optax.scale(2.0),
-    "scale_by_schedule": optax.scale_by_schedule(lambda count: 0.5),
-    "scale_by_sign": optax.scale_by_sign(),
-    "zero_nans": optax.zero_nans(),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name != "zero_nans"])
-def test_elementwise_transformations_may_stand_before(name):
-    assert traced(optax.chain(ELEMENTWISE[name], BALANCE)) == shape_of(PARAMS)
-
-
 def test_zero_nans_may_stand_before_though_the_method_excludes_such_tasks_itself():
-    update, _ = run(optax.chain(ELEMENTWISE["zero_nans"], BALANCE))
+    update, _ = run(WORKS["before", "zero_nans"].tx)
     assert_close(update, run(BALANCE)[0])
 
 
-# Whether or not ranks may be promoted: jax's own error would come first in this file.
-STATEFUL = {
-    "scale_by_adam": (optax.scale_by_adam(), "mu['head']"),
-    "trace": (optax.trace(0.9), "trace['head']"),
-    "ema": (optax.ema(0.9), "ema['head']"),
-    "scale_by_rms": (optax.scale_by_rms(), "nu['head']"),
-    "apply_every": (optax.apply_every(2), "grad_acc['head']"),
-    "scale_by_lion": (optax.scale_by_lion(), "mu['head']"),
-}
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_stateful_transformation_before_is_refused(name):
+    _, where = STATEFUL[name]
+    assert refusal(REFUSED["before", name]) == (
+        f"check: state[0].{where} changes its shape from (2, 3) to (3, 2, 3): a transformation before the "
+        "method keeps one state for all tasks. Put it after the method, or lift it over the tasks: "
+        "mtl_optax.per_task(inner, 3)."
+    )
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.parametrize("wrap", [lambda update: update, jax.jit], ids=["eager", "jit"])
-def test_a_stateful_transformation_before_is_refused(name, wrap):
-    before, where = STATEFUL[name]
-    tx = optax.chain(before, BALANCE, optax.sgd(1.0))
-    message = (
-        f"sum_tasks: {name} stands before it in the chain and keeps one state for all tasks; its state "
-        f"{where} went from shape (2, 3) to (3, 2, 3). Put it after sum_tasks, or lift it over the "
-        f"tasks: mtl_optax.per_task({name}(...), 3)."
-    )
-    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as raised:
-        wrap(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
-    assert str(raised.value) == message
+def test_update_itself_does_not_look_at_what_stands_before(name):
+    """Nothing is raised without `scan`; the state drifts, and with it the compiled program."""
+    tx = REFUSED["before", name]
+    with jax.numpy_rank_promotion("allow"):
+        update, state = jax.eval_shape(lambda: run(tx))
+        assert shape_of(update) == shape_of(PARAMS)
+        assert shape_of(state) != shape_of(tx.init(PARAMS))
+        with pytest.raises(TypeError, match="carry"):
+            traced(tx)
+
+
+def test_a_drifting_state_is_compiled_twice():
+    tx = optax.chain(optax.trace(0.9), BALANCE)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    with jax.numpy_rank_promotion("allow"):
+        for _ in range(3):
+            _, state = update(GRADS, state, PARAMS)
+    assert update._cache_size() == 2
 
 
 def test_rank_promotion_raises_on_a_stateful_transformation_too():
@@ -154,87 +533,79 @@ def test_rank_promotion_raises_on_a_stateful_transformation_too():
         run(optax.chain(optax.trace(0.9), BALANCE))
 
 
-MIXERS = {
-    "clip_by_global_norm": (
-        optax.clip_by_global_norm(1.0),
-        "takes one norm over all tasks at once",
-    ),
-    "clip_by_block_rms": (optax.clip_by_block_rms(1.0), "takes norms over all tasks at once"),
-    "centralize": (optax.centralize(), "takes means over all tasks at once"),
-    "normalize": (optax.contrib.normalize(), "takes one norm over all tasks at once"),
-    "normalize_by_update_norm": (
-        optax.normalize_by_update_norm(),
-        "takes one norm over all tasks at once",
-    ),
-    "scale_by_trust_ratio": (optax.scale_by_trust_ratio(), "takes norms over all tasks at once"),
-}
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_a_reduction_over_all_tasks_before_is_refused(name):
-    before, why = MIXERS[name]
-    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as raised:
-        run(optax.chain(before, BALANCE))
-    assert str(raised.value) == (
-        f"sum_tasks: {name} stands before it in the chain and {why}. Put it after sum_tasks, or lift it "
-        f"over the tasks: mtl_optax.per_task({name}(...), 3)."
-    )
-
-
-def test_weight_decay_before_is_refused():
-    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as raised:
-        run(optax.chain(optax.add_decayed_weights(0.1), BALANCE))
-    assert str(raised.value) == (
-        "sum_tasks: add_decayed_weights stands before it in the chain and adds its term once for every "
-        "task. Put it after sum_tasks."
-    )
-
-
-CLIP = optax.clip_by_global_norm(1.0)
+TRACE = optax.trace(0.9)
+# A chain that keeps one momentum for all tasks, and where `check` finds it.
 HIDDEN = {
-    "named chain": optax.named_chain(("clip", CLIP), ("balance", BALANCE)),
-    "outer chain": optax.chain(CLIP, optax.chain(BALANCE, optax.sgd(1.0))),
-    "chain inside": optax.chain(optax.chain(optax.scale(2.0), CLIP), BALANCE),
-    "masked": optax.chain(optax.masked(CLIP, True), BALANCE),
-    "partition": optax.chain(optax.partition({"all": CLIP}, "all"), BALANCE),
-    "inject": optax.chain(optax.inject_hyperparams(optax.clip_by_global_norm)(1.0), BALANCE),
-    "guard": optax.chain(CLIP, mtl.skip_nonfinite(BALANCE)),
-    "accumulate": optax.chain(CLIP, mtl.accumulate(BALANCE, T, 2)),
-    "adatask": optax.chain(CLIP, mtl.adatask(T, optax.scale_by_adam())),
-    "buffered method": optax.chain(CLIP, mtl.moco(T)),
+    "named chain": (optax.named_chain(("trace", TRACE), ("balance", BALANCE)), "['trace']"),
+    "outer chain": (optax.chain(TRACE, optax.chain(BALANCE, optax.sgd(1.0))), "[0]"),
+    "chain inside": (optax.chain(optax.chain(optax.scale(2.0), TRACE), BALANCE), "[0][1]"),
+    "masked": (optax.chain(optax.masked(TRACE, True), BALANCE), "[0].inner_state"),
+    "partition": (
+        optax.chain(optax.partition({"all": TRACE}, "all"), BALANCE),
+        "[0].inner_states['all'].inner_state",
+    ),
+    "inject": (
+        optax.chain(optax.inject_hyperparams(optax.trace)(0.9), BALANCE),
+        "[0].inner_state",
+    ),
+    "before a guard": (optax.chain(TRACE, mtl.skip_nonfinite(BALANCE)), "[0]"),
+    "inside a guard": (mtl.skip_nonfinite(optax.chain(TRACE, BALANCE)), ".inner_state[0]"),
+    "before accumulate": (optax.chain(TRACE, mtl.accumulate(BALANCE, T, 2)), "[0]"),
+    "before adatask": (optax.chain(TRACE, mtl.adatask(T, optax.scale_by_adam())), "[0]"),
+    "before a method with buffers": (optax.chain(TRACE, mtl.moco(T)), "[0]"),
 }
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_nesting_hides_nothing(name):
-    with pytest.raises(ValueError, match=r"clip_by_global_norm stands before it in the chain"):
-        run(HIDDEN[name])
+def test_nesting_hides_nothing_from_check(name):
+    tx, where = HIDDEN[name]
+    assert refusal(tx).startswith(
+        f"check: state{where}.trace['head'] changes its shape from (2, 3) to (3, 2, 3)"
+    )
 
 
-def test_what_stands_before_somebody_elses_code_is_not_looked_at():
-    """A transformation of the user's may make the task axis itself."""
+def test_a_stateful_transformation_inside_accumulate_is_refused_by_its_cond():
+    tx = mtl.accumulate(optax.chain(TRACE, BALANCE), T, 2)
+    found = refusal(tx)
+    assert found.startswith("check: update raises TypeError: ")
+    assert "inner_state[0].trace['head']" in found and found.endswith(f"\n{REMEDY}")
 
+
+def test_a_transformation_that_makes_the_task_axis_itself():
     def update_fn(updates, state, params=None):
         stacked = jax.tree.map(lambda u: jnp.stack([u, 2 * u, 3 * u]), updates)
         return BALANCE.update(stacked, state, params)
 
-    tx = optax.chain(CLIP, optax.GradientTransformation(BALANCE.init, update_fn))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.GradientTransformation(BALANCE.init, update_fn)
+    )
     assert traced(tx, grads=PARAMS) == shape_of(PARAMS)
+    mtl.check(tx, shapes(PARAMS), T, gradients=shapes(PARAMS))
 
 
 def test_adaptive_grad_clip_before_fails_on_shapes():
+    tx = REFUSED["before", "adaptive_grad_clip"]
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="Shape mismatch"):
-        run(optax.chain(optax.adaptive_grad_clip(0.1), BALANCE))
+        jax.eval_shape(lambda: run(tx))
+    found = refusal(tx)
+    assert found.startswith("check: update raises ValueError: Shape mismatch")
+    assert found.endswith(f"\n{REMEDY}")
 
 
 def test_snapshot_of_a_vmapped_measure_before_fails_at_init():
-    tx = optax.chain(optax.snapshot("norms", jax.vmap(optax.tree.norm)), BALANCE)
+    tx = REFUSED["before", "snapshot"]
     with pytest.raises(ValueError, match="vmap"):
         tx.init(PARAMS)
+    found = refusal(tx)
+    assert found.startswith("check: init raises ValueError: vmap")
+    assert found.endswith(
+        "\nA transformation before the method looks at the task axis, which the parameters that init sees "
+        "do not have. Lift it over the tasks: mtl_optax.per_task(inner, 3)."
+    )
 
 
 PER_TASK = {
-    "clip_by_global_norm": CLIP,
+    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
     "trace": optax.trace(0.9),
     "normalize": optax.contrib.normalize(),
     "scale_by_adam": optax.scale_by_adam(),
@@ -253,156 +624,116 @@ def test_per_task_makes_it_right(name):
     assert_close(run(tx)[0], jax.tree.map(lambda *rows: sum(rows), *alone))
 
 
+def test_per_task_apply_every_gives_the_method_zeros_in_between():
+    tx = optax.chain(mtl.per_task(optax.apply_every(2), T), mtl.mgda(T))
+    update = jax.jit(tx.update)
+    _, state = update(GRADS, tx.init(PARAMS), PARAMS)
+    assert not state[1].norms.any()
+    _, state = update(GRADS, state, PARAMS)
+    assert state[1].norms.all()
+
+
 # --- E2: masked, partition ---------------------------------------------------------------------------
 
 
-def label(path, _):
-    return "shared" if "shared" in jax.tree_util.keystr(path) else "head"
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        {"head": "head", "shared": "shared"},
-        functools.partial(jax.tree_util.tree_map_with_path, label),
-    ],
-    ids=["prefix", "path"],
-)
-@pytest.mark.parametrize("mask_extra", [False, True])
-def test_partition_by_labels_from_paths(labels, mask_extra):
-    groups = {
-        "shared": optax.chain(mtl.scale_invariant(T), optax.adam(1e-2)),
-        "head": optax.chain(BALANCE, optax.sgd(1e-2)),
-        "nothing": optax.chain(mtl.mgda(T), optax.sgd(1e-2)),
-    }
-    tx = optax.partition(groups, labels, mask_compatible_extra_args=mask_extra)
-    assert traced(tx, losses=LOSSES) == shape_of(PARAMS)
-
-
-def test_labels_from_ranks_fail_because_gradients_have_one_more():
-    ranks = functools.partial(jax.tree.map, lambda x: "shared" if jnp.ndim(x) >= 3 else "head")
-    groups = {name: optax.chain(BALANCE, optax.adam(1e-2)) for name in ("head", "shared")}
-    told = "Expected named tuple" if OPTAX < (0, 2, 8) else r"(?i)structure|mismatch|None"
-    with pytest.raises(ValueError, match=told):
-        run(optax.partition(groups, ranks))
-    assert traced(optax.partition(groups, ranks(PARAMS))) == shape_of(PARAMS)
+@pytest.mark.parametrize("name", RANKS)
+def test_labels_from_ranks_fail_because_gradients_have_one_more(name):
+    expected = "Expected named tuple" if OPTAX < (0, 2, 8) else r"(?i)structure|mismatch|None"
+    tx = REFUSED["around", name]
+    with pytest.raises(ValueError, match=expected):
+        run(tx)
+    found = refusal(tx)
+    assert found.startswith("check: update raises ValueError: ")
+    assert found.endswith(FUNCTION_OF_SHAPES)
+    mtl.check(by_ranks(RANKS[name](PARAMS)), shapes(PARAMS), T)
 
 
 def test_masked_alone_leaves_the_rest_stacked():
-    update, _ = run(optax.masked(BALANCE, {"head": False, "shared": True}))
+    update, _ = run(optax.masked(BALANCE, ONLY_SHARED))
     assert update["head"].shape == (T, 2, 3) and update["shared"]["w"].shape == (4, 2)
 
 
-FROZEN = {
-    "partition": lambda tx: optax.partition(
-        {"trained": tx, "frozen": optax.set_to_zero()}, {"head": "frozen", "shared": "trained"}
-    ),
-    "another optimizer": lambda tx: optax.partition(
-        {
-            "trained": tx,
-            "frozen": optax.chain(optax.scale_by_schedule(lambda _: 0.5), optax.sgd(0.1)),
-        },
-        {"head": "frozen", "shared": "trained"},
-    ),
-}
-if hasattr(optax.transforms, "selective_transform"):
-    FROZEN["selective"] = lambda tx: optax.transforms.selective_transform(
-        tx, freeze_mask={"head": True, "shared": {"b": False, "w": False}}
+@pytest.mark.parametrize("name", KEEPS_AXIS)
+def test_a_part_that_keeps_the_task_axis_is_refused(name):
+    tx = KEEPS_AXIS[name]
+    assert refusal(tx) == (
+        "check: the update of leaf ['head'] has shape (3, 2, 3), expected (2, 3): the part of "
+        "optax.partition, optax.masked or optax.selective_transform that owns it keeps the task axis. "
+        "Begin that part with a method, such as mtl_optax.sum_tasks(3). To freeze parameters, put "
+        "optax.transforms.freeze(mask) after everything. Gradients that come without the task axis are "
+        "given to check as gradients=."
     )
-
-
-@pytest.mark.parametrize("name", FROZEN)
-def test_a_group_that_keeps_the_task_axis_is_refused(name):
-    group = "freeze" if name == "selective" else "frozen"
-    told = (
-        f"mgda: beside it in the partition stands the group '{group}', whose gradients carry the task axis "
-        "too and which does not remove it: its updates would be broadcast into the parameters. Begin it "
-        f"with a method: optax.chain(mtl_optax.sum_tasks({T}), ...). To freeze parameters, put "
-        "optax.transforms.freeze(mask) after everything."
-    )
-    with pytest.raises(ValueError) as raised:
-        run(FROZEN[name](optax.chain(mtl.mgda(T), optax.sgd(1e-2))))
-    assert str(raised.value) == told
+    # Nothing else finds it: `optax.apply_updates` would broadcast it into the parameters.
+    with jax.numpy_rank_promotion("allow"):
+        update, _ = jax.eval_shape(lambda: run(tx))
+    assert update["head"].shape == (T, 2, 3)
 
 
 def test_two_ways_to_freeze():
-    tx = optax.chain(mtl.mgda(T), optax.sgd(1e-2))
-    mask = {"head": True, "shared": jax.tree.map(lambda _: False, PARAMS["shared"])}
-    groups = {"trained": tx, "frozen": optax.chain(mtl.sum_tasks(T), optax.set_to_zero())}
+    groups = {"trained": TRAINED, "frozen": optax.chain(mtl.sum_tasks(T), optax.set_to_zero())}
     for frozen in (
-        optax.chain(tx, optax.transforms.freeze(mask)),
+        freeze(TRAINED),
         optax.partition(groups, {"head": "frozen", "shared": "trained"}),
     ):
-        update, _ = run(frozen)
+        mtl.check(frozen, shapes(PARAMS), T)
+        update, _ = jax.jit(lambda frozen=frozen: run(frozen))()
         assert shape_of(update) == shape_of(PARAMS)
         assert not np.any(update["head"]) and np.any(update["shared"]["w"])
 
 
-def test_shared_and_heads_recipes():
-    groups = {"shared": mtl.mgda(T), "head": BALANCE}
-    stacked = optax.chain(
-        optax.partition(groups, {"head": "head", "shared": "shared"}), optax.adam(1e-2)
-    )
-    assert traced(stacked) == shape_of(PARAMS)
-    summed = optax.chain(
-        optax.masked(mtl.mgda(T), {"head": False, "shared": True}), optax.sgd(1e-2)
-    )
+def test_head_gradients_that_were_summed_already():
+    """From `split_value_and_grad`: one backward pass through the heads, and no task axis there."""
+    tx = optax.chain(optax.masked(mtl.mgda(T), ONLY_SHARED), optax.sgd(1e-2))
     mixed = {"head": PARAMS["head"], "shared": GRADS["shared"]}
-    assert traced(summed, grads=mixed) == shape_of(PARAMS)
+    assert traced(tx, grads=mixed) == shape_of(PARAMS)
+    mtl.check(tx, shapes(PARAMS), T, gradients=shapes(mixed))
 
 
-def test_selective_transform_goes_after():
-    freeze = {"head": True, "shared": False}
-    with pytest.raises(ValueError, match="beside it in the partition stands the group 'freeze'"):
-        run(optax.selective_transform(BALANCE, freeze_mask=freeze))
-    after = optax.chain(BALANCE, optax.selective_transform(optax.sgd(1e-2), freeze_mask=freeze))
-    assert traced(after) == shape_of(PARAMS)
+def test_extra_arguments_shaped_like_the_gradients_are_masked_with_them():
+    noise = jax.tree.map(jnp.ones_like, PARAMS)
+    groups = {"shared": mtl.graddrop(T), "head": BALANCE}
+    masks = optax.partition(groups, LABELS, mask_compatible_extra_args=True)
+    assert shape_of(jax.eval_shape(lambda: run(masks, noise=noise))[0]) == shape_of(PARAMS)
+    with pytest.raises(ValueError):
+        jax.eval_shape(lambda: run(optax.partition(groups, LABELS), noise=noise))
 
 
 # --- E3: wrappers that take updates for parameters ---------------------------------------------------
 
-WHOLE = optax.chain(BALANCE, optax.sgd(1e-2))
-INSIDE = {
-    "MultiSteps": (
-        optax.MultiSteps(WHOLE, 2),
-        "accumulates gradients shaped like the parameters, without a task axis. Use "
-        "mtl_optax.accumulate(inner, num_tasks=3, every_k=...) in its place, or optax.microbatching over "
-        "the function that returns one gradient per task.",
-    ),
-    "flatten": (
-        optax.flatten(WHOLE),
-        "concatenates the tasks into one vector. Put it after the method: optax.chain(sum_tasks(...), "
-        "optax.flatten(inner)).",
-    ),
-    "apply_if_finite": (
-        optax.apply_if_finite(WHOLE, 2),
-        "returns updates with the task axis when it does not apply what it wraps: "
-        "mtl_optax.skip_nonfinite(inner) skips such steps.",
-    ),
-    "conditionally_mask": (
-        optax.conditionally_mask(WHOLE, lambda step: step < 3),
-        "returns updates with the task axis when it does not apply what it wraps: put it after the "
-        "method.",
-    ),
-    "conditionally_transform": (
-        optax.conditionally_transform(WHOLE, lambda step: step < 3),
-        "returns updates with the task axis when it does not apply what it wraps: put it after the "
-        "method.",
-    ),
+
+@pytest.mark.parametrize("name", CANNOT_STAND_AROUND)
+def test_wrappers_that_cannot_stand_around_are_refused(name):
+    tx, why = CANNOT_STAND_AROUND[name]
+    found = refusal(tx)
+    assert found == f"check: {why}" + REMEDY * (name == "flatten")
+
+
+def test_wrappers_are_found_inside_of_others():
+    tx = mtl.skip_nonfinite(optax.chain(optax.MultiSteps(WHOLE, 2).gradient_transformation()))
+    assert refusal(tx).startswith(
+        "check: optax.MultiSteps, found at state.inner_state[0], stands around a method: it accumulates"
+    )
+
+
+# What they raise by themselves at `update`; only the message about flatten is ours.
+RAISE = {
+    "MultiSteps": ((TypeError, ValueError), "acc_grads|sum_tasks"),
+    "apply_if_finite": (TypeError, "cond"),
+    "conditionally_mask": (TypeError, "cond"),
+    "conditionally_transform": (TypeError, "cond"),
+    # Until optax 0.2.7 an assertion without a message.
+    "mechanize": (TypeError, "contracting dimensions")
+    if OPTAX >= (0, 2, 8)
+    else (AssertionError, None),
+    "flatten": (ValueError, "concatenated into one vector"),
 }
 
 
-@pytest.mark.parametrize("name", INSIDE)
-def test_wrappers_that_cannot_stand_around_are_refused(name):
-    tx, why = INSIDE[name]
-    if name == "MultiSteps" and OPTAX < (0, 2, 8):
-        # It broadcasts its accumulator over the tasks, and then refuses its own two branches.
-        with jax.numpy_rank_promotion("allow"), pytest.raises(TypeError, match="acc_grads"):
-            run(tx)
-        return
-    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError) as raised:
-        run(tx)
-    assert str(raised.value) == f"sum_tasks: stands inside {name}, which {why}"
+@pytest.mark.parametrize("name", RAISE)
+def test_such_wrappers_raise_by_themselves_too(name):
+    error, expected = RAISE[name]
+    with jax.numpy_rank_promotion("allow"), pytest.raises(error, match=expected):
+        jax.eval_shape(lambda: run(CANNOT_STAND_AROUND[name][0]))
 
 
 def test_multi_steps_with_an_accumulator_given_the_task_axis():
@@ -413,46 +744,37 @@ def test_multi_steps_with_an_accumulator_given_the_task_axis():
     assert shape_of(update) == shape_of(PARAMS)
 
 
-def test_inside_such_wrappers_what_keeps_the_axis_may_stand():
-    tx = optax.chain(optax.apply_if_finite(mtl.mgda(T, reduce=False), 2), BALANCE)
-    assert traced(tx) == shape_of(PARAMS)
+def test_multi_steps_after_averages_what_the_method_made_of_each_micro_batch():
+    method = mtl.mgda(T)
+    tx = optax.chain(method, optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
+
+    @jax.jit
+    def updates(first, second):
+        update, _ = tx.update(second, run(tx, first)[1], PARAMS)
+        each = [run(method, grads)[0] for grads in (first, second)]
+        mean = jax.tree.map(lambda a, b: -(a + b) / 2, *each)
+        of_mean, _ = run(method, jax.tree.map(lambda a, b: -(a + b) / 2, first, second))
+        return update, mean, of_mean
+
+    update, mean, of_mean = updates(GRADS, gradients(1))
+    assert_close(update, mean)
+    assert difference(update, of_mean) > 0.05
 
 
-def test_mechanize_and_sam_around_fail():
-    # Until optax 0.2.7 an assertion without a message.
-    error, told = (
-        (TypeError, "contracting dimensions") if OPTAX >= (0, 2, 8) else (AssertionError, "^$")
-    )
-    with jax.numpy_rank_promotion("allow"), pytest.raises(error, match=told):
-        run(optax.contrib.mechanize(WHOLE))
+def test_sam_around_needs_no_losses_and_counts_with_states():
+    """It computes `c * old + (1 - c) * new` with every state, which makes integers of bools."""
+    tx = optax.contrib.sam(WHOLE, WHOLE)
     with pytest.raises(TypeError, match="losses"):
-        run(optax.contrib.sam(WHOLE, WHOLE), losses=LOSSES)
+        run(tx, losses=LOSSES)
+    update, state = jax.eval_shape(lambda: run(tx))
+    assert shape_of(update) == shape_of(PARAMS)
+    assert state.opt_state[0].weighed.dtype == jnp.int32
 
 
-AROUND_WORKS = {
-    "lookahead": None,
-    "schedule_free": optax.contrib.schedule_free(WHOLE, 1e-2),
-    "split_real_and_imaginary": optax.contrib.split_real_and_imaginary(WHOLE),
-    "skip_nonfinite": mtl.skip_nonfinite(WHOLE),
-    "accumulate": mtl.accumulate(WHOLE, T, 2),
-    "MultiSteps after": optax.chain(
-        BALANCE, optax.MultiSteps(optax.sgd(1e-2), 2).gradient_transformation()
-    ),
-    "apply_if_finite after": optax.chain(BALANCE, optax.apply_if_finite(optax.sgd(1e-2), 2)),
-    "mechanize after": optax.chain(BALANCE, optax.contrib.mechanize(optax.sgd(1e-2))),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in AROUND_WORKS if name != "lookahead"])
-def test_wrappers_that_work(name):
-    assert traced(AROUND_WORKS[name]) == shape_of(PARAMS)
-
-
-def test_lookahead_works():
-    tx = optax.lookahead(WHOLE, 2, 0.5)
-    params = optax.LookaheadParams.init_synced(PARAMS)
-    update, _ = tx.update(GRADS, tx.init(params), params)
-    assert shape_of(update.fast) == shape_of(PARAMS)
+def test_lookahead_updates_both_copies():
+    tx = WORKS["around", "lookahead"].tx
+    update, _ = tx.update(GRADS, tx.init(PAIR), PAIR)
+    assert shape_of(update.fast) == shape_of(update.slow) == shape_of(PARAMS)
 
 
 def test_accumulation_by_microbatches_is_exact():
@@ -486,37 +808,51 @@ def test_a_guard_inside_alone_would_not_save_a_memory_but_ours_needs_none():
 
 
 def test_inject_hyperparams_with_static_num_tasks():
-    inject = optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))
-    tx = inject(num_tasks=T, c=lambda step: 0.1 + 0.1 * step)
-    assert traced(tx, losses=LOSSES) == shape_of(PARAMS)
-    state = jax.eval_shape(tx.init, PARAMS)
+    state = jax.eval_shape(WORKS["around", "inject_hyperparams"].tx.init, PARAMS)
     assert state.hyperparams["c"].shape == ()
 
 
 def test_inject_hyperparams_hands_options_on():
     inject = optax.inject_hyperparams(mtl.metabalance, static_args=("num_tasks", "target"))
     tx = inject(num_tasks=T, relax_factor=0.5, blocks="all")
-    assert tx.init(PARAMS).inner_state.weights.shape == (T,)
+    assert tx.init(PARAMS).inner_state.weights.shape == (1, T)
     inject = optax.inject_hyperparams(mtl.mgda, static_args=("num_tasks",))
-    shapes = jax.eval_shape(lambda: run(inject(num_tasks=T, reduce=False))[0])
-    assert shape_of(shapes) == shape_of(GRADS)
+    update, _ = jax.eval_shape(lambda: run(inject(num_tasks=T, reduce=False)))
+    assert shape_of(update) == shape_of(GRADS)
 
 
-@pytest.mark.parametrize("name", ["positional", "lambda", "factory"])
+INJECTED = {
+    "lambda": lambda: optax.inject_hyperparams(lambda c: mtl.cagrad(T, c=c))(c=0.3),
+    "positional": lambda: optax.inject_hyperparams(functools.partial(mtl.scale_invariant, T))(),
+    "integer seed": lambda: optax.inject_hyperparams(mtl.rlw, static_args="num_tasks")(T, seed=3),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
 def test_inject_hyperparams_other_ways(name):
-    made = {
-        "positional": lambda: optax.inject_hyperparams(functools.partial(mtl.cagrad, T, rescale=0))(
-            c=0.3
-        ),
-        "lambda": lambda: optax.inject_hyperparams(lambda c: mtl.cagrad(T, c=c))(c=0.3),
-        "factory": lambda: optax.inject_hyperparams(mtl.rlw, static_args="num_tasks")(T, seed=3),
-    }
-    if name == "positional":
-        # The keyword is still in the signature, so it is traced all the same.
-        with pytest.raises(TypeError, match="rescale must be a Python integer"):
-            jax.eval_shape(made[name]().init, PARAMS)
-    else:
-        assert traced(made[name]()) == shape_of(PARAMS)
+    tx = INJECTED[name]()
+    assert traced(tx, losses=LOSSES) == shape_of(PARAMS)
+    # Without parameters too.
+    update, _ = jax.eval_shape(lambda: tx.update(GRADS, tx.init(PARAMS), losses=LOSSES))
+    assert shape_of(update) == shape_of(PARAMS)
+
+
+# The argument is in the signature still, so it is traced all the same.
+NOT_STATIC = {
+    "num_tasks": lambda: optax.inject_hyperparams(functools.partial(mtl.mgda, num_tasks=T))(),
+    "rescale": lambda: optax.inject_hyperparams(functools.partial(mtl.cagrad, T, rescale=0))(c=0.3),
+}
+
+
+@pytest.mark.parametrize("name", NOT_STATIC)
+def test_a_partial_does_not_make_an_argument_static(name):
+    tx = NOT_STATIC[name]()
+    with pytest.raises(TypeError, match=f"{name} must be a Python integer"):
+        tx.init(PARAMS)
+    assert refusal(tx).endswith(
+        "found a JAX array. Under optax.inject_hyperparams name it static: "
+        f"static_args=('{name}', ...)."
+    )
 
 
 # --- E5: extra arguments -----------------------------------------------------------------------------
@@ -534,40 +870,83 @@ def test_a_plain_transformation_never_sees_losses():
     assert seen == [{}]
 
 
-@pytest.mark.parametrize(
-    "search",
-    [lambda: optax.scale_by_backtracking_linesearch(3), lambda: optax.scale_by_zoom_linesearch(3)],
-    ids=["backtracking", "zoom"],
-)
-def test_line_searches_need_the_losses_dropped(search):
-    value_fn = lambda params: sum(jnp.sum(p**2) for p in jax.tree.leaves(params))  # noqa: E731
-    given = {"value": jnp.ones(()), "grad": PARAMS, "value_fn": value_fn, "losses": LOSSES}
+def test_a_bare_transformation_refuses_losses_where_a_chain_drops_them():
     with pytest.raises(TypeError, match="losses"):
-        run(optax.chain(mtl.scale_invariant(T), search()), **given)
-    tx = optax.chain(mtl.scale_invariant(T), mtl.drop_extra_args(search(), "losses"))
-    update, _ = jax.eval_shape(lambda: run(tx, **given))
+        run(optax.scale_by_adam(), PARAMS, losses=LOSSES)
+    update, _ = jax.eval_shape(lambda: run(optax.adam(1e-2), PARAMS, losses=LOSSES))
     assert shape_of(update) == shape_of(PARAMS)
 
 
-def test_value_must_be_a_scalar():
+# Without `drop_extra_args`; the other way round they are among the cases that work.
+REFUSES_LOSSES = {
+    "lbfgs": optax.lbfgs(),
+    "scale_by_backtracking_linesearch": optax.scale_by_backtracking_linesearch(3),
+    "scale_by_zoom_linesearch": optax.scale_by_zoom_linesearch(3),
+    "sam": optax.contrib.sam(optax.sgd(1e-2), optax.sgd(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSES_LOSSES)
+def test_what_refuses_losses_needs_them_dropped(name):
+    tx = optax.chain(mtl.scale_invariant(T), REFUSES_LOSSES[name])
+    extra = {} if name == "sam" else SEARCH
+    with pytest.raises(TypeError, match="losses"):
+        run(tx, losses=LOSSES, **extra)
+    found = refusal(tx, **extra)
+    assert found.startswith("check: update raises TypeError: ")
+    assert found.endswith(
+        "\nA part of this optimizer refuses the extra argument losses. Wrap that part: "
+        "mtl_optax.drop_extra_args(inner, 'losses')."
+    )
+
+
+LOSSES_INSIDE = {
+    "lookahead": (optax.lookahead(after(optax.sgd(1e-2)).tx, 2, 0.5), PAIR),
+    "split_real_and_imaginary": (
+        optax.contrib.split_real_and_imaginary(after(optax.sgd(1e-2)).tx),
+        PARAMS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_INSIDE)
+def test_wrappers_that_hand_no_losses_on(name):
+    tx, params = LOSSES_INSIDE[name]
+    with pytest.raises(TypeError, match="losses"):
+        run(tx, params=params, losses=LOSSES)
+    assert refusal(tx, params) == (
+        f"check: update raises ValueError: {NEEDS_LOSSES}, an array [3] in the order of the task axis, or "
+        "a dictionary by task name.\nThe outermost transformation hands no extra arguments on, so that no "
+        "losses reach a method inside of it. Put it after the method, or use a method that needs no "
+        "losses."
+    )
+
+
+def test_a_line_search_whose_value_function_takes_the_losses():
+    given = {**SEARCH, "value_fn": lambda params, losses: squares(params)}
+    tx = optax.chain(mtl.scale_invariant(T), optax.scale_by_backtracking_linesearch(3))
+    update, _ = jax.eval_shape(lambda: run(tx, losses=LOSSES, **given))
+    assert shape_of(update) == shape_of(PARAMS)
+
+
+@pytest.mark.parametrize("name", ["polyak_sgd", "reduce_on_plateau"])
+def test_value_must_be_a_scalar(name):
+    """Those that work are called with one."""
     with pytest.raises((TypeError, ValueError)):
-        traced(optax.chain(BALANCE, optax.polyak_sgd()), value=LOSSES)
-    assert traced(optax.chain(BALANCE, optax.polyak_sgd()), value=LOSSES.sum()) == shape_of(PARAMS)
-    tx = optax.chain(BALANCE, optax.contrib.reduce_on_plateau())
-    with pytest.raises((TypeError, ValueError)):
-        traced(tx, value=LOSSES)
-    assert traced(tx, value=LOSSES.sum()) == shape_of(PARAMS)
+        traced(WORKS["after", name].tx, losses=LOSSES, value=LOSSES)
 
 
-def test_methods_as_aggregators():
-    tx = aggregating.process(optax.identity(), BALANCE, optax.adam(1e-2))
-    update, _ = jax.eval_shape(lambda: run(tx))
+def test_aggregators_take_extra_arguments_only_if_each_part_does():
+    plain = aggregating.process(optax.identity(), BALANCE, optax.adam(1e-2))
+    update, _ = jax.eval_shape(lambda: run(plain))
     assert shape_of(update) == shape_of(PARAMS)
-    adapted = map(optax.with_extra_args_support, (optax.identity(), optax.adam(1e-2)))
-    first, last = adapted
-    tx = aggregating.process(first, mtl.scale_invariant(T), last)
-    update, _ = jax.eval_shape(lambda: run(tx, losses=LOSSES))
+    with pytest.raises(TypeError, match="losses"):
+        run(plain, losses=LOSSES)
+    average = optax.chain(aggregating.average_per_element_updates(0), optax.adam(1e-2))
+    update, _ = jax.eval_shape(lambda: run(average))
     assert shape_of(update) == shape_of(PARAMS)
+    with pytest.raises(TypeError, match="losses"):
+        run(average, losses=LOSSES)
 
 
 # --- E6: state tools ---------------------------------------------------------------------------------
@@ -576,17 +955,28 @@ def test_methods_as_aggregators():
 def test_state_tools_find_the_fields():
     tx = optax.chain(BALANCE, optax.adam(1e-2))
     _, state = run(tx)
-    assert optax.tree.get(state, "weights").tolist() == [1.0] * T
+    assert optax.tree.get(state, "weights").tolist() == [[1.0] * T]
     assert int(optax.tree.get(state, "balance_count")) == 1
     assert isinstance(optax.tree.get(state, "BalanceState"), mtl.BalanceState)
     assert int(optax.tree.get(state, "count")) == 1  # Adam's, and nobody else's
-    moved = optax.tree.set(state, weights=jnp.zeros(T))
-    assert optax.tree.get(moved, "weights").tolist() == [0.0] * T
+    moved = optax.tree.set(state, weights=jnp.zeros((1, T)))
+    assert optax.tree.get(moved, "weights").tolist() == [[0.0] * T]
 
 
-@pytest.mark.parametrize("name", ["mgda", "moco", "mtadam", "metabalance", "adatask"])
+def test_state_tools_find_the_fields_through_inject_hyperparams():
+    state = jax.eval_shape(WORKS["around", "inject_hyperparams"].tx.init, PARAMS)
+    assert optax.tree.get(state, "weights").shape == (1, T)
+
+
+def test_init_takes_shapes():
+    tx = optax.chain(mtl.moco(T), optax.adam(1e-2))
+    assert shape_of(jax.eval_shape(tx.init, shapes(PARAMS))) == shape_of(tx.init(PARAMS))
+    assert shape_of(mtl.moco(T).init(shapes(PARAMS))) == shape_of(mtl.moco(T).init(PARAMS))
+
+
+@pytest.mark.parametrize("name", ["mgda", "moco", "scale_by_mtadam", "metabalance", "adatask"])
 def test_map_params_gives_back_any_state(name):
-    tx = mtl.METHODS[name].make(T)
+    tx = make(name, T)
     state = tx.init(PARAMS)
     same = optax.tree.map_params(tx, lambda leaf: leaf, state)
     assert jax.tree.structure(same) == jax.tree.structure(state)
@@ -634,6 +1024,15 @@ def test_gram_under_an_explicit_mesh():
 # --- E8: odd trees -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["mgda", "metabalance", "moco", "graddrop"])
+def test_odd_trees(name):
+    """No leaf, a scalar, an empty tree, one task."""
+    params = {"empty": {}, "none": None, "scalar": jnp.ones(())}
+    for tree in (params, {}):
+        mtl.check(optax.chain(make(name, T), optax.adam(1e-2)), shapes(tree), T)
+        mtl.check(optax.chain(make(name, 1), optax.adam(1e-2)), shapes(tree), 1)
+
+
 # Their own Adam does not pass in strict mode, which is optax's code.
 WITH_ADAM = ("adatask", "famo", "gradnorm", "imtl", "imtl_l", "uncertainty")
 
@@ -643,7 +1042,7 @@ WITH_ADAM = ("adatask", "famo", "gradnorm", "imtl", "imtl_l", "uncertainty")
 def test_strict_dtypes_for_our_part(name, dtype, strict_dtypes):
     params = {"w": jnp.ones((4,), dtype)}
     grads = {"w": jnp.ones((T, 4), dtype)}
-    tx = optax.chain(mtl.METHODS[name].make(T), optax.sgd(1e-2))
+    tx = optax.chain(make(name, T), optax.sgd(1e-2))
     update, _ = jax.eval_shape(lambda: run(tx, grads, params, losses=LOSSES))
     assert update["w"].dtype == dtype
 
@@ -660,7 +1059,7 @@ def test_flax_serialization_takes_our_states():
     """No typed key in any state: msgpack knows none."""
     serialization = pytest.importorskip("flax.serialization")
     for name in ("rlw", "graddrop", "pcgrad", "metabalance", "moco"):
-        tx = optax.chain(mtl.METHODS[name].make(T), optax.adam(1e-2))
+        tx = optax.chain(make(name, T), optax.adam(1e-2))
         state = tx.init(PARAMS)
         assert_close(serialization.from_bytes(state, serialization.to_bytes(state)), state)
 
@@ -687,4 +1086,4 @@ def test_nnx_optimizer_state_holds_variables():
     model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.chain(BALANCE, optax.sgd(1e-2)), wrt=nnx.Param)
     weights = optax.tree.get(optimizer.opt_state, "weights")
-    assert isinstance(weights, nnx.Variable) and weights[...].shape == (T,)
+    assert isinstance(weights, nnx.Variable) and weights[...].shape == (1, T)

@@ -78,10 +78,11 @@ def test_readme_table_is_that_of_the_methods() -> None:
     assert renewed(README) == README, "run: python tests/methods_table.py"
 
 
-def test_every_method_names_its_reference() -> None:
+def test_every_method_links_its_reference() -> None:
     for method in mtl_optax.METHODS.values():
         text = inspect.getdoc(method.factory) or ""
-        assert re.search(r"^References?:$", text, flags=re.M), f"{method.name} names no reference"
+        _, *references = re.split(r"^References?:$", text, flags=re.M)
+        assert references and "https://" in references[-1], f"{method.name} links no reference"
 
 
 @pytest.mark.parametrize("marker", MARKED)

@@ -6,6 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.data import Behaviours, build_dataset, split_target
 from examples.recommender.errors import UserError
 from examples.recommender.network import NetworkConfig
+from examples.recommender.placements import known_methods
 from examples.recommender.training import Run, TrainConfig, Trainer
 
 TINY = TrainConfig(
@@ -195,7 +197,9 @@ def test_popularity_counts_training_pairs_and_hides_known_items():
 # --- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["sum", "multibalance", "metabalance", "adatask", "mtadam"])
+@pytest.mark.parametrize(
+    "method", ["sum", "multibalance", "metabalance", "adatask", "scale_by_mtadam"]
+)
 def test_a_real_step_in_each_placement(small_dataset, method):
     trainer = Trainer(small_dataset, TINY)
     step = trainer.make_step(method)
@@ -208,6 +212,22 @@ def test_a_real_step_in_each_placement(small_dataset, method):
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, new)
     assert all(jax.tree.leaves(moved.shared["user"]))
     assert all(jax.tree.leaves(moved.heads["item_bias"]))
+
+
+@pytest.mark.parametrize("method", known_methods())
+def test_every_known_method_makes_a_step(small_dataset, method):
+    trainer = Trainer(small_dataset, TINY)
+    step = trainer.make_step(method)
+
+    def run():
+        params = trainer.network.init(jax.random.key(0))
+        batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
+        state = step.init(params)
+        return (params, state), step.update(params, state, batch)
+
+    before, (*after, losses, weights) = jax.eval_shape(run)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, tuple(after))
+    chex.assert_shape((losses, weights), (3,))
 
 
 def test_batch_masks_positives_of_other_behaviours(small_dataset):
@@ -298,13 +318,13 @@ def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, mon
         train = Trainer.train
 
         def stopping(self, method, seeds, on_epoch, *rest):
-            def told(epoch, values):
+            def then(epoch, values):
                 epochs.append(epoch)
                 if epoch == stop_at:
                     raise KeyboardInterrupt
                 on_epoch(epoch, values)
 
-            return train(self, method, seeds, told, *rest)
+            return train(self, method, seeds, then, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train", stopping)
@@ -362,7 +382,7 @@ def test_package_index_out_of_reach(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "shown"),
     [
         (["--method", "magic"], "unknown method 'magic'"),
         (["--epochs", "0"], "at least 1"),
@@ -373,8 +393,8 @@ def test_package_index_out_of_reach(cache, monkeypatch):
         (["--data", "synthetic", "--target", "rent"], "buy, like, view"),
     ],
 )
-def test_bad_arguments(arguments, told, capsys):
-    assert told in error_line(capsys, *arguments)
+def test_bad_arguments(arguments, shown, capsys):
+    assert shown in error_line(capsys, *arguments)
 
 
 def test_folder_without_the_target(tmp_path, capsys):
@@ -384,7 +404,7 @@ def test_folder_without_the_target(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "shown"),
     [
         (b"\x1f\x8bnot gzip", "cannot be read"),
         (gzip.compress(b"user,item\n1,2\n" * 99)[:-9], "cannot be read"),
@@ -394,6 +414,6 @@ def test_folder_without_the_target(tmp_path, capsys):
     ],
     ids=["no gzip", "cut short", "wrong header", "short row", "not text"],
 )
-def test_unreadable_folder(tmp_path, capsys, content, told):
+def test_unreadable_folder(tmp_path, capsys, content, shown):
     (tmp_path / "buy.csv.gz").write_bytes(content)
-    assert told in error_line(capsys, "--data", str(tmp_path))
+    assert shown in error_line(capsys, "--data", str(tmp_path))

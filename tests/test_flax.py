@@ -71,23 +71,23 @@ def bare_losses(params: Any, copies: Any, y: jax.Array) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def forked() -> tuple[Any, Any]:
-    """Parameters and carrier after two forked steps of bare JAX."""
+    """Parameters and the method's state after two forked steps of bare JAX."""
     optimizer = optax.adam(1e-2)
 
     def loss_fn(params: Any, fork: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return bare_losses(params, fork(bare_encode(params, x)), y)
 
     @jax.jit
-    def step(params: Any, state: Any, carrier: Any) -> Any:
-        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, METHOD)(params, carrier, X, Y)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, carrier
+    def step(params: Any, opt_state: Any, state: Any) -> Any:
+        _, (grads, state) = mtl.fork_value_and_grad(loss_fn, METHOD)(params, state, X, Y)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, state
 
-    params, carrier = start(), mtl.fork_init(METHOD, LIKE)
-    state = optimizer.init(params)
+    params, state = start(), METHOD.init(LIKE)
+    opt_state = optimizer.init(params)
     for _ in range(2):
-        params, state, carrier = step(params, state, carrier)
-    return params, carrier
+        params, opt_state, state = step(params, opt_state, state)
+    return params, state
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def assert_model(model: Model, params: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(nnx.Variable, "get_value"), reason="needs Flax 0.12.1")
 def test_nnx_variable_holds_the_balancer(forked: Any) -> None:
-    params, carrier = forked
+    params, state = forked
     model = Balanced(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -126,18 +126,17 @@ def test_nnx_variable_holds_the_balancer(forked: Any) -> None:
     def step(model: Balanced, optimizer: Any) -> jax.Array:
         wrt = nnx.DiffState(0, (nnx.Param, Balance))
         grads, losses = nnx.grad(Balanced.loss, argnums=wrt, has_aux=True)(model, X, Y)
-        nnx.update(
-            model, nnx.filter_state(grads, Balance)
-        )  # the new state is the "gradient" of the old
+        # The new carrier is the "gradient" of the old one.
+        nnx.update(model, nnx.filter_state(grads, Balance))
         optimizer.update(model, nnx.filter_state(grads, nnx.Param))
         return losses
 
     for _ in range(2):
         step(model, optimizer)
     assert_model(model, params)
-    told = mtl.diagnostics(model.balance.get_value())
-    assert int(told["steps"]) == 2
-    np.testing.assert_allclose(told["weights"], mtl.diagnostics(carrier)["weights"], rtol=1e-4)
+    found = mtl.diagnostics(model.balance.get_value())
+    assert int(found["steps"]) == 2
+    np.testing.assert_allclose(found["weights"], mtl.diagnostics(state)["weights"], rtol=1e-4)
 
 
 def test_nnx_split_and_merge(forked: Any) -> None:
@@ -146,20 +145,20 @@ def test_nnx_split_and_merge(forked: Any) -> None:
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
-    def step(model: Model, optimizer: Any, carrier: Any) -> Any:
-        graph, state = nnx.split(model)
+    def step(model: Model, optimizer: Any, state: Any) -> Any:
+        graph, params = nnx.split(model)
 
-        def loss_fn(state: Any, fork: Any) -> jax.Array:
-            model = nnx.merge(graph, state)
+        def loss_fn(params: Any, fork: Any) -> jax.Array:
+            model = nnx.merge(graph, params)
             return model.losses(fork(model.encode(X)), Y)
 
-        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, METHOD)(state, carrier)
+        _, (grads, state) = mtl.fork_value_and_grad(loss_fn, METHOD)(params, state)
         optimizer.update(model, grads)
-        return carrier
+        return state
 
-    carrier = mtl.fork_init(METHOD, LIKE)
+    state = METHOD.init(LIKE)
     for _ in range(2):
-        carrier = step(model, optimizer, carrier)
+        state = step(model, optimizer, state)
     assert_model(model, params)
 
 
@@ -181,9 +180,78 @@ def test_nnx_optimizer_with_the_method_in_its_chain(stacked: Any) -> None:
     for _ in range(2):
         step(model, optimizer)
     assert_model(model, stacked)
-    told = mtl.diagnostics(optimizer.opt_state)
-    assert int(told["steps"][...]) == 2
+    assert int(mtl.diagnostics(optimizer.opt_state)["steps"][...]) == 2
     assert mtl.head_weights(optimizer.opt_state).shape == (TASKS,)
+
+
+class Noisy(Model):
+    """With layers that change a state in their call: batch statistics, and a stream of keys."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.dropout(jnp.tanh(self.shared(self.norm(x))))
+
+
+def test_nnx_batch_statistics_and_dropout() -> None:
+    """`loss_fn` is traced twice; statistics and keys, which it returns as `aux`, move on once a step."""
+    # Flax keeps the statistics in float32, also where JAX computes in float64.
+    x, y, like = (array.astype(jnp.float32) for array in (X, Y, LIKE))
+    model = Noisy(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def merge(params: Any, rest: Any) -> Noisy:
+        # NNX lets a call change only variables that were made in the same trace, as with `jax.grad`.
+        return nnx.merge(graph, params, rest, copy=True)
+
+    def loss_fn(params: Any, fork: Any, rest: Any) -> Any:
+        model = merge(params, rest)
+        losses = model.losses(fork(model.encode(x)), y)
+        return losses, nnx.state(model, nnx.Not(nnx.Param))
+
+    @jax.jit
+    def forked_step(params: Any, state: Any, rest: Any) -> Any:
+        fn = mtl.fork_value_and_grad(loss_fn, METHOD, has_aux=True)
+        (losses, rest), (grads, state) = fn(params, state, rest)
+        return losses, grads, state, rest
+
+    # The same by one gradient per task, with the same dropout masks.
+    @jax.jit
+    def split_step(params: Any, state: Any, rest: Any) -> Any:
+        def bottom(params: Any) -> jax.Array:
+            return merge(params, rest).encode(x)
+
+        h, pull = jax.vjp(bottom, params)
+        heads = lambda params, h: merge(params, rest).losses((h,) * TASKS, y)  # noqa: E731
+        rows = jax.jacrev(lambda h: heads(params, h))(h)
+        update, state = METHOD.update(rows, state, h)
+        head_grads = jax.grad(lambda params: heads(params, h).sum())(params)
+        return jax.tree.map(jnp.add, pull(update)[0], head_grads), state
+
+    state = METHOD.init(like)
+    masks = []
+    for step in range(1, 4):
+        expected, expected_state = split_step(params, state, rest)
+        masks.append(merge(params, rest).encode(x) != 0)
+        losses, grads, state, rest = forked_step(params, state, rest)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            (grads, state),
+            (expected, expected_state),
+        )
+        assert np.isfinite(losses).all()
+        after = merge(params, rest)
+        np.testing.assert_allclose(
+            after.norm.mean[...], (1 - 0.9**step) * x.mean(axis=0), rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            after.norm.var[...], 0.9**step + (1 - 0.9**step) * x.var(axis=0), rtol=1e-4
+        )
+        assert int(after.dropout.rngs.count[...]) == step
+    assert not (masks[0] == masks[1]).all() and not (masks[1] == masks[2]).all()
 
 
 class Linen(nn.Module):
@@ -235,11 +303,11 @@ def test_linen_fork(forked: Any) -> None:
     state = TrainState.create(apply_fn=model.apply, params=start(), tx=optax.adam(1e-2))
 
     @jax.jit
-    def step(state: TrainState, carrier: Any) -> Any:
-        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, METHOD)(state.params, carrier)
-        return state.apply_gradients(grads=grads), carrier
+    def step(state: TrainState, balance: Any) -> Any:
+        _, (grads, balance) = mtl.fork_value_and_grad(loss_fn, METHOD)(state.params, balance)
+        return state.apply_gradients(grads=grads), balance
 
-    carrier = mtl.fork_init(METHOD, LIKE)
+    balance = METHOD.init(LIKE)
     for _ in range(2):
-        state, carrier = step(state, carrier)
+        state, balance = step(state, balance)
     assert_params(state.params, params)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.gram_matrix import _LARGE, finiteness, gram_matrices, squared_norms
+from mtl_optax.core.gram import finiteness, gram_matrices, squared_norms
+from mtl_optax.core.gram_cpu import _LARGE
+from mtl_optax.core.leaves import TaskRows
 
 
 @pytest.fixture(params=[1, 8], autouse=True)
@@ -27,26 +29,26 @@ SHAPES = ((), (0,), (7,), (3, 5), (0, 4), (129, 33), (2, 3))
 def _random(shapes, num_tasks, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(num_tasks))
+        TaskRows(tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(num_tasks)))
         for shape in shapes
     ]
 
 
 def _reference(leaves, blocks, num_blocks):
-    num_tasks = len(leaves[0])
+    num_tasks = len(leaves[0].rows)
     grams = np.zeros((num_blocks, num_tasks, num_tasks))
     for leaf, block in zip(leaves, blocks, strict=True):
-        rows = np.stack([np.asarray(row, np.float64).ravel() for row in leaf])
+        rows = np.stack([np.asarray(row, np.float64).ravel() for row in leaf.rows])
         grams[block] += rows @ rows.T
     return grams
 
 
 def _check(leaves, blocks, num_blocks, tolerance=1e-5):
-    if OLD_XLA and jax.device_count() > 1 and max(leaf[0].size for leaf in leaves) >= _LARGE:
+    if OLD_XLA and jax.device_count() > 1 and max(leaf.rows[0].size for leaf in leaves) >= _LARGE:
         pytest.skip("a plain product of jaxlib 0.8 on a CPU is that inexact")
     want = _reference(leaves, blocks, num_blocks)
     size = np.sqrt(np.einsum("bs,bt->bst", *[np.einsum("btt->bt", want)] * 2))
-    stacked = [jnp.stack(leaf) for leaf in leaves]
+    stacked = [jnp.stack(leaf.rows) for leaf in leaves]
     for form in (leaves, stacked):
         gram, norms = jax.jit(
             lambda x: (gram_matrices(x, blocks, num_blocks), squared_norms(x, blocks, num_blocks))
@@ -75,7 +77,7 @@ def test_half_precision_accumulates_in_float32(dtype, num_tasks):
 
 
 def test_float16_does_not_overflow():
-    rows = (jnp.full((1000,), 300, jnp.float16),) * 2
+    rows = TaskRows((jnp.full((1000,), 300, jnp.float16),) * 2)
     assert float(gram_matrices([rows], (0,), 1)[0, 0, 1]) == 9e7
 
 
@@ -86,13 +88,13 @@ def test_float64_and_mixed_dtypes():
 
 
 def test_a_nonfinite_task_stays_in_its_own_row_and_column():
-    leaves = [(*_random([(_LARGE,)], 5)[0], jnp.full((_LARGE,), jnp.nan))]
-    gram = gram_matrices(leaves, (0,), 1)[0]
+    rows = (*_random([(_LARGE,)], 5)[0].rows, jnp.full((_LARGE,), jnp.nan))
+    gram = gram_matrices([TaskRows(rows)], (0,), 1)[0]
     assert np.all(np.isfinite(gram[:5, :5])) and np.all(np.isnan(gram[5]))
 
 
 def test_inside_vmap_scan_and_shard_map():
-    x = jnp.stack([jnp.stack(leaf) for leaf in _random([(4, 3), (4, 3)], 3)])
+    x = jnp.stack([jnp.stack(leaf.rows) for leaf in _random([(4, 3), (4, 3)], 3)])
     want = jnp.stack([gram_matrices([one], (0,), 1) for one in x])
     np.testing.assert_allclose(jax.vmap(lambda one: gram_matrices([one], (0,), 1))(x), want, 1e-5)
     scanned = jax.lax.scan(lambda c, one: (c, gram_matrices([one], (0,), 1)), 0, x)[1]
@@ -101,21 +103,23 @@ def test_inside_vmap_scan_and_shard_map():
     big = _random([(_LARGE,)], 5)[0]
     mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     summed = jax.shard_map(
-        lambda *rows: jax.lax.psum(gram_matrices([rows], (0,), 1), "i"),
+        lambda *rows: jax.lax.psum(gram_matrices([TaskRows(rows)], (0,), 1), "i"),
         mesh=mesh,
         in_specs=jax.P("i"),
         out_specs=jax.P(),
     )
-    np.testing.assert_allclose(jax.jit(summed)(*big), gram_matrices([big], (0,), 1), 1e-4, 1e-2)
+    np.testing.assert_allclose(
+        jax.jit(summed)(*big.rows), gram_matrices([big], (0,), 1), 1e-4, 1e-2
+    )
 
 
 @pytest.mark.parametrize("num_tasks", [3, 6])
 def test_separate_gradients_are_never_copied_into_one_array(num_tasks):
-    rows = _random([(512, 1024)], num_tasks)[0]
+    rows = _random([(512, 1024)], num_tasks)[0].rows
 
     def from_stack(*rows):
         stack = jnp.stack([row * 2 for row in rows])
-        return gram_matrices([tuple(stack[t] for t in range(num_tasks))], (0,), 1)
+        return gram_matrices([TaskRows(tuple(stack[t] for t in range(num_tasks)))], (0,), 1)
 
     compiled = jax.jit(from_stack).lower(*rows).compile()
     assert f"f32[{num_tasks},512,1024]" not in compiled.as_text()
@@ -148,11 +152,11 @@ def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_d
     scales = 2.0 ** jnp.arange(2 * num_tasks, dtype=jnp.float32).reshape(2, num_tasks)
     blocks = (0, 1, 0)
     scaled = [
-        tuple(row * scales[block, t] for t, row in enumerate(leaf))
+        TaskRows(tuple(row * scales[block, t] for t, row in enumerate(leaf.rows)))
         for leaf, block in zip(leaves, blocks, strict=True)
     ]
     want = products(scaled, blocks, 2)
-    for form in (leaves, [jnp.stack(leaf) for leaf in leaves]):
+    for form in (leaves, [jnp.stack(leaf.rows) for leaf in leaves]):
         got = products(form, blocks, 2, scales)
         np.testing.assert_allclose(got, want, 1e-5, 1e-5 * want.max())
 
@@ -160,7 +164,8 @@ def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_d
         return  # There XLA decides what is fused: a CPU's plain product is given a scaled copy.
     large = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
     one = jax.ShapeDtypeStruct((1, 6), jnp.float32)
-    for form in ([large], [(jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6]):
+    rows = TaskRows((jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6)
+    for form in ([large], [rows]):
         compiled = jax.jit(lambda x, s: products(x, (0,), 1, s)).lower(form, one).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
@@ -168,18 +173,19 @@ def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_d
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_one_number_that_is_not_finite_is_found(bad, dtype):
-    big, small = _random([(_LARGE + 77,), (9,)], 3, dtype)
-    big = (big[0], big[1].at[_LARGE + 5].set(bad), jnp.full_like(big[2], jnp.finfo(dtype).max))
-    small = (small[0].at[0].set(bad), *small[1:])
+    big, small = (leaf.rows for leaf in _random([(_LARGE + 77,), (9,)], 3, dtype))
+    largest = jnp.full_like(big[2], jnp.finfo(dtype).max)
+    big = TaskRows((big[0], big[1].at[_LARGE + 5].set(bad), largest))
+    small = TaskRows((small[0].at[0].set(bad), *small[1:]))
     for leaf, want in ((big, [True, False, True]), (small, [False, True, True])):
-        for form in (leaf, jnp.stack(leaf)):
+        for form in (leaf, jnp.stack(leaf.rows)):
             np.testing.assert_array_equal(jax.jit(lambda x: finiteness(x))([form]) == 0, want)
     np.testing.assert_array_equal(finiteness([big, small]) == 0, [False, False, True])
 
 
 @pytest.mark.skipif(OLD_XLA, reason="fused by later releases")
 def test_looking_for_what_is_not_finite_copies_nothing():
-    rows = (jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6
+    rows = TaskRows((jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6)
     for form in (rows, jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)):
         compiled = jax.jit(lambda x: finiteness(x)).lower([form]).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**16
@@ -199,7 +205,8 @@ def test_the_program_of_500_leaves_stays_small(one_block):
 ON_A_MESH = """
 import jax, jax.numpy as jnp, numpy as np, re
 from jax.sharding import AxisType
-from mtl_optax.gram_matrix import gram_matrices, squared_norms
+from mtl_optax.core.gram import gram_matrices, squared_norms
+from mtl_optax.core.leaves import TaskRows
 rng = np.random.default_rng(0)
 shapes = [(64, 32), (64,), (8, 6), (5,), ()]
 one_axis = [jax.P("a"), jax.P("a"), jax.P("a"), jax.P(), jax.P()]
@@ -221,7 +228,7 @@ for kind, specs, exchanges in (
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         put = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
-        separate = [tuple(put(x, p) for x in v) for v, p in zip(values, specs)]
+        separate = [TaskRows(tuple(put(x, p) for x in v)) for v, p in zip(values, specs)]
         stacked = [put(v, jax.P(None, *p)) for v, p in zip(values, specs)]
         many = separate * 20
         for leaves in (separate, stacked):

@@ -1,5 +1,6 @@
 """`skip_nonfinite`, `accumulate` and `per_task`: what they let through, and what they remember."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import mtl_optax as mtl
 
 T = 2
 PARAMS = {"a": jnp.ones((2,)), "b": jnp.ones(())}
+ZERO = jax.tree.map(jnp.zeros_like, PARAMS)
 LOSSES = jnp.array([0.5, 2.0])
 
 
@@ -23,7 +25,7 @@ def spoil(grads, task, value=np.nan):
 
 
 def assert_close(left, right, rtol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-7), left, right)
+    chex.assert_trees_all_close(left, right, rtol=rtol, atol=1e-7)
 
 
 # --- skip_nonfinite ----------------------------------------------------------------------------------
@@ -42,13 +44,13 @@ def test_a_step_with_anything_not_finite_is_skipped_whole(where, value):
     else:
         losses = losses.at[0].set(value)
     update, after = GUARDED_STEP(grads, state, PARAMS, losses=losses)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(update))
-    assert_close(after.inner_state, state.inner_state, 0)
+    chex.assert_trees_all_equal(update, ZERO)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
     assert int(after.skipped_steps) == 1
     # The next step is what it would have been.
     update, _ = GUARDED_STEP(gradients(2), after, PARAMS, losses=LOSSES)
     expected, _ = GUARDED_STEP(gradients(2), state, PARAMS, losses=LOSSES)
-    assert_close(update, expected, 0)
+    chex.assert_trees_all_equal(update, expected)
 
 
 def test_a_step_whose_update_is_not_finite_is_skipped():
@@ -58,7 +60,7 @@ def test_a_step_whose_update_is_not_finite_is_skipped():
     inner = optax.GradientTransformation(lambda params: jnp.zeros(()), overflow)
     tx = mtl.skip_nonfinite(optax.chain(mtl.sum_tasks(T), inner))
     update, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(update))
+    chex.assert_trees_all_equal(update, ZERO)
     assert float(state.inner_state[1]) == 0 and int(state.skipped_steps) == 1
 
 
@@ -99,7 +101,7 @@ def test_the_mean_of_micro_batches_is_what_inner_sees():
     steps = [(gradients(k), LOSSES * (1 + k), both) for k in range(6)]
     updates, state = accumulated(steps)
     for k in (0, 1, 3, 4):
-        assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates[k]))
+        chex.assert_trees_all_equal(updates[k], ZERO)
     for last in (2, 5):
         three = steps[last - 2 : last + 1]
         expected = at_once(mean(*(g for g, _, _ in three)), mean(*(x for _, x, _ in three)))
@@ -148,10 +150,10 @@ def test_a_broken_task_leaves_only_its_own_state_as_it_was():
     tx = mtl.per_task(optax.trace(0.9), T)
     _, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
     passed, after = tx.update(spoil(gradients(1), 1), state, PARAMS)
-    assert np.isnan(
-        passed["a"][1]
-    ).any()  # so that the method behind it excludes and counts the task
-    assert_close(jax.tree.map(lambda x: x[1], after), jax.tree.map(lambda x: x[1], state), 0)
+    # The method behind it must see the NaN to exclude and count the task.
+    assert np.isnan(passed["a"][1]).any()
+    own = [jax.tree.map(lambda x: x[1], s) for s in (after, state)]
+    chex.assert_trees_all_equal(*own)
     assert not np.allclose(after.trace["a"][0], state.trace["a"][0])
 
 
@@ -159,7 +161,7 @@ def test_an_absent_task_does_the_same():
     tx = mtl.per_task(optax.trace(0.9), T)
     _, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
     _, after = tx.update(gradients(1), state, PARAMS, active=jnp.array([False, True]))
-    assert_close(after.trace["a"][0], state.trace["a"][0], 0)
+    chex.assert_trees_all_equal(after.trace["a"][0], state.trace["a"][0])
 
 
 # --- drop_extra_args ---------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def test_what_an_absent_task_holds_skips_no_step():
         grads, GUARDED.init(PARAMS), PARAMS, losses=LOSSES.at[1].set(jnp.nan), active=active
     )
     assert int(state.skipped_steps) == 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
+    chex.assert_tree_all_finite(update)
     _, state = GUARDED.update(grads, GUARDED.init(PARAMS), PARAMS, losses=LOSSES)
     assert int(state.skipped_steps) == 1
 
@@ -214,3 +216,32 @@ def test_misshapen_losses_and_active_are_refused(name):
     if name == "accumulate":
         with pytest.raises(ValueError, match=r"accumulate: losses must have shape \(2,\)"):
             tx.update(gradients(0), state, PARAMS, losses=jnp.asarray(1.0))
+
+
+# --- dictionaries by task name -----------------------------------------------------------------------
+
+NAMES = ("click", "buy")  # in the order of the axis: buy, click
+
+
+@pytest.mark.parametrize("name", ["accumulate", "per_task", "skip_nonfinite"])
+def test_dictionaries_stand_for_arrays(name):
+    def make(tasks):
+        method = mtl.scale_invariant(tasks)
+        if name == "accumulate":
+            return mtl.accumulate(method, tasks, 1)
+        if name == "per_task":
+            return optax.chain(mtl.per_task(optax.trace(0.9), tasks), method)
+        return mtl.skip_nonfinite(method)
+
+    grads = spoil(gradients(0), 1)
+    given = {"buy": LOSSES[0], "click": LOSSES[1]}, {"buy": True, "click": False}
+    updates = [
+        tx.update(grads, tx.init(PARAMS), PARAMS, losses=losses, active=active)[0]
+        for tx, (losses, active) in (
+            (make(T), (LOSSES, jnp.array([True, False]))),
+            (make(NAMES), given),
+            (make(T), given),
+        )
+    ]
+    assert np.any(updates[0]["a"])
+    chex.assert_trees_all_equal(*updates)

@@ -28,7 +28,7 @@ def require_loopback():
 def test_two_processes_equal_one(monkeypatch, root):
     require_loopback()
     monkeypatch.chdir(root)
-    # One device a process, whatever this test session simulates.
+    # One device per process, whatever this test session simulates.
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     first, second = launch(CONFIG)
@@ -41,7 +41,7 @@ def test_two_processes_equal_one(monkeypatch, root):
     assert sum(first["losses"][-1]) < sum(first["losses"][0])
 
 
-def test_a_process_that_fails_is_told(monkeypatch, root):
+def test_a_process_that_fails_is_reported(monkeypatch, root):
     require_loopback()
     monkeypatch.chdir(root)
     monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")

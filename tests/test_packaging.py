@@ -1,10 +1,13 @@
 """What is shipped, what it needs, and what must never be in it."""
 
+import email
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,8 +98,45 @@ def test_layers() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_only_the_package_is_in_the_wheel() -> None:
-    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["mtl_optax"]}
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The members of the wheel that this checkout builds."""
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("building a wheel without a network needs hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "--wheel-dir", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", *options, str(ROOT)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_holds_the_package_alone(wheel: dict[str, bytes]) -> None:
+    info = f"mtl_optax-{mtl_optax.__version__}.dist-info"
+    assert {name.split("/")[0] for name in wheel} == {"mtl_optax", info}
+    sources = [p for p in (ROOT / "mtl_optax").rglob("*") if p.suffix in (".py", ".typed")]
+    expected = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sources}
+    assert {name: wheel[name] for name in wheel if not name.startswith(info)} == expected
+    assert "mtl_optax/py.typed" in wheel
+    assert wheel[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_wheel_says_what_it_needs(wheel: dict[str, bytes]) -> None:
+    (name,) = (name for name in wheel if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(wheel[name])
+    assert (metadata["Name"], metadata["Version"]) == ("mtl_optax", mtl_optax.__version__)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == PROJECT["requires-python"]
+    needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert sorted(needs) == sorted(PROJECT["dependencies"])
+    assert set(metadata.get_all("Provides-Extra")) == {
+        extra.replace("_", "-") for extra in PROJECT["optional-dependencies"]
+    }
 
 
 def test_no_file_names_a_machine_or_an_index() -> None:

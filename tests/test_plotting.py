@@ -1,9 +1,11 @@
-"""Pictures are drawn from what diagnostics tells."""
+"""Plots are drawn from what `diagnostics` returns."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,17 +31,51 @@ def test_weights_of_one_block() -> None:
     ax.figure.canvas.draw()
 
 
-def test_weights_of_blocks_as_diagnostics_names_them() -> None:
-    tx = mtl.metabalance(2)
-    params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
-    grads = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 3))}
-    _, state = tx.update(grads, tx.init(params), params)
-    told = mtl.diagnostics(state)["norms"]
-    ax = plotting.plot_norms({block: value[None] for block, value in told.items()})
-    labels = [line.get_label() for line in ax.get_lines()]
-    assert labels == ["task 0, ['a']", "task 1, ['a']", "task 0, ['b']", "task 1, ['b']"]
+PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+GRADS = {"a": jnp.asarray([[1.0, 2.0], [-1.0, 2.0]]), "b": jnp.ones((2, 3))}
+
+
+def read(tx: Any, entry: str, params: Any = None) -> Any:
+    """An entry of `diagnostics` over two steps."""
+
+    def step(state: Any, _: Any) -> Any:
+        state = tx.update(GRADS, state, PARAMS)[1]
+        return state, mtl.diagnostics(state, tx, params)[entry]
+
+    return jax.lax.scan(step, tx.init(PARAMS), length=2)[1]
+
+
+def labels(ax: Any) -> list[str]:
+    return [line.get_label() for line in ax.get_lines()]
+
+
+def test_blocks_as_diagnostics_names_them() -> None:
+    ax = plotting.plot_norms(read(mtl.metabalance(2), "norms", PARAMS))
+    assert labels(ax) == ["task 0, ['a']", "task 1, ['a']", "task 0, ['b']", "task 1, ['b']"]
     assert len({line.get_linestyle() for line in ax.get_lines()}) == 2
     ax.figure.canvas.draw()
+
+
+def test_tasks_as_diagnostics_names_them() -> None:
+    names = ("click", "buy")
+    ax = plotting.plot_norms(read(mtl.mgda(names), "norms"))
+    assert labels(ax) == ["buy", "click"]
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [8**0.5] * 2, rtol=1e-6)
+    blocks = read(mtl.metabalance(names), "weights", PARAMS)
+    ax = plotting.plot_weights(blocks)
+    assert labels(ax) == ["buy, ['a']", "click, ['a']", "buy, ['b']", "click, ['b']"]
+    ax = plotting.plot_conflicts(read(mtl.mgda(names), "cosines"))
+    assert [text.get_text() for text in ax.texts] == ["1.00", "0.75", "0.75", "1.00"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["buy", "click"]
+
+
+def test_pareto_of_named_losses() -> None:
+    losses = {"buy": [3.0, 2.0], "click": [1.0, 0.5]}
+    ax = plotting.plot_pareto({"sum": losses, "mgda": losses}, tasks=("click", 0))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("loss of click", "loss of buy")
+    np.testing.assert_allclose(ax.get_lines()[0].get_xdata(), [1.0, 0.5])
+    assert ax.get_legend_handles_labels()[1] == ["sum", "mgda"]
+    assert len(plotting.plot_pareto(losses).get_lines()) == 3  # one path, its start and its end
 
 
 def test_zero_norms_are_gaps() -> None:
@@ -72,8 +108,14 @@ def test_wrong_shapes_are_refused() -> None:
         plotting.plot_weights([0.5, 0.5])
     with pytest.raises(ValueError, match="task_names must have 2 entries, found 1"):
         plotting.plot_weights(HISTORY, task_names=["click"])
-    with pytest.raises(ValueError, match=r"cosines must be \[T, T\]"):
+    with pytest.raises(ValueError, match=r"cosines must be an array \[T, T\].*found \(3, 2\)"):
         plotting.plot_conflicts(HISTORY)
+    with pytest.raises(ValueError, match="found dict"):
+        plotting.plot_conflicts({"block": np.eye(2)})
+    with pytest.raises(ValueError, match=r"plot_norms: history must be .*found \[\(0,\)\]"):
+        plotting.plot_norms({"block": {"task": 1.0}})
+    with pytest.raises(ValueError, match="tasks must be two of 0 to 1 or of"):
+        plotting.plot_pareto(HISTORY, tasks=("click", "buy"))
     with pytest.raises(ValueError, match="tasks must be two of 0 to 1"):
         plotting.plot_pareto(HISTORY, tasks=(0, 2))
 

@@ -1,4 +1,4 @@
-"""The properties that the table of methods declares, tested both ways.
+"""The properties that `method_properties.py` declares, tested both ways.
 
 A declared property must hold on every input of `INPUTS`; one that a method does not declare must fail on
 at least one of them, or stand in `UNDECLARED` with the reason why these inputs cannot show it.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_properties import PROPERTIES, make
 
 import mtl_optax as mtl
 
@@ -56,7 +57,7 @@ LOSSES = np.random.default_rng(1).uniform(0.2, 2.0, size=(len(NAMES), STEPS, T))
 @functools.cache
 def program(name):
     """`([C, STEPS, T, N], [C, STEPS, T]) -> (last updates [C, N], last weights [C, T])`."""
-    tx = mtl.METHODS[name].make(T)
+    tx = make(name, T)
 
     def tree(flat):
         return {"a": flat[..., :3], "b": flat[..., 3:]}
@@ -69,23 +70,13 @@ def program(name):
         def body(state, step):
             gradients, losses = step
             update, state = tx.update(tree(gradients), state, params, losses=losses)
-            weights = jnp.concatenate(
-                [
-                    jnp.ravel(s.weights)
-                    for s in jax.tree.leaves(state, is_leaf=_balance)
-                    if _balance(s)
-                ]
-            )
-            return state, (jnp.concatenate([update["a"], update["b"]]), weights)
+            flat = jnp.concatenate([update["a"], update["b"]])
+            return state, (flat, jnp.ravel(state.weights))
 
         _, (updates, weights) = jax.lax.scan(body, tx.init(params), (gradients, losses))
         return updates[-1], weights[-1]
 
     return run
-
-
-def _balance(node):
-    return isinstance(node, mtl.BalanceState)
 
 
 def run(name, gradients=GRADIENTS, losses=LOSSES):
@@ -155,7 +146,7 @@ def split(name):
     return _difference(plain(name)[0], moved)
 
 
-PROPERTIES = {
+MEASURES = {
     function.__name__: function
     for function in (non_conflicting, permutation, scale, task_scale, simplex, stationary, split)
 }
@@ -176,27 +167,28 @@ AMBIGUOUS = {
 def _table(declared):
     return [
         pytest.param(name, key, id=f"{name}-{key}")
-        for name, row in sorted(mtl.METHODS.items())
-        for key in PROPERTIES
-        if (key in row.properties) == declared
+        for name in sorted(mtl.METHODS)
+        for key in MEASURES
+        if (key in PROPERTIES[name]) == declared
     ]
 
 
-def test_the_table_names_known_properties():
-    for row in mtl.METHODS.values():
-        assert row.properties <= set(PROPERTIES), row.name
+def test_every_method_declares_known_properties():
+    assert set(PROPERTIES) == set(mtl.METHODS)
+    for name, properties in PROPERTIES.items():
+        assert properties <= set(MEASURES), name
 
 
 @pytest.mark.parametrize(("name", "key"), _table(declared=True))
 def test_declared_property_holds(name, key):
-    distance = dict(zip(NAMES, PROPERTIES[key](name), strict=True))
+    distance = dict(zip(NAMES, MEASURES[key](name), strict=True))
     defined = [value for case, value in distance.items() if (name, case) not in AMBIGUOUS]
     assert max(defined) <= TOLERANCE, distance
 
 
 @pytest.mark.parametrize(("name", "key"), _table(declared=False))
 def test_property_that_is_not_declared_fails(name, key):
-    distance = dict(zip(NAMES, PROPERTIES[key](name), strict=True))
+    distance = dict(zip(NAMES, MEASURES[key](name), strict=True))
     shown = max(distance.values()) > VIOLATION
     excused = (name, key) in UNDECLARED
     assert shown != excused, (distance, UNDECLARED.get((name, key)))

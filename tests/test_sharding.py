@@ -4,13 +4,14 @@ Eight simulated devices, as a mesh of four ("data") by two ("model").
 """
 
 import functools
-import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from method_properties import make
 from small_model import (
     BATCH_SPECS,
     MODEL_SHAPES,
@@ -36,7 +37,7 @@ TREE_SHAPES = {"table": (8, 4), "kernel": (8, 6), "bias": (5,)}
 AXIS_TYPES = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
 FAMILIES = [
     pytest.param(family, marks=pytest.mark.xdist_group(f"sharding {family}"))
-    for family in ("from_losses", "from_norms", "from_gram", "from_gradients")
+    for family in ("losses", "norms", "gram", "gradients")
 ]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -65,12 +66,7 @@ def draw(seed, shapes, lead=()):
     }
 
 
-def assert_close(actual, expected):
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=1e-5, atol=1e-5),
-        actual,
-        expected,
-    )
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 def types(tree):
@@ -81,7 +77,7 @@ def types(tree):
 
 
 def methods_of(family):
-    return {n: row.make(T) for n, row in mtl.METHODS.items() if row.family == family}
+    return {n: make(n, T) for n, row in mtl.METHODS.items() if row.family == family}
 
 
 @functools.cache
@@ -205,63 +201,135 @@ def test_every_placement_is_the_same_on_a_mesh(kind):
                 assert types(state) == types(before[placement][name]), (placement, name)
 
 
-# --- one program a device: shard_map ------------------------------------------------------------------
+# --- one program per device: shard_map ------------------------------------------------------------------
 
 AXES = ("data", "model")
 
 
-def methods_with_axis_name(**options):
-    """Methods that look across devices; the others work element by element or on losses."""
-    rows = [row for row in mtl.METHODS.values() if row.family != "from_losses"]
-    takes = [r for r in rows if "options" in signature(r) or "axis_name" in signature(r)]
-    return {row.name: row.make(T, **options) for row in takes}
-
-
-def signature(row):
-    return inspect.signature(row.make).parameters
+def methods_on_gradients(axis_name=None):
+    """Every method that looks at gradients."""
+    rows = [row for row in mtl.METHODS.values() if row.family != "losses"]
+    return {row.name: make(row.name, T, axis_name=axis_name) for row in rows}
 
 
 @functools.cache
 def on_eight_shards():
     """Two steps of every such method, each device holding a part of every leaf."""
     mesh = make_mesh("auto")
-    methods = methods_with_axis_name(axis_name=AXES)
+    methods = methods_on_gradients(AXES)
     # Every leaf is split, so that summing over both axes counts each element once.
     shapes = {"table": (8, 4), "kernel": (16, 3)}
     params = draw(0, shapes)
     grads = [draw(seed, shapes, (T,)) for seed in (1, 2)]
     losses = np.array([[1.0, 2.0, 0.5], [0.8, 1.9, 0.6]], np.float32)
+    # What graddrop would draw depends on the shapes that a device sees.
+    noise = jax.tree.map(lambda p: np.abs(np.sin(100 * p)), params)
     states = {name: method.init(params) for name, method in methods.items()}
 
-    def step(methods, states, params, grads, losses):
+    def step(methods, states, params, noise, grads, losses):
         return {
-            name: method.update(grads, states[name], params, losses=losses)
+            name: method.update(grads, states[name], params, losses=losses, noise=noise)
             for name, method in methods.items()
         }
 
     def spec(x):
-        return P(None, AXES) if x.ndim == 3 else P(AXES) if x.shape in shapes.values() else P()
+        return P(*[None] * (x.ndim - 2), AXES) if x.shape[-2:] in shapes.values() else P()
 
-    specs = jax.tree.map(spec, (states, params, grads[0]))
-    alone = jax.jit(functools.partial(step, methods_with_axis_name()))
-    results = jax.tree.map(spec, jax.eval_shape(alone, states, params, grads[0], losses[0]))
+    specs = jax.tree.map(spec, (states, params, noise, grads[0]))
+    alone = jax.jit(functools.partial(step, methods_on_gradients()))
+    results = jax.eval_shape(alone, states, params, noise, grads[0], losses[0])
+    results = jax.tree.map(spec, results)
     sharded = jax.shard_map(
         functools.partial(step, methods), mesh=mesh, in_specs=(*specs, P()), out_specs=results
     )
 
     def two_steps(step):
-        first = jax.device_get(step(states, params, grads[0], losses[0]))
+        first = jax.device_get(step(states, params, noise, grads[0], losses[0]))
         after = {name: state for name, (_, state) in first.items()}
-        return jax.device_get(step(after, params, grads[1], losses[1]))
+        return jax.device_get(step(after, params, noise, grads[1], losses[1]))
 
     return two_steps(alone), two_steps(jax.jit(sharded))
 
 
 def test_axis_name_sums_over_shards_of_parameters():
     expected, actual = on_eight_shards()
-    assert len(expected) > 20
+    assert {"adatask", "graddrop", "mgda", "scale_by_mtadam", "trimmed_mean"} <= set(expected)
     for name, result in expected.items():
         assert_close(actual[name], result)
+
+
+def that_exclude(axis_name):
+    """Transformations that exclude a task or skip a step by what they find on the devices."""
+    method = functools.partial(make, num_tasks=T, axis_name=axis_name)
+    return {
+        **{name: method(name) for name in ("adatask", "graddrop", "mgda", "moco", "sum_tasks")},
+        **{name: method(name) for name in ("scale_by_mtadam", "trimmed_mean")},
+        "per_task": optax.chain(
+            mtl.per_task(optax.trace(0.9), T, axis_name=axis_name), method("sum_tasks")
+        ),
+        "accumulate": mtl.accumulate(
+            optax.chain(method("sum_tasks"), optax.trace(0.9)), T, 2, axis_name=axis_name
+        ),
+        "skip_nonfinite": mtl.skip_nonfinite(
+            optax.chain(mtl.sum_tasks(T), optax.trace(0.9)), axis_name=axis_name
+        ),
+    }
+
+
+@functools.cache
+def with_nan_on_one_device(axis_name, sharded=True):
+    """Two steps, the first with NaN in one task on one device: updates, and what each device counts."""
+    txs = that_exclude(axis_name)
+    first, second = (
+        g.copy() for g in draw(5, {"first": (16, 3), "second": (16, 3)}, (T,)).values()
+    )
+    first[1, 6, 0] = np.nan
+    noise = np.full((16, 3), 0.5, np.float32)
+
+    def two_steps(first, second, noise):
+        found = {}
+        for name, tx in txs.items():
+            state, updates = tx.init(jnp.zeros_like(noise)), []
+            for grads in (first, second):
+                update, state = tx.update(grads, state, noise=noise)
+                updates.append(update)
+            counts = [x for x in jax.tree.leaves(state) if x.shape[-2:] != noise.shape]
+            found[name] = updates, [x[None] for x in counts]
+        return found
+
+    run = two_steps
+    if sharded:
+        run = jax.shard_map(
+            two_steps,
+            mesh=make_mesh("auto"),
+            in_specs=(P(None, AXES), P(None, AXES), P(AXES)),
+            out_specs=P(AXES),
+            check_vma=axis_name is not None,
+        )
+    return jax.device_get(jax.jit(run)(first, second, noise))
+
+
+EXCLUDE = sorted(that_exclude(None))
+
+
+def assert_devices_agree(name, axis_name):
+    updates, counts = with_nan_on_one_device(axis_name)[name]
+    expected, expected_counts = with_nan_on_one_device(None, sharded=False)[name]
+    assert_close(updates, expected)
+    assert_close(counts, [np.repeat(count, 8, axis=0) for count in expected_counts])
+
+
+@pytest.mark.parametrize("name", EXCLUDE)
+def test_devices_agree_on_who_is_excluded(name):
+    assert_devices_agree(name, AXES)
+    assert np.isfinite(with_nan_on_one_device(AXES)[name][0]).all()
+
+
+@pytest.mark.parametrize("name", EXCLUDE)
+def test_without_axis_name_devices_exclude_each_on_their_own(name):
+    """Why `axis_name`: only one device sees the NaN."""
+    with pytest.raises(AssertionError):
+        assert_devices_agree(name, None)
 
 
 def fork_over_batch(axis_name, check_vma=True):
@@ -270,15 +338,15 @@ def fork_over_batch(axis_name, check_vma=True):
     method = mtl.multibalance(T, weight_lr=0.1, axis_name=axis_name)
     params = draw(3, MODEL_SHAPES)
     batch = draw(4, {"x": (ROWS, 6), "y": (ROWS, T)})
-    carrier = mtl.fork_init(method, encode(divide(params)[0], batch))
+    state = method.init(encode(divide(params)[0], batch))
 
-    def step(params, carrier, batch):
+    def step(params, state, batch):
         def loss_fn(params, fork, batch):
             shared, heads = divide(params)
             return jax.lax.pmean(decode(heads, fork(encode(shared, batch)), batch), AXES)
 
-        _, (grads, carrier) = mtl.fork_value_and_grad(loss_fn, method)(params, carrier, batch)
-        return grads, carrier.weights[None]
+        _, (grads, state) = mtl.fork_value_and_grad(loss_fn, method)(params, state, batch)
+        return grads, state.weights
 
     return jax.jit(
         jax.shard_map(
@@ -288,14 +356,13 @@ def fork_over_batch(axis_name, check_vma=True):
             out_specs=(P() if check_vma else P(AXES), P(AXES)),
             check_vma=check_vma,
         )
-    ), (params, carrier, batch)
+    ), (params, state, batch)
 
 
 def test_axis_name_sums_over_shards_of_the_representation():
-    params, carrier, batch = fork_over_batch(None)[1]
-    method = mtl.multibalance(T, weight_lr=0.1)
-    expected, state = jax.jit(functools.partial(fork_step, method=method))(params, carrier, batch)
     step, arguments = fork_over_batch(AXES)
+    method = mtl.multibalance(T, weight_lr=0.1)
+    expected, state = jax.jit(functools.partial(fork_step, method=method))(*arguments)
     grads, weights = step(*arguments)
     assert_close(grads, expected)
     np.testing.assert_allclose(weights, np.tile(state.weights, (8, 1)), rtol=1e-5)
@@ -354,9 +421,7 @@ def test_gradient_accumulation_by_microbatching_is_exact():
         return [method.update(grads, state, params, losses=losses) for losses, grads in results]
 
     at_once, accumulated = both(params, batch)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-6), accumulated, at_once
-    )
+    chex.assert_trees_all_close(accumulated, at_once, rtol=2e-5, atol=2e-6)
 
 
 # --- shard_map -----------------------------------------------------------------------------------------
@@ -371,7 +436,7 @@ def test_a_model_a_device_under_shard_map(family):
     for row in mtl.METHODS.values():
         if row.family != family:
             continue
-        tx = row.make(T)
+        tx = make(row.name, T)
 
         def one(grads, state, losses, tx=tx):
             alone = jax.tree.map(lambda x: x[0], (grads, state, losses))
@@ -400,7 +465,7 @@ def test_local_losses_inside_shard_map(mode):
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
     expected = mtl.per_task_value_and_grad(losses_of)(w, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), run(w, x), expected)
+    chex.assert_trees_all_close(run(w, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulate_on_an_explicit_mesh():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from conftest import load_golden
+from golden_cases import COMPARED, load
 
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
@@ -51,7 +51,7 @@ def solve(name, gradients, dtype, active=None):
 
 def reference_cases(name):
     file = {"upgrad": "upgrad_dualproj", "dualproj": "upgrad_dualproj"}.get(name, name)
-    for case in load_golden(f"gradient/{file}")["cases"]:
+    for case in load(f"gradient/{file}"):
         entry = case
         if name in ("upgrad", "dualproj"):
             entry = case[name]
@@ -67,6 +67,7 @@ def reference_cases(name):
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_reference_updates(name, dtype):
+    compared = 0
     with jax.enable_x64(dtype == np.float64):
         for case, gradients, want in reference_cases(name):
             # In float32 a Gram matrix does not hold singular values a million times apart.
@@ -78,12 +79,14 @@ def test_reference_updates(name, dtype):
             scale = largest if dtype == np.float64 and largest > 1e-9 * longest else longest
             tolerance = 1e-6 if dtype == np.float64 else 1e-3
             assert np.abs(update - want).max() <= tolerance * scale, case
+            compared += 1
+    assert compared == COMPARED[f"solver {name}"][dtype == np.float32]
 
 
 @pytest.mark.usefixtures("x64")
 def test_simplex_projection_reference():
     project = jax.jit(project_onto_simplex)
-    for case in load_golden("gradient/simplex_projection")["cases"]:
+    for case in load("gradient/simplex_projection"):
         got = np.asarray(project(jnp.asarray(np.array(case["y"], float))))
         np.testing.assert_allclose(got, case["projection"], atol=1e-15, err_msg=case["name"])
 
@@ -92,7 +95,8 @@ def test_simplex_projection_reference():
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_fair_weights_reference(alpha):
     solver = jax.jit(lambda gram: fair_weights(*cosine_matrix(gram), alpha=alpha))
-    for case in load_golden("gradient/fairgrad")["cases"]:
+    compared = 0
+    for case in load("gradient/fairgrad"):
         by_alpha = {float(key): entry for key, entry in case["alpha"].items()}
         if alpha not in by_alpha:
             continue
@@ -102,6 +106,8 @@ def test_fair_weights_reference(alpha):
         if want is not None:
             update = np.asarray(weights) @ gradients
             np.testing.assert_allclose(update, want, atol=1e-6 * np.abs(want).max())
+            compared += 1
+    assert compared == COMPARED[f"solver fairgrad {alpha}"]
 
 
 @pytest.mark.usefixtures("x64")

@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from method_properties import make
 from small_model import (
     BATCH_SPECS,
     MODEL_SHAPES,
@@ -15,14 +16,13 @@ from small_model import (
 )
 
 import mtl_optax as mtl
-from examples.benchmarks.hlo import Collective, collectives
 from examples.benchmarks.tpu import Problem, measure, tpu_mesh
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
 ]
-FAMILIES = ["from_losses", "from_norms", "from_gram", "from_gradients"]
+FAMILIES = ["losses", "norms", "gram", "gradients"]
 
 
 def abstract(tree, specs, mesh):
@@ -47,7 +47,7 @@ def everywhere(tree, mesh):
 def test_every_method_compiles(family, chips):
     """As on a representation split over the batch, which also stands for split parameters."""
     mesh = tpu_mesh(chips)
-    methods = {n: row.make(T) for n, row in mtl.METHODS.items() if row.family == family}
+    methods = {n: make(n, T) for n, row in mtl.METHODS.items() if row.family == family}
     representation = floats({"h": (2 * chips, 128)})
     grads = floats({"h": (T, 2 * chips, 128)})
 
@@ -106,31 +106,3 @@ def test_a_fork_adds_one_small_all_reduce():
     added = [more - less for more, less in zip(fork.collectives, plain.collectives, strict=True)]
     assert added[0] == 1
     assert 0 < added[1] <= problem.tasks**2
-
-
-def test_collectives_are_read_from_the_text():
-    text = """
-%sum (a: f32[], b: f32[]) -> f32[] {
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%rare (p: f32[4]) -> f32[4] {
-  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%p), to_apply=%sum
-}
-
-%usual (p: f32[4]) -> f32[4] {
-  ROOT %p = f32[4]{0} parameter(0)
-}
-
-ENTRY %main (x: f32[8,2]) -> f32[4] {
-  %gather = (f32[8,2]{1,0}, f32[16,2]{1,0}) all-gather-start(%x), dimensions={0}
-  %done = f32[16,2]{1,0} all-gather-done(%gather)
-  %both = (f32[10]{0}, bf16[3,2]{1,0}) all-reduce(%a, %b), to_apply=%sum
-  ROOT %c = f32[4]{0} conditional(%i, %p, %p), branch_computations={%usual, %rare}
-}
-"""
-    assert collectives(text) == [
-        Collective("all-reduce", 4, True),
-        Collective("all-gather", 32, False),
-        Collective("all-reduce", 16, False),
-    ]

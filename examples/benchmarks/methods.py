@@ -43,14 +43,14 @@ def gradients(num_tasks: int, size: int, seed: int = 0) -> jax.Array:
 
 
 def gram_methods() -> list[str]:
-    """The methods that look at the Gram matrix."""
-    return [name for name, row in mtl.METHODS.items() if "gram" in row.needs]
+    """The methods on the Gram matrix that keep no buffers of the gradients' size."""
+    return [row.name for row in mtl.METHODS.values() if row.family == "gram"]
 
 
 def update_call(name: str, stacked: jax.Array) -> Callable[[], Any]:
     """The compiled `update` of a method on one leaf, ready to be timed."""
     num_tasks = stacked.shape[0]
-    method = mtl.METHODS[name].make(num_tasks)
+    method = mtl.METHODS[name].factory(num_tasks)
     state = method.init(stacked[0])
     losses = jnp.ones(num_tasks)
     arguments = (stacked, state, losses)

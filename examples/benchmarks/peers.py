@@ -15,7 +15,7 @@ import numpy as np
 from examples.benchmarks.methods import gradients, update_call
 from examples.benchmarks.report import Row
 from examples.benchmarks.timing import interleaved, ratio, several
-from mtl_optax.gram_matrix import gram_matrices
+from mtl_optax.core.gram import gram_matrices
 
 # Methods whose time is the solver's: at least five times as fast.
 _SOLVER_BOUND = ("upgrad", "cagrad", "nash_mtl", "fairgrad")
@@ -45,7 +45,7 @@ def aggregators(num_tasks: int) -> dict[str, Callable[[], Any]]:
 
 
 def peers(quick: bool) -> Iterator[Row]:
-    """Ours over theirs, ratios of the medians' kind used everywhere here."""
+    """The time of ours over that of theirs."""
     import torch
 
     for num_tasks, size in ((2, 50),) if quick else ((8, 10_000), (8, 1_000_000), (16, 1_000_000)):

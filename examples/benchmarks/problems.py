@@ -11,7 +11,7 @@ import optax
 
 
 class Problem(NamedTuple):
-    """A network with a shared bottom and one head a task.
+    """A network with a shared bottom and one head per task.
 
     Attributes:
       tables: embedding tables.

@@ -84,8 +84,7 @@ def steps(
         if name == "plain":
             return ()
         if name == "fork":
-            shape = jax.eval_shape(encode, params["shared"], batch)
-            return mtl.fork_init(method, shape)
+            return method.init(jax.eval_shape(encode, params["shared"], batch))
         return method.init(params if name.startswith("balanced") else params["shared"])
 
     return {

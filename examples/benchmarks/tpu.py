@@ -37,9 +37,9 @@ class Problem(NamedTuple):
       dense: number of dense features.
       bottom: widths of the shared layers.
       tasks: T.
-      batch: examples a chip.
+      batch: examples per chip.
       sharded_tables: whether each table is spread over all chips by its rows; else every chip holds all.
-      fields: lookups an example in each table.
+      fields: lookups per example in each table.
     """
 
     tables: int = 26
@@ -193,7 +193,7 @@ def tpu_tables() -> Iterator[Table]:
 
 def main() -> None:
     """Prints the tables, each as soon as it is there."""
-    console = Console(width=max(Console().width, 110))  # numbers cut short tell nothing
+    console = Console(width=max(Console().width, 110))  # a narrower table would cut numbers short
     for table in tpu_tables():
         console.print(table)
 
@@ -201,7 +201,7 @@ def main() -> None:
 def _table(problem: Problem, chips: int) -> Table:
     title = (
         f"TPU v5e, {chips} chips, compiled ahead of time: {problem.tables} x {problem.rows:,} x "
-        f"{problem.width} embeddings, T = {problem.tasks}, batch {problem.batch} a chip"
+        f"{problem.width} embeddings, T = {problem.tasks}, batch {problem.batch} per chip"
     )
     table = Table(title=title)
     columns = ("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")
@@ -297,13 +297,13 @@ def _arguments(problem: Problem, mesh: jax.sharding.Mesh, *, forked: bool) -> tu
     method = mtl.multibalance(problem.tasks)
     examples = problem.batch * mesh.size
     h = jax.ShapeDtypeStruct((examples, problem.bottom[-1]), jnp.float32)
-    init = (lambda: mtl.fork_init(method, h)) if forked else (lambda: method.init(shared))
+    balance = jax.eval_shape(method.init, h if forked else shared)
     batch = {
         "ids": _like((examples, problem.tables, problem.fields), mesh, jnp.int32, "data"),
         "x": _like((examples, problem.dense), mesh, jnp.float32, "data"),
         "labels": _like((problem.tasks, examples), mesh, jnp.float32, None, "data"),
     }
-    return params, opt_state, placed(jax.eval_shape(init)), batch
+    return params, opt_state, placed(balance), batch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MetaBalance's multi-task recommender in Flax NNX: a shared bottom and one tower a task."""
+"""MetaBalance's multi-task recommender in Flax NNX: a shared bottom and one tower per task."""
 
 import itertools
 from dataclasses import dataclass

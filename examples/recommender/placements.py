@@ -1,8 +1,9 @@
-"""One training step a placement: a method on the losses, the representation or the parameters.
+"""One training step per placement: a method on the losses, the representation or the parameters.
 
 Every step has the same form, so that the training loop does not know which method it runs. Whatever the
 placement, the towers get the gradient of the plain sum of losses (a method on the losses excepted, which
-weights the towers too). The two parts of the network have the same optimizer, unless the method is one.
+weights the towers too). The two parts of the network have the same optimizer, unless the method takes
+Adam's place.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,29 @@ from examples.recommender.errors import UserError
 from examples.recommender.network import NetworkConfig, SharedBottom, Tower
 
 SINGLE, SUM = "single", "sum"
-ON_REPRESENTATION = ("multibalance",)  # the methods whose paper puts them there
-WITH_ADAM = ("adatask", "mtadam")  # the methods that take Adam's place on the shared bottom
+# The methods whose paper puts them on the representation.
+ON_REPRESENTATION = ("multibalance",)
+# The methods that take Adam's place on the shared bottom.
+IN_PLACE_OF_ADAM = ("adatask", "scale_by_mtadam")
+# Its weights come from the residuals of a regression, which a ranking loss does not have.
+WITHOUT_USE = ("ntk",)
+# The choices that some methods leave to the user, and defaults that do not fit every number of tasks.
+ARGUMENTS: dict[str, Callable[[int, optax.GradientTransformation], dict[str, Any]]] = {
+    "adatask": lambda num_tasks, scaler: {"inner": scaler},
+    # The target counts twice as much as each of the other tasks.
+    "fixed_weights": lambda num_tasks, scaler: {"weights": [1.0] + [0.5] * (num_tasks - 1)},
+    "go4align": lambda num_tasks, scaler: {"num_groups": min(2, num_tasks)},
+    # The target is what is minimised; guessing costs the other tasks log(2) = 0.69.
+    "lagrangian": lambda num_tasks, scaler: {
+        "limits": [None] + [0.5] * (num_tasks - 1),
+        "step_size": 0.1,
+    },
+    "trimmed_mean": lambda num_tasks, scaler: {"trim_number": min(1, (num_tasks - 1) // 2)},
+}
 
 
 class Batch(NamedTuple):
-    """Pairs with a label and a mask a task.
+    """Pairs with a label and a mask per task.
 
     Attributes:
         users, items: `[N]`.
@@ -110,8 +128,8 @@ class Step:
 
 
 def known_methods() -> tuple[str, ...]:
-    """What `--method` accepts: single, sum, and the library's own table."""
-    return (SINGLE, SUM, *mtl.METHODS)
+    """What `--method` accepts: single, sum, and the methods of the library."""
+    return (SINGLE, SUM, *(name for name in mtl.METHODS if name not in WITHOUT_USE))
 
 
 def make_step(
@@ -131,23 +149,22 @@ def make_step(
         return on_losses(target_only, network, optimizer)
     if name == SUM:
         return on_losses(mtl.sum_tasks(num_tasks), network, optimizer)
-    if name not in mtl.METHODS:
+    if name not in known_methods():
         raise UserError(f"unknown method {name!r}; choose from {', '.join(known_methods())}")
-    row = mtl.METHODS[name]
-    if name == "mtadam":  # it descends by itself: undone, since `descent` does
-        method = optax.chain(mtl.mtadam(1.0, num_tasks), optax.scale(-1.0))
-    else:
-        method = row.make(num_tasks)
-    if name in WITH_ADAM:
+    arguments = ARGUMENTS[name](num_tasks, scaler) if name in ARGUMENTS else {}
+    method = mtl.METHODS[name].factory(num_tasks, **arguments)
+    if name in IN_PLACE_OF_ADAM:
         return on_parameters(optax.chain(method, descent), network, optimizer)
     if name in ON_REPRESENTATION:
         return on_representation(method, network, optimizer)
-    if set(row.needs) <= {"losses"}:
+    if method.needs <= {"losses"}:
         return on_losses(method, network, optimizer)
     return on_parameters(optax.chain(method, optimizer), network, optimizer)
 
 
-def on_losses(method: Any, network: Network, optimizer: optax.GradientTransformation) -> Step:
+def on_losses(
+    method: mtl.Method, network: Network, optimizer: optax.GradientTransformation
+) -> Step:
     """One backward pass of the weighted sum of losses; the whole network is weighted."""
 
     def init(params: Parameters) -> Any:
@@ -170,7 +187,7 @@ def on_losses(method: Any, network: Network, optimizer: optax.GradientTransforma
 
 
 def on_representation(
-    method: Any, network: Network, optimizer: optax.GradientTransformation
+    method: mtl.Method, network: Network, optimizer: optax.GradientTransformation
 ) -> Step:
     """One backward pass; the method combines the tasks' gradients of the representation."""
 
@@ -183,20 +200,20 @@ def on_representation(
     def init(params: Parameters) -> Any:
         # The weights depend on the batch's gradients alone, so the state has no axis of the batch.
         representation = jax.ShapeDtypeStruct((1, network.width), jnp.float32)
-        return mtl.fork_init(method, representation), optimizer.init(params)
+        return method.init(representation), optimizer.init(params)
 
     def update(params: Parameters, state: Any, batch: Batch) -> Any:
-        carrier, opt_state = state
-        losses, (grads, carrier) = value_and_grad(params, carrier, batch)
+        method_state, opt_state = state
+        losses, (grads, method_state) = value_and_grad(params, method_state, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return params, (carrier, opt_state), losses, mtl.head_weights(carrier)
+        return params, (method_state, opt_state), losses, mtl.head_weights(method_state)
 
     return Step(init, update)
 
 
 def on_parameters(shared_optimizer: Any, network: Network, optimizer: Any) -> Step:
-    """One backward pass a task; a method in `shared_optimizer` combines the gradients of the bottom."""
+    """One backward pass per task; a method in `shared_optimizer` combines the gradients of the bottom."""
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
     def init(params: Parameters) -> Any:

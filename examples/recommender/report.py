@@ -43,7 +43,7 @@ def caption(seeds: int, baseline: str | None) -> str:
 
 
 def make_rows(runs: Mapping[str, list[Run]], floor: np.ndarray, baseline: str | None) -> list[Row]:
-    """The popularity floor and one row a method, compared with the baseline user by user."""
+    """The popularity floor and one row per method, compared with the baseline user by user."""
     by_user = {method: np.mean([run.test for run in done], axis=0) for method, done in runs.items()}
     # The floor of the users that were ranked: the test may be on a part of them.
     floor = np.where(np.isnan(next(iter(by_user.values()))), np.nan, floor)
@@ -92,7 +92,7 @@ def _cell(row: Row, column: int) -> str:
 
 
 def rich_table(rows: list[Row], title: str, note: str) -> Table:
-    """The table for the terminal: one section a cutoff, so that it fits into 80 columns."""
+    """The table for the terminal: one section per cutoff, so that it fits into 80 columns."""
     table = Table(title=title, caption=note)
     for name in ("method", "NDCG", "recall", "precision"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -112,10 +112,10 @@ def markdown_table(rows: list[Row], title: str, note: str) -> str:
     """The same table for a page."""
     lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
     for row in rows:
-        told = (
-            ("", "") if row.best_epoch is None else (f"{row.best_epoch:.1f}", f"{row.seconds:.0f}")
-        )
-        lines.append((row.method, *(_cell(row, column) for column in range(len(METRICS))), *told))
+        effort = ("", "")
+        if row.best_epoch is not None:
+            effort = (f"{row.best_epoch:.1f}", f"{row.seconds:.0f}")
+        lines.append((row.method, *(_cell(row, column) for column in range(len(METRICS))), *effort))
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"**{title}**\n\n{body}\n\n{note}.\n"
 
@@ -141,7 +141,7 @@ def json_results(rows: list[Row], settings: dict[str, Any]) -> str:
 
 
 def draw(runs: Mapping[str, list[Run]], tasks: tuple[str, ...], path: Path) -> None:
-    """Gradient norms (top) and task weights (bottom) over training, one column a method."""
+    """Gradient norms (top) and task weights (bottom) over training, one column per method."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -28,7 +28,7 @@ from examples.recommender.placements import (
 VALIDATION, TEST = 1, 2
 EARLY_STOPPING = METRICS.index("ndcg@10")
 PAIRS_SCORED_AT_ONCE = 2**14
-RECORDED = ("losses", "weights", "norms")  # one number a task and epoch
+RECORDED = ("losses", "weights", "norms")  # one number per task and epoch
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Trainer:
     """Trains methods on one dataset; what does not depend on the method is compiled once."""
 
     def __init__(self, dataset: Dataset, config: TrainConfig, *, probe_norms: bool = True):
-        """`probe_norms` adds the tasks' gradient norms to the history: one more backward pass a task."""
+        """`probe_norms` adds the tasks' gradient norms to the history: one more backward pass per task."""
         self.dataset, self.config = dataset, config
         self._recorded = RECORDED if probe_norms else tuple(n for n in RECORDED if n != "norms")
         self.network = Network(
@@ -89,7 +89,7 @@ class Trainer:
         )
         self._labels = jnp.asarray(dataset.labels)
         self._held_out = jnp.asarray(dataset.held_out)
-        # One entry a behaviour: a pair that is a positive of every task is drawn T times as often.
+        # One entry per behaviour: a pair that is a positive of every task is drawn T times as often.
         positives = np.repeat(dataset.positives, _count_labels(dataset), axis=0)
         self._positives = jnp.asarray(positives)
         # Training for the target alone reads its pairs alone, as often as the others read theirs.
@@ -108,7 +108,7 @@ class Trainer:
 
     def make_step(self, method: str) -> Step:
         """The training step of a method, with Adam."""
-        # Flattened: one kernel in place of one a parameter, which compiles several times faster.
+        # Flattened: one kernel in place of one per parameter, which compiles several times faster.
         scaler = optax.flatten(optax.scale_by_adam())
         return make_step(method, self.network, scaler, self.descent())
 
@@ -201,8 +201,8 @@ class Trainer:
         order = order[: self.steps_per_epoch * self._batch_positives]
         slots = order.reshape(self.steps_per_epoch, -1)
         keys = jax.random.split(steps_key, self.steps_per_epoch)
-        (params, state), told = jax.lax.scan(train_step, (params, state), (slots, keys))
-        losses, weights = (entry.mean(axis=0) for entry in told)
+        (params, state), rows = jax.lax.scan(train_step, (params, state), (slots, keys))
+        losses, weights = (entry.mean(axis=0) for entry in rows)
         return params, state, {"losses": losses, "weights": weights}
 
     def _batch(self, pairs: jax.Array, key: jax.Array) -> Batch:

@@ -7,17 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
-from mtl_optax.from_rule import BalanceState, from_rule, is_due, next_count, rule_of
-from mtl_optax.placement.parameters import check_differentiable, check_losses
+from mtl_optax.core.lift import from_rule, is_due, next_count
+from mtl_optax.core.method import BalanceState, Method
+from mtl_optax.core.rule import WeightRule
+from mtl_optax.core.tasks import task_vector
+from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
 def balanced_value_and_grad(
     loss_fn: Callable[..., Any],
-    method: optax.GradientTransformation,
+    method: Method,
     has_aux: bool = False,
     *,
     evidence: Any = None,
@@ -35,7 +37,8 @@ def balanced_value_and_grad(
     what the pass yields is then replaced by 0 for this step, and the task counted as skipped.
 
     Args:
-      loss_fn: `loss_fn(params, *args)` returns losses `[T]`, or `(losses, aux)` with `has_aux`.
+      loss_fn: `loss_fn(params, *args)` returns the losses, `[T]` or a dictionary of scalars, or
+        `(losses, aux)` with `has_aux`.
       method: a weighting method with one block (`blocks="all"`) that reduces the task axis.
       has_aux: whether `loss_fn` returns auxiliary data as well.
       evidence: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
@@ -63,47 +66,40 @@ def balanced_value_and_grad(
       >>> fn = mtl.balanced_value_and_grad(loss_fn, method, evidence=lambda path, _: "dense" in str(path))
       >>> losses, (update, state) = fn(params, method.init(params), x)
       >>> state.weights.tolist(), update["dense"].tolist(), update["table"].tolist()
-      ([0.0, 1.0], [1.0, 1.0], [2.0, 0.0, 0.0, 0.0, 0.0])
+      ([[0.0, 1.0]], [1.0, 1.0], [2.0, 0.0, 0.0, 0.0, 0.0])
 
     References:
       Navon et al., Multi-Task Learning as a Bargaining Game, 2022, section 4.4 (weights kept for
-      several steps).
+      several steps), https://arxiv.org/abs/2202.01017
     """
-    rule, options = rule_of("balanced_value_and_grad", method, finished=True), method.update.options  # type: ignore[attr-defined]
-    if options["blocks"] != "all" or not options["reduce"]:
-        raise ValueError(
-            "balanced_value_and_grad: one weight a task is needed for a single backward pass; make the "
-            f'method with blocks="all" and reduce=True, found {options["blocks"]!r} and '
-            f"{options['reduce']}."
-        )
-    every = options["update_every"]
-    fresh: Any = from_rule(rule, axis_name=options["axis_name"])
-    finish = getattr(method.update, "finish", lambda update, dtype: update)
+    rule, options = _rule_and_options(method)
+    every, tasks = options.update_every, method.tasks
+    fresh = from_rule(method.name, tasks, rule._replace(finish=None), axis_name=options.axis_name)
 
     def value_and_grad(params: Any, state: BalanceState, *args: Any, active: Any = None) -> Any:
-        def losses_of(params: Any) -> Any:
-            result = loss_fn(params, *args)
-            losses, aux = result if has_aux else (result, None)
-            return check_losses(losses), aux
-
         check_differentiable("balanced_value_and_grad", params)
-        losses, pullback, aux = vjp_of_losses(losses_of, params)
+        losses, pullback, result = vjp_of_losses(
+            lambda params: split_result(loss_fn(params, *args), has_aux), params
+        )
+        given = result[0] if has_aux else result
+        task_vector("balanced_value_and_grad", "the losses of loss_fn", given, tasks)
         chosen = _mask(params, evidence)
+        present = jnp.ones(losses.shape, bool)
+        if active is not None:
+            present = task_vector("balanced_value_and_grad", "active", active, tasks, jnp.bool_)
+        keep = present & jnp.isfinite(losses)
 
         def at_once(weights: jax.Array, keep: jax.Array) -> Any:
-            weights = jnp.where(keep, weights.astype(losses.dtype), 0)
+            weights = jnp.where(keep, weights[0].astype(losses.dtype), 0)
             return _finite_or_zero(pullback.whole(weights)[0])
 
         def apart(state: BalanceState) -> tuple[Any, BalanceState]:
             grads = pull_each(pullback, losses, mode, lambda grads: _keep(grads[0], chosen))
-            update, new = fresh.update(grads, state, losses=losses, active=active)
+            update, new = fresh.update(grads, state, losses=losses, active=present)
             rest = params if all(chosen) else at_once(new.weights, jnp.isfinite(losses))
             return _merge(rest, jax.tree.leaves(update), chosen), new
 
-        present = jnp.ones(losses.shape, bool) if active is None else jnp.asarray(active)
-        keep = present & jnp.isfinite(losses)
-
-        def cached(state: BalanceState) -> tuple[Any, BalanceState]:
+        def with_old_weights(state: BalanceState) -> tuple[Any, BalanceState]:
             return at_once(state.weights, keep), state._replace(
                 balance_count=next_count(state.balance_count),
                 skipped=next_count(state.skipped, present & ~keep),
@@ -112,10 +108,30 @@ def balanced_value_and_grad(
         if every == 1:
             update, state = apart(state)
         else:
-            update, state = lax.cond(is_due(state, keep, every), apart, cached, state)
-        return ((losses, aux) if has_aux else losses), (finish(update, state.weights.dtype), state)
+            due = is_due(state, keep, every)
+            update, state = lax.cond(due, apart, with_old_weights, state)
+        if rule.finish is not None:
+            update = rule.finish(update, options, state.weights.dtype)
+        return result, (update, state)
 
     return value_and_grad
+
+
+def _rule_and_options(method: Any) -> tuple[WeightRule, Any]:
+    rule = method.rule if isinstance(method, Method) else None
+    if not isinstance(rule, WeightRule) or rule.average is not None:
+        raise TypeError(
+            "balanced_value_and_grad: expected a weighting method of mtl_optax (one whose update is a "
+            f"weighted sum of this step's task gradients), found {getattr(method, 'name', method)!r}."
+        )
+    options = method.options
+    if options.blocks != "all" or not options.reduce:
+        raise ValueError(
+            "balanced_value_and_grad: one weight a task is needed for a single backward pass; make the "
+            f'method with blocks="all" and reduce=True, found {options.blocks!r} and '
+            f"{options.reduce}."
+        )
+    return rule, options
 
 
 def _mask(params: Any, evidence: Any) -> list[bool]:

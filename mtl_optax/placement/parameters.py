@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
@@ -20,11 +23,12 @@ def per_task_value_and_grad(
 ) -> Callable[..., Any]:
     """Differentiates a function that returns one loss per task.
 
-    The counterpart of `jax.value_and_grad` for a `loss_fn` that returns an array `[T]`: row t of every
-    gradient leaf is the gradient of loss t. One forward pass, T backward passes.
+    The counterpart of `jax.value_and_grad` for a `loss_fn` that returns an array `[T]` or a dictionary of
+    scalars: row t of every gradient leaf is the gradient of loss t. Rows stand in the order of the array,
+    or of the sorted names. One forward pass, T backward passes.
 
     Args:
-      loss_fn: returns losses `[T]`, or `(losses, aux)` with `has_aux`.
+      loss_fn: returns the losses, or `(losses, aux)` with `has_aux`.
       argnums: which positional arguments to differentiate, as in `jax.grad`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
       mode: how the T backward passes run. "vmap": batched, T times the memory of the cotangents.
@@ -32,15 +36,15 @@ def per_task_value_and_grad(
         "map": a loop with the memory of one backward pass beyond the result. "auto": "unroll" on a CPU
         for T <= 64 (at T = 32 it took 0.3 of the time of "map" and compiled no slower), "map" there for
         more tasks, "vmap" on accelerators. It looks at the backend of the tracing host: name the mode
-        where you compile ahead of time for another one.
+        when you compile ahead of time for another one.
 
     Returns:
-      A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`;
-      leaves of `grads` are `[T, *shape]`.
+      A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`; the
+      losses are what `loss_fn` returned, and leaves of `grads` are `[T, *shape]`.
 
     Raises:
-      TypeError, ValueError: where `loss_fn` does not return a floating 1-D array, for parameters that have
-        no gradient (integers, keys), or for an unknown mode.
+      TypeError, ValueError: if `loss_fn` does not return one scalar per task, for parameters that have no
+        gradient (integers, keys), or for an unknown mode.
 
     Example:
 
@@ -52,9 +56,10 @@ def per_task_value_and_grad(
       ([5.0, 3.0], [[2.0, 4.0], [3.0, 0.0]])
 
     References:
-      The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1.
+      The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1,
+      https://arxiv.org/abs/2203.06801
     """
-    _check_mode(mode)
+    check_choice("per_task_value_and_grad", "mode", mode, ("auto", "vmap", "unroll", "map"))
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -63,16 +68,13 @@ def per_task_value_and_grad(
             whole = list(args)
             for number, value in zip(numbers, chosen, strict=True):
                 whole[number] = value
-            result = loss_fn(*whole, **kwargs)
-            losses, aux = result if has_aux else (result, None)
-            return check_losses(losses), aux
+            return split_result(loss_fn(*whole, **kwargs), has_aux)
 
         chosen = [args[n] for n in numbers]
         check_differentiable("per_task_value_and_grad", chosen)
-        losses, pullback, aux = vjp_of_losses(of_chosen, *chosen)
+        losses, pullback, result = vjp_of_losses(of_chosen, *chosen)
         grads = pull_each(pullback, losses, mode)
-        grads = grads[0] if isinstance(argnums, int) else grads
-        return ((losses, aux) if has_aux else losses), grads
+        return result, grads[0] if isinstance(argnums, int) else grads
 
     return value_and_grad
 
@@ -90,13 +92,15 @@ def split_value_and_grad(
     task, by T backward passes through `encode`; those of `heads` are of the plain sum of losses, as in
     MetaBalance and MultiBalance, from one backward pass.
 
-    Papers that weigh the losses themselves (EMTL eq. 13, MGDA, Nash-MTL) scale the heads too. Where
-    every head belongs to one task, multiply: `jax.tree.map(lambda g: w[t] * g, head_grads[t])` with
-    `w = mtl.head_weights(state)` from the state after `update`.
+    Notes:
+      Papers that weigh the losses themselves (EMTL eq. 13, MGDA, Nash-MTL) scale the heads too. Where
+      every head belongs to one task, multiply: `jax.tree.map(lambda g: w[t] * g, head_grads[t])` with
+      `w = mtl.head_weights(state)` from the state after `update`.
 
     Args:
       encode: `encode(shared, *args) -> representation`, any pytree.
-      decode: `decode(heads, representation, *args) -> losses [T]`, or `(losses, aux)` with `has_aux`.
+      decode: `decode(heads, representation, *args)` returns losses `[T]` or a dictionary of scalars, or
+        `(losses, aux)` with `has_aux`.
       has_aux: whether `decode` returns auxiliary data as well.
       mode: as in `per_task_value_and_grad`.
 
@@ -119,89 +123,71 @@ def split_value_and_grad(
       ([6.0, 36.0], [3.0, 36.0], [6.0, 36.0])
 
     References:
-      Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3.
+      Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3,
+      https://arxiv.org/abs/1810.04650
     """
-    _check_mode(mode)
+    check_choice("split_value_and_grad", "mode", mode, ("auto", "vmap", "unroll", "map"))
 
     def value_and_grad(shared: Any, heads: Any, *args: Any) -> Any:
         check_differentiable("split_value_and_grad", (shared, heads))
         representation, pull_shared = jax.vjp(lambda s: encode(s, *args), shared)
 
         def losses_of(heads: Any, representation: Any) -> Any:
-            result = decode(heads, representation, *args)
-            losses, aux = result if has_aux else (result, None)
-            return check_losses(losses), aux
+            return split_result(decode(heads, representation, *args), has_aux)
 
-        losses, pull_heads, aux = vjp_of_losses(losses_of, heads, representation)
+        losses, pull_heads, result = vjp_of_losses(losses_of, heads, representation)
         head_grads = pull_heads.whole(jnp.ones_like(losses))[0]
         shared_grads = pull_each(pull_heads, losses, mode, lambda grads: pull_shared(grads[1]))[0]
-        return ((losses, aux) if has_aux else losses), (shared_grads, head_grads)
+        return result, (shared_grads, head_grads)
 
     return value_and_grad
 
 
-def check_losses(losses: Any) -> jax.Array:
-    """`losses` as a 1-D floating array, or an error that says how to make one.
+def stack_tasks(gradients_by_name: Mapping[str, Any], names: Any) -> tuple[Any, jax.Array]:
+    """Stacks gradients that were computed one task at a time.
+
+    For one data loader per task, or for a subset of the tasks in each step: the slots of tasks without a
+    gradient are filled with zeros and marked as absent.
 
     Args:
-      losses: what the user's function returned.
+      gradients_by_name: the gradient of each task of this step, trees of one structure.
+      names: all task names, in any order; or a `Method` that has them.
 
     Returns:
-      The losses `[T]`.
+      `(updates, active)`: a tree with leaves `[T, *shape]`, and bool `[T]`, both in the order of the sorted
+      names, for `method.update(updates, state, params, active=active)`.
 
     Raises:
-      TypeError: where they are a tuple or list, or no real floating numbers.
-      ValueError: where they are not one-dimensional.
+      ValueError: for an unknown task, no gradient at all, or gradients of different structure or shape.
 
     Example:
 
-      >>> import jax.numpy as jnp
-      >>> check_losses(jnp.array([1.0, 2.0])).shape
-      (2,)
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> names = ("click", "buy")
+      >>> updates, active = mtl.stack_tasks({"click": {"w": jnp.ones(3)}}, names)
+      >>> updates["w"].tolist(), active.tolist()
+      ([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [False, True])
     """
-    if isinstance(losses, (tuple, list)):
+    tasks = read_tasks("stack_tasks", getattr(names, "tasks", names))
+    if tasks.names is None:
         raise TypeError(
-            f"loss_fn must return one array [T], found a {type(losses).__name__} of {len(losses)}: "
-            "jnp.stack the losses (and pass has_aux=True where the second output is auxiliary)."
+            "stack_tasks: names must be the names of all tasks; found only their number."
         )
-    if jnp.ndim(losses) != 1:
+    unknown = sorted(set(gradients_by_name) - set(tasks.names))
+    if unknown or not gradients_by_name:
         raise ValueError(
-            f"loss_fn must return one loss per task, an array [T]; found shape {jnp.shape(losses)}. "
-            "Return jnp.stack([...]) of the losses instead of their sum."
+            f"stack_tasks: give the gradients of at least one of the tasks {list(tasks.names)}; found "
+            f"{sorted(gradients_by_name)}."
         )
-    if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
-        raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")
-    return jnp.asarray(losses)
-
-
-def check_differentiable(name: str, params: Any) -> None:
-    """Raises where `params` hold what has no gradient, as `jax.grad` does.
-
-    Args:
-      name: whose error it is.
-      params: what is differentiated by.
-
-    Returns:
-      None.
-
-    Raises:
-      TypeError: with the leaf's path. A Flax module with counters (of its random numbers, say) among its
-        parameters would otherwise train with all of them standing still.
-
-    Example:
-
-      >>> import jax.numpy as jnp
-      >>> check_differentiable("per_task_value_and_grad", {"w": jnp.ones(2)})
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"{name}: cannot differentiate by the leaf {jax.tree_util.keystr(path)} of "
-                f"{jnp.result_type(leaf)}. Pass what is no parameter as another argument; of an nnx.Module "
-                "differentiate by nnx.split(model, nnx.Param, ...)."
+    first, like = next(iter(gradients_by_name.items()))
+    for name, tree in gradients_by_name.items():
+        same = jax.tree.structure(tree) == jax.tree.structure(like)
+        if not same or jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, like):
+            raise ValueError(
+                f"stack_tasks: the gradients of {first!r} and {name!r} differ in structure or shape: "
+                f"{jax.tree.map(jnp.shape, like)} and {jax.tree.map(jnp.shape, tree)}."
             )
-
-
-def _check_mode(mode: Any) -> None:
-    if mode not in ("auto", "vmap", "unroll", "map"):
-        raise ValueError(f'mode must be "auto", "vmap", "unroll" or "map"; found {mode!r}.')
+    empty = jax.tree.map(jnp.zeros_like, like)
+    rows = [gradients_by_name.get(name, empty) for name in tasks.names]
+    active = jnp.asarray([name in gradients_by_name for name in tasks.names])
+    return jax.tree.map(lambda *row: jnp.stack(row), *rows), active

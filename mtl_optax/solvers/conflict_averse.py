@@ -1,4 +1,6 @@
-"""Conflict-averse weights (CAGrad): the best worst case within a ball around the mean gradient."""
+"""CAGrad: the direction with the best worst-case progress in a ball around the mean gradient."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -6,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
 from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.nonnegative import (
@@ -20,12 +23,12 @@ from mtl_optax.solvers.nonnegative import (
 
 
 class _Pivoting(NamedTuple):
-    passive: jax.Array  # bool [T]: tasks whose progress equals the worst
-    level: jax.Array  # progress that every task is asked for
-    low: jax.Array
+    passive: jax.Array  # bool [T]: tasks whose progress equals the smallest one
+    level: jax.Array  # progress that every task must reach
+    low: jax.Array  # bracket of the level
     high: jax.Array
-    fewest: jax.Array
-    patience: jax.Array
+    fewest: jax.Array  # smallest number of violated conditions seen so far
+    patience: jax.Array  # full exchanges still allowed without improvement
     step: jax.Array
     done: jax.Array
 
@@ -33,20 +36,20 @@ class _Pivoting(NamedTuple):
 def _level_on_support(
     per_level: jax.Array, offset: jax.Array, ratio: jax.Array, slack: jax.Array, radius: jax.Array
 ) -> jax.Array:
-    """Level at which the correction of this support has length ``radius`` (the larger root)."""
+    """The level at which the correction with this support has length `radius` (the larger root)."""
     square = jnp.sum(ratio * per_level)
     cross = jnp.sum(ratio * offset)
     rest = jnp.sum(slack * offset) - radius * radius
     root = jnp.sqrt(jnp.maximum(cross * cross - square * rest, 0))
-    return jnp.where(square > 0, (cross + root) / jnp.where(square > 0, square, 1), jnp.inf)
+    return safe_divide(cross + root, square, jnp.inf)
 
 
 def _bisect(
     state: _Pivoting, cosine: jax.Array, ratio: jax.Array, slack: jax.Array, radius: jax.Array
 ) -> _Pivoting:
-    """Narrow the level by bisection, with an exact correction for each one: where pivoting fails.
+    """Bisection of the level, with an exact correction for each, for the cases where pivoting fails.
 
-    Does nothing when the state is done.
+    Does nothing if the state is done.
     """
 
     def step(state: _Pivoting) -> _Pivoting:
@@ -73,42 +76,42 @@ def conflict_averse_weights(
     active: jax.Array | None = None,
     c: jax.typing.ArrayLike = 0.4,
 ) -> jax.Array:
-    r"""Weights of the ``d`` with :math:`|d - g_0| \le c |g_0|` that maximises :math:`\min_i g_i \cdot d`.
+    r"""Weights of the d with :math:`|d - g_0| \le c |g_0|` that maximises :math:`\min_i g_i \cdot d`.
 
-    With :math:`g_0` the mean gradient, :math:`d = g_0 + e`, where ``e`` is the shortest vector that gives
-    every task the progress :math:`g_i \cdot d \ge \mu`, a nonnegative combination :math:`z` of the
-    gradients, and :math:`\mu` is as large as :math:`|e| \le c|g_0|` allows. For a given set of tasks at
-    the level :math:`\mu`, :math:`|e|^2` is a quadratic in it; block principal pivoting finds the set, and
-    the quadratic the level, in turns, inside a bracket. In the terms of the paper
-    :math:`z = c |g_0| w / |g_w|`, without the division that fails for :math:`g_w = 0`.
+    With the mean gradient :math:`g_0`, :math:`d = g_0 + e`. The correction e is the shortest vector that
+    gives every task the progress :math:`g_i \cdot d \ge \mu`, for the largest :math:`\mu` (the level) with
+    :math:`|e| \le c|g_0|`. It is a nonnegative combination z of the gradients.
+
+    If the tasks with progress exactly :math:`\mu` are known, :math:`|e|^2` is a quadratic function of
+    :math:`\mu`. Block principal pivoting finds these tasks and the quadratic gives the level, in turns,
+    within a bracket. In the paper's notation :math:`z = c |g_0| w / |g_w|`; this form needs no division by
+    :math:`|g_w|`, which can be 0.
 
     Args:
-        cosine: cosines of the gradients, ``[T, T]``.
-        norms: norms, ``[T]``.
-        active: tasks that count, bool ``[T]``; all by default.
-        c: radius of the ball relative to ``|g_0|``; 0 gives the mean.
+      cosine: `[T, T]`, cosines of the gradients.
+      norms: `[T]`, gradient norms.
+      active: bool `[T]`, the tasks that count; all by default.
+      c: radius of the ball relative to the norm of the mean gradient; 0 gives the mean.
 
     Returns:
-        Weights on the raw gradients, ``[T]``: ``1 / T + z`` (no rescaling). A zero gradient counts in the
-        mean and is left out of the worst case, which it cannot change. All zero, or a zero mean: uniform.
+      Weights `[T]` on the raw gradients, `1 / T + z` (not rescaled). A zero gradient counts in the mean
+      only, since it has no progress. If all gradients or their mean are zero, the weights are uniform.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     cosine = semidefinite(cosine)
     size, dtype = norms.shape[0], norms.dtype
     uniform = uniform_weights(active, dtype)
     usable = active & (norms > 0)
-    safe_norms = jnp.where(usable, norms, 1)
     largest = jnp.max(norms)
     smallest = jnp.min(jnp.where(usable, norms, jnp.inf))
-    # Lengths in units of the largest norm; levels in units of that times the smallest norm.
-    lengths = uniform * norms / jnp.where(largest > 0, largest, 1)
+    # Lengths are in units of the largest norm, levels in units of the largest times the smallest norm.
+    lengths = safe_divide(uniform * norms, largest)
     slack = product(cosine, lengths)
-    ratio = jnp.where(usable, smallest / safe_norms, 0)
+    ratio = safe_divide(smallest, norms, where=usable)
     mean_norm = jnp.sqrt(jnp.maximum(jnp.sum(lengths * slack), 0))
     radius = jnp.asarray(c, dtype) * mean_norm
-    safe_ratio = jnp.where(usable, ratio, 1)
-    low = jnp.min(jnp.where(usable, slack / safe_ratio, jnp.inf))
-    high = jnp.min(jnp.where(usable, (slack + radius) / safe_ratio, jnp.inf))
+    low = jnp.min(safe_divide(slack, ratio, jnp.inf, where=usable))
+    high = jnp.min(safe_divide(slack + radius, ratio, jnp.inf, where=usable))
     eps = jnp.finfo(dtype).eps
     resolution = 4 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
 
@@ -126,7 +129,7 @@ def conflict_averse_weights(
         violated = too_small | short
         passive, fewest, patience = exchange(state.passive, violated, state.fewest, state.patience)
 
-        # Where nothing is violated, the correction for this level is exact: move the level.
+        # If no condition is violated, the correction for this level is exact and the level can change.
         exact = ~jnp.any(violated)
         squared = jnp.sum(amounts * (state.level * ratio - slack))
         above = squared > radius * radius
@@ -174,5 +177,5 @@ def conflict_averse_weights(
     level = _level_on_support(per_level, offset, ratio, slack, radius)
     level = jnp.where((level >= end.low) & (level <= end.high), level, end.level)
     amounts = jnp.maximum(level * per_level - offset, 0)
-    added = jnp.where(usable & some, amounts * (largest / safe_norms), 0)
+    added = jnp.where(usable & some, amounts * safe_divide(largest, norms, where=usable), 0)
     return uniform + added

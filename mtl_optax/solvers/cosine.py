@@ -1,23 +1,24 @@
-"""From a Gram matrix to cosines and norms, the pair that every Gram-based solver works on."""
+"""Cosines and norms from a Gram matrix: the input of every Gram-based solver."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
 
 def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Split a Gram matrix into cosines and norms.
+    """Splits a Gram matrix into cosines and norms.
 
-    Solving on cosines keeps what a raw Gram matrix loses when gradient norms differ by orders of
-    magnitude: its entries then differ by the square of that. The division happens in two steps, because
-    the product of two norms can leave the range of float32 where each quotient does not.
+    If gradient norms differ by orders of magnitude, the entries of the Gram matrix differ by the square of
+    that, and solving on it loses accuracy. Cosines do not have this problem.
 
     Args:
-        gram: inner products of the task gradients, ``[T, T]``.
-        active: tasks that count, bool ``[T]``; all by default.
+      gram: `[T, T]`, inner products of the task gradients.
+      active: bool `[T]`, the tasks that count; all by default.
 
     Returns:
-        ``(cosine [T, T], norms [T])``. The diagonal of ``cosine`` is exactly 1 for every task with a
-        nonzero gradient; a zero gradient or an inactive task has norm 0 and a zero row and column.
+      `(cosine [T, T], norms [T])`. The diagonal of `cosine` is exactly 1 for nonzero gradients. A zero
+      gradient or an inactive task has norm 0 and a zero row and column.
     """
     diagonal = jnp.diagonal(gram)
     if active is not None:
@@ -33,10 +34,10 @@ def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax
 def mask_inactive(
     cosine: jax.Array, norms: jax.Array, active: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clear the slots of inactive tasks, so that what they hold (even NaN) reaches nothing.
+    """Sets the entries of inactive tasks to 0, NaN entries too.
 
     Returns:
-        ``(cosine, norms, active)``, the last one a bool ``[T]`` array also when it was None.
+      `(cosine, norms, active)`; `active` is a bool array `[T]` also if it was None.
     """
     if active is None:
         return cosine, norms, jnp.ones(norms.shape, bool)
@@ -45,6 +46,6 @@ def mask_inactive(
 
 
 def uniform_weights(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The same weight for every active task, sum 1; all zero when no task is active."""
+    """Equal weights of sum 1 over the active tasks; all zero if no task is active."""
     count = jnp.maximum(jnp.sum(active.astype(dtype)), 1)
     return active.astype(dtype) / count

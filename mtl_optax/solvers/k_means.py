@@ -1,31 +1,34 @@
-"""Exact k-means of a few numbers on a line."""
+"""Exact k-means of a few numbers."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.loops import varying_like
 
 
 def k_means_on_line(points: jax.Array, active: jax.Array, num_groups: int) -> jax.Array:
-    """Replaces every number by the mean of its group, for the grouping of least squared error.
+    """Replaces every number by the mean of its cluster, for the clusters of smallest squared error.
 
-    On a line the best groups are intervals of the sorted numbers, so that dynamic programming over the
-    cut points finds the optimum: ``best[k, j] = min_i best[k - 1, i] + error(i, j)``, where
-    ``error(i, j)`` is the squared error of the sorted numbers i to j - 1. Of several optima one is taken.
+    In one dimension the optimal clusters are intervals of the sorted numbers, so dynamic programming over
+    the boundaries finds the optimum: `best[k, j] = min_i best[k - 1, i] + error(i, j)`, where `error(i, j)`
+    is the squared error of the sorted numbers i to j - 1. If several optima exist, one is chosen.
 
     Args:
-        points: ``[T]``, finite.
-        active: numbers that count, bool ``[T]``.
-        num_groups: the number of groups, static, 1 to T.
+      points: `[T]`, finite.
+      active: numbers that count, bool `[T]`.
+      num_groups: the number of clusters, static, 1 to T.
 
     Returns:
-        The group means, ``[T]``; 0 for inactive entries. Cost: O(T^2 num_groups).
+      The cluster means, `[T]`; 0 for inactive entries. Cost: O(T^2 num_groups).
     """
     size, dtype = points.shape[0], points.dtype
     peak = jnp.max(jnp.where(active, jnp.abs(points), 0))
-    scaled = jnp.where(active, points / jnp.where(peak > 0, peak, 1), 0)
-    # Inactive entries go last, where they cost nothing in any group.
+    scaled = jnp.where(active, safe_divide(points, peak), 0)
+    # Inactive entries are sorted last and have count 0, so they add nothing to any error.
     order = jnp.argsort(jnp.where(active, scaled, jnp.inf))
     values, counts = scaled[order], active[order].astype(dtype)
 
@@ -52,10 +55,10 @@ def k_means_on_line(points: jax.Array, active: jax.Array, num_groups: int) -> ja
 
 
 def _interval_errors(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """``error[i, j]`` of the sorted numbers i to j - 1, ``[T + 1, T + 1]``; infinite where j < i.
+    """`error[i, j]` of the sorted numbers i to j - 1, `[T + 1, T + 1]`; infinite for j < i.
 
-    Running means and errors of all intervals at once, one number longer each step: differences of sums
-    of squares would cancel.
+    Means and errors of all intervals are updated together, by one number per step (Welford's method).
+    Differences of sums of squares would lose accuracy by cancellation.
     """
     size, dtype = values.shape[0], values.dtype
     starts = jnp.arange(size + 1)

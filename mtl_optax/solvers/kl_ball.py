@@ -1,26 +1,30 @@
-"""A mirror step on the simplex, kept within a Kullback-Leibler ball around the uniform distribution."""
+"""A mirror step on the simplex, projected on a Kullback-Leibler ball around the uniform distribution."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-# Few rounds of many points: a round costs what its number of operations costs, whatever their size.
-# From a bracket of 1/16,000 of its range three Newton steps reach float64.
+from mtl_optax.solvers.arithmetic import safe_divide
+
+# A round costs its number of operations, whatever their size: few rounds with many points are cheapest.
+# From a bracket of 1/16,000 of the range, three Newton steps reach float64 accuracy.
 GRID_ROUNDS = 2
 GRID_POINTS = 128
 NEWTON_STEPS = 3
 
 
 def _tilted(exponents: jax.Array, active: jax.Array, log_count: jax.Array) -> jax.Array:
-    """``log(p * count)`` of the softmax of ``exponents`` over the active entries, along the last axis."""
+    """`log(p * count)`, p the softmax of `exponents` over the active entries, along the last axis."""
     exponents = jnp.where(active, exponents, -jnp.inf)
     log_partition = jax.nn.logsumexp(exponents, axis=-1, keepdims=True)
     return jnp.where(active, exponents - log_partition + log_count, 0)
 
 
 def _divergence(excess: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
-    """KL to the uniform distribution from ``log(p * count)``.
+    """KL divergence from the uniform distribution, given `excess = log(p * count)`.
 
-    The terms ``t e^t - (e^t - 1)`` are nonnegative, so that a small divergence keeps its digits.
+    The terms `t e^t - (e^t - 1)` are nonnegative, so a small divergence is accurate too.
     """
     terms = excess * jnp.exp(excess) - jnp.expm1(excess)
     return jnp.sum(jnp.where(active, jnp.maximum(terms, 0), 0), axis=-1) / count
@@ -32,24 +36,24 @@ def kl_ball_mirror_step(
     radius: jax.typing.ArrayLike,
     active: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Exponentiated-gradient step followed by the KL projection onto a ball around uniform.
+    r"""Exponentiated-gradient step, then the KL projection on a ball around the uniform distribution.
 
-    Returns the logarithm of :math:`p' \propto (p\,e^{s})^\tau` with the largest :math:`\tau \in (0, 1]`
-    for which :math:`KL(p' \| u) \le` ``radius``. With :math:`q = \log p + s`, the divergence grows with
-    :math:`\tau` at the rate :math:`\tau \operatorname{Var}_{p'}(q)`, so the root is unique. It is bracketed
-    by :math:`\tau \ge \sqrt{8\,radius} / range(q)` (Hoeffding's bound), narrowed on a grid in
-    :math:`\log\tau` and finished by Newton steps inside the bracket.
+    The result is :math:`p' \propto (p\,e^{s})^\tau` with the largest :math:`\tau \in (0, 1]` for which
+    :math:`KL(p' \| u) \le` ``radius``. With :math:`q = \log p + s`, the derivative of the divergence with
+    respect to :math:`\tau` is :math:`\tau \operatorname{Var}_{p'}(q)`, so the root is unique. A lower bound
+    is :math:`\tau \ge \sqrt{8\,radius} / range(q)` (Hoeffding's lemma). A grid in :math:`\log\tau` narrows
+    the bracket, and Newton steps inside it find the root.
 
     Args:
-        log_p: logarithm of the present distribution (it need not be normalised), ``[T]``.
-        scores: ``s``, the step size times what each task is rewarded for, ``[T]``; what is beyond an
-            eighth of the largest number, infinity too, counts as that.
-        radius: largest divergence from uniform; 0 gives uniform, ``log T`` or more lifts the limit.
-        active: tasks that count, bool ``[T]``; the divergence is from uniform over these. All by default.
+      log_p: `[T]`, logarithm of the present distribution, normalised or not.
+      scores: `[T]`, s: the step size times the reward of each task. Clipped to an eighth of the largest
+        number, so entries may be infinite.
+      radius: largest divergence from uniform; 0 gives uniform, `log T` or more is no constraint.
+      active: bool `[T]`, the tasks that count; the divergence is from uniform over these. All by default.
 
     Returns:
-        The logarithm of the new distribution, ``[T]``: always finite, normalised over the active tasks,
-        and so low for an inactive task that its exponential is exactly 0.
+      The logarithm of the new distribution, `[T]`, finite and normalised over the active tasks. Inactive
+      tasks have a value whose exponential is exactly 0.
     """
     dtype = log_p.dtype
     if active is None:
@@ -89,8 +93,7 @@ def kl_ball_mirror_step(
         x = jnp.exp(log_x)
         mean = jnp.sum(p * unit)
         slope = x * x * jnp.sum(p * (unit - mean) * (unit - mean))
-        move = (radius - value) / jnp.where(slope > 0, slope, 1)
-        log_x = jnp.clip(jnp.where(slope > 0, log_x + move, log_x), low, high)
+        log_x = jnp.clip(log_x + safe_divide(radius - value, slope), low, high)
 
     shrunk = excess_at(log_x[None])[0]
     excess = jnp.where(inside | ~spread, full, shrunk)

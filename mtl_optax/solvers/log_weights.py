@@ -1,4 +1,6 @@
-"""Weights made of logarithms and quotients of losses, finite for every finite loss."""
+"""Weights from logarithms and ratios of losses, finite for every finite loss."""
+
+from __future__ import annotations
 
 import math
 
@@ -7,25 +9,25 @@ import jax.numpy as jnp
 
 
 def largest_weight(dtype: jax.typing.DTypeLike) -> float:
-    """The square root of the largest number: no weight made of a quotient of losses exceeds it.
+    """The upper bound of weights that are ratios of losses: the square root of the largest number.
 
-    A weight of that size still gives a finite update with a gradient of norm 1e18.
+    With a weight of that size a gradient of norm 1e18 still gives a finite update.
     """
     return float(jnp.finfo(dtype).max) ** 0.5
 
 
 def magnitudes(losses: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sizes of the losses, 1 where there is none to speak of, and where there is one.
+    """Absolute values of the losses for logarithms and inverses, which need positive numbers.
 
-    A logarithm or an inverse needs a positive number. A negative loss counts by its size, so that it is
-    still descended; a loss of 0 (or below the smallest normal number) counts as absent.
+    A weight from the absolute value of a negative loss is positive, so the loss still decreases. A loss
+    of 0 (or below the smallest normal number) is not usable.
 
     Args:
-        losses: ``[T]``, finite.
-        active: tasks that count, bool ``[T]``.
+      losses: `[T]`, finite.
+      active: bool `[T]`, the tasks that count.
 
     Returns:
-        ``(sizes, usable)``: positive numbers ``[T]``, and bool ``[T]``.
+      `(sizes, usable)`: positive numbers `[T]`, 1 where not usable, and bool `[T]`.
     """
     sizes = jnp.abs(losses)
     usable = active & (sizes >= jnp.finfo(losses.dtype).tiny)
@@ -33,21 +35,21 @@ def magnitudes(losses: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def exp_weights(log_weights: jax.Array, usable: jax.Array) -> jax.Array:
-    """``exp(log_weights)`` up to the largest weight, and 0 where not ``usable``."""
+    """`exp(log_weights)`, at most `largest_weight`, and 0 where not `usable`."""
     limit = math.log(largest_weight(log_weights.dtype))
     return jnp.where(usable, jnp.exp(jnp.minimum(log_weights, limit)), 0)
 
 
 def keep_log_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:
-    """:func:`mtl_optax.solvers.simplex.keep_shares` of logarithms of weights.
+    """`mtl_optax.solvers.simplex.keep_shares` for logarithms of weights.
 
     Args:
-        new: ``[T]``, normalised over the active tasks.
-        old: ``[T]``, normalised over all.
-        active: bool ``[T]``.
+      new: `[T]`, normalised over the active tasks.
+      old: `[T]`, normalised over all tasks.
+      active: bool `[T]`.
 
     Returns:
-        ``[T]``, finite; exactly ``new`` where all are active.
+      `[T]`, finite; exactly `new` where all tasks are active.
     """
     lowest = float(jnp.finfo(old.dtype).min) / 4
     peak = jnp.max(jnp.where(active, old, lowest))
@@ -61,12 +63,12 @@ def log_softmax(logits: jax.Array, active: jax.Array) -> jax.Array:
     """Logarithm of the softmax over the active entries.
 
     Args:
-        logits: ``[T]``, finite.
-        active: entries that count, bool ``[T]``.
+      logits: `[T]`, finite.
+      active: bool `[T]`, the entries that count.
 
     Returns:
-        ``[T]``, finite: what is too low to exponentiate, and every inactive entry, is so low that its
-        exponential is exactly 0.
+      `[T]`, finite. Inactive entries, and entries too low for the exponential, have a value whose
+      exponential is exactly 0.
     """
     lowest = float(jnp.finfo(logits.dtype).min) / 4
     peak = jnp.max(jnp.where(active, logits, float(jnp.finfo(logits.dtype).min)))

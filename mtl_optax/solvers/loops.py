@@ -1,4 +1,6 @@
-"""What loops on the device ask of the state that they start from."""
+"""The initial state of a `lax.while_loop` or `lax.scan` under `shard_map`."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -7,10 +9,11 @@ import jax.numpy as jnp
 
 
 def varying_like(x: jax.Array, start: Any) -> Any:
-    """The first state of a loop whose later states are made of ``x``.
+    """`start` with the varying type of `x`: the initial state of a loop whose states depend on `x`.
 
-    Inside `shard_map` a value has a type that says over which mapped axes it differs, and a loop wants the
-    same one from the start. The select is of equal numbers: nothing of it is left in the program.
+    Inside `shard_map` the type of a value contains the mapped axes over which it varies, and the type of
+    the state of a loop must not change. The values stay the same: both branches of the `where` are equal,
+    and XLA removes it.
     """
     same = jnp.ravel(jnp.zeros_like(x))[0] == 0
     return jax.tree.map(lambda leaf: jnp.where(same, leaf, leaf), start)

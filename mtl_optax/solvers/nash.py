@@ -1,5 +1,7 @@
 """Nash bargaining and alpha-fair weights: the roots of K w = w^(-1/alpha)."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -17,16 +19,16 @@ from mtl_optax.solvers.nonnegative import (
     semidefinite,
 )
 
-LIMIT = 60
-LONGEST_STEP = 2.0
+LIMIT = 60  # iterations at most
+LONGEST_STEP = 2.0  # largest change of log v in one iteration
 
 
 class _Newton(NamedTuple):
     log_amounts: jax.Array  # log v, [T]
     step: jax.Array
-    stationary: jax.Array  # no common descent direction: a root cannot exist
-    converged: jax.Array
-    close: jax.Array  # the equation holds to what rounding and a few digits allow
+    stationary: jax.Array  # there is no common descent direction, hence no root
+    converged: jax.Array  # the equation holds to rounding
+    close: jax.Array  # the equation holds to about half of the digits
 
 
 def fair_weights(
@@ -37,23 +39,23 @@ def fair_weights(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Positive root of :math:`K w = w^{-1/\alpha}`.
 
-    In the variables :math:`v_i = w_i n_i` it reads :math:`(C v)_i = c_i v_i^{-1/\alpha}` with
-    :math:`c_i = n_i^{1/\alpha - 1}`, the stationarity of a convex function. Newton's step for it, taken
-    as a relative change of ``v``, solves :math:`(V C V + \operatorname{diag}(g / \alpha))\rho = g - V C v`
-    with :math:`g_i = c_i v_i^{1 - 1/\alpha}`; applying it as :math:`v e^{\rho}` keeps
-    ``v`` positive without a line search.
+    With :math:`v_i = w_i n_i` and :math:`c_i = n_i^{1/\alpha - 1}` the equation is
+    :math:`(C v)_i = c_i v_i^{-1/\alpha}`, the stationarity condition of a convex function. It is solved by
+    Newton's method for the relative change of v:
+    :math:`(V C V + \operatorname{diag}(g / \alpha))\rho = g - V C v` with
+    :math:`g_i = c_i v_i^{1 - 1/\alpha}`. The update :math:`v e^{\rho}` keeps v positive without a line
+    search.
 
     Args:
-        cosine: cosines ``C`` of the gradients, ``[T, T]``.
-        norms: norms ``n``, ``[T]``.
-        active: tasks that count, bool ``[T]``; all by default.
-        alpha: fairness, positive; 1 is Nash bargaining.
+      cosine: cosines C of the gradients, `[T, T]`.
+      norms: norms n, `[T]`.
+      active: tasks that count, bool `[T]`; all by default.
+      alpha: fairness, positive; 1 is Nash bargaining.
 
     Returns:
-        ``(weights [T], solved)``. No root exists when a gradient is zero or when 0 lies in the convex
-        hull of the gradients (numerically: in that of the unit gradients, to about ``4 sqrt(T eps)``).
-        Then ``solved`` is False and the weights are those of the min-norm point, whose combination
-        vanishes there: a Pareto-stationary point offers no common descent to bargain over.
+      `(weights [T], solved)`. No root exists if a gradient is zero or 0 lies in the convex hull of the
+      gradients (numerically: of the unit gradients, to about `4 sqrt(T eps)`). Then `solved` is False, and
+      the weights are those of the min-norm point, whose combination is 0 there.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     cosine = semidefinite(cosine)
@@ -79,7 +81,7 @@ def fair_weights(
         close = jnp.all(gap <= float(eps) ** 0.5 * goal + 64 * eps * terms)
         curvature = jnp.where(usable, inverse_alpha * goal + ridge(size, dtype) * v * v, 1)
         system = cosine * v[:, None] * v[None, :] + jnp.where(eye, curvature[:, None], 0)
-        # Scaled to a unit diagonal, so that amounts of any size factorise alike.
+        # Scaled to a unit diagonal: the accuracy then does not depend on the size of the amounts.
         scale = lax.rsqrt(jnp.diagonal(system))
         inverse = inverse_factor(system * scale[:, None] * scale[None, :])
         change = scale * factored_solve(inverse, scale * (goal - reached))
@@ -109,8 +111,8 @@ def fair_weights(
 def nash_bargaining_weights(
     cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Positive root of :math:`K a = 1 / a`: :func:`fair_weights` with ``alpha = 1``.
+    r"""Positive root of :math:`K a = 1 / a`: `fair_weights` with `alpha=1`.
 
-    The norms drop out of the equation on cosines, and the combination always has norm ``sqrt(T)``.
+    The norm of the combination is always `sqrt(T)`.
     """
     return fair_weights(cosine, norms, active, alpha=1.0)

@@ -1,4 +1,6 @@
-"""Nonnegative least squares in Gram form: the core on which the other solvers rest."""
+"""Nonnegative least squares in Gram form, which the other solvers use."""
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -6,39 +8,40 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.loops import varying_like
 
-REFINEMENTS = 2
+REFINEMENTS = 2  # steps of iterative refinement after a solve
 
 
 class _Pivoting(NamedTuple):
     passive: jax.Array  # bool [T]: variables that may be positive
     solution: jax.Array  # [T]
-    inverse: jax.Array  # [T, T], inverse factor of the set that was tried last
-    fewest: jax.Array  # smallest number of violated conditions seen so far
+    inverse: jax.Array  # [T, T], inverse factor of the last passive set
+    fewest: jax.Array  # smallest number of violated conditions so far
     patience: jax.Array  # full exchanges still allowed without progress
     step: jax.Array
     done: jax.Array
 
 
 def ridge(size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Multiple of the identity that makes any unit-diagonal Gram matrix safely positive definite.
+    """Multiple of the identity that makes any unit-diagonal Gram matrix numerically positive definite.
 
-    It exceeds what rounding does to the eigenvalues of a Gram matrix. Iterative refinement takes its
-    effect out again, except along directions that carry no gradient.
+    It exceeds the rounding errors of the eigenvalues of a Gram matrix. Iterative refinement removes its
+    effect again, except in the null space.
     """
     return jnp.asarray((64 + size) * jnp.finfo(dtype).eps, dtype)
 
 
 def semidefinite(cosine: jax.Array) -> jax.Array:
-    """The cosines over ``1 + s``, with the smallest ``s >= 0`` that lets :func:`ridge` do its work.
+    """The cosines divided by `1 + s` off the diagonal, with s >= 0 large enough for `ridge` to suffice.
 
-    Rounding in very long sums may give the cosines of dependent gradients eigenvalues further below 0
-    than the ridge makes up for, and a factorisation would then be NaN. ``s`` is 0 where that has not
-    happened, nearly always; to see that costs one factorisation.
+    After rounding in very long sums, the cosines of dependent gradients may have eigenvalues too negative
+    for the ridge, and a factorisation would be NaN. Otherwise, which is nearly always, s is 0; the test
+    costs one factorisation.
     """
     size, dtype = cosine.shape[0], cosine.dtype
-    # Half of it, so that rounding cannot tip another factorisation over.
+    # Tested with half of the ridge, so that a later factorisation has a margin for its own rounding.
     margin = ridge(size, dtype) / 2
     eye = jnp.eye(size, dtype=dtype)
 
@@ -54,10 +57,10 @@ def semidefinite(cosine: jax.Array) -> jax.Array:
 
 
 def inverse_factor(matrix: jax.Array) -> jax.Array:
-    """``inverse(L)`` of the Cholesky factorisation ``L L'`` of a positive definite matrix.
+    """The inverse of L, of the Cholesky factorisation `L L'` of a positive definite matrix.
 
-    A batch of tiny triangular systems costs one call of LAPACK each. With the inverse, every further
-    right-hand side is two fused products instead. Refinement takes out the digits that this loses.
+    A triangular solve is one LAPACK call per system of a batch; with the inverse, a right-hand side costs
+    two fused products instead. Iterative refinement restores the digits that this loses.
     """
     factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
@@ -65,7 +68,7 @@ def inverse_factor(matrix: jax.Array) -> jax.Array:
 
 
 def masked_inverse_factor(matrix: jax.Array, passive: jax.Array) -> jax.Array:
-    """:func:`inverse_factor` of ``matrix + ridge I`` on the passive rows and of the identity elsewhere."""
+    """`inverse_factor` of the matrix plus its ridge on the passive rows, and of the identity elsewhere."""
     size = matrix.shape[0]
     both = passive[:, None] & passive[None, :]
     diagonal = jnp.where(passive, ridge(size, matrix.dtype), jnp.ones((), matrix.dtype))
@@ -74,26 +77,26 @@ def masked_inverse_factor(matrix: jax.Array, passive: jax.Array) -> jax.Array:
 
 
 def factored_solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """Solve with what :func:`inverse_factor` returned; ``right`` is ``[T]``."""
+    """Solves the system for the right-hand side `right`, `[T]`, given its `inverse_factor`."""
     half = product(inverse, right)
     return jnp.sum(inverse * half[:, None], axis=0)
 
 
 def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Matrix times vector as a multiply and a reduction: full precision on every backend, and fusible."""
+    """Matrix times vector as a product and a sum: full precision on every backend, and fusible."""
     return jnp.sum(matrix * vector[None, :], axis=1)
 
 
 def exchange(
     passive: jax.Array, violated: jax.Array, fewest: jax.Array, patience: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of block principal pivoting.
+    """One exchange of block principal pivoting.
 
-    All violated variables change sides as long as their number falls; after three exchanges without
-    progress only the last violated one does, the rule of Murty that cannot cycle.
+    All violated variables change sides as long as their number decreases. After three exchanges without
+    progress only the last violated variable does (Murty's rule, which cannot cycle).
 
     Returns:
-        The new ``(passive, fewest, patience)``.
+      The new `(passive, fewest, patience)`.
     """
     count = jnp.sum(violated, dtype=jnp.int32)
     progress = count < fewest
@@ -108,8 +111,8 @@ def exchange(
 class _Descent(NamedTuple):
     passive: jax.Array  # bool [T]
     solution: jax.Array  # [T], always feasible
-    tried: jax.Array  # bool [T], the passive set of the last step
-    inverse: jax.Array  # [T, T], its inverse factor
+    last: jax.Array  # bool [T], the passive set of the last step
+    inverse: jax.Array  # [T, T], the inverse factor of that set
     step: jax.Array
     done: jax.Array
 
@@ -117,14 +120,14 @@ class _Descent(NamedTuple):
 def _descend(
     unit: jax.Array, target: jax.Array, usable: jax.Array, skip: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Passive set by the method of Lawson and Hanson: one variable at a time, always downhill.
+    """Active-set method of Lawson and Hanson: one variable at a time, with a decreasing objective.
 
-    Slower than block pivoting, but it ends where that goes round in circles: on many gradients in few
-    dimensions. There rounding decides, so each solution is refined before its signs are read. With
-    ``skip`` it does nothing.
+    Slower than block pivoting, but it also converges where that cycles: for many gradients in few
+    dimensions. Signs are then decided by rounding, so each solution is refined first. Does nothing if
+    `skip` is True.
 
     Returns:
-        The set, its inverse factor, and a feasible point on the set.
+      The passive set, its inverse factor, and a feasible point on the set.
     """
     size, dtype = target.shape[0], target.dtype
     tolerance = 8 * jnp.finfo(dtype).eps
@@ -137,14 +140,19 @@ def _descend(
             left = target - product(unit, goal) - ridge(size, dtype) * goal
             goal = goal + factored_solve(inverse, jnp.where(state.passive, left, 0))
         blocked = state.passive & (goal <= 0)
-        room = state.solution / jnp.where(blocked, state.solution - goal, 1)
-        room = jnp.where(blocked & (state.solution > goal), room, jnp.where(blocked, 0, jnp.inf))
-        share = jnp.minimum(jnp.min(room), 1)
+        # The share of the step to `goal` after which each blocked variable is 0.
+        shares = safe_divide(
+            state.solution,
+            state.solution - goal,
+            jnp.where(blocked, 0, jnp.inf),
+            where=blocked & (state.solution > goal),
+        )
+        share = jnp.minimum(jnp.min(shares), 1)
         solution = jnp.maximum(state.solution + share * (goal - state.solution), 0)
-        kept = state.passive & ~(blocked & (room <= share))
+        kept = state.passive & ~(blocked & (shares <= share))
         solution = jnp.where(kept, solution, 0)
 
-        # Only at the optimum of its own set may another variable enter: the steepest one.
+        # Only at the optimum of the passive set may another variable enter: the steepest one.
         slope = jnp.where(usable & ~kept, product(unit, solution) - target, jnp.inf)
         steepest = jnp.argmin(slope).astype(jnp.int32)
         settled = ~jnp.any(blocked)
@@ -157,34 +165,34 @@ def _descend(
     start = _Descent(
         passive=jnp.zeros_like(usable),
         solution=jnp.zeros_like(target),
-        tried=jnp.zeros_like(usable),
+        last=jnp.zeros_like(usable),
         inverse=jnp.eye(size, dtype=dtype),
         step=jnp.asarray(0, jnp.int32),
         done=skip,
     )
     start = varying_like(unit, start)
     end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, start)
-    return end.tried, end.inverse, end.solution
+    return end.last, end.inverse, end.solution
 
 
 def nonnegative_least_squares(
     matrix: jax.Array, linear: jax.Array, active: jax.Array | None = None
 ) -> jax.Array:
-    r"""Minimise :math:`\tfrac12 z^\top M z - q^\top z` over :math:`z \ge 0`.
+    r"""Minimises :math:`\tfrac12 z^\top M z - q^\top z` over :math:`z \ge 0`.
 
-    Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): guess which variables are
-    positive, solve for these, and move every variable whose sign condition fails to the other side. A few
-    Cholesky factorisations suffice where a method that moves one variable at a time needs one for each.
-    Where that does not settle, the method of Lawson and Hanson (1974) takes over.
+    Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): solves for the variables assumed
+    positive (the passive set) and exchanges every variable whose sign condition is violated. This takes a
+    few Cholesky factorisations, where moving one variable at a time takes one for each. If it does not
+    converge, the method of Lawson and Hanson (1974) is used.
 
     Args:
-        matrix: ``M``, positive semidefinite ``[T, T]``; it may be singular.
-        linear: ``q``, ``[T]``, in the range of ``M`` (always so for projections).
-        active: variables that count, bool ``[T]``; the others get 0. All by default.
+      matrix: M, positive semidefinite `[T, T]`; it may be singular.
+      linear: q, `[T]`, in the range of M (always true for projections).
+      active: variables that count, bool `[T]`; the others get 0. All by default.
 
     Returns:
-        ``z``, ``[T]``. When ``M`` is singular several ``z`` may be optimal; they all give the same
-        combination of gradients. Variables whose diagonal entry is 0 get 0.
+      z, `[T]`. If M is singular, several z may be optimal; they all give the same combination of
+      gradients. Variables whose diagonal entry is 0 get 0.
     """
     size, dtype = matrix.shape[0], matrix.dtype
     diagonal = jnp.diagonal(matrix)
@@ -194,7 +202,7 @@ def nonnegative_least_squares(
     unit = jnp.where(both, matrix, 0) * scale[:, None] * scale[None, :]
     target = jnp.where(usable, linear, 0) * scale
     largest = jnp.max(jnp.abs(target))
-    target = target / jnp.where(largest > 0, largest, 1)
+    target = safe_divide(target, largest)
     tolerance = 8 * jnp.finfo(dtype).eps
 
     def step(state: _Pivoting) -> _Pivoting:
@@ -233,9 +241,9 @@ def nonnegative_least_squares(
 
 class _Refining(NamedTuple):
     passive: jax.Array  # bool [T]
-    point: jax.Array  # [T], nonnegative, and never worse than where it began
+    point: jax.Array  # [T], nonnegative, with an objective never above that of the first point
     solution: jax.Array  # [T], refined
-    blocked: jax.Array  # bool [T]: variables that refinement has made negative
+    blocked: jax.Array  # bool [T]: variables that became negative by refinement
     step: jax.Array
 
 
@@ -247,11 +255,11 @@ def _refine(
     inverse: jax.Array,
     point: jax.Array,
 ) -> jax.Array:
-    """The solution on a passive set without what the ridge has done to it.
+    """The solution on a passive set without the effect of the ridge.
 
-    Along a direction that carries no gradient, refinement is free to go anywhere, also out of the
-    nonnegative numbers. The variable that gets there first is then not needed, and the others are solved
-    without it, as in the method of Lawson and Hanson: set to 0 alone, it would leave them wrong.
+    In the null space of the matrix, refinement is unconstrained and may make variables negative. The
+    first variable to reach 0 is then not needed: it is removed and the others are solved again, as in the
+    method of Lawson and Hanson. Setting it to 0 would leave the others wrong.
     """
     index = jnp.arange(target.shape[0], dtype=jnp.int32)
 
@@ -266,10 +274,10 @@ def _refine(
         return _Refining(passive, jnp.where(passive, point, 0), solution, blocked, step)
 
     def without_first(state: _Refining) -> _Refining:
-        way = state.point - state.solution
-        room = jnp.where(state.blocked, state.point / jnp.where(state.blocked, way, 1), jnp.inf)
-        point = jnp.maximum(state.point - jnp.min(room) * way, 0)
-        passive = state.passive & (index != jnp.argmin(room).astype(jnp.int32))
+        decrease = state.point - state.solution
+        shares = safe_divide(state.point, decrease, jnp.inf, where=state.blocked)
+        point = jnp.maximum(state.point - jnp.min(shares) * decrease, 0)
+        passive = state.passive & (index != jnp.argmin(shares).astype(jnp.int32))
         return solve(passive, masked_inverse_factor(unit, passive), point, state.step + 1)
 
     start = varying_like(unit, solve(passive, inverse, point, jnp.asarray(0, jnp.int32)))

@@ -1,13 +1,17 @@
-"""Preference vectors over tasks, and directions of vectors of losses."""
+"""Preference vectors over tasks, and unit vectors."""
+
+from __future__ import annotations
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.solvers.arithmetic import safe_divide
+
 
 def active_preference(preference: Any, active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The preference of the active tasks, ``[T]``; where none is given, one over their number."""
+    """The preference `[T]` with 0 for inactive tasks; None is one over the number of active tasks."""
     if preference is None:
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
         return active.astype(dtype) / count
@@ -15,9 +19,12 @@ def active_preference(preference: Any, active: jax.Array, dtype: jax.typing.DTyp
 
 
 def unit(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(vector / length, length)``, without a square that leaves the range; ``(0, 0)`` for 0."""
+    """The unit vector and the length; `(0, 0)` for the zero vector.
+
+    Entries are scaled before they are squared, so that no square overflows or underflows.
+    """
     peak = jnp.max(jnp.abs(vector))
     usable = peak >= jnp.finfo(vector.dtype).tiny
-    scaled = jnp.where(usable, vector / jnp.where(usable, peak, 1), 0)
+    scaled = safe_divide(vector, peak, where=usable)
     length = jnp.sqrt(jnp.where(usable, jnp.sum(scaled * scaled), 1))
     return scaled / length, jnp.where(usable, length * peak, 0)

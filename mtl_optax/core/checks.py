@@ -1,0 +1,112 @@
+"""What `update` checks of its arguments at trace time, and what `losses` and `active` mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.leaves import TaskRows, is_rows
+from mtl_optax.core.tasks import Tasks, task_vector
+
+_ALREADY_SUMMED = (
+    "The gradients were already summed over tasks, or are one task's: take one gradient per task "
+    "with mtl_optax.per_task_value_and_grad and put this transformation before the optimizer."
+)
+
+
+def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> None:
+    """Raises where `updates` is not one gradient per task, saying what was found and where.
+
+    Without `params`, gradients that were not stacked pass if every first dimension happens to be T.
+    """
+    num_tasks = tasks.number
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_rows)
+    if params is not None:
+        _check_structure(name, updates, params)
+        expected = [(num_tasks, *jnp.shape(p)) for p in jax.tree.leaves(params)]
+    else:
+        expected = [(num_tasks, *_shape(leaf)[1:]) for _, leaf in leaves]
+    wrong = [
+        (path, _shape(leaf), shape)
+        for (path, leaf), shape in zip(leaves, expected, strict=True)
+        if _shape(leaf) != shape
+    ]
+    for path, leaf in leaves:
+        dtype = leaf.dtype if isinstance(leaf, TaskRows) else jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: gradients must be real floating point; leaf {where(path)} is {dtype}."
+            )
+    if wrong:
+        found = "; ".join(
+            f"leaf {where(path)} has shape {got}, expected {want}" for path, got, want in wrong[:3]
+        )
+        more = f" (and {len(wrong) - 3} more leaves)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{name}: updates must carry a leading task axis of size {num_tasks}: {found}{more}. "
+            + _remedy(wrong, num_tasks)
+        )
+
+
+def read_losses(
+    name: str, losses: Any, tasks: Tasks, dtype: Any, extra_args: Mapping[str, Any]
+) -> jax.Array:
+    """The losses `[T]` of a method that needs them."""
+    if losses is None:
+        vector = jnp.ndim(extra_args.get("value", 0.0)) == 1
+        raise ValueError(
+            f"{name}: needs the losses of this step: update(..., losses=losses), an array "
+            f"[{tasks.number}] in the order of the task axis, or a dictionary by task name."
+            + (" Found a vector in value=, which optax keeps for one scalar." * vector)
+        )
+    return task_vector(name, "losses", losses, tasks, dtype)
+
+
+def read_active(name: str, active: Any, tasks: Tasks) -> jax.Array:
+    """The tasks that the caller says are in this batch, bool `[T]`; all by default."""
+    if active is None:
+        return jnp.ones((tasks.number,), bool)
+    return task_vector(name, "active", active, tasks, jnp.bool_)
+
+
+def where(path: Any) -> str:
+    """A path in a tree, for messages."""
+    return jax.tree_util.keystr(path) or "(the root)"
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, TaskRows) else jnp.shape(leaf)
+
+
+def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks: int) -> str:
+    if all(got == want[1:] for _, got, want in wrong):
+        return _ALREADY_SUMMED
+    if all(got[1:] == want[1:] and got for _, got, want in wrong):
+        sizes = sorted({got[0] for _, got, _ in wrong})
+        return (
+            f"The task axis has size {', '.join(map(str, sizes))} but num_tasks={num_tasks}: give "
+            "the number of losses that loss_fn returns."
+        )
+    if all(got == (math.prod(want),) for _, got, want in wrong):
+        return (
+            "The gradients of all tasks were concatenated into one vector, as optax.flatten does: put it "
+            "after the method."
+        )
+    return (
+        "Stack one gradient per task along axis 0 of every leaf, as "
+        "mtl_optax.per_task_value_and_grad does."
+    )
+
+
+def _check_structure(name: str, updates: Any, params: Any) -> None:
+    got = jax.tree.structure(updates, is_leaf=is_rows)
+    want = jax.tree.structure(params)
+    if got != want:
+        raise ValueError(
+            f"{name}: updates and params differ in structure: updates {got}, params {want}. Give "
+            "the gradients of the same tree as params (for a part of it, optax.partition)."
+        )

@@ -1,0 +1,127 @@
+"""The Gram matrix on a single CPU device: the gradients are read in blocks that fit the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtl_optax.core.leaves import (
+    Leaf,
+    Reader,
+    TaskRows,
+    pair_index,
+    row_products,
+    rows_of,
+    size_of,
+)
+
+# The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
+# time, so only so many do.
+_LARGE, _MAX_KERNELS = 262_144, 16
+# Smaller stacked leaves are copied into one: that takes less time than to start an operation for each.
+_SMALL_STACK = 4_096
+# Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
+_LOOP_BLOCK = 65_280
+# Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
+_ROWS, _LANES = 8, 256
+# With more tasks the products of one pass no longer fit the registers beside what XLA fuses in.
+_TASKS_IN_REGISTERS = 5
+
+
+def gram(leaf: Leaf, reader: Reader, own_kernel: bool) -> jax.Array:
+    """The products of all pairs of rows of one leaf, `[T, T]`."""
+    num_tasks, size = leaf.shape[0], size_of(leaf)
+    if not own_kernel:
+        return row_products(reader.stack(leaf).reshape(num_tasks, size))
+    if num_tasks <= _TASKS_IN_REGISTERS:
+        return _sums_in_registers(_flat_rows(leaf), reader)
+    # An odd multiple of 16: rows a power of two apart would all fall on the same cache lines.
+    block = 16 * (_LOOP_BLOCK // max(num_tasks, 16) // 16 | 1)
+    if isinstance(leaf, TaskRows):
+        return _loop_over_rows(_flat_rows(leaf), block, reader)
+    return _loop_over_stack(leaf.reshape(num_tasks, size), block, reader)
+
+
+def has_kernel(place: int, leaf: Leaf) -> bool:
+    """Whether the leaf at this place, largest first, gets a kernel of its own."""
+    return place < _MAX_KERNELS and size_of(leaf) >= _LARGE
+
+
+def merge_small(
+    leaves: Sequence[Leaf], blocks: Sequence[int], dtype: Any
+) -> list[tuple[Leaf, int]]:
+    """Joins the smaller leaves of each block; largest first. Each leaf is an operation to compile."""
+    merged: list[tuple[Leaf, int]] = []
+    rows: dict[int, list[list[jax.Array]]] = {}
+    stacks: dict[int, list[jax.Array]] = {}
+    for leaf, block in zip(leaves, blocks, strict=True):
+        separate = isinstance(leaf, TaskRows)
+        if size_of(leaf) >= (_LARGE if separate else _SMALL_STACK):
+            merged.append((leaf, block))
+        elif not size_of(leaf):
+            continue
+        elif isinstance(leaf, TaskRows):
+            rows.setdefault(block, []).append([row.astype(dtype) for row in _flat_rows(leaf)])
+        else:
+            stacks.setdefault(block, []).append(leaf.reshape(leaf.shape[0], -1).astype(dtype))
+    for block, group in rows.items():
+        tasks = [list(task) for task in zip(*group, strict=True)]
+        merged.append((TaskRows(tuple(jnp.concatenate(task) for task in tasks)), block))
+    for block, group in stacks.items():
+        merged.append((jnp.concatenate(group, axis=1), block))
+    return sorted(merged, key=lambda pair: -size_of(pair[0]))
+
+
+def _sums_in_registers(rows: list[jax.Array], reader: Reader) -> jax.Array:
+    """The products of all pairs of rows, from one fused pass over them."""
+    pairs = list(combinations_with_replacement(range(len(rows)), 2))
+    whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
+    tiles = [reader.row(row[:whole].reshape(-1, _ROWS, _LANES), t) for t, row in enumerate(rows)]
+    sums = lax.reduce(
+        tuple(tiles[s] * tiles[t] for s, t in pairs),
+        (np.zeros((), reader.dtype),) * len(pairs),
+        lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+        (1,),
+    )
+    rest = [reader.row(row[whole:], t) for t, row in enumerate(rows)]
+    parts = [
+        jnp.sum(part) + jnp.sum(rest[s] * rest[t]) for part, (s, t) in zip(sums, pairs, strict=True)
+    ]
+    return jnp.stack(parts)[pair_index(len(rows))]
+
+
+def _loop_over_stack(stack: jax.Array, block: int, reader: Reader) -> jax.Array:
+    num_tasks, size = stack.shape
+
+    def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice(stack, (0, i * block), (num_tasks, block))
+        return total + row_products(reader.stack(part))
+
+    rest = reader.stack(stack[:, size - size % block :])
+    return lax.fori_loop(0, size // block, add_block, row_products(rest))
+
+
+def _loop_over_rows(rows: list[jax.Array], block: int, reader: Reader) -> jax.Array:
+    size = rows[0].size
+
+    def add_block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, buffer = carry
+        # Row by row into one small buffer: a concatenation would read with all rows interleaved.
+        for t, row in enumerate(rows):
+            part = reader.row(lax.dynamic_slice(row, (i * block,), (block,)), t)
+            buffer = lax.dynamic_update_slice(buffer, part[None], (t, 0))
+        return total + row_products(buffer), buffer
+
+    rest = jnp.stack([reader.row(row[size - size % block :], t) for t, row in enumerate(rows)])
+    buffer = jnp.stack([row[:block].astype(reader.dtype) for row in rows])
+    return lax.fori_loop(0, size // block, add_block, (row_products(rest), buffer))[0]
+
+
+def _flat_rows(leaf: Leaf) -> list[jax.Array]:
+    return [row.reshape(-1) for row in rows_of(leaf)]

@@ -1,0 +1,114 @@
+"""A leaf of a task tree, in either of its two forms.
+
+*Stacked*, an array with a leading task axis, is for gradients that are in memory as one array.
+*Separate*, a `TaskRows` of one array per task, is for gradients that were computed one by one (the
+cotangents of a fork) and should never be copied into one array. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class TaskRows(NamedTuple):
+    """A leaf of a task tree as T separate arrays `[*shape]`."""
+
+    rows: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the stack."""
+        return (len(self.rows), *self.rows[0].shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of each row."""
+        return self.rows[0].dtype
+
+
+Leaf: TypeAlias = jax.Array | TaskRows
+
+
+def is_rows(node: Any) -> bool:
+    """Whether a node of a tree is a leaf in the separate form."""
+    return isinstance(node, TaskRows)
+
+
+def leaves_of(updates: Any) -> list[Any]:
+    """The leaves of a task tree, in either form."""
+    return jax.tree.leaves(updates, is_leaf=is_rows)
+
+
+def rows_of(leaf: Leaf) -> tuple[jax.Array, ...]:
+    """The T rows `[*shape]` of a leaf; those of a stacked leaf are static slices."""
+    if isinstance(leaf, TaskRows):
+        return leaf.rows
+    return tuple(lax.index_in_dim(leaf, t, keepdims=False) for t in range(leaf.shape[0]))
+
+
+def stack_of(leaf: Leaf) -> jax.Array:
+    """A leaf in the stacked form."""
+    return jnp.stack(leaf.rows) if isinstance(leaf, TaskRows) else leaf
+
+
+def size_of(leaf: Leaf) -> int:
+    """The number of elements of one task."""
+    return math.prod(leaf.shape[1:])
+
+
+class Reader(NamedTuple):
+    """How a gradient is read: in the accumulator's dtype, and times its task's scale.
+
+    Attributes:
+      dtype: that of the accumulator.
+      scale: `[T]`, or None for ones.
+    """
+
+    dtype: Any
+    scale: jax.Array | None
+
+    def row(self, row: jax.Array, t: int) -> jax.Array:
+        """The row of task t."""
+        row = row.astype(self.dtype)
+        return row if self.scale is None else row * self.scale[t]
+
+    def rows(self, leaf: Leaf) -> list[jax.Array]:
+        """All rows of a leaf."""
+        return [self.row(row, t) for t, row in enumerate(rows_of(leaf))]
+
+    def stack(self, leaf: Leaf) -> jax.Array:
+        """A leaf in the stacked form."""
+        stack = stack_of(leaf).astype(self.dtype)
+        if self.scale is None:
+            return stack
+        return stack * self.scale.reshape((-1,) + (1,) * (stack.ndim - 1))
+
+
+def row_products(stack: jax.Array) -> jax.Array:
+    """The products of all rows of `[T, ...]`, without a reshape of a sharded axis."""
+    axes = tuple(range(1, stack.ndim))
+    sharding = jax.typeof(stack).sharding
+    # On explicit meshes JAX asks for the sharding of a result whose summed axes were sharded.
+    sharded = any(axis is not None for axis in sharding.spec)
+    return lax.dot_general(
+        stack,
+        stack,
+        ((axes, axes), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=stack.dtype,
+        out_sharding=sharding.update(spec=jax.P(None, None)) if sharded else None,
+    )
+
+
+def pair_index(num_tasks: int) -> np.ndarray:
+    """Where the pair of each matrix entry stands in `combinations_with_replacement`."""
+    index = np.zeros((num_tasks, num_tasks), np.int32)
+    upper = np.triu_indices(num_tasks)
+    index[upper] = np.arange(len(upper[0]))
+    return np.maximum(index, index.T)

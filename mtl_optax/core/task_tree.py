@@ -1,0 +1,270 @@
+"""The only code that knows the task axis of a pytree.
+
+A *task tree* is a pytree whose leaves are `[T, *shape]`, one gradient per task, each in one of the two
+forms of `leaves.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mtl_optax.core.gram import finiteness, gram_matrices, squared_norms
+from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
+from mtl_optax.solvers.cosine import cosine_matrix
+
+
+class Blocks(NamedTuple):
+    """The granularity at which a method looks at gradients.
+
+    Attributes:
+      of_leaf: for every leaf the index of its block.
+      names: one name a block.
+    """
+
+    of_leaf: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of blocks; one where there is nothing to look at."""
+        return max(1, len(self.names))
+
+
+def assign_blocks(tree: Any, blocks: Any) -> Blocks:
+    """Groups the leaves of `tree`, which is shaped like the parameters, by the option `blocks`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if isinstance(blocks, str) and blocks == "all":
+        return Blocks((0,) * len(leaves), ("all",))
+    if isinstance(blocks, str) and blocks == "leaf":
+        labels = [jax.tree_util.keystr(path) for path, _ in leaves]
+    elif callable(blocks):
+        labels = [str(blocks(path, leaf)) for path, leaf in leaves]
+    else:
+        raise ValueError(
+            f'blocks must be "all", "leaf" or a callable (path, leaf) -> label; found {blocks!r}.'
+        )
+    names = tuple(dict.fromkeys(labels))
+    return Blocks(tuple(names.index(label) for label in labels), names)
+
+
+def without_task_axis(updates: Any) -> Any:
+    """The shapes of `updates` with the task axis removed: those of the parameters."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates, is_leaf=is_rows
+    )
+
+
+def stacked(updates: Any) -> Any:
+    """The task tree with every leaf in the stacked form."""
+    return jax.tree.map(stack_of, updates, is_leaf=is_rows)
+
+
+def statistics_dtype(tree: Any) -> Any:
+    """float64 where a leaf is float64, else float32: the dtype of every statistic and weight."""
+    wide = any(jnp.dtype(leaf.dtype) == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+# --- what methods look at ----------------------------------------------------------------------------
+
+
+def gram(
+    updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
+
+    Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
+    `axis_name` the inner products are summed over those mapped axes first.
+    """
+    products, scales = _in_range(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
+    diagonal = jnp.diagonal(products, axis1=1, axis2=2)
+    norms, keep = _norms(diagonal, scales, active)
+    cosine, _ = jax.vmap(cosine_matrix)(products, keep & (norms > 0))
+    return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active[None], axis=0)
+
+
+def norms(
+    updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
+    squares, scales = _in_range(squared_norms, 1, updates, blocks, active, dtype, axis_name)
+    result, keep = _norms(squares, scales, active)
+    return result.astype(dtype), jnp.all(keep | ~active[None], axis=0)
+
+
+def finite(updates: Any, num_tasks: int, axis_name: Any = None) -> jax.Array:
+    """Which tasks hold only finite numbers, bool `[T]`: one pass, for methods that need no norms."""
+    leaves = leaves_of(updates)
+    if not leaves:
+        return jnp.ones((num_tasks,), bool)
+    return sum_over(finiteness(leaves), axis_name) == 0
+
+
+def sum_over(x: jax.Array, axis_name: Any) -> jax.Array:
+    """The sum over mapped axes, where there are some."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def _norms(squares: jax.Array, scales: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) / scales
+    keep = active[None] & jnp.isfinite(squares) & jnp.isfinite(result)
+    # A task that is not finite in one block is excluded from all of them.
+    keep = keep & jnp.all(keep | ~active[None], axis=0, keepdims=True)
+    return jnp.where(keep, result, 0), keep
+
+
+def _in_range(
+    products: Callable[..., jax.Array],
+    rank: int,
+    updates: Any,
+    blocks: Blocks,
+    active: jax.Array,
+    dtype: Any,
+    axis_name: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Inner products of `rows * scales` and the `scales` `[B, T]`, normally ones.
+
+    Squares leave the range of float32 for norms below 1e-19 or above 1e19. That is rare, so a second
+    pass waits behind a `cond`. It multiplies by a power of two, which is exact, and which the first
+    pass has chosen: the gradients are read once more and the devices exchange one matrix more.
+    """
+    leaves, num_tasks = leaves_of(updates), active.shape[0]
+    if not leaves:
+        shape = (blocks.count, *(num_tasks,) * rank)
+        return jnp.zeros(shape, dtype), jnp.ones((blocks.count, num_tasks), dtype)
+
+    def of(leaves: Any, scales: jax.Array | None = None) -> jax.Array:
+        return sum_over(products(leaves, blocks.of_leaf, blocks.count, scales), axis_name)
+
+    plain = of(leaves)
+    diagonal = jnp.diagonal(plain, axis1=1, axis2=2) if rank == 2 else plain
+    info = jnp.finfo(plain.dtype)
+    # 2**60 of headroom: entries whose squares vanish are then negligible in the sum.
+    small = ~(diagonal > float(info.tiny) * 2.0**60)
+    large = ~(diagonal < float(info.max) * 2.0**-60)
+    # From anywhere in the dtype these lead to where squares, and sums of 2**30 of them, are normal.
+    up, down = 2.0 ** (info.maxexp * 11 // 16), 2.0 ** -(info.maxexp * 9 // 16)
+    scales = jnp.where(large, down, jnp.where(small, up, 1)).astype(plain.dtype)
+
+    def rescaled(leaves: Any) -> jax.Array:
+        result = of(leaves, scales)
+        # What fits stays bit for bit what it is, whatever the other tasks hold.
+        ordinary = scales == 1
+        if rank == 2:
+            ordinary = ordinary[:, :, None] & ordinary[:, None, :]
+        return jnp.where(ordinary, plain, result)
+
+    fits = jnp.all(~(small | large) | ~active[None])
+    return lax.cond(fits, lambda _: plain, rescaled, leaves), scales
+
+
+# --- what methods return -----------------------------------------------------------------------------
+
+
+def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
+    """`sum_t weights[t] * g_t` in each leaf's dtype; tasks not in `keep` [T] contribute exactly 0.
+
+    `weights` is `[B, T]`. The sum is one elementwise pass over the T gradients.
+    """
+    leaves = [
+        narrow(functools.reduce(operator.add, terms), leaf.dtype)
+        for leaf, terms in _weighted(updates, weights, keep, blocks)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_rows), leaves)
+
+
+def scale(
+    updates: Any, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
+) -> Any:
+    """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns.
+
+    A `broken` task, present but not finite, becomes NaN for the next method to see.
+    """
+    leaves = [
+        jnp.stack(
+            [
+                jnp.where(broken[t], jnp.nan, narrow(term, leaf.dtype))
+                for t, term in enumerate(terms)
+            ]
+        )
+        for leaf, terms in _weighted(updates, weights, keep, blocks)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_rows), leaves)
+
+
+def _weighted(
+    updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks
+) -> Iterator[tuple[Any, list[jax.Array]]]:
+    """Every leaf with its T weighted rows, in a dtype that holds both."""
+    # Indexed once: with hundreds of leaves this is most of what there is to trace.
+    kept = [keep[t] for t in range(keep.shape[0])]
+    parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
+    for leaf, b in zip(leaves_of(updates), blocks.of_leaf, strict=True):
+        # Beside a float64 leaf a weight may be beyond what the others' float32 holds.
+        wide = jnp.promote_types(statistics_dtype(leaf), weights.dtype)
+        zero = jnp.zeros((), wide)
+        # A select, not a product with 0: an excluded task may hold NaN.
+        yield (
+            leaf,
+            [
+                jnp.where(k, row.astype(wide) * weight.astype(wide), zero)
+                for row, weight, k in zip(rows_of(leaf), parts[b], kept, strict=True)
+            ],
+        )
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts to a leaf's dtype; what float16 cannot hold becomes its largest number, not infinity."""
+    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
+        limit = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
+
+
+def narrow_like(result: Any, updates: Any) -> Any:
+    """`narrow` of every leaf to the dtype of the same leaf of `updates`."""
+    return jax.tree.map(lambda x, g: narrow(x, g.dtype), result, updates)
+
+
+# --- buffers of the gradients' size ------------------------------------------------------------------
+
+
+def per_task_zeros(params: Any, num_tasks: int, dtype: Any) -> Any:
+    """Buffers `[T, *shape]` that keep the sharding of `params`."""
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+    return optax.tree.batch_shape(zeros, (num_tasks,))
+
+
+def remove_absent(updates: Any, keep: jax.Array) -> Any:
+    """The task tree with the slots of tasks not in `keep` [T] set to 0."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        return jnp.where(along_tasks(keep, leaf.ndim), leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(one, updates)
+
+
+def move_towards(averages: Any, updates: Any, step: jax.Array, active: jax.Array) -> Any:
+    """`averages + step * (updates - averages)` for active tasks; the others stay where they are.
+
+    Written with the two shares, so that a step of 1 gives exactly `updates` whatever was there.
+    """
+
+    def one(average: jax.Array, leaf: jax.Array) -> jax.Array:
+        moved = (1 - step) * average + step * leaf.astype(average.dtype)
+        return jnp.where(along_tasks(active, leaf.ndim), moved, average)
+
+    return jax.tree.map(one, averages, updates)
+
+
+def along_tasks(vector: jax.Array, ndim: int) -> jax.Array:
+    """`vector` [T] as `[T, 1, ...]` with `ndim` dimensions, to meet leaves `[T, *shape]`."""
+    return vector.reshape((-1,) + (1,) * (ndim - 1))

@@ -1,0 +1,132 @@
+"""The number of tasks, their names, and their order.
+
+The one rule for the order: names stand in the order in which JAX flattens a dictionary, which is
+sorted, whatever order they were given in. Every array `[T]` and every task axis follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}', ...)."
+
+
+class Tasks(NamedTuple):
+    """How many tasks there are, and their names.
+
+    Attributes:
+      number: T.
+      names: the sorted names, or None where the tasks are only numbered.
+    """
+
+    number: int
+    names: tuple[str, ...] | None
+
+    def describe(self) -> str:
+        """What one entry per task means, for messages."""
+        if self.names is None:
+            return "one entry per task in the order of the task axis"
+        return f"one entry per task in the order {list(self.names)}"
+
+
+def read_tasks(name: str, num_tasks: Any) -> Tasks:
+    """Reads the argument `num_tasks` of a factory: an integer or a collection of names.
+
+    Args:
+      name: the factory's name, for messages.
+      num_tasks: a positive Python integer, or a collection of distinct strings.
+
+    Returns:
+      The tasks, names sorted.
+
+    Raises:
+      TypeError, ValueError: for anything else; the message says how to give it.
+
+    Example:
+
+      >>> read_tasks("mgda", {"click", "buy"})
+      Tasks(number=2, names=('buy', 'click'))
+    """
+    if isinstance(num_tasks, jax.Array):
+        raise TypeError(
+            f"{name}: num_tasks must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format("num_tasks")
+        )
+    if isinstance(num_tasks, str):
+        raise TypeError(
+            f"{name}: num_tasks must be a Python integer or a collection of task names; found the single "
+            f"string {num_tasks!r}. For one task give ({num_tasks!r},)."
+        )
+    if isinstance(num_tasks, Tasks):
+        return num_tasks
+    if isinstance(num_tasks, Collection):
+        return _named(name, num_tasks)
+    try:
+        value = int(num_tasks.__index__())
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{name}: num_tasks must be a Python integer or a collection of task names, found "
+            f"{num_tasks!r}."
+        ) from None
+    if value < 1:
+        raise ValueError(f"{name}: num_tasks must be at least 1, found {value}.")
+    return Tasks(value, None)
+
+
+def task_index(name: str, what: str, task: Any, tasks: Tasks) -> int:
+    """The index of a task that was given by its index or its name."""
+    if isinstance(task, jax.Array):
+        raise TypeError(
+            f"{name}: {what} must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format(what)
+        )
+    if isinstance(task, str):
+        if tasks.names is None or task not in tasks.names:
+            known = (
+                f"the tasks are {list(tasks.names)}" if tasks.names else "the tasks have no names"
+            )
+            raise ValueError(f"{name}: {what} must be a task; {known}, found {task!r}.")
+        return tasks.names.index(task)
+    if isinstance(task, bool) or not hasattr(task, "__index__"):
+        raise TypeError(f"{name}: {what} must be a task's index or name, found {task!r}.")
+    if not 0 <= int(task) < tasks.number:
+        raise ValueError(
+            f"{name}: {what} must be the index of a task, 0 to {tasks.number - 1}; found {task}."
+        )
+    return int(task)
+
+
+def task_vector(name: str, what: str, value: Any, tasks: Tasks, dtype: Any = None) -> jax.Array:
+    """One number per task as an array `[T]`, from an array, a sequence, or a dictionary by name."""
+    if isinstance(value, Mapping):
+        wanted = tasks.names if tasks.names is not None else tuple(sorted(value))
+        if set(value) != set(wanted) or len(wanted) != tasks.number:
+            expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
+            raise ValueError(
+                f"{name}: {what} must have one entry per task, {expected}; found {sorted(value)}."
+            )
+        value = [value[task] for task in wanted]
+    if isinstance(value, (tuple, list)):
+        value = jnp.stack([jnp.asarray(x) for x in value])
+    if jnp.shape(value) != (tasks.number,):
+        raise ValueError(
+            f"{name}: {what} must have shape ({tasks.number},), {tasks.describe()}; found "
+            f"{jnp.shape(value)}."
+        )
+    return jnp.asarray(value, dtype)
+
+
+def _named(name: str, names: Collection[Any]) -> Tasks:
+    wrong = [task for task in names if not isinstance(task, str)]
+    if wrong:
+        raise TypeError(f"{name}: task names must be strings, found {wrong[0]!r}.")
+    if len(set(names)) < len(names):
+        twice = sorted(task for task in set(names) if list(names).count(task) > 1)
+        raise ValueError(f"{name}: task names must differ, found {twice} more than once.")
+    if not names:
+        raise ValueError(f"{name}: num_tasks must be at least 1, found no task names.")
+    return Tasks(len(names), tuple(sorted(names)))

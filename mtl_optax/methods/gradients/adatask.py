@@ -1,0 +1,88 @@
+"""AdaTask: separate optimizer statistics for every task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.combinators import init_each, update_each
+from mtl_optax.core import task_tree
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method
+from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.tasks import read_tasks
+
+
+def adatask(
+    num_tasks: Any, inner: optax.GradientTransformation, *, axis_name: Any = None
+) -> Method:
+    r"""Sums the steps of one adaptive optimizer per task.
+
+    In Adam on the summed gradient, the task with the largest gradients dominates the second moment and
+    so sets the learning rate for all tasks. AdaTask keeps separate optimizer statistics per task.
+
+    With one copy of ``inner``, and of its state, per task:
+
+    .. math:: update = \sum_t \mathrm{inner}_t(g_t)
+
+    Scale: the method's own; with Adam each entry moves by up to T learning rates. Algorithm 2 of the
+    paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      inner: the adaptive scaling without the learning rate, such as `optax.scale_by_adam()` or
+        `optax.scale_by_rms()`. Follow the method by `optax.scale_by_learning_rate`.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A `Method`; `state.rule_state` is the state of `inner` with a task axis. Cost: T steps of `inner`;
+      memory: T states of `inner`.
+
+    Notes:
+      Equal to `optax.chain(per_task(inner, T), sum_tasks(T))`, with statistics in float32 where the
+      gradients are narrower.
+
+      A zero gradient, as in the authors' code, decays the moments of its task and takes the step of the
+      remaining momentum. A task excluded by `active=` keeps its state. All zero: the steps that `inner`
+      takes. T = 1: `inner` itself. Task-specific parameters get one ordinary optimizer in the authors'
+      code (`optax.partition`).
+
+    Example:
+
+      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> tx = mtl.adatask(2, optax.scale_by_adam())
+      >>> grads = jnp.array([[100., 1.], [0.01, -1.]])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> [round(float(x), 3) for x in update]
+      [2.0, 0.0]
+
+    References:
+      Yang, Pan, Wang, Yu, Shen, Chen, Xiao, Jiang and Guo, AdaTask: A Task-Aware Adaptive Learning Rate
+      Approach to Multi-Task Learning, 2023, https://arxiv.org/abs/2211.15055
+    """
+    tasks = read_tasks("adatask", num_tasks)
+
+    def init(params: Any, num_tasks: int, dtype: Any) -> Any:
+        # Inside `init_each`, which makes arrays of parameters that are given by shape only.
+        widened = optax.GradientTransformation(
+            lambda params: inner.init(_widen(params)), inner.update
+        )
+        return init_each(widened, params, num_tasks)
+
+    def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
+        params = None if view.params is None else _widen(view.params)
+        steps, state = update_each(inner, _widen(view.updates), state, params, view.active, {})
+        # The gradients of absent tasks are 0 here, and `update_each` passes them on unchanged.
+        update = jax.tree.map(lambda step: jnp.sum(step, axis=0), steps)
+        return update, jnp.ones((tasks.number,), view.dtype), state
+
+    rule = UpdateRule(frozenset({"gradients"}), apply, init)
+    return from_rule("adatask", tasks, rule, axis_name=axis_name)
+
+
+def _widen(tree: Any) -> Any:
+    """Casts to at least float32: squares of float16 numbers soon leave its range."""
+    return jax.tree.map(lambda x: x.astype(task_tree.statistics_dtype(x)), tree)

@@ -1,0 +1,141 @@
+"""DB-MTL: averaged gradients of log losses, rescaled to one norm."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.tasks import read_tasks
+
+# Part of the method's definition: added to the losses and to the norms.
+_EPS = 1e-8
+
+
+def db_mtl(
+    num_tasks: Any,
+    *,
+    beta: Any = 0.9,
+    beta_sigma: Any = 0.0,
+    log_losses: bool = True,
+    norm: Literal["max", "min", "median", "mean"] = "max",
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Balances losses and gradients: gradients of log losses, rescaled to one norm.
+
+    Losses in different units give gradients of different magnitude. The logarithm removes the units;
+    rescaling the averaged gradients to the largest norm removes the remaining differences.
+
+    At step k (from 1), with :math:`g_t` the gradient of the loss :math:`L_t`, ``beta`` :math:`\beta`,
+    ``beta_sigma`` :math:`\sigma` and :math:`\epsilon = 10^{-8}`:
+
+    .. math::
+        h_t = \frac{g_t}{L_t + \epsilon}, \qquad
+        b_t \leftarrow h_t + \beta k^{-\sigma} (b_t - h_t), \qquad
+        update = \sum_t \frac{\max_s |b_s|}{|b_t| + \epsilon}\, b_t
+
+    Scale: sum-like, up to T times the largest norm. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      beta: EMA decay of the gradients, in [0, 1]; 0 disables the average.
+      beta_sigma: exponent of the decrease of that decay over the steps.
+      log_losses: True uses gradients of log losses, and `update` requires `losses=`; False uses the raw
+        gradients.
+      norm: the common norm: "max", "min", "median" (mean of the middle two) or "mean".
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method`; `state.averages` are the averages b, which `state.weights` multiply. Cost: one pass over
+      the gradients for the averages, one for the norms, one for the sum; memory: T gradients.
+
+    Raises:
+      ValueError: for an unknown `norm`, or `beta` outside [0, 1].
+
+    Notes:
+      Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
+      examples of successive batches, unless its rows keep their meaning.
+
+      As in the authors' code, the averages start at 0 without bias correction (the first update is
+      :math:`1 - \beta` times as large as a later one), the update is a sum over tasks, and the norms are
+      over all parameters. The authors train the task heads on the plain sum of log losses. The other
+      choices of `norm` are those compared in the MultiBalance paper.
+
+      A zero average contributes 0, and with "min" makes the update 0. Norms of about 1e-8 or less are not
+      raised to the full common norm. A negative loss counts as 0. All zero: the update is 0. An absent
+      task keeps its average. T = 1: the averaged gradient.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.db_mtl(2, beta=0.0)
+      >>> grads, losses = jnp.array([[4., 0.], [0., 3.]]), jnp.array([2., 1.])
+      >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> [round(float(x), 3) for x in update]
+      [3.0, 3.0]
+
+    References:
+      Lin, Jiang, Ye, Zhang, Chen, Chen, Liu and Kwok, Dual-Balancing for Multi-Task Learning, 2023,
+      https://arxiv.org/abs/2308.12029
+
+      He et al., MultiBalance: Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task
+      Recommendation System, 2024, https://arxiv.org/abs/2411.11871
+    """
+    tasks = read_tasks("db_mtl", num_tasks)
+    check_range("db_mtl", beta=(beta, 0, 1))
+    check_choice("db_mtl", "norm", norm, tuple(_COMMON))
+
+    def average(view: TaskGradients, averages: Any) -> tuple[Any, Any]:
+        updates = view.updates
+        if log_losses:
+            updates = _divide(updates, jnp.maximum(view.losses, 0) + _EPS)
+        count = (view.step + 1).astype(view.dtype)
+        decay = jnp.asarray(beta, view.dtype) * count ** -jnp.asarray(beta_sigma, view.dtype)
+        averages = task_tree.move_towards(averages, updates, 1 - decay, view.active)
+        return averages, averages
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        common = _COMMON[norm](evidence.norms, evidence.active)
+        return common / (evidence.norms + _EPS), state
+
+    needs = frozenset({"losses", "norms"} if log_losses else {"norms"})
+    moving_average = GradientAverage(task_tree.per_task_zeros, average)
+    return from_rule("db_mtl", tasks, WeightRule(needs, weigh, average=moving_average), **options)
+
+
+def _divide(updates: Any, divisors: jax.Array) -> Any:
+    """Divides each task's gradient by its entry of `divisors`, in the dtype of `divisors`."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(divisors.dtype) / task_tree.along_tasks(divisors, leaf.ndim)
+
+    return jax.tree.map(one, updates)
+
+
+def _count(active: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1)
+
+
+def _min(norms: jax.Array, active: jax.Array) -> jax.Array:
+    return jnp.where(jnp.any(active), jnp.min(jnp.where(active, norms, jnp.inf)), 0)
+
+
+def _median(norms: jax.Array, active: jax.Array) -> jax.Array:
+    ordered, count = jnp.sort(jnp.where(active, norms, jnp.inf)), _count(active)
+    middle = ordered[(count - 1) // 2] + ordered[count // 2]
+    return jnp.where(jnp.any(active), middle / 2, 0)
+
+
+# The common norm of the active tasks; the norms of the others are 0.
+_COMMON = {
+    "max": lambda norms, active: jnp.max(norms),
+    "min": _min,
+    "median": _median,
+    "mean": lambda norms, active: jnp.sum(norms) / _count(active).astype(norms.dtype),
+}

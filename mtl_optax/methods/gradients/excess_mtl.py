@@ -1,0 +1,142 @@
+"""ExcessMTL: weights that grow with the estimated excess risk of each task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_softmax
+
+
+class ExcessMTLState(NamedTuple):
+    """State of `excess_mtl`, `[T]` a block. The sums of the squared gradients are in `state.averages`.
+
+    Attributes:
+      log_weights: logarithms of the weights; start at `-log(T)`.
+      baseline: mean excess risk over the steps that measure it.
+      seen: int32, how many of these steps each task has taken.
+    """
+
+    log_weights: jax.Array
+    baseline: jax.Array
+    seen: jax.Array
+
+
+def excess_mtl(
+    num_tasks: Any,
+    *,
+    step_size: Any = 1.0,
+    warmup_steps: int = 0,
+    eps: Any = 1e-7,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Gives larger weights to tasks with larger excess risk.
+
+    A task with noisy labels keeps a large loss however well it is learned, and methods that weigh by
+    losses favour it. The excess risk, the loss above the best reachable one, excludes this noise. It is
+    estimated to second order with AdaGrad's diagonal Hessian.
+
+    With ``eps`` :math:`\epsilon`, ``step_size`` :math:`\eta` and the sum of squares over all steps k:
+
+    .. math::
+        H_t = \sqrt{\textstyle\sum_k g_t(k)^2 + \epsilon}, \qquad
+        e_t = \sum_i g_{t,i}^2 / H_{t,i}, \qquad
+        w_t \leftarrow \frac{w_t e^{\eta e_t / b_t}}{\sum_s w_s e^{\eta e_s / b_s}}, \qquad
+        update = \sum_t w_t g_t
+
+    where the baseline :math:`b_t` is the mean of :math:`e_t` over the first ``warmup_steps`` steps.
+    Scale: mean-like. Equations 6, 7 and 9 and appendix C.1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      step_size: eta, >= 0.
+      warmup_steps: number of steps that measure the baseline, with equal weights; three epochs in the
+        paper. A Python integer >= 0.
+      eps: added to the sums of squares, >= 0.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `ExcessMTLState`; `state.averages` are the sums of squares. Cost: one pass
+      over the gradients and these sums for e, one for the update; memory: T gradients.
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      Use it on parameters. On a representation `[batch, width]` (`fork`) the sums of squares would mix
+      unrelated examples of successive batches, unless its rows keep their meaning.
+
+      With ``warmup_steps`` = 0 the baseline is the first step's e, and that step itself moves the
+      weights by :math:`\eta e_t` undivided, as in the authors' code. Weights sum to 1 here, to T there.
+
+      A zero gradient has e = 0; a zero baseline counts as 1. All zero: the update is 0. An absent task
+      keeps its sums of squares and its share of the weights. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.excess_mtl(2)
+      >>> grads = jnp.array([[2., 0.], [0., 1.]])
+      >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> [round(float(x), 3) for x in state.weights[0]]
+      [0.731, 0.269]
+
+    References:
+      He, Zhou, Zhang, Yun, Xu, Zeng, Chilimbi and Zhao, Robust Multi-Task Learning with Excess Risks,
+      2024, https://arxiv.org/abs/2402.02009
+    """
+    tasks = read_tasks("excess_mtl", num_tasks)
+    check_range("excess_mtl", step_size=(step_size, 0, math.inf), eps=(eps, 0, math.inf))
+    check_integer("excess_mtl", "warmup_steps", warmup_steps, 0)
+
+    def init(dtype: Any) -> ExcessMTLState:
+        return ExcessMTLState(
+            log_weights=jnp.full((tasks.number,), -math.log(tasks.number), dtype),
+            baseline=jnp.zeros((tasks.number,), dtype),
+            seen=jnp.zeros((tasks.number,), jnp.int32),
+        )
+
+    def scale_by_hessian(view: TaskGradients, squares: Any) -> tuple[Any, Any]:
+        """`g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
+        squares = jax.tree.map(_add_square, squares, view.updates)
+
+        def one(gradient: jax.Array, total: jax.Array) -> jax.Array:
+            hessian = jnp.sqrt(total + jnp.asarray(eps, total.dtype))
+            return safe_divide(gradient.astype(total.dtype), jnp.sqrt(hessian))
+
+        return jax.tree.map(one, view.updates, squares), squares
+
+    def weigh(evidence: Evidence, state: ExcessMTLState) -> tuple[jax.Array, ExcessMTLState]:
+        active, dtype = evidence.active, evidence.norms.dtype
+        excess = evidence.norms**2
+        # The first steps measure the baseline; without warm-up the first one also moves the weights.
+        measures = active & (state.seen < max(warmup_steps, 1))
+        mean = state.baseline + (excess - state.baseline) / (state.seen + 1).astype(dtype)
+        relative = safe_divide(excess, state.baseline, excess)
+        step = jnp.minimum(jnp.asarray(step_size, dtype) * relative, largest_weight(dtype))
+        step = jnp.where(active & (state.seen >= warmup_steps), step, 0)
+        log_weights = log_softmax(state.log_weights + step, active)
+        kept = keep_log_shares(log_weights, state.log_weights, active)
+        baseline = jnp.where(measures, mean, state.baseline)
+        seen = state.seen + measures.astype(jnp.int32)
+        return jnp.exp(log_weights), ExcessMTLState(kept, baseline, seen)
+
+    scaled = GradientAverage(task_tree.per_task_zeros, scale_by_hessian, weighted=False)
+    rule = WeightRule(frozenset({"norms"}), weigh, init, average=scaled)
+    return from_rule("excess_mtl", tasks, rule, **options)
+
+
+def _add_square(total: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Adds the squared gradient, up to the largest number of the dtype."""
+    wide = gradient.astype(total.dtype)
+    return jnp.minimum(total + wide * wide, float(jnp.finfo(total.dtype).max))

@@ -1,0 +1,138 @@
+"""GradDrop: at every coordinate, only the gradients of one randomly drawn sign are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method
+from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+
+
+def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any = None) -> Method:
+    r"""Keeps the gradients of one randomly drawn sign at every coordinate.
+
+    Where tasks disagree on the sign of a coordinate, their sum is a compromise, and training can stop at
+    a joint saddle point. GradDrop draws the sign instead, with probabilities proportional to the summed
+    magnitudes of either sign.
+
+    At every coordinate, with :math:`U` uniform on [0, 1) and ``leak`` :math:`\ell_t`:
+
+    .. math::
+        P = \tfrac12 \Big(1 + \frac{\sum_t g_t}{\sum_t |g_t|}\Big), \qquad
+        M_t = [g_t > 0][P > U] + [g_t < 0][P < U], \qquad
+        update = \sum_t (\ell_t + (1 - \ell_t) M_t)\, g_t
+
+    Scale: sum-like. Algorithm 1 of the paper, with the identity for its function f.
+
+    Args:
+      num_tasks: T, or the task names.
+      leak: share of a dropped gradient that is kept, in [0, 1]; a number or `[T]`.
+      seed: seed of the random numbers, which also depend on the step and the leaf.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A `Method`; `update` takes the extra argument `noise=`. `state.weights` are the share of each task's
+      L1 norm that is in the update. Cost: one uniform number per element, two passes over the gradients;
+      no state.
+
+    Raises:
+      ValueError: for a leak outside [0, 1] or without T entries, or `noise` that does not fit.
+
+    Notes:
+      `noise=` fixes or shares the draw: a tree of uniform numbers with the structure of the parameters,
+      whose leaves may have size 1 along any axis.
+
+      The paper means the method for the representation (`fork`), and published implementations draw one
+      mask per feature for the whole batch; here every element has its own. One implementation averages
+      over tasks. In another the leak is inverted (1 drops everything); here 1 keeps everything.
+
+      A coordinate where all gradients are 0 gives 0. Opposite gradients of equal size are drawn with
+      equal probability. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.graddrop(2)
+      >>> grads = jnp.array([[3., 1., 1.], [-1., 2., -1.]])
+      >>> noise = jnp.array([0.5, 0.5, 0.9])
+      >>> tx.update(grads, tx.init(jnp.zeros(3)), noise=noise)[0].tolist()
+      [3.0, 3.0, -1.0]
+
+    References:
+      Chen, Ngiam, Huang, Luong, Kretzschmar, Chai and Anguelov, Just Pick a Sign: Optimizing Deep
+      Multitask Models with Gradient Sign Dropout, 2020, https://arxiv.org/abs/2010.06808
+    """
+    tasks = read_tasks("graddrop", num_tasks)
+    check_range("graddrop", leak=(leak, 0, 1))
+    if np.ndim(leak):
+        check_per_task("graddrop", "leak", leak, tasks.number)
+
+    def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
+        leaves, treedef = jax.tree.flatten(view.updates)
+        key = jax.random.fold_in(jax.random.key(seed), view.step)
+        noise = _noise_leaves(view.extra["noise"], leaves, treedef, key)
+        leaks = jnp.broadcast_to(jnp.asarray(leak, view.dtype), (tasks.number,))
+        masked = [_mask(leaf, uniform, leaks) for leaf, uniform in zip(leaves, noise, strict=True)]
+        update = [jnp.sum(leaf, axis=0) for leaf in masked]
+        kept, whole = (sum_over(_l1_norms(part, view), axis_name) for part in (masked, leaves))
+        return jax.tree.unflatten(treedef, update), safe_divide(kept, whole, 1), state
+
+    rule = UpdateRule(frozenset({"gradients"}), apply, extra=("noise",))
+    return from_rule("graddrop", tasks, rule, axis_name=axis_name)
+
+
+def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
+    """The masked gradients `[T, *shape]` of one leaf, at least in float32."""
+    wide = leaf.astype(statistics_dtype(leaf))
+    total, mass = jnp.sum(wide, axis=0), jnp.sum(jnp.abs(wide), axis=0)
+    positive = 0.5 * (1 + safe_divide(total, mass))  # the probability of the positive sign
+    uniform = jnp.broadcast_to(uniform.astype(positive.dtype), positive.shape)
+    kept = ((wide > 0) & (positive > uniform)[None]) | ((wide < 0) & (positive < uniform)[None])
+    share = along_tasks(leaks.astype(wide.dtype), wide.ndim)
+    return jnp.where(kept, wide, share * wide)
+
+
+def _l1_norms(leaves: list[jax.Array], view: TaskGradients) -> jax.Array:
+    """Each task's L1 norm, `[T]`."""
+    total = jnp.zeros(view.active.shape, view.dtype)
+    for leaf in leaves:
+        axes = tuple(range(1, leaf.ndim))
+        total = total + jnp.sum(jnp.abs(leaf.astype(view.dtype)), axis=axes)
+    return total
+
+
+def _noise_leaves(
+    noise: Any, leaves: list[jax.Array], treedef: Any, key: jax.Array
+) -> list[jax.Array]:
+    """One array of uniform numbers per leaf: the caller's, or drawn in at least float32."""
+    if noise is None:
+        keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
+        return [
+            jax.random.uniform(key, leaf.shape[1:], statistics_dtype(leaf))
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+    if jax.tree.structure(noise) != treedef:
+        raise ValueError(
+            f"graddrop: noise must have the structure of the parameters, {treedef}; found "
+            f"{jax.tree.structure(noise)}."
+        )
+    given = [jnp.asarray(uniform) for uniform in jax.tree.leaves(noise)]
+    for uniform, leaf in zip(given, leaves, strict=True):
+        shape = leaf.shape[1:]
+        if uniform.ndim != len(shape) or any(
+            found not in (1, size) for found, size in zip(uniform.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                f"graddrop: a leaf of noise has shape {uniform.shape}; it must have the shape of the "
+                f"parameter, {shape}, or size 1 along some axes."
+            )
+    return given

@@ -1,0 +1,121 @@
+"""Learning rate annealing: the target's largest gradient entry over the mean entry of the others."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method
+from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight
+
+
+class LRAnnealingState(NamedTuple):
+    """State of `lr_annealing`.
+
+    Attributes:
+      weight_ema: `[T]`, the average of the weights; starts at 1, and the target's stays there.
+    """
+
+    weight_ema: jax.Array
+
+
+def lr_annealing(
+    num_tasks: Any, *, target: int | str = 0, ema_decay: Any = 0.9, axis_name: Any = None
+) -> Method:
+    r"""Raises the weights of boundary losses until their gradients match the equation's largest entry.
+
+    In a physics-informed network the gradient of the equation's loss, the ``target``, is often so much
+    larger than those of the boundary and initial conditions that these are never fitted.
+
+    With :math:`g_t` the gradient of task t over all parameters and ``ema_decay`` :math:`\beta`:
+
+    .. math::
+        \hat w_t = \frac{\max |g_{target}|}{\mathrm{mean} |g_t|}, \qquad
+        w_t \leftarrow \beta w_t + (1 - \beta) \hat w_t, \qquad w_{target} = 1, \qquad
+        update = \sum_t w_t g_t,
+
+    maximum and mean over the elements. The weights start at 1, and the new ones are used at once. Scale:
+    sum-like, with weights far above 1. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      target: index or name of the task with weight 1, the residual of the equation.
+      ema_decay: beta in [0, 1).
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `LRAnnealingState`. Cost: one pass over the gradients for their absolute
+      values, one for the sum.
+
+    Raises:
+      ValueError: for an unknown target, or a decay outside its range.
+
+    Notes:
+      The paper writes the average with :math:`\alpha = 0.9` on the new value, its program 0.1, which is
+      the default here. That program takes the mean over each tensor and then the mean of these; the paper
+      and this function take the mean over all elements. Another public program compares means with means,
+      and one takes the absolute value of the mean, which is nearly 0 for gradients of both signs.
+
+      A zero gradient, of the target too, leaves the weights as they were. All zero: the update is 0. An
+      absent task keeps its weight. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.lr_annealing(("boundary", "equation"), target="equation", ema_decay=0.0)
+      >>> grads = jnp.array([[0.5, -0.5], [8., 2.]])
+      >>> tx.update(grads, tx.init(jnp.zeros(2)))[0].tolist()
+      [16.0, -6.0]
+
+    References:
+      Wang, Teng and Perdikaris, Understanding and Mitigating Gradient Flow Pathologies in Physics-Informed
+      Neural Networks, 2021, https://arxiv.org/abs/2001.04536
+    """
+    tasks = read_tasks("lr_annealing", num_tasks)
+    target = task_index("lr_annealing", "target", target, tasks)
+    check_range("lr_annealing", ema_decay=(ema_decay, 0, 1))
+
+    def init(params: Any, num_tasks: int, dtype: Any) -> LRAnnealingState:
+        return LRAnnealingState(jnp.ones((num_tasks,), dtype))
+
+    def apply(
+        view: TaskGradients, state: LRAnnealingState
+    ) -> tuple[Any, jax.Array, LRAnnealingState]:
+        largest, mean = _absolute_statistics(view, target, axis_name)
+        known = view.active & (mean > 0) & (largest > 0) & (jnp.arange(tasks.number) != target)
+        fresh = jnp.minimum(safe_divide(largest, mean, 1), largest_weight(view.dtype))
+        decay = jnp.asarray(ema_decay, view.dtype)
+        moved = decay * state.weight_ema + (1 - decay) * fresh
+        weights = jnp.where(known, moved, state.weight_ema)
+        blocks = task_tree.assign_blocks(task_tree.without_task_axis(view.updates), "all")
+        update = task_tree.combine(view.updates, weights[None], view.active, blocks)
+        return update, weights, LRAnnealingState(weights)
+
+    rule = UpdateRule(frozenset({"gradients"}), apply, init)
+    return from_rule("lr_annealing", tasks, rule, axis_name=axis_name)
+
+
+def _absolute_statistics(
+    view: TaskGradients, target: int, axis_name: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The largest absolute entry of the target's gradient, and the mean absolute entry of all `[T]`."""
+    largest, total, size = jnp.zeros((), view.dtype), jnp.zeros(view.active.shape, view.dtype), 0
+    for leaf in jax.tree.leaves(view.updates):
+        absolute = jnp.abs(leaf.astype(view.dtype))
+        count = leaf[0].size
+        largest = jnp.maximum(largest, jnp.max(absolute[target], initial=0))
+        # Divided before the sum, which could overflow.
+        total = total + jnp.sum(absolute / max(count, 1), axis=tuple(range(1, leaf.ndim))) * count
+        size += count
+    sizes = task_tree.sum_over(jnp.asarray(max(size, 1), view.dtype), axis_name)
+    mean = task_tree.sum_over(total / sizes, axis_name)
+    return largest if axis_name is None else lax.pmax(largest, axis_name), mean

@@ -1,0 +1,126 @@
+"""MoCo: min-norm weights of moving averages of the gradients, one small step per update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
+
+
+class MoCoState(NamedTuple):
+    """State of `moco`, `[T]` a block. The averages y are in `state.averages`.
+
+    Attributes:
+      simplex_weights: lambda; starts at 1/T.
+    """
+
+    simplex_weights: jax.Array
+
+
+def moco(
+    num_tasks: Any,
+    *,
+    beta: Any = 0.1,
+    gamma: Any = 0.1,
+    rho: Any = 0.1,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Combines moving averages of the task gradients by slowly moving min-norm weights.
+
+    The min-norm weights of one batch are biased, because the noise of the batch enters quadratically.
+    MoCo averages the gradients over the steps first, and moves the weights by one small step per update
+    towards the min-norm point of the averages.
+
+    With ``beta`` :math:`\beta`, ``gamma`` :math:`\gamma`, ``rho`` :math:`\rho`, and the averages
+    :math:`y_t` as the rows of Y:
+
+    .. math::
+        y_t \leftarrow y_t - \beta (y_t - g_t), \qquad
+        \lambda \leftarrow \Pi_\Delta\big(\lambda - \gamma (Y Y^\top + \rho I) \lambda\big), \qquad
+        update = \sum_t \lambda_t y_t
+
+    Scale: mean-like, after about :math:`1/\beta` steps; the averages start at 0. Algorithm 1 of the
+    paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      beta: step of the averages, in [0, 1].
+      gamma: step of the weights; its unit is one over a squared gradient norm.
+      rho: regularisation of the weights towards uniform.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `MoCoState`; `state.averages` are y, which `state.weights` (lambda)
+      multiply. Cost: one pass over the gradients for the averages, one for the Gram matrix, one for the
+      sum; memory: T gradients.
+
+    Raises:
+      ValueError: for `beta` outside [0, 1].
+
+    Notes:
+      Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
+      examples of successive batches, unless its rows keep their meaning.
+
+      As in the first author's code: projection onto the simplex, no normalisation, no projection of
+      :math:`y` onto a ball, and the update uses the new :math:`y` and :math:`\lambda` (the printed
+      algorithm uses the old ones). A widely used library replaces the projection by a softmax, which
+      forgets the weights of earlier steps and stays close to uniform; this is not done here.
+
+      A zero gradient decays its average. All zero from the start: the update is 0. An absent task keeps
+      its average and its share of :math:`\lambda`; the others divide the rest in the same proportions.
+      T = 1: the averaged gradient.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.moco(2, beta=0.5)
+      >>> update, state = tx.update(jnp.array([[4., 0.], [0., 2.]]), tx.init(jnp.zeros(2)))
+      >>> np.array([state.weights[0], update], float).round(3).tolist()
+      [[0.425, 0.575], [0.85, 0.575]]
+
+    References:
+      Fernando, Shen, Liu, Chaudhury, Murugesan and Chen, Mitigating Gradient Bias in Multi-objective
+      Learning: A Provably Convergent Stochastic Approach, 2023, https://arxiv.org/abs/2210.12624
+    """
+    tasks = read_tasks("moco", num_tasks)
+    check_range("moco", beta=(beta, 0, 1))
+
+    def init(dtype: Any) -> MoCoState:
+        return MoCoState(jnp.full((tasks.number,), 1 / tasks.number, dtype))
+
+    def average(view: TaskGradients, averages: Any) -> tuple[Any, Any]:
+        step = jnp.asarray(beta, view.dtype)
+        averages = task_tree.move_towards(averages, view.updates, step, view.active)
+        return averages, averages
+
+    def weigh(evidence: Evidence, state: MoCoState) -> tuple[jax.Array, MoCoState]:
+        active, dtype = evidence.active, evidence.norms.dtype
+        old = renormalize(state.simplex_weights, active)
+        gradient = _gram_product(evidence.cosine, evidence.norms, old)
+        gradient = gradient + jnp.asarray(rho, dtype) * old
+        weights = project_onto_simplex(old - jnp.asarray(gamma, dtype) * gradient, active)
+        return weights, MoCoState(keep_shares(weights, state.simplex_weights, active))
+
+    moving_average = GradientAverage(task_tree.per_task_zeros, average)
+    rule = WeightRule(frozenset({"gram"}), weigh, init, average=moving_average)
+    return from_rule("moco", tasks, rule, **options)
+
+
+def _gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:
+    """`Y Y' weights`, finite where the Gram matrix would overflow."""
+    largest = jnp.max(norms)
+    relative = safe_divide(norms, largest)
+    product = relative * jnp.sum(cosine * (relative * weights)[None, :], axis=1)
+    # Steps far smaller than this limit already end at a vertex of the simplex.
+    limit = jnp.sqrt(jnp.asarray(jnp.finfo(norms.dtype).max, norms.dtype)) / 4
+    return product * jnp.minimum(largest, limit) ** 2

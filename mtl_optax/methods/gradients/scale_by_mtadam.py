@@ -1,0 +1,181 @@
+"""MTAdam: Adam with separate moments per task, and gradients rescaled to the norm of an anchor."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.lift import from_rule, next_count
+from mtl_optax.core.method import Method
+from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.task_tree import along_tasks
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+
+
+class MTAdamState(NamedTuple):
+    """State of `scale_by_mtadam`.
+
+    Attributes:
+      task_counts: int32 `[T]`, the number of steps in which each task was active.
+      norm_ema: a tree of `[T]`, the EMA of the gradient norms of each tensor; starts at the first norm.
+      mu: leaves `[T, *shape]`, first moments of the rescaled gradients.
+      nu: leaves `[T, *shape]`, second moments of the rescaled gradients.
+    """
+
+    task_counts: jax.Array
+    norm_ema: Any
+    mu: Any
+    nu: Any
+
+
+class _Decays(NamedTuple):
+    b1: jax.Array
+    b2: jax.Array
+    b3: jax.Array
+    eps: jax.Array
+
+
+def scale_by_mtadam(
+    num_tasks: Any,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    b3: Any = 0.9,
+    eps: Any = 1e-8,
+    ranks: Any = None,
+    axis_name: Any = None,
+) -> Method:
+    r"""Scales by Adam with separate moments per task, and balances the gradient norms in every tensor.
+
+    The gradient norms of tasks change during training, so fixed loss weights do not keep tasks balanced.
+    MTAdam rescales all gradients to the norm of an anchor task in every step and tensor, and divides by
+    the largest second moment, so that no task takes an uncontrolled step.
+
+    In every tensor, with :math:`n_t` the norm of task t's gradient, ``ranks`` :math:`r_t` and the anchor
+    a, the first task whose average :math:`m_t` is positive:
+
+    .. math::
+        m_t \leftarrow b_3 m_t + (1 - b_3) n_t, \qquad
+        \tilde g_t = r_t \frac{m_a}{m_t}\, g_t, \qquad
+        update = \sum_t \hat\mu_t \Big/ \max_t (\sqrt{\hat\nu_t} + \epsilon)
+
+    where :math:`\hat\mu_t, \hat\nu_t` are Adam's bias-corrected moments of :math:`\tilde g_t`, and
+    :math:`m_t` starts at the first norm. Scale: the method's own, up to T per entry. Algorithm 1 of the
+    paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      b1: decay of the first moments.
+      b2: decay of the second moments.
+      b3: decay of the norm averages.
+      eps: added to the root of the second moments, as in Adam.
+      ranks: `[T]`, relative gradient norms of the tasks after rescaling; None is one each.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A `Method` with `MTAdamState` in `state.rule_state`. The update is a direction with the sign of
+      `optax.scale_by_adam`. `state.weights` are the factors of the gradients, averaged over tensors.
+      Cost: one pass over the gradients for the norms, one for the moments; memory: 2T gradients.
+
+    Raises:
+      ValueError: for `ranks` without T entries, decays outside [0, 1], or a negative `eps`.
+
+    Notes:
+      It replaces Adam: put `optax.scale_by_learning_rate` after it in the chain, and
+      `optax.add_decayed_weights` between them for weight decay.
+
+      Differences from the authors' code: there, averages below 1e-10 count as 0 whatever the scale of the
+      loss; a tensor without any gradient raises; weight decay is added to every task's gradient, T times
+      in all; AMSGrad is an option.
+
+      A zero average means that the task has had zero gradients only; it contributes 0. All zero: the
+      update is the remaining momentum. An absent task keeps its moments and is left out of the sum and
+      the maximum. T = 1: Adam.
+
+    Example:
+
+      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> tx = optax.chain(mtl.scale_by_mtadam(2), optax.scale_by_learning_rate(0.1))
+      >>> grads = jnp.array([[3., 4.], [0., 500.]])
+      >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> [round(float(x), 3) for x in update]
+      [-0.1, -0.18]
+
+    References:
+      Malkiel and Wolf, MTAdam: Automatic Balancing of Multiple Training Loss Terms, 2021,
+      https://arxiv.org/abs/2006.14683
+    """
+    tasks = read_tasks("scale_by_mtadam", num_tasks)
+    decay_range = {"b1": (b1, 0, 1), "b2": (b2, 0, 1), "b3": (b3, 0, 1)}
+    check_range("scale_by_mtadam", **decay_range, eps=(eps, 0, float("inf")))
+    check_per_task("scale_by_mtadam", "ranks", ranks, tasks.number)
+
+    def init(params: Any, num_tasks: int, dtype: Any) -> MTAdamState:
+        return MTAdamState(
+            task_counts=jnp.zeros((num_tasks,), jnp.int32),
+            norm_ema=jax.tree.map(lambda p: jnp.zeros((num_tasks,), dtype), params),
+            mu=task_tree.per_task_zeros(params, num_tasks, dtype),
+            nu=task_tree.per_task_zeros(params, num_tasks, dtype),
+        )
+
+    def apply(view: TaskGradients, state: MTAdamState) -> tuple[Any, jax.Array, MTAdamState]:
+        active, dtype = view.active, view.dtype
+        decays = _Decays(*(jnp.asarray(x, dtype) for x in (b1, b2, b3, eps)))
+        rank = jnp.ones((tasks.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
+        counts = next_count(state.task_counts, active)
+        norm_ema = _norm_averages(view, state, decays.b3, axis_name)
+        largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
+        leaves, treedef = jax.tree.flatten(view.updates)
+        steps, mus, nus, weights = [], [], [], jnp.zeros((tasks.number,), dtype)
+        for leaf, ema, mu, nu in zip(
+            leaves, norm_ema, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True
+        ):
+            target = rank * ema[jnp.argmax(ema > 0)]
+            wide = leaf.astype(dtype)
+            # Divided first: the ratio of the two averages alone may overflow.
+            unit = safe_divide(wide, along_tasks(ema, leaf.ndim), wide)
+            scaled = unit * along_tasks(target, leaf.ndim)
+            present = along_tasks(active, leaf.ndim)
+            mus.append(jnp.where(present, decays.b1 * mu + (1 - decays.b1) * scaled, mu))
+            nus.append(jnp.where(present, decays.b2 * nu + (1 - decays.b2) * scaled**2, nu))
+            steps.append(_adam_direction(mus[-1], nus[-1], counts, active, decays))
+            factor = jnp.minimum(safe_divide(target, ema, target), largest)
+            weights = weights + factor / len(leaves)
+        unflatten = treedef.unflatten
+        new = MTAdamState(counts, unflatten(norm_ema), unflatten(mus), unflatten(nus))
+        return unflatten(steps), weights, new
+
+    rule = UpdateRule(frozenset({"gradients"}), apply, init)
+    return from_rule("scale_by_mtadam", tasks, rule, axis_name=axis_name)
+
+
+def _norm_averages(
+    view: TaskGradients, state: MTAdamState, decay: jax.Array, axis_name: Any
+) -> list[jax.Array]:
+    """The new averages `[T]` of every tensor."""
+    blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
+    norms, _ = task_tree.norms(view.updates, blocks, view.active, view.dtype, axis_name)
+    averages = []
+    # An empty tree has one block and no tensor.
+    for norm, old in zip(norms, jax.tree.leaves(state.norm_ema), strict=False):
+        new = jnp.where(state.task_counts > 0, decay * old + (1 - decay) * norm, norm)
+        averages.append(jnp.where(view.active, new, old))
+    return averages
+
+
+def _adam_direction(
+    mu: jax.Array, nu: jax.Array, counts: jax.Array, active: jax.Array, decays: _Decays
+) -> jax.Array:
+    """The summed first moments over the root of the largest second moment, of the active tasks."""
+    seen = jnp.maximum(counts, 1).astype(mu.dtype)
+    present = along_tasks(active, mu.ndim)
+    first = mu / along_tasks(1 - decays.b1**seen, mu.ndim)
+    second = nu / along_tasks(1 - decays.b2**seen, mu.ndim)
+    total = jnp.sum(jnp.where(present, first, 0), axis=0)
+    largest = jnp.max(jnp.where(present, jnp.sqrt(second) + decays.eps, 0), axis=0)
+    return safe_divide(total, largest)

@@ -1,0 +1,1 @@
+"""Methods that look at the inner products of the task gradients: a `[T, T]` problem."""

@@ -1,0 +1,63 @@
+"""ConFIG: the direction with the same cosine to every gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.equal_projection import config_weights
+
+
+def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+    r"""Takes the direction that has the same cosine with every gradient.
+
+    Made for physics-informed networks, whose losses (equation, boundary, data) differ by orders of
+    magnitude. The direction does not depend on the lengths of the gradients.
+
+    With the unit gradients :math:`u_t` as rows of U:
+
+    .. math:: d_0 = \frac{U^+ 1}{|U^+ 1|}, \qquad update = \Big(\sum_t g_t \cdot d_0\Big)\, d_0
+
+    Scale: sum-like. Equation 2 of the paper, with equal weights.
+
+    Args:
+      num_tasks: T, or the task names.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method`. Cost: one pass over the gradients for the Gram matrix, one for the sum, and a `[T, T]`
+      eigenvalue problem.
+
+    Notes:
+      The pseudo-inverse is computed on the cosine matrix, to the dtype's precision. For linearly
+      independent gradients all cosines are positive, and no loss increases to first order. Otherwise
+      equal cosines may not exist, and the least-squares direction can conflict.
+
+      A zero gradient is left out. All zero: the update is 0. Opposite gradients (no common direction): 0.
+      T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.config(2)
+      >>> grads = jnp.array([[2., 0.], [0., 1.]])
+      >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> print(np.asarray(update).round(3))
+      [1.5 1.5]
+
+    References:
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
+      2024, https://arxiv.org/abs/2408.11104
+    """
+    tasks = read_tasks("config", num_tasks)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        return config_weights(evidence.cosine, evidence.norms, evidence.active), state
+
+    rule = WeightRule(frozenset({"gram"}), weigh)
+    return from_rule("config", tasks, rule, **options)

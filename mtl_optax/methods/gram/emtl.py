@@ -1,0 +1,129 @@
+"""EMTL: equal relative contributions of tasks, by variance regularisation on top of MGDA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule, rule_of
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.methods.gram.mgda import mgda
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
+from mtl_optax.solvers.log_weights import keep_log_shares
+
+
+class EMTLState(NamedTuple):
+    """State of `emtl`.
+
+    Attributes:
+      log_p: `[T]`, logarithm of the adversary's distribution over tasks.
+      weigher: the state of the underlying method.
+    """
+
+    log_p: jax.Array
+    weigher: Any
+
+
+def emtl(
+    num_tasks: Any,
+    *,
+    epsilon: Any = 0.3,
+    rho: Any = 0.3,
+    kl_radius: Any = None,
+    step_size: Any = 0.5,
+    weigher: optax.GradientTransformation | None = None,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Equalises the ratio of weighted loss to gradient norm over the tasks.
+
+    This ratio, the *relative rate* :math:`R_t = \alpha_t L_t / |g_t|`, is large for a task with a large
+    loss and little effect on the shared parameters. An adversary chooses a distribution p over tasks, in a
+    KL ball around the uniform one, and follows large rates by mirror ascent. This bounds their variance.
+
+    With :math:`\alpha` the weights of ``weigher``, ``step_size`` :math:`\eta`, ``epsilon``
+    :math:`\epsilon`, and the smallest :math:`\mu \ge 0` for which :math:`KL(p\|u) \le` ``kl_radius``,
+    u uniform:
+
+    .. math::
+        p_t \leftarrow \frac{(p_t e^{\eta R_t})^{1/(1+\mu)}}{\sum_s (p_s e^{\eta R_s})^{1/(1+\mu)}},
+        \qquad w_t = \tfrac1T \big(\epsilon\, \alpha_t + (1-\epsilon)\, p_t\, \alpha_t / |g_t|\big),
+        \qquad update = \sum_t w_t g_t
+
+    with the new p. Scale: the method's own (the second part combines unit gradients). Equations 11 to 13
+    and algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      epsilon: share of the plain `weigher` update, in [0, 1]; 1 is that update divided by T.
+      rho: strength of the regularisation; the radius of the ball is its square root.
+      kl_radius: the radius of the ball; by default sqrt(rho).
+      step_size: eta, the step size of the adversary.
+      weigher: any weighting method of this library; None is exact `mgda`.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `EMTLState`. Needs `losses=`. Cost: one pass over the gradients for the
+      Gram matrix, one for the sum, and a scalar root search.
+
+    Raises:
+      ValueError: for numbers outside their range, or a `weigher` for another number of tasks.
+      TypeError: for a `weigher` that is not a weighting method.
+
+    Notes:
+      The paper has no public code. Norms and :math:`\alpha` are constants in the differentiation. The
+      paper weights the losses, so the heads are scaled too: see `split_value_and_grad`. The KL divergence
+      never exceeds log T: for ``rho`` >= (log T)^2 (T = 2: 0.481) the ball is no constraint.
+
+      A zero gradient has rate 0 and no second part; MGDA gives it all the weight, and the update is 0.
+      All zero: 0. T = 1: p = 1. An absent task keeps its share of p until it returns.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.emtl(2)
+      >>> grads, losses = jnp.array([[2., 0.], [0., 1.]]), jnp.array([1., 3.])
+      >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(np.asarray(jnp.exp(state.rule_state.log_p)).round(3))
+      [[0.24 0.76]]
+
+    References:
+      Yuan and Zhang, Equitable Multi-task Learning, 2023, https://arxiv.org/abs/2306.09373
+    """
+    tasks = read_tasks("emtl", num_tasks)
+    check_range(
+        "emtl", epsilon=(epsilon, 0, 1), rho=(rho, 0, math.inf), step_size=(step_size, 0, math.inf)
+    )
+    weigher = mgda(tasks) if weigher is None else weigher
+    inner = rule_of("emtl", weigher, tasks.number)
+
+    def init(dtype: Any) -> EMTLState:
+        log_p = jnp.full((tasks.number,), -math.log(tasks.number), dtype)
+        return EMTLState(log_p, inner.init(dtype))
+
+    def weigh(evidence: Evidence, state: EMTLState) -> tuple[jax.Array, EMTLState]:
+        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
+        alpha, weigher_state = inner.weigh(evidence, state.weigher)
+        alpha = jnp.where(active, alpha, 0).astype(dtype)
+        per_norm = safe_divide(alpha, norms)
+        radius = jnp.sqrt(jnp.asarray(rho, dtype)) if kl_radius is None else kl_radius
+        scores = jnp.asarray(step_size, dtype) * per_norm * evidence.losses
+        log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(radius, dtype), active)
+        # An absent task keeps its share of p until it returns.
+        kept = keep_log_shares(log_p, state.log_p, active)
+        p = jnp.where(active, jnp.exp(log_p), 0)
+        eps = jnp.asarray(epsilon, dtype)
+        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        weights = (eps * alpha + (1 - eps) * p * per_norm) / count
+        return weights, EMTLState(kept, weigher_state)
+
+    needs = inner.needs | {"losses", "norms"}
+    rule = WeightRule(needs, weigh, init, inner.extra)
+    return from_rule("emtl", tasks, rule, **options)

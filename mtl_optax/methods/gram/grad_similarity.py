@@ -1,0 +1,82 @@
+"""Gradient similarity: auxiliary gradients weighted by their cosine with the target's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_index
+
+
+def grad_similarity(
+    num_tasks: Any,
+    *,
+    target: int | str = 0,
+    mode: Literal["unweighted", "weighted"] = "unweighted",
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Leaves out auxiliary gradients that conflict with the target's, then sums.
+
+    An auxiliary task helps while its gradient agrees with the target's. Otherwise it is left out of this
+    step (with ``blocks="leaf"``: for this tensor).
+
+    .. math:: w_t = [\cos(g_t, g_{target}) \ge 0] \;\text{("unweighted")}, \qquad
+        w_t = \max(0, \cos(g_t, g_{target})) \;\text{("weighted")}, \qquad w_{target} = 1, \qquad
+        update = \sum_t w_t g_t
+
+    The inner product of the update with the target's gradient is at least :math:`|g_{target}|^2`. Scale:
+    sum-like. The unweighted and the weighted variant of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      target: index or name of the target task.
+      mode: "unweighted" keeps or drops a gradient, "weighted" multiplies it by the cosine.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method`. Cost: one pass over the gradients for the Gram matrix, one for the sum.
+
+    Raises:
+      ValueError: for an unknown target or mode.
+
+    Notes:
+      The paper has no public code. For a cosine of exactly 0 its unweighted form gives 1/2; here the
+      gradient is kept. To combine with MetaBalance:
+      ``optax.chain(metabalance(T, reduce=False), grad_similarity(T), optax.adam(1e-3))``.
+
+      The cosine of a zero gradient is 0. If the target is zero or absent, "unweighted" keeps all
+      auxiliaries and "weighted" none. All zero: the update is 0. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.grad_similarity(3, target=0)
+      >>> grads = jnp.array([[1., 0.], [-1., 1.], [1., 1.]])
+      >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> print(np.asarray(update).round(3))
+      [2. 1.]
+
+    References:
+      Du, Czarnecki, Jayakumar, Farajtabar, Pascanu and Lakshminarayanan, Adapting Auxiliary Losses Using
+      Gradient Similarity, 2018, https://arxiv.org/abs/1812.02224
+    """
+    tasks = read_tasks("grad_similarity", num_tasks)
+    target = task_index("grad_similarity", "target", target, tasks)
+    check_choice("grad_similarity", "mode", mode, ("unweighted", "weighted"))
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        similarity = evidence.cosine[:, target]
+        if mode == "unweighted":
+            weights = (similarity >= 0).astype(similarity.dtype)
+        else:
+            weights = jnp.maximum(similarity, 0)
+        return weights.at[target].set(1), state
+
+    rule = WeightRule(frozenset({"gram"}), weigh)
+    return from_rule("grad_similarity", tasks, rule, **options)

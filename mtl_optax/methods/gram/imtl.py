@@ -1,0 +1,80 @@
+"""IMTL: learned loss scales (IMTL-L) combined with equal projections (IMTL-G)."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.lift import from_rule, rule_of
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.methods.losses.imtl_l import imtl_l
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.equal_projection import equal_projection_weights
+
+
+def imtl(
+    num_tasks: Any,
+    *,
+    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Scales all losses to the same size, then gives all tasks the same progress.
+
+    `imtl_l` balances the losses, and with them the heads; `imtl_g` balances the shared parameters.
+
+    With the trained :math:`s` of `imtl_l` and the gradients :math:`e^{s_t} g_t` of the scaled losses:
+
+    .. math:: a = \text{the weights of IMTL-G for } e^{s_t} g_t, \qquad
+        update = \sum_t a_t\, e^{s_t} g_t, \qquad \partial_{s_t} = e^{s_t} L_t - 1
+
+    where ``optimizer`` trains s. Scale: mean-like at the first step, where s = 0; later it follows
+    :math:`e^{s}`. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      optimizer: trains s, which starts at 0; any optax optimizer.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `TrainedState`, whose `values` are s. Needs `losses=`. Cost: one pass over
+      the gradients for the Gram matrix, one for the sum, and a `[T, T]` eigenvalue problem.
+
+    Notes:
+      The first update is that of `imtl_g`. As in public code, a does not enter the gradient of s. The
+      weights of the heads are :math:`e^{s_t}`, without a.
+
+      Zero gradients, all zero, absent tasks: as in `imtl_g` and `imtl_l`. T = 1: :math:`e^{s} g`.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.imtl(2)
+      >>> grads, losses = jnp.array([[3., 0.], [0., 1.]]), jnp.array([2., 0.5])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(np.asarray(update).round(3))
+      [0.75 0.75]
+
+    References:
+      Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
+      https://openreview.net/forum?id=IMPnRXEWpvr
+    """
+    tasks = read_tasks("imtl", num_tasks)
+    scales = rule_of("imtl", imtl_l(tasks, optimizer=optimizer), tasks.number)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        scale, state = scales.weigh(evidence, state)
+        # A common factor of the scales cancels in a. Dividing by the largest prevents overflow.
+        present = jnp.where(evidence.active, scale, 0)
+        relative = safe_divide(present, jnp.max(present))
+        weights = equal_projection_weights(
+            evidence.cosine, evidence.norms * relative, evidence.active
+        )
+        return weights * scale, state
+
+    rule = WeightRule(frozenset({"losses", "gram"}), weigh, scales.init)
+    return from_rule("imtl", tasks, rule, **options)

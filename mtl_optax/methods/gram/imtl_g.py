@@ -1,0 +1,64 @@
+"""IMTL-G: the same projection on every unit gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.equal_projection import equal_projection_weights
+
+
+def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+    r"""Finds weights of sum 1 whose update has the same projection on every unit gradient.
+
+    A plain sum favours tasks with long gradients, MGDA those with short ones. IMTL-G favours neither.
+
+    With :math:`n_t = |g_t|` and the cosine matrix C:
+
+    .. math:: update \cdot g_t / n_t \text{ equal for all } t, \qquad
+        a_t = \frac{(C^+ 1)_t / n_t}{\sum_s (C^+ 1)_s / n_s}, \qquad update = \sum_t a_t g_t
+
+    Scale: mean-like. The closed form of section 3.1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method`. Cost: one pass over the gradients for the Gram matrix, one for the sum, and a `[T, T]`
+      eigenvalue problem.
+
+    Notes:
+      As in the paper, the weights and the common projection can be negative: for some gradients the
+      update increases every loss. With `config` and `upgrad` this cannot happen.
+
+      A zero gradient has weight 0. A singular C (more tasks than dimensions, identical gradients) is
+      inverted on its range. If no solution exists (opposite gradients of equal length, all zero), the
+      weights are equal. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.imtl_g(2)
+      >>> grads = jnp.array([[3., 0.], [0., 1.]])
+      >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> print(np.asarray(update).round(3))
+      [0.75 0.75]
+
+    References:
+      Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
+      https://openreview.net/forum?id=IMPnRXEWpvr
+    """
+    tasks = read_tasks("imtl_g", num_tasks)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        weights = equal_projection_weights(evidence.cosine, evidence.norms, evidence.active)
+        return weights, state
+
+    rule = WeightRule(frozenset({"gram"}), weigh)
+    return from_rule("imtl_g", tasks, rule, **options)

@@ -1,0 +1,117 @@
+"""Krum: the mean of the gradients closest to their neighbours."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+
+
+def krum(
+    num_tasks: Any,
+    *,
+    num_byzantine: int = 0,
+    num_selected: int = 1,
+    squared: bool = False,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Averages the task gradients closest to their neighbours and discards the others.
+
+    Made for federated learning, where some workers may send arbitrary gradients.
+
+    With f = ``num_byzantine`` and m = ``num_selected``, the score of a task is the sum of the distances
+    to its T - f - 2 nearest neighbours :math:`N_t`:
+
+    .. math:: s_t = \sum_{j \in N_t} |g_t - g_j|, \qquad
+        update = \frac1m \sum_{t \in S} g_t, \quad S \text{ the } m \text{ tasks of lowest score.}
+
+    Scale: mean-like. Section 4 of the paper; m > 1 is Multi-Krum.
+
+    Args:
+      num_tasks: T, or the task names.
+      num_byzantine: f, an integer from 0 to T - 3 (only 0 for T < 3).
+      num_selected: m, an integer from 1 to T.
+      squared: True sums squared distances, as the paper does; False sums distances, as TorchJD does.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` whose rule has no state. Cost: one pass over the gradients for the Gram matrix, one for
+      the sum, and a sort of `[T, T]` distances.
+
+    Raises:
+      ValueError: for integers outside their range.
+
+    Notes:
+      Equal scores share the remaining weight, so the order of the tasks does not matter. Two tasks always
+      have equal scores. At least one neighbour counts, also where absent tasks leave fewer than f + 3.
+
+      Identical gradients: the update is that gradient. All zero: 0. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.krum(4, num_byzantine=1)
+      >>> grads = jnp.array([[1., 0.], [1., 1.], [1., 1.5], [90., 0.]])
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [1.   1.25]
+
+    References:
+      Blanchard, El Mhamdi, Guerraoui and Stainer, Machine Learning with Adversaries: Byzantine Tolerant
+      Gradient Descent, 2017,
+      https://papers.nips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html
+    """
+    tasks = read_tasks("krum", num_tasks)
+    check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, tasks.number - 3))
+    check_integer("krum", "num_selected", num_selected, 1, tasks.number)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        active = evidence.active
+        count = jnp.sum(active, dtype=jnp.int32)
+        distances = _distances(evidence.cosine, evidence.norms, squared)
+        others = active[:, None] & active[None, :] & ~jnp.eye(tasks.number, dtype=bool)
+        nearest_first = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+        neighbours = jnp.minimum(jnp.maximum(count - num_byzantine - 2, 1), count - 1)
+        counted = jnp.arange(tasks.number, dtype=jnp.int32)[None, :] < neighbours
+        scores = jnp.sum(jnp.where(counted, nearest_first, 0), axis=1)
+        scores = jnp.where(active, scores, jnp.inf)
+        return _mean_of_lowest(scores, active, num_selected), state
+
+    rule = WeightRule(frozenset({"gram"}), weigh)
+    return from_rule("krum", tasks, rule, **options)
+
+
+def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
+    """Distances between the gradients in units of the largest norm, `[T, T]`.
+
+    Written as a difference of norms and a term for the angle: `|a|^2 + |b|^2 - 2 a.b` would cancel.
+    """
+    cosine = (
+        cosine + cosine.T
+    ) / 2  # exactly symmetric, so that equal scores are equal bit for bit
+    lengths = safe_divide(norms, jnp.max(norms))
+    difference = lengths[:, None] - lengths[None, :]
+    angle = 2 * lengths[:, None] * lengths[None, :] * (1 - cosine)
+    squares = difference * difference + jnp.maximum(angle, 0)
+    if squared:
+        return squares
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+def _mean_of_lowest(scores: jax.Array, active: jax.Array, number: int) -> jax.Array:
+    """Equal weights on the `number` lowest scores; equal scores share the weight that remains."""
+    dtype = scores.dtype
+    count = jnp.minimum(jnp.sum(active, dtype=jnp.int32), number)
+    last = jnp.sort(scores)[jnp.maximum(count - 1, 0)]
+    below, tied = active & (scores < last), active & (scores == last)
+    left = count - jnp.sum(below, dtype=jnp.int32)
+    share = left.astype(dtype) / jnp.maximum(jnp.sum(tied, dtype=jnp.int32), 1).astype(dtype)
+    chosen = below.astype(dtype) + jnp.where(tied, share, 0)
+    return chosen / jnp.maximum(count, 1).astype(dtype)

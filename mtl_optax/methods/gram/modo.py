@@ -1,0 +1,105 @@
+"""MoDo: one projected step per batch towards the min-norm weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.extra_args import given_gram
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
+
+
+class MoDoState(NamedTuple):
+    """State of `modo`, `[T]` a block.
+
+    Attributes:
+      simplex_weights: lambda; starts uniform.
+    """
+
+    simplex_weights: jax.Array
+
+
+def modo(
+    num_tasks: Any,
+    *,
+    gamma: Any = 0.1,
+    rho: Any = 0.1,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Moves simplex weights one step towards the min-norm point, from two independent samples.
+
+    The min-norm weights of a stochastic gradient are biased, because its noise enters quadratically. The
+    inner product of two independent samples is unbiased, and slowly moving weights average its noise.
+
+    With :math:`G_1, G_2` the task gradients of two batches, ``gamma`` :math:`\gamma` and ``rho``
+    :math:`\rho`:
+
+    .. math:: \lambda \leftarrow \Pi_\Delta\big(\lambda - \gamma (G_1 G_2^\top \lambda
+        + \rho \lambda)\big), \qquad update = \sum_t \lambda_t g_t,
+
+    with the new :math:`\lambda`. Scale: mean-like. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      gamma: step size of the weights, in units of an inverse squared gradient norm; not negative.
+      rho: strength of the regularisation towards uniform weights; not negative.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `MoDoState`; its `update` takes `gram=`, `[T, T]` (see Notes). Cost: one
+      pass over the gradients for the Gram matrix, one for the sum; independent samples need more backward
+      passes.
+
+    Raises:
+      ValueError: for numbers outside their range, or a `gram` of the wrong shape.
+
+    Notes:
+      Without `gram=`, both samples are the gradients given to `update`. With it, ``gram[s, t]`` is the
+      inner product of task s's gradient on the first batch and task t's on the second:
+      ``jax.vmap(lambda a: jax.vmap(lambda b: optax.tree.vdot(a, b))(second))(first)``. The gradients given
+      to `update` are then those of a third batch, or ``first + second`` as in the authors' code (a sum,
+      so the learning rate must be half as large).
+
+      A zero gradient gains weight only as that of the others decreases. All zero: the update is 0. An
+      absent task keeps its weight. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.modo(2, gamma=0.1, rho=0.0)
+      >>> _, state = tx.update(jnp.array([[2., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
+      >>> print(np.asarray(state.weights).round(3))
+      [[0.425 0.575]]
+
+    References:
+      Chen, Fernando, Ying and Chen, Three-Way Trade-Off in Multi-Objective Learning: Optimization,
+      Generalization and Conflict-Avoidance, 2023, https://arxiv.org/abs/2305.20057
+    """
+    tasks = read_tasks("modo", num_tasks)
+    check_range("modo", gamma=(gamma, 0, math.inf), rho=(rho, 0, math.inf))
+
+    def init(dtype: Any) -> MoDoState:
+        return MoDoState(jnp.full((tasks.number,), 1 / tasks.number, dtype))
+
+    def weigh(evidence: Evidence, state: MoDoState) -> tuple[jax.Array, MoDoState]:
+        dtype, active = evidence.norms.dtype, evidence.active
+        old = renormalize(state.simplex_weights, active)
+        gram = given_gram("modo", tasks.number, evidence)
+        if gram is None:
+            # Prevents overflow; a step of this size ends at a vertex of the simplex in any case.
+            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max / (4 * tasks.number), dtype))
+            gram = evidence._replace(norms=jnp.minimum(evidence.norms, limit)).gram
+        direction = jnp.sum(gram * old[None, :], axis=1) + jnp.asarray(rho, dtype) * old
+        new = project_onto_simplex(old - jnp.asarray(gamma, dtype) * direction, active)
+        return new, MoDoState(keep_shares(new, state.simplex_weights, active))
+
+    rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))
+    return from_rule("modo", tasks, rule, **options)

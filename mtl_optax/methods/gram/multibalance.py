@@ -1,0 +1,153 @@
+"""MultiBalance: simplex weights learned step by step, for the shared representation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_choice, check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.cosine import uniform_weights
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
+
+
+class MultiBalanceState(NamedTuple):
+    """State of `multibalance`, `[T]` a block.
+
+    Attributes:
+      norm_ema: EMA of each task's gradient norm.
+      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
+      simplex_weights: lambda; starts uniform.
+    """
+
+    norm_ema: jax.Array
+    seen: jax.Array
+    simplex_weights: jax.Array
+
+
+def multibalance(
+    num_tasks: Any,
+    *,
+    weight_lr: Any = 1.0,
+    prior: Any = None,
+    prior_strength: Any = 0.1,
+    ema_decay: Any = 0.9,
+    direction: Literal["cosine", "gradient"] = "cosine",
+    ema_init: Literal["first", "zeros", "debias"] = "first",
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Learns simplex weights by one projected gradient step per update towards the min-norm point.
+
+    Stochastic MGDA for large models: the weights of one batch are not solved for, and gradients are
+    rescaled to the EMA of their norm, which limits the effect of a batch with very large gradients. Made
+    for the shared representation (`fork`), where it costs no backward pass; works on parameters too.
+
+    With :math:`n_t = |g_t|`, ``ema_decay`` :math:`1-\gamma`, ``weight_lr`` :math:`\beta`, ``prior``
+    :math:`\lambda_0` and ``prior_strength`` :math:`\rho`:
+
+    .. math::
+        u_t \leftarrow (1-\gamma) u_t + \gamma n_t, \quad v_t = u_t g_t / n_t, \quad
+        \lambda \leftarrow \Pi_\Delta(\lambda - \beta\, q), \quad
+        q_t = \cos(v_t, y) \text{ or } v_t \cdot y, \quad y = \sum_s (\lambda_s + \rho \lambda_{0,s}) v_s,
+
+    and the update is :math:`\sum_t \lambda_t v_t` with the new :math:`\lambda`. Scale: mean-like, about
+    1/T of the gradient of the summed losses. Algorithm 3 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      weight_lr: beta, the step size of the weights.
+      prior: lambda_0, `[T]`; None is 1/T each.
+      prior_strength: rho; the prior affects the step of the weights, not the update directly.
+      ema_decay: 1 - gamma, in [0, 1]; 0 uses the current norm, so that v = g.
+      direction: "gradient" is the inner product of equation 12; "cosine" is the form used in production
+        (section 5), with learning rates of 1 (ads) to 5 (feeds).
+      ema_init: how u starts, which the paper leaves open: "first" at the first norm, "zeros" at 0, "debias"
+        at 0 and divided by `1 - ema_decay ** k`.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `MultiBalanceState`. Cost: one pass over the gradients for the Gram matrix,
+      one for the sum.
+
+    Raises:
+      ValueError: for an unknown `direction` or `ema_init`, a `prior` without T entries, or an `ema_decay`
+        outside its range.
+
+    Notes:
+      A zero gradient has :math:`v_t = 0` and cosine 0. All zero: the update is 0 and lambda stays. An
+      absent task keeps its average and its weight. T = 1: the gradient rescaled to its EMA.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.multibalance(2, weight_lr=0.1)
+      >>> update, state = tx.update(jnp.array([[4., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
+      >>> print(np.asarray(state.rule_state.simplex_weights).round(3))
+      [[0.464 0.536]]
+
+    References:
+      He, Chen, Xu, Cai, You, Cao, Huang, Yang, Liu, Liu, Jin, Park, Long and Feng, MultiBalance:
+      Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task Recommendation System, 2024,
+      https://arxiv.org/abs/2411.11871
+    """
+    tasks = read_tasks("multibalance", num_tasks)
+    check_choice("multibalance", "direction", direction, ("cosine", "gradient"))
+    check_choice("multibalance", "ema_init", ema_init, ("first", "zeros", "debias"))
+    prior = None if prior is None else jnp.asarray(prior)
+    check_per_task("multibalance", "prior", prior, tasks.number)
+    check_range("multibalance", ema_decay=(ema_decay, 0, 1))
+
+    def init(dtype: Any) -> MultiBalanceState:
+        zeros = jnp.zeros((tasks.number,), dtype)
+        return MultiBalanceState(zeros, zeros, jnp.full((tasks.number,), 1 / tasks.number, dtype))
+
+    def weigh(evidence: Evidence, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
+        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
+        ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
+        old = renormalize(state.simplex_weights, active)
+        if prior is None:
+            prior_weights = uniform_weights(active, dtype)
+        else:
+            prior_weights = jnp.where(active, prior.astype(dtype), 0)
+        # In units of the largest smoothed norm the squares cannot overflow.
+        unit = jnp.max(smooth)
+        lengths = safe_divide(smooth, unit)
+        inner = evidence.cosine * lengths[:, None] * lengths[None, :]
+        y = old + jnp.asarray(prior_strength, dtype) * prior_weights
+        along = jnp.sum(inner * y[None, :], axis=1)
+        if direction == "cosine":
+            length_of_y = jnp.sqrt(jnp.maximum(jnp.sum(along * y), 0))
+            step = safe_divide(along, lengths * length_of_y)
+        else:
+            # Prevents overflow; a step of this size ends at a vertex of the simplex in any case.
+            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max, dtype)) / 4
+            step = along * jnp.minimum(unit, limit) ** 2
+        new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * step, active)
+        kept = keep_shares(new, state.simplex_weights, active)
+        return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
+
+    rule = WeightRule(frozenset({"gram"}), weigh, init)
+    return from_rule("multibalance", tasks, rule, **options)
+
+
+def _smooth_norms(
+    norms: jax.Array, active: jax.Array, state: MultiBalanceState, ema_decay: Any, ema_init: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The new `norm_ema` and `seen`, and the smoothed norms u; all `[T]`."""
+    decay = jnp.asarray(ema_decay, norms.dtype)
+    moved = decay * state.norm_ema + (1 - decay) * norms
+    share = decay * state.seen + (1 - decay)
+    if ema_init == "first":
+        moved = jnp.where(state.seen > 0, moved, norms)
+        share = jnp.ones_like(norms)
+    ema = jnp.where(active, moved, state.norm_ema)
+    seen = jnp.where(active, share, state.seen)
+    if ema_init == "debias":
+        return ema, seen, safe_divide(ema, seen, where=active & (seen > 0))
+    return ema, seen, jnp.where(active, ema, 0)

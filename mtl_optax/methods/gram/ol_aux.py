@@ -1,0 +1,160 @@
+"""OL-AUX: weights of auxiliary tasks learned from inner products with the target's gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.lift import from_rule, next_count
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_index
+
+# Limit of the absolute value of a weight, so that its product with a gradient stays finite.
+_LARGEST_WEIGHT = 2.0**60
+
+
+class OLAuxState(NamedTuple):
+    """State of `ol_aux`, `[T]` a block.
+
+    Attributes:
+      task_weights: the weights of the next step; all start at 1, and the target's stays 1.
+      products: inner products with the target's gradient, summed since the last change.
+    """
+
+    task_weights: jax.Array
+    products: jax.Array
+
+
+class OLAuxWindow(NamedTuple):
+    """The last gradients of every task, for a ``filter_window`` F above 1.
+
+    Attributes:
+      window: leaves `[F, T, *shape]`, a ring buffer of the gradients of the last F steps.
+      filled: int32 `[T]`, the number of steps in which each task was present.
+    """
+
+    window: Any
+    filled: jax.Array
+
+
+def ol_aux(
+    num_tasks: Any,
+    *,
+    target: int | str = 0,
+    weight_lr: Any = 0.005,
+    update_every: int = 5,
+    filter_window: int = 1,
+    nonnegative: bool = True,
+    **options: Unpack[MethodOptions],  # pyright: ignore[reportGeneralTypeIssues]
+) -> Method:
+    r"""Learns the weights of auxiliary tasks from how much they help the target task.
+
+    An auxiliary task helps if a step along its gradient decreases the target's loss; to first order, the
+    decrease is the inner product of the two gradients.
+
+    Every N = ``update_every`` steps, with ``weight_lr`` :math:`\eta`:
+
+    .. math::
+        w_t \leftarrow \max\Big(0,\; w_t + \eta \sum_{\text{last N steps}} \langle g_{target}, g_t \rangle
+        \Big), \qquad w_{target} = 1, \qquad update = \sum_t w_t g_t.
+
+    All weights start at 1. Scale: sum-like. Algorithm 1 of the paper: gradient descent on the target's
+    loss N steps ahead.
+
+    Args:
+      num_tasks: T, or the task names.
+      target: index or name of the target task.
+      weight_lr: eta, in units of an inverse squared gradient norm.
+      update_every: N, static: the number of steps between changes of the weights.
+      filter_window: F, static: gradients are averaged over F steps for the inner products.
+      nonnegative: whether weights are kept at 0 or above.
+      **options: see `MethodOptions`, except `update_every`, which is an argument of this method.
+
+    Returns:
+      A `Method` with the state `OLAuxState`; with a filter, `state.averages` is an `OLAuxWindow`. Cost:
+      one pass over the gradients for the Gram matrix, one for the sum; with a filter also the memory of F
+      gradients of every task.
+
+    Raises:
+      ValueError: for an unknown target, or an `update_every` or `filter_window` below 1.
+
+    Notes:
+      As in the authors' code, eta is the product of the learning rates of the weights (5) and of the model
+      (0.001), new weights are first used in the next step, weights may be kept at 0 or above, and both
+      gradients may be averaged (there F = 4; F = 1 is the paper). That code takes the gradient of the
+      total loss for the target's; the paper and this function take the target's own.
+
+      A zero gradient changes no weight. All zero: the update is 0. An absent task keeps its weight and its
+      sum of inner products; while the target is absent nothing is added. T = 1: the gradient itself.
+      Weights are limited to 2**60 in absolute value, to prevent overflow.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.ol_aux(3, weight_lr=0.1, update_every=1)
+      >>> grads = jnp.array([[1., 0.], [2., 1.], [-3., 0.]])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)))
+      >>> np.array(state.rule_state.task_weights, float).round(3).tolist()
+      [[1.0, 1.2, 0.7]]
+
+    References:
+      Lin, Baweja, Kantor and Held, Adaptive Auxiliary Task Weighting for Reinforcement Learning, 2019,
+      https://papers.nips.cc/paper/2019/hash/0e900ad84f63618452210ab8baae0218-Abstract.html
+    """
+    tasks = read_tasks("ol_aux", num_tasks)
+    target = task_index("ol_aux", "target", target, tasks)
+    check_integer("ol_aux", "update_every", update_every, 1)
+    check_integer("ol_aux", "filter_window", filter_window, 1)
+
+    def init(dtype: Any) -> OLAuxState:
+        return OLAuxState(jnp.ones((tasks.number,), dtype), jnp.zeros((tasks.number,), dtype))
+
+    def weigh(evidence: Evidence, state: OLAuxState) -> tuple[jax.Array, OLAuxState]:
+        weights, dtype = state.task_weights, state.task_weights.dtype
+        largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
+        products = jnp.clip(state.products + evidence.gram[target], -largest, largest)
+        due = evidence.active & ((evidence.step + 1) % update_every == 0)
+        due = due & (jnp.arange(tasks.number) != target)
+        lowest = 0.0 if nonnegative else -_LARGEST_WEIGHT
+        moved = weights + jnp.asarray(weight_lr, dtype) * products
+        moved = jnp.clip(moved, lowest, _LARGEST_WEIGHT)
+        new = OLAuxState(jnp.where(due, moved, weights), jnp.where(due, 0, products))
+        return weights, new
+
+    average = _window_means(filter_window) if filter_window > 1 else None
+    rule = WeightRule(frozenset({"gram"}), weigh, init, average=average)
+    return from_rule("ol_aux", tasks, rule, **options)
+
+
+def _window_means(size: int) -> GradientAverage:
+    """The mean of each task's last `size` gradients, for the inner products only."""
+
+    def init(params: Any, num_tasks: int, dtype: Any) -> OLAuxWindow:
+        zeros = task_tree.per_task_zeros(params, num_tasks, dtype)
+        window = optax.tree.batch_shape(zeros, (size,))
+        return OLAuxWindow(window, jnp.zeros((num_tasks,), jnp.int32))
+
+    def apply(view: TaskGradients, state: OLAuxWindow) -> tuple[Any, OLAuxWindow]:
+        # An absent task overwrites nothing: its next gradient replaces its oldest one.
+        oldest = jnp.arange(size, dtype=jnp.int32)[:, None] == (state.filled % size)[None, :]
+        replaced = oldest & view.active[None, :]
+
+        def insert(ring: jax.Array, leaf: jax.Array) -> jax.Array:
+            here = replaced.reshape(replaced.shape + (1,) * (leaf.ndim - 1))
+            return jnp.where(here, leaf.astype(ring.dtype)[None], ring)
+
+        window = jax.tree.map(insert, state.window, view.updates)
+        filled = next_count(state.filled, view.active)
+        times = jnp.clip(filled, 1, size).astype(view.dtype)
+        means = jax.tree.map(
+            lambda ring: jnp.sum(ring, axis=0) / task_tree.along_tasks(times, ring.ndim - 1), window
+        )
+        return means, OLAuxWindow(window, filled)
+
+    return GradientAverage(init, apply, weighted=False)

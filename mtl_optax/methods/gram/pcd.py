@@ -1,0 +1,147 @@
+"""PCD: the target's gradient under a constraint of minimum progress for every other task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule, next_count
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
+
+
+class PCDState(NamedTuple):
+    """State of `pcd`, `[T]` a block.
+
+    Attributes:
+      square_ema: EMA of each task's squared gradient norm; starts at 0.
+      seen: the share of each average that is data: `1 - beta ** k` after k steps.
+      fallback_count: int32 scalar a block, how often the constraints were dropped.
+    """
+
+    square_ema: jax.Array
+    seen: jax.Array
+    fallback_count: jax.Array
+
+
+def pcd(
+    num_tasks: Any,
+    *,
+    target: int | str = 0,
+    tau: Any = 0.02,
+    beta: Any = 0.999,
+    eps: Any = 1e-8,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Follows the target's gradient as closely as a minimum progress of every other task allows.
+
+    The target task has priority, but the others must not be neglected: each is guaranteed a fraction
+    ``tau`` :math:`\tau` of the progress that its own gradient would make. Under these constraints the
+    update is as close to the target's gradient as possible.
+
+    .. math::
+        \tilde g_t = g_t / \sqrt{\hat v_t + \epsilon}, \qquad
+        \tilde d = \arg\min_d |d - \tilde g_{target}|^2 \;\text{ s.t. }\;
+        \tilde g_t \cdot d \ge \tau |\tilde g_t|^2 \;\; (t \ne target), \qquad
+        update = |g_{target}|\, \tilde d / |\tilde d|,
+
+    with :math:`\hat v_t` the bias-corrected EMA of :math:`|g_t|^2` with decay ``beta``. Scale: the
+    method's own, the norm of the target's gradient. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      target: index or name of the target task.
+      tau: guaranteed fraction in [0, 1], a number or `[T]` (the target's entry is not used).
+      beta: decay of the averages of the squared norms, in [0, 1].
+      eps: added to these averages, in units of a squared norm; not negative.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `PCDState`. Cost: one pass over the gradients for the Gram matrix, one for
+      the sum, and a `[T, T]` quadratic program.
+
+    Raises:
+      ValueError: for an unknown target, a `tau` of the wrong shape, or numbers outside their range.
+
+    Notes:
+      The dual of the quadratic program is solved exactly, on cosines. If no direction satisfies all
+      constraints (opposite auxiliaries), or only one with multipliers above 1 / sqrt(machine epsilon), the
+      constraints are dropped: the update is the target's gradient, and ``rule_state.fallback_count``
+      increases.
+
+      The constraint of a zero gradient always holds. Target zero or absent: the update is 0. T = 1: the
+      gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.pcd(2, tau=0.5)
+      >>> update, _ = tx.update(jnp.array([[2., 0.], [0., 7.]]), tx.init(jnp.zeros(2)))
+      >>> np.array(update, float).round(3).tolist()
+      [1.789, 0.894]
+
+    References:
+      Varam and AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
+      Multi-Objective Optimization, 2026, https://arxiv.org/abs/2606.29521
+    """
+    tasks = read_tasks("pcd", num_tasks)
+    target = task_index("pcd", "target", target, tasks)
+    check_range("pcd", tau=(tau, 0, 1), beta=(beta, 0, 1), eps=(eps, 0, math.inf))
+    if np.shape(tau) not in ((), (tasks.number,)):
+        raise ValueError(
+            f"pcd: tau must be a number or have shape ({tasks.number},); found {np.shape(tau)}."
+        )
+
+    def init(dtype: Any) -> PCDState:
+        zeros = jnp.zeros((tasks.number,), dtype)
+        return PCDState(zeros, zeros, jnp.zeros((), jnp.int32))
+
+    def weigh(evidence: Evidence, state: PCDState) -> tuple[jax.Array, PCDState]:
+        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
+        decay = jnp.asarray(beta, dtype)
+        squares = jnp.minimum(norms**2, jnp.asarray(jnp.finfo(dtype).max, dtype))
+        average = decay * state.square_ema + (1 - decay) * squares
+        square_ema = jnp.where(active, average, state.square_ema)
+        seen = jnp.where(active, decay * state.seen + (1 - decay), state.seen)
+        mean_square = safe_divide(square_ema, seen)
+        spread = jnp.sqrt(mean_square + jnp.asarray(eps, dtype))
+        lengths = safe_divide(norms, spread, norms)
+        guaranteed = jnp.broadcast_to(jnp.asarray(tau, dtype), (tasks.number,)) * lengths
+        along, feasible = _constrained(evidence.cosine, lengths, guaranteed, active, target)
+        # Scaled to the norm of the target's gradient; a norm below the rounding error counts as 0.
+        squared = jnp.sum(along * product(evidence.cosine, along))
+        rounding = 10 * jnp.finfo(dtype).eps * jnp.sum(jnp.abs(along)) ** 2
+        length = jnp.sqrt(jnp.where(squared > rounding, squared, 1))
+        ratio = safe_divide(norms[target], norms)
+        weights = jnp.where(squared > rounding, along / length * ratio, 0)
+        failed = active[target] & (norms[target] > 0) & ~feasible
+        fallbacks = next_count(state.fallback_count, failed)
+        return weights, PCDState(square_ema, seen, fallbacks)
+
+    return from_rule("pcd", tasks, WeightRule(frozenset({"gram"}), weigh, init), **options)
+
+
+def _constrained(
+    cosine: jax.Array, lengths: jax.Array, guaranteed: jax.Array, active: jax.Array, target: int
+) -> tuple[jax.Array, jax.Array]:
+    """Coefficients `[T]` of the solution on the unit gradients, and whether it is feasible.
+
+    The dual, with a multiplier z >= 0 for each auxiliary task, is a nonnegative least squares problem.
+    """
+    own = jnp.arange(cosine.shape[0]) == target
+    bound = active & (lengths > 0) & ~own
+    wanted = jnp.where(bound, guaranteed - cosine[:, target] * lengths[target], 0)
+    added = nonnegative_least_squares(cosine, wanted, bound)
+    slack = jnp.where(bound, product(cosine, added) - wanted, 0)
+    scale = jnp.maximum(jnp.max(jnp.abs(wanted)), jnp.max(lengths))
+    root = jnp.sqrt(jnp.asarray(jnp.finfo(cosine.dtype).eps, cosine.dtype))
+    feasible = (jnp.min(slack) >= -root * scale) & (jnp.max(added) * root <= scale)
+    return jnp.where(own, lengths, jnp.where(feasible, added, 0)), feasible

@@ -1,0 +1,98 @@
+"""PCGrad: removes from each gradient the components that conflict with the other tasks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.extra_args import projection_order
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.projections import projected_sum_weights
+
+
+def pcgrad(
+    num_tasks: Any,
+    *,
+    order: Literal["random", "cyclic"] = "random",
+    seed: int = 0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Projects each task's gradient onto the normal plane of those it conflicts with, then sums.
+
+    Two gradients conflict if their inner product is negative: a step for one task increases the loss of
+    the other. For each task i, starting at :math:`g_i' = g_i`, for every other j in its order:
+
+    .. math:: g_i' \leftarrow g_i' - \frac{\min(g_i' \cdot g_j,\, 0)}{|g_j|^2}\, g_j, \qquad
+        update = \sum_i g_i'.
+
+    Scale: sum-like. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      order: "random" shuffles the other tasks for each task at every step; "cyclic" is i+1, i+2, ...
+      seed: the shuffle depends on it and on the number of the step only.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` whose rule has no state; its `update` takes `order=`, integers `[T, T]` to use instead of
+      `order` (row i for task i, whose own number is skipped). Cost: one pass over the gradients for the
+      Gram matrix, one for the sum, and T passes over a `[T, T]` array.
+
+    Raises:
+      ValueError: for an unknown `order`, or one given to `update` that is not `[T, T]` integers.
+
+    Notes:
+      The weights of the raw gradients come from the Gram matrix; no projected gradient is stored. With
+      `reduce=False` the entries are :math:`w_t g_t`, whose sum is the update, not the projected gradients.
+
+      Differences from public code: j = i is skipped (the authors' code and others project on it, which
+      matters only for more tasks than dimensions); every row is shuffled (the authors' shuffle has no
+      effect: always 0 to T - 1); nothing is added to :math:`|g_j|^2`.
+
+      For two tasks the update is twice that of `upgrad`; for more, conflicts can remain. A zero gradient
+      conflicts with none. All zero: 0. Two opposite gradients: 0. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.pcgrad(2)
+      >>> grads = jnp.array([[1., 0.], [-1., 1.]])
+      >>> print(np.asarray(tx.update(grads, tx.init(jnp.zeros(2)))[0]).round(3))
+      [0.5 1.5]
+
+    References:
+      Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, 2020,
+      https://arxiv.org/abs/2001.06782
+    """
+    tasks = read_tasks("pcgrad", num_tasks)
+    check_choice("pcgrad", "order", order, ("random", "cyclic"))
+    own = jnp.arange(tasks.number, dtype=jnp.int32)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        cosine, norms = evidence.cosine, evidence.norms
+
+        def project(
+            carry: tuple[jax.Array, jax.Array], others: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            # Row i in units of |g_i|: what was added of each unit gradient, and its components along them.
+            added, along = carry
+            one_hot = (others[:, None] == own[None, :]).astype(cosine.dtype)
+            component = jnp.sum(along * one_hot, axis=1)
+            conflict = (component < 0) & (others != own)
+            taken = jnp.where(conflict, -component, 0)[:, None]
+            return (added + taken * one_hot, along + taken * cosine[others]), None
+
+        orders = projection_order("pcgrad", tasks.number, order, seed, evidence)
+        start = (jnp.zeros_like(cosine), cosine)
+        (added, _), _ = lax.scan(project, start, orders.T)
+        return projected_sum_weights(added, norms), state
+
+    rule = WeightRule(frozenset({"gram"}), weigh, extra=("order",))
+    return from_rule("pcgrad", tasks, rule, **options)

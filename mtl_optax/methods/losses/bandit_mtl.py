@@ -1,0 +1,100 @@
+"""BanditMTL: an adversarial distribution over tasks that reduces the variance of the losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
+from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
+
+
+class BanditMTLState(NamedTuple):
+    """State of `bandit_mtl`, `[T]` a block.
+
+    Attributes:
+      log_p: logarithm of the adversary's distribution over tasks; starts uniform.
+    """
+
+    log_p: jax.Array
+
+
+def bandit_mtl(
+    num_tasks: Any,
+    *,
+    step_size: Any = 0.5,
+    kl_radius: Any = 1.2,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Gives larger weights to tasks with larger losses, within a KL ball around equal weights.
+
+    Regularises the variance of the task losses. An adversary p does mirror ascent on
+    :math:`\sum_t p_t L_t` under :math:`KL(p \| u) \le` ``kl_radius``, u uniform. With ``step_size``
+    :math:`\eta` and the smallest :math:`\mu \ge 0` that satisfies the constraint:
+
+    .. math::
+        w_t = p_t / T, \qquad
+        p_t \leftarrow \frac{(p_t e^{\eta L_t})^{1/(1+\mu)}}{\sum_s (p_s e^{\eta L_s})^{1/(1+\mu)}} .
+
+    The weights use p before the step. Scale: the method's own; the weights sum to 1/T. Algorithm 1 of
+    the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      step_size: eta, >= 0.
+      kl_radius: radius of the ball, >= 0; 0 gives equal weights.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `BanditMTLState`. Needs `losses=`. Cost: a scalar root search, O(T) a step.
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      The divergence is at most log T: a larger ``kl_radius`` (the default, for T <= 3) has no effect.
+
+      Published programs search for :math:`\mu` on the host, and fail for :math:`\eta L > 709` or once an
+      entry of p underflows. Here the projection is exact, in logarithms, on the device.
+
+      Losses may have any finite size and sign. An absent task keeps its share of p; the other weights are
+      normalised among themselves. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.bandit_mtl(2)
+      >>> grads, losses = jnp.eye(2), jnp.array([3., 1.])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(np.asarray(update).round(3), np.asarray(jnp.exp(state.rule_state.log_p)).round(3))
+      [0.25 0.25] [[0.731 0.269]]
+
+    References:
+      Mao, Wang, Liu, Lin and Hu, BanditMTL: Bandit-based Multi-task Learning for Text Classification,
+      2021, https://aclanthology.org/2021.acl-long.428
+    """
+    tasks = read_tasks("bandit_mtl", num_tasks)
+    check_range(
+        "bandit_mtl", step_size=(step_size, 0, math.inf), kl_radius=(kl_radius, 0, math.inf)
+    )
+
+    def init(dtype: Any) -> BanditMTLState:
+        return BanditMTLState(jnp.full((tasks.number,), -math.log(tasks.number), dtype))
+
+    def weigh(evidence: Evidence, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
+        active, dtype = evidence.active, evidence.losses.dtype
+        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        weights = jnp.exp(log_softmax(state.log_p, active)) / count
+        scores = jnp.asarray(step_size, dtype) * evidence.losses
+        log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(kl_radius, dtype), active)
+        return weights, BanditMTLState(keep_log_shares(log_p, state.log_p, active))
+
+    return from_rule("bandit_mtl", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -1,0 +1,86 @@
+"""COSMOS: a weighted sum of the losses with a penalty on their angle to a preference vector."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.preference import active_preference, unit
+
+
+def cosmos(
+    num_tasks: Any,
+    *,
+    preference: Any = None,
+    lam: Any = 1.0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Minimises a weighted sum of the losses and their angle to a preference vector.
+
+    A weighted sum alone reaches only the convex part of a Pareto front, and favours its ends. With
+    ``preference`` r and ``lam`` :math:`\lambda`, the objective :math:`r \cdot L - \lambda \cos(r, L)` has
+    the weights
+
+    .. math::
+        w = r - \frac{\lambda}{|L|} \left( \frac{r}{|r|} - \cos(r, L) \frac{L}{|L|} \right).
+
+    Scale: the method's own. Equation 5 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      preference: r, `[T]`, nonnegative; None is 1 over the number of tasks present.
+      lam: weight of the angle, >= 0; 0.01 to 8 in the paper. 0 is `fixed_weights(preference)`.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for a `preference` that is not `[T]` or a negative `lam`.
+
+    Notes:
+      Weights can be negative: a loss that is too small for the preference may increase. Their size is at
+      most 1.8e19 (float32).
+
+      The paper also draws r from a Dirichlet distribution at every step, as an input of the network, to
+      learn the whole front. `optax.inject_hyperparams` can change `preference` at every step.
+
+      All losses 0: w = r. Absent tasks are left out of r and L. T = 1: r times the gradient.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.cosmos(2)
+      >>> losses = jnp.array([4., 3.])
+      >>> print(np.asarray(tx.update(jnp.eye(2), tx.init(jnp.zeros(2)), losses=losses)[0]).round(3))
+      [0.517 0.477]
+
+    References:
+      Ruchte and Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, 2021,
+      https://arxiv.org/abs/2103.13392
+    """
+    tasks = read_tasks("cosmos", num_tasks)
+    check_range("cosmos", lam=(lam, 0, math.inf))
+    check_per_task("cosmos", "preference", preference, tasks.number)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        losses = evidence.losses
+        wanted = active_preference(preference, evidence.active, losses.dtype)
+        (direction, _), (unit_losses, length) = unit(wanted), unit(losses)
+        # The part of the preference orthogonal to the losses: |L| times the gradient of the cosine.
+        orthogonal = direction - jnp.sum(direction * unit_losses) * unit_losses
+        largest = largest_weight(losses.dtype)
+        step = orthogonal / jnp.maximum(length, 1 / largest) * jnp.asarray(lam, losses.dtype)
+        return jnp.clip(wanted - jnp.where(length > 0, step, 0), -largest, largest), state
+
+    rule = WeightRule(frozenset({"losses"}), weigh)
+    return from_rule("cosmos", tasks, rule, **options)

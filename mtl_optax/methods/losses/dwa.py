@@ -1,0 +1,121 @@
+"""Dynamic weight average: tasks whose losses decrease slowly get larger weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+
+
+class DWAState(NamedTuple):
+    """State of `dwa`, `[T]` a block. Each task counts the steps at which it was present.
+
+    Attributes:
+      mean: mean loss of the current window so far.
+      seen: int32, steps of the current window so far.
+      last: mean loss of the last complete window.
+      before: mean loss of the window before that.
+      windows: int32, complete windows so far, at most 2.
+    """
+
+    mean: jax.Array
+    seen: jax.Array
+    last: jax.Array
+    before: jax.Array
+    windows: jax.Array
+
+
+def dwa(
+    num_tasks: Any,
+    *,
+    temperature: Any = 2.0,
+    window: int = 1,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Gives larger weights to tasks whose losses decrease slowly.
+
+    Tasks train at different rates; those with the least relative progress get more weight. With
+    :math:`\bar L_t(e)` the mean loss of task t over window e (``window`` steps; an epoch in the paper) and
+    ``temperature`` :math:`\tau`:
+
+    .. math::
+        w_t = T\, \mathrm{softmax}_t\big( \bar L_t(e-1) / \bar L_t(e-2) / \tau \big),
+
+    and 1 during the first two windows. Scale: sum-like; the weights sum to T. Equation 7 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      temperature: tau, >= 1e-6; larger values make the weights more equal.
+      window: steps per window, static.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `DWAState`. Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      Windows are those of the authors' code. Another published program fills the first ones with ones, so
+      that its first ratios compare losses with 1.
+
+      Where :math:`\bar L_t(e-2) = 0` the ratio is 1; its size is at most 1.8e19 (float32). A task's
+      windows count the steps at which it was present. The weights of the tasks present sum to their
+      number. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.dwa(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for losses in ([4., 1.], [2., 1.], [1., 1.]):
+      ...     update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+      >>> print(np.asarray(update).round(3))
+      [0.876 1.124]
+
+    References:
+      Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, 2019,
+      https://arxiv.org/abs/1803.10704
+    """
+    tasks = read_tasks("dwa", num_tasks)
+    check_range("dwa", temperature=(temperature, 1e-6, math.inf))
+    check_integer("dwa", "window", window, 1)
+
+    def init(dtype: Any) -> DWAState:
+        zeros, counts = jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), jnp.int32)
+        return DWAState(zeros, counts, zeros, zeros, counts)
+
+    def weigh(evidence: Evidence, state: DWAState) -> tuple[jax.Array, DWAState]:
+        active, dtype = evidence.active, evidence.losses.dtype
+        largest = largest_weight(dtype)
+        known = (state.windows == 2) & (state.before != 0)
+        ratio = safe_divide(state.last, state.before, 1, where=known)
+        logits = jnp.clip(ratio, -largest, largest) / jnp.asarray(temperature, dtype)
+        count = jnp.sum(active).astype(dtype)
+        weights = count * jnp.exp(log_softmax(logits, active))
+        return weights, observe(evidence, state)
+
+    def observe(evidence: Evidence, state: DWAState) -> DWAState:
+        seen = state.seen + evidence.active.astype(jnp.int32)
+        change = (evidence.losses - state.mean) / jnp.maximum(seen, 1).astype(state.mean.dtype)
+        mean = jnp.where(evidence.active, state.mean + change, state.mean)
+        full = seen == window
+        return DWAState(
+            mean=jnp.where(full, 0, mean),
+            seen=jnp.where(full, 0, seen),
+            last=jnp.where(full, mean, state.last),
+            before=jnp.where(full, state.last, state.before),
+            windows=jnp.minimum(state.windows + full.astype(jnp.int32), 2),
+        )
+
+    return from_rule("dwa", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -1,0 +1,153 @@
+"""FAMO: equal relative decrease of all losses, from loss values alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+
+# Part of the method's definition: keeps the logarithm of a loss at its minimum finite.
+_EPSILON = 1e-8
+
+
+class FAMOState(NamedTuple):
+    """State of `famo`, `[T]` a block.
+
+    Attributes:
+      logits: the trained logits and the state of their optimizer.
+      log_losses: log losses of the step at which each task was last present.
+      last_step: int32, that step; -2 for a task that was never present.
+    """
+
+    logits: TrainedState
+    log_losses: jax.Array
+    last_step: jax.Array
+
+
+def famo(
+    num_tasks: Any,
+    *,
+    gamma: Any = 1e-2,
+    weight_lr: Any = 0.025,
+    min_losses: Any = 0.0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Balances the relative rates at which the losses decrease, without task gradients.
+
+    Trains logits :math:`\xi` so that all log losses decrease at the same rate, from loss values alone.
+    With :math:`D_t = L_t -` ``min_losses`` :math:`+ 10^{-8}`, ``gamma`` :math:`\gamma` and
+    :math:`z = \mathrm{softmax}(\xi)`:
+
+    .. math::
+        w_t = \frac{z_t / D_t}{\sum_s z_s / D_s}, \qquad
+        \nabla_\xi = J_{softmax}^T \big( \log D^{before} - \log D^{after} \big) + \gamma\, \xi,
+
+    for a step of Adam(``weight_lr``) on :math:`\xi`; "before" and "after" are losses of *the same batch*
+    before and after the network's step. Scale: mean-like; the weights sum to 1. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      gamma: decay of the logits, >= 0.
+      weight_lr: Adam's learning rate, a number or schedule.
+      min_losses: lower bounds of the losses, a scalar or `[T]`.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `FAMOState`. Needs `losses=`, takes `losses_after=`. Cost: O(T).
+
+    Raises:
+      ValueError: for numbers outside their range, or `min_losses` or `losses_after` of the wrong shape.
+
+    Notes:
+      `losses_after=` are the losses of the previous batch after the previous step: one more forward pass.
+      Without it the losses of the present batch are used, at no cost, but the difference between the
+      batches enters the gradient.
+
+      As in the authors' code, ``gamma`` is L2 regularisation inside Adam, not decoupled decay. The code's
+      default is 0.01; most of its scripts use 0.001.
+
+      The first update does not change the logits. Without `losses_after`, a task that is present trains
+      its logit from its losses now and when it was last present. With it, a task trains if it was present
+      in the previous step and its number is finite.
+
+      A loss at or below its minimum counts as 1e-8 above it. Absent tasks are left out of both sums.
+      T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.famo(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> update, state = tx.update(jnp.eye(2), state, losses=jnp.array([3., 1.]))
+      >>> print(np.asarray(update).round(3))
+      [0.25 0.75]
+      >>> after = jnp.array([2.9, 0.5])  # the second loss decreased faster
+      >>> now = jnp.array([1., 1.])
+      >>> update, state = tx.update(jnp.eye(2), state, losses=now, losses_after=after)
+      >>> print(np.asarray(update).round(3))
+      [0.512 0.488]
+
+    References:
+      Liu, Feng, Stone and Liu, FAMO: Fast Adaptive Multitask Optimization, 2023,
+      https://arxiv.org/abs/2306.03792
+    """
+    tasks = read_tasks("famo", num_tasks)
+    check_range("famo", gamma=(gamma, 0, math.inf), weight_lr=(weight_lr, 0, math.inf))
+    if np.shape(min_losses) not in ((), (tasks.number,)):
+        raise ValueError(
+            f"famo: min_losses must be a scalar or [{tasks.number}]; found {np.shape(min_losses)}."
+        )
+    optimizer = optax.adam(weight_lr)
+
+    def init(dtype: Any) -> FAMOState:
+        zeros = jnp.zeros((tasks.number,), dtype)
+        return FAMOState(start(optimizer, zeros), zeros, jnp.full((tasks.number,), -2, jnp.int32))
+
+    def log_excess(losses: jax.Array) -> jax.Array:
+        low = jnp.broadcast_to(jnp.asarray(min_losses, losses.dtype), losses.shape)
+        return jnp.log(jnp.maximum(losses - low, 0) + _EPSILON)
+
+    def weigh(evidence: Evidence, state: FAMOState) -> tuple[jax.Array, FAMOState]:
+        active, losses_after = evidence.active, evidence.extra["losses_after"]
+        log_losses = log_excess(evidence.losses)
+        if losses_after is None:
+            after, trains = log_losses, active & (state.last_step >= 0)
+        else:
+            after, trains = read_after(losses_after, evidence, state)
+        logits = train_logits(state, after, trains)
+        weights = jnp.exp(log_softmax(logits.values - log_losses, active))
+        last = jnp.where(active, evidence.step, state.last_step)
+        return weights, FAMOState(logits, jnp.where(active, log_losses, state.log_losses), last)
+
+    def read_after(
+        losses_after: Any, evidence: Evidence, state: FAMOState
+    ) -> tuple[jax.Array, jax.Array]:
+        check_per_task("famo", "losses_after", losses_after, tasks.number)
+        losses = jnp.asarray(losses_after).astype(state.log_losses.dtype)
+        finite = jnp.isfinite(losses)
+        trains = finite & (state.last_step == evidence.step - 1)
+        return log_excess(jnp.where(finite, losses, 0)), trains
+
+    def train_logits(state: FAMOState, after: jax.Array, trains: jax.Array) -> TrainedState:
+        logits = state.logits.values
+        z = jnp.exp(log_softmax(logits, trains))
+        decrease = jnp.where(trains, state.log_losses - after, 0)
+        gradient = z * (decrease - jnp.sum(z * decrease))
+        gradient = gradient + jnp.asarray(gamma, logits.dtype) * logits
+        limit = largest_weight(logits.dtype)
+        return train(optimizer, state.logits, gradient, trains, -limit, limit)
+
+    rule = WeightRule(frozenset({"losses"}), weigh, init, ("losses_after",))
+    return from_rule("famo", tasks, rule, **options)

@@ -1,0 +1,63 @@
+"""Geometric loss strategy: the geometric mean of the losses."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.log_weights import exp_weights, magnitudes
+
+
+def gls(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+    r"""Minimises the geometric mean of the losses.
+
+    The same relative decrease of any loss then counts the same, whatever its unit. The objective
+    :math:`F = (\prod_t L_t)^{1/T}` has the gradient :math:`\sum_t w_t g_t` with
+
+    .. math:: w_t = F / (T L_t).
+
+    Scale: the method's own; every weight is 1/T where all losses are equal. Equation 2 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+
+    Notes:
+      Computed with logarithms: the product of a few losses can leave the range of float32.
+
+      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0, where F
+      has no gradient, has weight 0 and is left out of the mean, like absent tasks. Weights are at most
+      1.8e19 (float32). T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.gls(2)
+      >>> losses = jnp.array([8., 0.5])
+      >>> print(np.asarray(tx.update(jnp.eye(2), tx.init(jnp.zeros(2)), losses=losses)[0]).round(3))
+      [0.125 2.   ]
+
+    References:
+      Chennupati, Sistu, Yogamani and Rawashdeh, MultiNet++: Multi-Stream Feature Aggregation and
+      Geometric Loss Strategy for Multi-Task Learning, 2019, https://arxiv.org/abs/1904.08492
+    """
+    tasks = read_tasks("gls", num_tasks)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        sizes, usable = magnitudes(evidence.losses, evidence.active)
+        logs = jnp.log(sizes)
+        count = jnp.maximum(jnp.sum(usable), 1).astype(logs.dtype)
+        mean = jnp.sum(jnp.where(usable, logs, 0)) / count
+        return exp_weights(mean - logs - jnp.log(count), usable), state
+
+    rule = WeightRule(frozenset({"losses"}), weigh)
+    return from_rule("gls", tasks, rule, **options)

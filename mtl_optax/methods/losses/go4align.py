@@ -1,0 +1,98 @@
+"""GO4Align: one weight for each group of tasks with similar risk."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.k_means import k_means_on_line
+from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_softmax, magnitudes
+
+
+class GO4AlignState(NamedTuple):
+    """State of `go4align`, `[T]` a block.
+
+    Attributes:
+      log_q: logarithm of the running distribution over tasks; starts uniform.
+    """
+
+    log_q: jax.Array
+
+
+def go4align(
+    num_tasks: Any,
+    *,
+    num_groups: int,
+    step_size: Any = 1e-4,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Groups tasks by a running measure of their risk and gives each group one weight.
+
+    Of many tasks, those that progress alike get the same weight. With ``step_size`` :math:`\beta`:
+
+    .. math::
+        q_t \leftarrow \frac{q_t e^{-\beta L_t}}{\sum_s q_s e^{-\beta L_s}}, \qquad
+        r_t = q_t \frac{\sum_s L_s}{L_t}, \qquad
+        w_t = \text{mean of } r \text{ over the group of } t,
+
+    with ``num_groups`` groups by k-means on r. Scale: the method's own. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      num_groups: K, static, 1 to T.
+      step_size: beta, >= 0.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `GO4AlignState`. Needs `losses=`. Cost: O(T^2 K).
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      The authors' code has one group by default, which gives all tasks one weight; here ``num_groups`` has
+      no default. Its k-means starts at random on the host (and its import is commented out); here it is
+      the exact optimum in one dimension, by dynamic programming on the device. Of equally good groupings
+      one is taken.
+
+      A negative loss is weighted by its absolute value. A loss of 0 has weight 0 and belongs to no group.
+      r is at most 1.8e19 (float32). An absent task keeps its share of q. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.go4align(3, num_groups=2)
+      >>> losses = jnp.array([4., 5., 0.5])
+      >>> print(np.asarray(tx.update(jnp.eye(3), tx.init(jnp.zeros(3)), losses=losses)[0]).round(2))
+      [0.71 0.71 6.34]
+
+    References:
+      Shen, Wang, Xiao, van Noord and Worring, GO4Align: Group Optimization for Multi-Task Alignment,
+      2024, https://arxiv.org/abs/2404.06486
+    """
+    tasks = read_tasks("go4align", num_tasks)
+    check_range("go4align", step_size=(step_size, 0, math.inf))
+    check_integer("go4align", "num_groups", num_groups, 1, tasks.number)
+
+    def init(dtype: Any) -> GO4AlignState:
+        return GO4AlignState(jnp.full((tasks.number,), -math.log(tasks.number), dtype))
+
+    def weigh(evidence: Evidence, state: GO4AlignState) -> tuple[jax.Array, GO4AlignState]:
+        active, losses = evidence.active, evidence.losses
+        beta = jnp.asarray(step_size, losses.dtype)
+        log_q = log_softmax(state.log_q - beta * losses, active)
+        sizes, usable = magnitudes(losses, active)
+        log_shares = log_softmax(jnp.log(sizes), usable)  # log of L_t / sum L
+        relative = exp_weights(log_q - log_shares, usable)
+        weights = k_means_on_line(relative, usable, num_groups)
+        return weights, GO4AlignState(keep_log_shares(log_q, state.log_q, active))
+
+    return from_rule("go4align", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -1,0 +1,158 @@
+"""NTK weights: each loss weighted by the inverse trace of its neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight
+
+
+class NTKState(NamedTuple):
+    """State of `ntk`.
+
+    Attributes:
+      weight_ema: `[T]`, the average of the weights; starts at 1.
+    """
+
+    weight_ema: jax.Array
+
+
+def ntk(
+    num_tasks: Any,
+    *,
+    reference: Literal["sum", "mean"] = "sum",
+    ema_decay: Any = 0.0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Weighs each loss by how slowly its residuals converge under gradient descent.
+
+    Near the start of training a residual of a wide network decays at the rate of the eigenvalues of its
+    block :math:`K_t = J_t J_t^\top` of the neural tangent kernel. Weights inverse to the traces give all
+    blocks the same mean rate. With the ``traces`` :math:`\mathrm{tr}(K_t)` and ``ema_decay``
+    :math:`\beta`:
+
+    .. math::
+        \hat w_t = \frac{\sum_s \mathrm{tr}(K_s)}{\mathrm{tr}(K_t)}, \qquad
+        w_t \leftarrow \beta w_t + (1 - \beta) \hat w_t, \qquad update = \sum_t w_t g_t.
+
+    ``reference="mean"`` has the mean of the traces in place of their sum. The weights start at 1. Scale:
+    sum-like, about T times that with "sum". Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      reference: numerator of the weights.
+      ema_decay: beta in [0, 1); the paper has no average, jaxpi 0.9 with "mean".
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `NTKState`; `update` takes `traces=`, `[T]` or a dictionary by task name,
+      from `ntk_trace`. Without it the weights stay as they are: give it every so many steps. Cost: O(T).
+
+    Raises:
+      ValueError: for an unknown reference, or `traces` without one entry per task.
+
+    Notes:
+      A trace that is 0, negative or not finite leaves its weight as it was. Absent tasks keep their weight
+      and do not count in the sum. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.ntk(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> tx.update(jnp.eye(2), state, traces=jnp.array([2.0, 0.5]))[0].tolist()
+      [1.25, 5.0]
+
+    References:
+      Wang, Yu and Perdikaris, When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective, 2022,
+      https://arxiv.org/abs/2007.14527
+    """
+    tasks = read_tasks("ntk", num_tasks)
+    check_choice("ntk", "reference", reference, ("sum", "mean"))
+    check_range("ntk", ema_decay=(ema_decay, 0, 1))
+
+    def init(dtype: Any) -> NTKState:
+        return NTKState(jnp.ones((tasks.number,), dtype))
+
+    def weigh(evidence: Evidence, state: NTKState) -> tuple[jax.Array, NTKState]:
+        given, dtype = evidence.extra["traces"], state.weight_ema.dtype
+        if given is None:
+            return state.weight_ema, state
+        traces = task_vector("ntk", "traces", given, tasks, dtype)
+        usable = evidence.active & (traces > 0) & jnp.isfinite(traces)
+        # In units of the largest trace, so that the sum cannot overflow.
+        traces = jnp.where(usable, traces, 0)
+        shares = safe_divide(traces, jnp.max(traces))
+        common = jnp.sum(shares)
+        if reference == "mean":
+            common = common / jnp.maximum(jnp.sum(usable), 1).astype(dtype)
+        fresh = jnp.minimum(safe_divide(common, shares, 1), largest_weight(dtype))
+        decay = jnp.asarray(ema_decay, dtype)
+        moved = decay * state.weight_ema + (1 - decay) * fresh
+        weights = jnp.where(usable, moved, state.weight_ema)
+        return weights, NTKState(weights)
+
+    rule = WeightRule(frozenset(), weigh, init, extra=("traces",))
+    return from_rule("ntk", tasks, rule, **options)
+
+
+def ntk_trace(
+    residual_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    num_samples: int | None = None,
+    key: Any = None,
+) -> jax.Array:
+    r"""The trace of a residual function's block of the neural tangent kernel.
+
+    With J the Jacobian of the residuals with respect to the parameters, :math:`\mathrm{tr}(J J^\top) =
+    \sum_{ij} J_{ij}^2`. Exact, one backward pass per residual; or estimated from ``num_samples`` random
+    sign vectors v by the mean of :math:`|J^\top v|^2` (Hutchinson), one backward pass each.
+
+    Args:
+      residual_fn: `residual_fn(params, *args)` returns an array of residuals of any shape.
+      params: the parameters.
+      *args: passed on.
+      num_samples: None for the exact trace.
+      key: a random key, for the estimate.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if samples are asked for without a key.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
+      >>> residuals = lambda w, x: x * w[0] + w[1]
+      >>> x = jnp.array([1.0, 2.0])
+      >>> float(mtl.ntk_trace(residuals, jnp.zeros(2), x))
+      7.0
+
+    References:
+      Wang, Yu and Perdikaris, When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective, 2022,
+      https://arxiv.org/abs/2007.14527
+    """
+    residuals, pullback = jax.vjp(lambda p: jnp.ravel(residual_fn(p, *args)), params)
+
+    def squared(vector: jax.Array) -> jax.Array:
+        leaves = jax.tree.leaves(pullback(vector)[0])
+        return sum((jnp.sum(leaf * leaf) for leaf in leaves), jnp.zeros((), residuals.dtype))
+
+    if num_samples is None:
+        return jnp.sum(jax.lax.map(squared, jnp.eye(residuals.size, dtype=residuals.dtype)))
+    if key is None:
+        raise ValueError("ntk_trace: give a random key= for an estimate from samples.")
+    vectors = jax.random.rademacher(key, (num_samples, residuals.size), residuals.dtype)
+    return jnp.mean(jax.lax.map(squared, vectors))

@@ -1,0 +1,92 @@
+"""PBI: penalty-based boundary intersection along a preference direction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.preference import active_preference, unit
+
+
+def pbi(
+    num_tasks: Any,
+    *,
+    preference: Any = None,
+    theta: Any = 5.0,
+    reference: Any = 0.0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Minimises the losses along a preference direction, with a penalty on the distance from it.
+
+    Reaches points of a Pareto front that no weighted sum reaches. With the unit vector :math:`\hat r` of
+    ``preference``, ``theta`` :math:`\theta` and ``reference`` z, the losses have the component
+    :math:`d_1 = (L - z) \cdot \hat r` and the distance :math:`d_2 = |L - z - d_1 \hat r|`. The objective
+    :math:`d_1 + \theta d_2` has the weights
+
+    .. math:: w = \hat r + \theta\, (L - z - d_1 \hat r) / d_2 .
+
+    Scale: the method's own; :math:`|w| = \sqrt{1 + \theta^2}`. The minimising form (footnote 6) of the
+    decomposition in the paper, which is about evolutionary search.
+
+    Args:
+      num_tasks: T, or the task names.
+      preference: r, `[T]`, nonnegative, not all 0; None is equal preference.
+      theta: penalty, >= 0; the paper uses 5.
+      reference: z, a lower bound of the losses, a scalar or `[T]`.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for a `preference` or `reference` of the wrong shape, or a negative `theta`.
+
+    Notes:
+      Weights can be negative: a loss that is too small for the preference may increase.
+      `optax.inject_hyperparams` can change `preference` at every step.
+
+      Losses on the direction, up to rounding: :math:`w = \hat r`, the smallest subgradient. Absent tasks
+      are left out of r and L. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.pbi(2, theta=1.0)
+      >>> losses = jnp.array([4., 3.])
+      >>> print(np.asarray(tx.update(jnp.eye(2), tx.init(jnp.zeros(2)), losses=losses)[0]).round(3))
+      [1.414 0.   ]
+
+    References:
+      Zhang and Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, 2007,
+      https://doi.org/10.1109/TEVC.2007.892759
+    """
+    tasks = read_tasks("pbi", num_tasks)
+    check_range("pbi", theta=(theta, 0, math.inf))
+    check_per_task("pbi", "preference", preference, tasks.number)
+    if np.shape(reference) not in ((), (tasks.number,)):
+        raise ValueError(
+            f"pbi: reference must be a scalar or [{tasks.number}]; found {np.shape(reference)}."
+        )
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        active, dtype = evidence.active, evidence.losses.dtype
+        direction, _ = unit(active_preference(preference, active, dtype))
+        origin = jnp.broadcast_to(jnp.asarray(reference, dtype), (tasks.number,))
+        unit_losses, _ = unit(jnp.where(active, evidence.losses - origin, 0))
+        residual = unit_losses - jnp.sum(unit_losses * direction) * direction
+        unit_residual, distance = unit(residual)
+        # A smaller residual consists of rounding errors, and so would its direction.
+        apart = distance > 4 * tasks.number * float(jnp.finfo(dtype).eps)
+        return direction + jnp.asarray(theta, dtype) * jnp.where(apart, unit_residual, 0), state
+
+    rule = WeightRule(frozenset({"losses"}), weigh)
+    return from_rule("pbi", tasks, rule, **options)

@@ -1,0 +1,140 @@
+"""ReLoBRaLo: relative loss balancing with random lookback."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+
+
+class ReLoBRaLoState(NamedTuple):
+    """State of `relobralo`.
+
+    Attributes:
+      weight_ema: `[T]`, the weights; start at 1.
+      first_losses: `[T]`, each task's loss when it was first present.
+      last_losses: `[T]`, its loss when it was last present.
+      seen: int32 `[T]`, steps at which it was, up to 2.
+    """
+
+    weight_ema: jax.Array
+    first_losses: jax.Array
+    last_losses: jax.Array
+    seen: jax.Array
+
+
+def relobralo(
+    num_tasks: Any,
+    *,
+    alpha: Any = 0.999,
+    rho: Any = 0.999,
+    temperature: Any = 1.0,
+    seed: int = 0,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Balances losses by their progress since the last step and, at random, since the first.
+
+    With ``temperature`` :math:`\tau`, ``alpha`` :math:`\alpha` and a draw :math:`b` that is 1 with the
+    probability ``rho``:
+
+    .. math::
+        \lambda_t(k, k') = T\, \mathrm{softmax}_t\Big( \frac{L_t(k)}{\tau L_t(k')} \Big), \qquad
+        w(k) = \alpha \big( b\, w(k-1) + (1 - b)\, \lambda(k, 0) \big) + (1 - \alpha)\, \lambda(k, k-1).
+
+    The first step has the weights 1, the second :math:`\lambda(1, 0)`. Scale: sum-like; the weights sum to
+    T. Equations 10 and 11 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      alpha: weight of the past, in [0, 1].
+      rho: probability of using the past weights instead of looking back at the first losses, in [0, 1].
+      temperature: tau > 0; larger values make the weights more equal.
+      seed: of the random stream, an integer.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `ReLoBRaLoState`; `update` needs `losses=`, and takes `noise=`, a uniform
+      number in [0, 1) to use instead of a draw (b = 1 where it is below ``rho``). Cost: O(T).
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      The draw of step k is `fold_in(key(seed), k)`, so that no key is in the state.
+
+      A ratio to a loss of 0 counts as 1. A task is in its first step when it is first present; the others
+      keep their weights then. Absent tasks keep their weight and do not count in the softmax. T = 1: the
+      gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.relobralo(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for losses in ([4., 1.], [2., 1.]):
+      ...     update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+      >>> print(np.asarray(update).round(3))
+      [0.755 1.245]
+
+    References:
+      Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021,
+      https://arxiv.org/abs/2110.09813
+    """
+    tasks = read_tasks("relobralo", num_tasks)
+    check_range(
+        "relobralo",
+        alpha=(alpha, 0, 1),
+        rho=(rho, 0, 1),
+        temperature=(temperature, 1e-6, float("inf")),
+    )
+
+    def init(dtype: Any) -> ReLoBRaLoState:
+        zeros = jnp.zeros((tasks.number,), dtype)
+        count = jnp.zeros((tasks.number,), jnp.int32)
+        return ReLoBRaLoState(jnp.ones((tasks.number,), dtype), zeros, zeros, count)
+
+    def weigh(evidence: Evidence, state: ReLoBRaLoState) -> tuple[jax.Array, ReLoBRaLoState]:
+        losses, active, dtype = evidence.losses, evidence.active, evidence.losses.dtype
+        first = jnp.where(state.seen > 0, state.first_losses, losses)
+        last = jnp.where(state.seen > 0, state.last_losses, losses)
+        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        limit = largest_weight(dtype)
+
+        def balanced(base: jax.Array) -> jax.Array:
+            ratio = jnp.clip(safe_divide(losses, base, 1, where=base != 0), -limit, limit)
+            return count * jnp.exp(log_softmax(ratio / jnp.asarray(temperature, dtype), active))
+
+        share = jnp.asarray(alpha, dtype)
+        past = jnp.where(_draw(evidence, seed) < rho, state.weight_ema, balanced(first))
+        later = share * past + (1 - share) * balanced(last)
+        weights = jnp.where(state.seen == 1, balanced(first), later)
+        weights = jnp.where(active & (state.seen > 0), weights, state.weight_ema)
+        return weights, ReLoBRaLoState(
+            weights,
+            jnp.where(active, first, state.first_losses),
+            jnp.where(active, losses, state.last_losses),
+            jnp.minimum(state.seen + active.astype(jnp.int32), 2),
+        )
+
+    rule = WeightRule(frozenset({"losses"}), weigh, init, extra=("noise",))
+    return from_rule("relobralo", tasks, rule, **options)
+
+
+def _draw(evidence: Evidence, seed: int) -> jax.Array:
+    noise = evidence.extra["noise"]
+    if noise is None:
+        key = jax.random.fold_in(jax.random.key(seed), evidence.step)
+        return jax.random.uniform(key, (), jnp.float32)
+    if np.shape(noise) != ():
+        raise ValueError(f"relobralo: noise must be one number; found shape {np.shape(noise)}.")
+    return jnp.asarray(noise)

@@ -1,0 +1,67 @@
+"""Random loss weighting: new random weights at every step."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_per_task
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.log_weights import log_softmax
+
+
+def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> Method:
+    r"""Draws random weights at every step.
+
+    A baseline: a gain that random weights reach as well is not due to a method's choice of weights.
+
+    .. math:: w = \mathrm{softmax}(z), \qquad z_t \sim N(0, 1)
+
+    Scale: mean-like; the weights sum to 1 and are 1/T on average. Section 3 of the paper; of its
+    distributions this is the one in the authors' code.
+
+    Args:
+      num_tasks: T, or the task names.
+      seed: of the random stream, an integer.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` without a rule state. Takes `noise=`, z `[T]`, instead of a draw. Cost: O(T).
+
+    Raises:
+      ValueError: for `noise` that is not `[T]`.
+
+    Notes:
+      The key of step k is `fold_in(key(seed), k)`: a resumed run draws what an uninterrupted one would.
+
+      Absent tasks are left out of the softmax. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.rlw(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> print(np.asarray(tx.update(jnp.eye(2), state, noise=jnp.array([0., 1.]))[0]).round(3))
+      [0.269 0.731]
+
+    References:
+      Lin, Ye, Zhang and Tsang, Reasonable Effectiveness of Random Weighting: A Litmus Test for
+      Multi-Task Learning, 2022, https://arxiv.org/abs/2111.10603
+    """
+    tasks = read_tasks("rlw", num_tasks)
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        noise = evidence.extra["noise"]
+        check_per_task("rlw", "noise", noise, tasks.number)
+        if noise is None:
+            key = jax.random.fold_in(jax.random.key(seed), evidence.step)
+            noise = jax.random.normal(key, (tasks.number,), jnp.float32)
+        return jnp.exp(log_softmax(jnp.asarray(noise), evidence.active)), state
+
+    rule = WeightRule(frozenset(), weigh, extra=("noise",))
+    return from_rule("rlw", tasks, rule, **options)

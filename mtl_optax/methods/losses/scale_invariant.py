@@ -1,0 +1,67 @@
+"""Scale-invariant weighting: the sum of the logarithms of the losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.log_weights import largest_weight
+
+
+def scale_invariant(num_tasks: Any, *, eps: Any = 0.0, **options: Unpack[MethodOptions]) -> Method:
+    r"""Minimises the sum of the logarithms of the losses.
+
+    The unit of a loss then does not matter. With ``eps`` :math:`\epsilon`,
+    :math:`\sum_t \log(L_t + \epsilon)` has the gradient :math:`\sum_t w_t g_t` with
+
+    .. math:: w_t = 1 / (L_t + \epsilon).
+
+    Scale: the method's own. A baseline in section 5 of the Nash-MTL paper, there without ``eps``.
+
+    Args:
+      num_tasks: T, or the task names.
+      eps: added to each loss, >= 0.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for a negative `eps`.
+
+    Notes:
+      A negative loss has the weight :math:`1/(|L_t| + \epsilon)`, so that it still decreases; a loss of 0
+      without ``eps`` has weight 0. Weights are at most 1.8e19 (float32). T = 1: the gradient divided by
+      the loss.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.scale_invariant(("buy", "click"))
+      >>> losses = {"buy": 4.0, "click": 0.5}
+      >>> tx.update(jnp.eye(2), tx.init(jnp.zeros(2)), losses=losses)[0].tolist()
+      [0.25, 2.0]
+
+    References:
+      Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, Multi-Task Learning as a
+      Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
+    """
+    tasks = read_tasks("scale_invariant", num_tasks)
+    check_range("scale_invariant", eps=(eps, 0, math.inf))
+
+    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
+        dtype = evidence.losses.dtype
+        sizes = jnp.abs(evidence.losses) + jnp.asarray(eps, dtype)
+        bounded = jnp.maximum(sizes, 1 / largest_weight(dtype))
+        return jnp.where(sizes >= jnp.finfo(dtype).tiny, 1 / bounded, 0), state
+
+    rule = WeightRule(frozenset({"losses"}), weigh)
+    return from_rule("scale_invariant", tasks, rule, **options)

@@ -1,0 +1,114 @@
+"""SoftAdapt: weights by how the losses changed in the last step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+
+
+class SoftAdaptState(NamedTuple):
+    """State of `softadapt`.
+
+    Attributes:
+      last_losses: `[T]`, the losses of the step at which each task was last present.
+      seen: bool `[T]`, whether it was.
+    """
+
+    last_losses: jax.Array
+    seen: jax.Array
+
+
+def softadapt(
+    num_tasks: Any,
+    *,
+    beta: Any = 0.1,
+    variant: Literal["original", "normalized", "loss_weighted"] = "original",
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Gives larger weights to tasks whose losses fall least, or rise.
+
+    With :math:`s_t = L_t(k) - L_t(k-1)` the change of loss t since the step before and ``beta``
+    :math:`\beta`, by ``variant``:
+
+    .. math::
+        \text{original: } w = \mathrm{softmax}(\beta s), \qquad
+        \text{normalized: } w = \mathrm{softmax}\Big(\frac{\beta s}{\sum_r |s_r|}\Big), \qquad
+        \text{loss\_weighted: } w_t = \frac{\bar L_t e^{\beta s_t}}{\sum_r \bar L_r e^{\beta s_r}},
+
+    with :math:`\bar L_t` the mean of the two losses. At the first step the weights are 1/T. Scale:
+    mean-like; the weights sum to 1. Sections 3.1.1 to 3.1.3 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      beta: positive to favour the tasks that do worst, negative to favour those that do best.
+      variant: the formula (above). "normalized" does not depend on the unit of the losses.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `SoftAdaptState`; `update` needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for an unknown variant.
+
+    Notes:
+      The authors' program also takes finite differences of higher order over more steps, and divides by
+      the plain sum of the changes in the normalized variant, which can be 0 or negative; the paper and
+      this function divide by the sum of their sizes. Its epsilon of 1e-8 in denominators is left out.
+
+      In "loss_weighted" a negative mean loss counts by its size. A task that was never present before has
+      the change 0. Absent tasks do not count. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.softadapt(2, beta=1.0)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for losses in ([4., 1.], [2., 1.]):
+      ...     update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+      >>> print(np.asarray(update).round(3))
+      [0.119 0.881]
+
+    References:
+      Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks
+      with Multi-Part Loss Functions, 2019, https://arxiv.org/abs/1912.12355
+    """
+    tasks = read_tasks("softadapt", num_tasks)
+    check_choice("softadapt", "variant", variant, ("original", "normalized", "loss_weighted"))
+    check_range("softadapt", beta=(beta, -math.inf, math.inf))
+
+    def init(dtype: Any) -> SoftAdaptState:
+        return SoftAdaptState(jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), bool))
+
+    def weigh(evidence: Evidence, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
+        losses, active = evidence.losses, evidence.active
+        limit = largest_weight(losses.dtype)
+        last = jnp.where(state.seen & active, state.last_losses, losses)
+        change = jnp.clip(losses / 2 - last / 2, -limit, limit) * 2
+        if variant == "normalized":
+            change = safe_divide(change, jnp.sum(jnp.abs(change)))
+        logits = jnp.asarray(beta, losses.dtype) * change
+        if variant == "loss_weighted":
+            size = jnp.abs(losses / 2 + last / 2)
+            positive = size >= jnp.finfo(losses.dtype).tiny
+            known = jnp.any(active & positive) & jnp.any(state.seen & active)
+            logits = jnp.where(known, logits + jnp.log(jnp.where(positive, size, 1)), logits)
+            counted = active & (positive | ~known)
+        else:
+            counted = active
+        weights = jnp.exp(log_softmax(logits, counted))
+        kept = jnp.where(active, losses, state.last_losses)
+        return weights, SoftAdaptState(kept, state.seen | active)
+
+    rule = WeightRule(frozenset({"losses"}), weigh, init)
+    return from_rule("softadapt", tasks, rule, **options)

@@ -1,0 +1,116 @@
+"""STCH: smooth Tchebycheff scalarisation, a smooth maximum of the losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
+
+
+class STCHState(NamedTuple):
+    """State of `stch`, `[T]` a block.
+
+    Attributes:
+      nadir: mean loss over the steps that measure it.
+      seen: int32, steps at which the task was present, at most `warmup_steps + nadir_steps`.
+    """
+
+    nadir: jax.Array
+    seen: jax.Array
+
+
+def stch(
+    num_tasks: Any,
+    *,
+    mu: Any = 1.0,
+    warmup_steps: int = 0,
+    nadir_steps: int = 1,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Minimises a smooth maximum of the losses, each relative to its mean early in training.
+
+    A maximum uses only the worst task and is not smooth. Its smooth form can reach every Pareto-optimal
+    point and uses all tasks. With ``mu`` :math:`\mu` and the nadir :math:`z_t`, the mean loss over the
+    ``nadir_steps`` steps after the first ``warmup_steps``, the objective
+    :math:`T \mu \log \sum_t (L_t / z_t)^{1/\mu}` has the weights
+
+    .. math:: w_t = T\, \mathrm{softmax}_t\big( \log(L_t / z_t) / \mu \big) / L_t .
+
+    Until the nadir of every task present is known, :math:`w_t = 1 / L_t` (the sum of log losses). Scale:
+    the method's own. Equation 10 of the paper, in the form of the authors' code.
+
+    Args:
+      num_tasks: T, or the task names.
+      mu: smoothing, >= 1e-6; smaller values are closer to the maximum.
+      warmup_steps: steps before the nadir is measured, static, >= 0.
+      nadir_steps: steps over which it is averaged, static, >= 1.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `STCHState`. Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for numbers outside their range.
+
+    Notes:
+      The paper's equation has losses minus an ideal point, and a preference vector; the code has log
+      losses relative to the nadir. Its warm-up is in epochs: ``warmup_steps`` = epochs x steps per epoch,
+      ``nadir_steps`` = one epoch.
+
+      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0 has weight
+      0 and is left out of the softmax (the code adds 1e-20). Weights are at most 1.8e19 (float32). Each
+      task counts the steps at which it was present. T = 1: the gradient divided by the loss.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.stch(2, mu=0.5)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for losses in ([4., 1.], [2., 1.]):
+      ...     update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+      >>> print(np.asarray(update).round(3))
+      [0.2 1.6]
+
+    References:
+      Lin, Zhang, Yang, Liu, Wang and Zhang, Smooth Tchebycheff Scalarization for Multi-Objective
+      Optimization, 2024, https://arxiv.org/abs/2402.19078
+    """
+    tasks = read_tasks("stch", num_tasks)
+    check_range("stch", mu=(mu, 1e-6, math.inf))
+    check_integer("stch", "warmup_steps", warmup_steps, 0)
+    check_integer("stch", "nadir_steps", nadir_steps, 1)
+
+    def init(dtype: Any) -> STCHState:
+        return STCHState(jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), jnp.int32))
+
+    def weigh(evidence: Evidence, state: STCHState) -> tuple[jax.Array, STCHState]:
+        active, dtype = evidence.active, evidence.losses.dtype
+        sizes, usable = magnitudes(evidence.losses, active)
+        nadir, _ = magnitudes(state.nadir, active)
+        logs = jnp.log(sizes)
+        log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
+        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
+        log_weights = jnp.where(known, log_shares + jnp.log(count), 0) - logs
+        return exp_weights(log_weights, usable), observe(evidence, state)
+
+    def observe(evidence: Evidence, state: STCHState) -> STCHState:
+        measured = state.seen - warmup_steps
+        counts = evidence.active & (measured < nadir_steps)
+        number = jnp.maximum(measured + 1, 1).astype(state.nadir.dtype)
+        mean = state.nadir + (evidence.losses - state.nadir) / number
+        return STCHState(
+            nadir=jnp.where(counts & (measured >= 0), mean, state.nadir),
+            seen=state.seen + counts.astype(jnp.int32),
+        )
+
+    return from_rule("stch", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

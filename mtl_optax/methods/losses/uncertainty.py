@@ -1,0 +1,108 @@
+"""Uncertainty weighting: each task's noise level is learned with the network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.solvers.log_weights import largest_weight
+
+
+def uncertainty(
+    num_tasks: Any,
+    *,
+    form: Literal["half_logvar", "logvar", "sigma", "half_sigma"] = "half_logvar",
+    init: Any = 0.0,
+    optimizer: optax.GradientTransformation = optax.adam(1e-2),
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Weighs each loss by the inverse of a learned noise variance.
+
+    Losses in different units (metres, nats, pixels) have no common scale. Each task gets a log variance
+    :math:`s_t` or a standard deviation :math:`\sigma_t`, trained to minimise, by ``form``:
+
+    .. math::
+        \text{half\_logvar: } \tfrac12 e^{-s} L + \tfrac12 s, \quad
+        \text{logvar: } e^{-s} L + s, \quad
+        \text{sigma: } L/\sigma^2 + \log\sigma, \quad
+        \text{half\_sigma: } L/(2\sigma^2) + \log\sigma.
+
+    The weights are the derivatives with respect to L: :math:`e^{-s}/2`, :math:`e^{-s}`,
+    :math:`1/\sigma^2`, :math:`1/(2\sigma^2)`, before the step. Scale: the method's own; at the optimum
+    every weighted loss is 1/2 (logvar: 1). half_logvar is the paper's regression form (equation 7), sigma
+    the form of its classification likelihood.
+
+    Args:
+      num_tasks: T, or the task names.
+      form: the objective, see above.
+      init: first value of s, or of sigma (positive; 1 is neutral).
+      optimizer: trains s or sigma; any optax optimizer.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `TrainedState` (s or sigma). Needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: for an unknown form, or a sigma that does not start positive.
+
+    Notes:
+      Published programs differ in the form. The gradient of logvar is twice that of half_logvar, and so is
+      the step of an optimizer such as SGD.
+
+      Weights are kept between 1/1.8e19 and 1.8e19 (float32): the optimal weight of a loss of 0 is
+      infinite, and a negative loss drives its weight to the upper bound. Add a constant to losses that can
+      be negative. The number of an absent task does not change. T = 1: one trained weight.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.uncertainty(2)
+      >>> grads, losses = jnp.eye(2), jnp.array([4., 0.1])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(update, np.asarray(state.rule_state.values).round(3))
+      [0.5 0.5] [[ 0.01 -0.01]]
+
+    References:
+      Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
+      and Semantics, 2018, https://arxiv.org/abs/1705.07115
+    """
+    tasks = read_tasks("uncertainty", num_tasks)
+    check_choice("uncertainty", "form", form, ("half_logvar", "logvar", "sigma", "half_sigma"))
+    logarithmic = form in ("half_logvar", "logvar")
+    if not logarithmic and isinstance(init, (int, float)) and init <= 0:
+        raise ValueError(
+            f"uncertainty: the form {form!r} trains a standard deviation, which must start positive; "
+            f"found init={init}. init=1.0 is neutral."
+        )
+    factor = 0.5 if form.startswith("half") else 1.0
+
+    def init_state(dtype: Any) -> TrainedState:
+        values = jnp.broadcast_to(jnp.asarray(init, dtype), (tasks.number,))
+        return start(optimizer, values)
+
+    def weigh(evidence: Evidence, state: TrainedState) -> tuple[jax.Array, TrainedState]:
+        losses, value = evidence.losses, state.values
+        largest = largest_weight(losses.dtype)
+        if logarithmic:
+            weights = factor * jnp.exp(-value)
+            gradient = factor - weights * losses
+            high = math.log(largest)
+            low = -high
+        else:
+            weights = factor / (value * value)
+            gradient = 1 / value - 2 * weights * losses / value
+            low, high = largest**-0.5, largest**0.5
+        return weights, train(optimizer, state, gradient, evidence.active, low, high)
+
+    rule = WeightRule(frozenset({"losses"}), weigh, init_state)
+    return from_rule("uncertainty", tasks, rule, **options)

@@ -1,0 +1,1 @@
+"""Methods that look at the norms of the task gradients."""

@@ -1,0 +1,138 @@
+"""GradNorm: trained weights that bring the gradient norms to targets set by the training rates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.lift import from_rule, next_count
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight
+
+
+class GradNormState(NamedTuple):
+    """State of `gradnorm`, `[T]` a block.
+
+    Attributes:
+      trained_weights: the weights and the state of their optimizer.
+      first_losses: each task's loss when it was first present.
+      seen: bool, whether the task was ever present.
+      fallback_count: int32 scalar, updates that kept the old weights because no new one was positive.
+    """
+
+    trained_weights: TrainedState
+    first_losses: jax.Array
+    seen: jax.Array
+    fallback_count: jax.Array
+
+
+def gradnorm(
+    num_tasks: Any,
+    *,
+    alpha: Any = 1.5,
+    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Trains weights so that tasks with slow progress get larger gradients.
+
+    Tasks with large gradients dominate the shared parameters, whatever their progress. With :math:`n_t`
+    the norm of task t's raw gradient, ``alpha`` :math:`\alpha`, and :math:`r_t` the loss relative to its
+    first value, divided by the mean of this over the tasks, ``optimizer`` minimises
+
+    .. math::
+        \sum_t \big| w_t n_t - \bar G\, r_t^\alpha \big|, \qquad
+        \bar G = \tfrac1T \sum_t w_t n_t \text{ (constant)}, \qquad
+        \partial_{w_t} = \mathrm{sign}(w_t n_t - \bar G r_t^\alpha)\, n_t ,
+
+    and the weights are rescaled to sum to T. They start at 1 and are used before the step. Scale:
+    sum-like. Algorithm 1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      alpha: >= 0; larger values enforce equal training rates more strongly.
+      optimizer: trains the weights; any optax optimizer.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `GradNormState`. Needs `losses=`. Cost: one pass over the gradients for the
+      norms, one for the sum.
+
+    Raises:
+      ValueError: for a negative `alpha`.
+
+    Notes:
+      The paper takes the norms on the last shared layer. To save cost, apply the method to the
+      representation (`mtl_optax.fork`) or to that layer only (`optax.partition`).
+
+      In the paper weights can become negative; here they are at least 0. If none stays positive, the old
+      ones are kept and `fallback_count` increases. Published programs differ: a softmax of logits trained
+      by the network's optimizer, a new optimizer at every step (only signs then matter), the opposite
+      sign of the exponent.
+
+      For a zero gradient the derivative of its weight is 0. A first loss of 0 has the relative loss 1; a
+      loss with the opposite sign of the first has the relative loss 0. An absent task keeps its weight.
+      T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, optax, mtl_optax as mtl
+      >>> tx = mtl.gradnorm(2, optimizer=optax.sgd(0.1))
+      >>> grads, losses = jnp.array([[3., 0.], [0., 1.]]), jnp.array([1., 1.])
+      >>> update, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
+      >>> print(update, np.asarray(state.rule_state.trained_weights.values).round(3))
+      [3. 1.] [[0.778 1.222]]
+
+    References:
+      Chen, Badrinarayanan, Lee and Rabinovich, GradNorm: Gradient Normalization for Adaptive Loss
+      Balancing in Deep Multitask Networks, 2018, https://arxiv.org/abs/1711.02257
+    """
+    tasks = read_tasks("gradnorm", num_tasks)
+    check_range("gradnorm", alpha=(alpha, 0, math.inf))
+
+    def init(dtype: Any) -> GradNormState:
+        return GradNormState(
+            trained_weights=start(optimizer, jnp.ones((tasks.number,), dtype)),
+            first_losses=jnp.zeros((tasks.number,), dtype),
+            seen=jnp.zeros((tasks.number,), bool),
+            fallback_count=jnp.zeros((), jnp.int32),
+        )
+
+    def weigh(evidence: Evidence, state: GradNormState) -> tuple[jax.Array, GradNormState]:
+        active, weights = evidence.active, state.trained_weights.values
+        first = jnp.where(state.seen | ~active, state.first_losses, evidence.losses)
+        gradient = weight_gradient(evidence, weights, first)
+        largest = largest_weight(weights.dtype)
+        trained = train(optimizer, state.trained_weights, gradient, active, 0.0, largest)
+        # Absent tasks keep their weights: the active ones sum to what they summed to before.
+        total = jnp.sum(jnp.where(active, trained.values, 0))
+        old_total = jnp.sum(jnp.where(active, weights, 0))
+        fails = jnp.any(active) & ~(total > 0)
+        rescaled = trained.values * safe_divide(old_total, total)
+        return weights, GradNormState(
+            trained_weights=trained._replace(values=jnp.where(active & ~fails, rescaled, weights)),
+            first_losses=first,
+            seen=state.seen | active,
+            fallback_count=next_count(state.fallback_count, fails),
+        )
+
+    def weight_gradient(evidence: Evidence, weights: jax.Array, first: jax.Array) -> jax.Array:
+        active, dtype = evidence.active, weights.dtype
+        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        relative = safe_divide(evidence.losses, first, 1, where=first != 0)
+        relative = jnp.where(active, jnp.clip(relative, 0, largest_weight(dtype)), 0)
+        rate = safe_divide(relative, jnp.sum(relative) / count, 1)
+        norms = jnp.where(active, weights * evidence.norms, 0)
+        target = jnp.sum(norms / count) * rate ** jnp.asarray(alpha, dtype)
+        return jnp.sign(norms - target) * evidence.norms
+
+    rule = WeightRule(frozenset({"losses", "norms"}), weigh, init)
+    return from_rule("gradnorm", tasks, rule, **options)

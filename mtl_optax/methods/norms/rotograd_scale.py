@@ -1,0 +1,97 @@
+"""RotoGrad's scaling: all gradients at one norm, weighted towards the slowest convergence."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.lift import from_rule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+
+
+class RotoGradState(NamedTuple):
+    """State of `rotograd_scale`, `[T]` a block.
+
+    Attributes:
+      initial_norms: each task's reference norm; 0 until its first nonzero gradient.
+    """
+
+    initial_norms: jax.Array
+
+
+def rotograd_scale(
+    num_tasks: Any, *, burn_in: int = 20, **options: Unpack[MethodOptions]
+) -> Method:
+    r"""Gives all task gradients the same norm, set mostly by the tasks that converge slowest.
+
+    A task with a much larger gradient dominates the shared parameters. The common norm is a mean of the
+    norms, weighted by how little each has decreased, so that steps stay long while a task has not
+    converged.
+
+    .. math::
+        \alpha_t = \frac{n_t / n_t^0}{\sum_s n_s / n_s^0}, \qquad C = \sum_t \alpha_t n_t, \qquad
+        w_t = C / n_t, \qquad update = \sum_t w_t g_t
+
+    with :math:`n_t` the norm of task t's gradient and :math:`n_t^0` its norm at the start. Scale:
+    sum-like. Section 4.1 of the paper.
+
+    Args:
+      num_tasks: T, or the task names.
+      burn_in: update, counted from 0, at which the reference norms are taken again; 0 keeps the first.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `RotoGradState`. Cost: one pass over the gradients for the norms, one for
+      the sum.
+
+    Raises:
+      ValueError: for a negative `burn_in`.
+
+    Notes:
+      Meant for the representation (`mtl_optax.fork`). The paper's other half, a trained rotation of the
+      representation for each task, has model parameters and an optimizer of its own. It is no
+      transformation of gradients and not part of this function.
+
+      As in the authors' code, the reference norms are taken again once, because those of the first batches
+      are not typical. In that code a gradient that starts at 0 makes its ratio huge from then on; here
+      the first norm above 0 is the reference.
+
+      A zero gradient has :math:`\alpha = 0` and adds nothing. All zero: the update is 0. An absent task
+      keeps its reference norm. T = 1: the gradient itself.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.rotograd_scale(2)
+      >>> update, _ = tx.update(jnp.array([[3., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
+      >>> np.array(update, float).round(3).tolist()
+      [2.0, 2.0]
+
+    References:
+      Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, 2022,
+      https://arxiv.org/abs/2103.02631
+    """
+    tasks = read_tasks("rotograd_scale", num_tasks)
+    check_integer("rotograd_scale", "burn_in", burn_in, 0)
+
+    def init(dtype: Any) -> RotoGradState:
+        return RotoGradState(jnp.zeros((tasks.number,), dtype))
+
+    def weigh(evidence: Evidence, state: RotoGradState) -> tuple[jax.Array, RotoGradState]:
+        norms = evidence.norms
+        positive = norms > 0
+        renew = (state.initial_norms == 0) | (evidence.step == burn_in)
+        initial = jnp.where(evidence.active & positive & renew, norms, state.initial_norms)
+        ratios = safe_divide(norms, initial, where=positive)
+        shares = safe_divide(ratios, jnp.sum(ratios))
+        common = jnp.sum(shares * norms)
+        return safe_divide(common, norms), RotoGradState(initial)
+
+    rule = WeightRule(frozenset({"norms"}), weigh, init)
+    return from_rule("rotograd_scale", tasks, rule, **options)

@@ -1,0 +1,207 @@
+"""The fork as an operator, for code that does not own the call of `jax.grad`.
+
+The same as `fork_value_and_grad`, for a trainer's own loop, or a fork inside `scan` or `remat`. Forward,
+`fork` hands out T copies of the representation. Backward, it receives one cotangent per task, lets the
+method combine them, and passes the combination down. The method's new state leaves the backward pass as
+the *cotangent of the old state*, so there is no side effect, and everything that JAX does to a gradient
+(jit, scan, remat, vmap, sharding) it does to this one.
+
+A cotangent must have the dtype of its primal and integers have none, so the state travels as a
+*carrier*: see `carrier.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.custom_derivatives import SymbolicZero
+
+from mtl_optax.core.tasks import Tasks, task_vector
+from mtl_optax.placement.carrier import encode_state, fork_state
+from mtl_optax.placement.loss_vector import loss_vector
+from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
+
+
+class ForkToken(NamedTuple):
+    """What ties a fork to the `join` of its losses: rows of losses, present tasks, and a mark."""
+
+    slots: jax.Array
+
+
+def fork(
+    representation: Any,
+    carrier: Any,
+    method: optax.GradientTransformation,
+    *,
+    num_tasks: Any = None,
+) -> tuple[tuple[Any, ...], ForkToken]:
+    """Hands out T copies of a representation whose cotangents the method combines.
+
+    Let h be the representation and c_t the gradient of loss t with respect to copy t. Backward, the
+    shared bottom receives `method.update([c_1, ..., c_T])` in place of `sum_t c_t`. Each head is
+    differentiated on its own copy with weight 1, and the bottom once. Prefer `fork_value_and_grad`,
+    which needs no carrier and no `join`, unless the fork stands inside another transformed function.
+
+    Notes:
+      Differentiate with respect to the carrier too: its "gradient" is the carrier of the next step. Use
+      each carrier in one fork only, and give a `vmap` over models one carrier per model: cotangents of a
+      carrier that is used twice would be added.
+
+    Args:
+      representation: h, any pytree of arrays.
+      carrier: from `fork_init(method, h)`, or the last step's.
+      method: any optax transformation that removes the task axis. It sees h as `params`, and the
+        extra arguments `losses` and `active`: wrap one that refuses what it does not know in
+        `drop_extra_args(method, "losses", "active")`.
+      num_tasks: T; needed only for a transformation that holds no `Method`.
+
+    Returns:
+      `(copies, token)`: a tuple of T representations in the order of the tasks, one for each head, and
+      the token for `join`. Cost: the backward pass of the plain sum of losses, plus what the method does
+      with T arrays of the representation's size; no stack of them is made.
+
+    Raises:
+      TypeError: if the representation holds integers; give those to the heads directly.
+      ValueError: if the carrier does not fit, T cannot be told, the losses were not joined though
+        the method needs them, or the method does not remove the task axis.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
+      >>> method = mtl.mgda(2)
+      >>> def loss_fn(w, carrier, x):
+      ...     copies, token = mtl.fork(x @ w, carrier, method)
+      ...     return mtl.join(jnp.stack([copies[0].sum(), (copies[1] ** 2).sum()]), token)
+      >>> w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+      >>> carrier = mtl.fork_init(method, x @ w)
+      >>> grad, carrier = jax.grad(loss_fn, argnums=(0, 1))(w, carrier, x)
+      >>> grad.shape, carrier.weights.round(3).tolist()
+      ((3, 2), [[1.0, 0.0]])
+
+    References:
+      He et al., MultiBalance, 2024, algorithm 3, https://arxiv.org/abs/2411.11871
+    """
+    tasks = tasks_of("fork", method, carrier, num_tasks)
+    check_representation(representation)
+    fork_state(method, carrier, representation)  # raises here, where the caller can see it
+    copies, slots = _fork(method, tasks.number, representation, carrier)
+    return copies, ForkToken(slots)
+
+
+def join(losses: Any, token: ForkToken, *, active: Any = None) -> jax.Array:
+    """Sums the losses of a fork's heads and hands the losses to the method.
+
+    Args:
+      losses: `[T]` in the order of the copies, or a dictionary of scalars. For a method with
+        `axis_name`, equal on all devices: `lax.pmean` local losses first.
+      token: from the same `fork`.
+      active: bool `[T]` or a dictionary, tasks present in this batch; all by default. The loss of an
+        absent task does not enter the sum.
+
+    Returns:
+      The sum, a scalar to differentiate. Scale it (loss scaling) as you like: the method sees the
+      losses unscaled and the cotangents scaled.
+
+    Raises:
+      ValueError: if `losses` does not have one entry per copy.
+
+    Example:
+
+      >>> import jax, jax.numpy as jnp, mtl_optax as mtl
+      >>> method = mtl.sum_tasks(2)
+      >>> def loss_fn(h, carrier):
+      ...     copies, token = mtl.fork(h, carrier, method)
+      ...     return mtl.join(jnp.stack(copies) ** 2, token)
+      >>> h = jnp.asarray(3.0)
+      >>> float(jax.grad(loss_fn)(h, mtl.fork_init(method, h)))
+      12.0
+
+    References:
+      He et al., MultiBalance, 2024, algorithm 3, https://arxiv.org/abs/2411.11871
+    """
+    losses, slots = loss_vector(losses), token.slots
+    num_tasks = slots.shape[1]
+    if losses.shape[0] != num_tasks:
+        raise ValueError(f"join: the fork has {num_tasks} tasks, found {losses.shape[0]} losses.")
+    present = jnp.ones(losses.shape, bool) if active is None else active
+    present = task_vector("join", "active", present, Tasks(num_tasks, None))
+    return _join(losses, slots, present.astype(slots.dtype))
+
+
+# --- the operator ------------------------------------------------------------------------------------
+
+
+def _fork_forward(
+    method: Any, num_tasks: int, representation: Any, carrier: Any
+) -> tuple[tuple[Any, ...], jax.Array]:
+    leaves = jax.tree.leaves(representation)
+    wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    slots = jnp.zeros((3, num_tasks), jnp.float64 if wide else jnp.float32)
+    return (representation,) * num_tasks, slots
+
+
+_fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
+
+
+def _fork_fwd(method: Any, num_tasks: int, representation: Any, carrier: Any) -> Any:
+    value = lambda tree: jax.tree.map(lambda primal: primal.value, tree)  # noqa: E731
+    representation, carrier = value(representation), value(carrier)
+    outputs = _fork_forward(method, num_tasks, representation, carrier)
+    return outputs, (representation, carrier)
+
+
+def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any:
+    representation, carrier = residuals
+    copies, slots = cotangents
+    is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
+    copies = tuple(
+        jax.tree.map(
+            lambda c, r: jnp.zeros_like(r) if is_zero(c) else c,
+            copy,
+            representation,
+            is_leaf=is_zero,
+        )
+        for copy in copies
+    )
+    state = fork_state(method, carrier, representation)
+    given: dict[str, Any] = {}
+    if not is_zero(slots):
+        losses, present, joined = slots
+        # A join that was traced away leaves zeros here: then nothing is known of the losses.
+        # `joined` counts the joins; of losses joined twice the cotangents have been added.
+        given["losses"] = jnp.where(joined > 0, losses / jnp.maximum(joined, 1), jnp.nan)
+        given["active"] = (present > 0) | (joined <= 0)
+    try:
+        update, state = combine_cotangents(method, copies, state, representation, **given)
+    except ValueError as error:
+        if not given:
+            error.add_note(
+                "fork: the method was not given the losses: differentiate join(losses, token)."
+            )
+        raise
+    return update, encode_state(state)
+
+
+_fork.defvjp(_fork_fwd, _fork_bwd, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _join(losses: jax.Array, slots: jax.Array, present: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(present > 0, losses, 0))
+
+
+def _join_fwd(losses: jax.Array, slots: jax.Array, present: jax.Array) -> Any:
+    return _join(losses, slots, present), (losses, slots, present)
+
+
+def _join_bwd(residuals: Any, cotangent: jax.Array) -> Any:
+    losses, slots, present = residuals
+    to_method = jnp.stack([losses.astype(slots.dtype), present, jnp.ones_like(present)])
+    d_losses = jnp.where(present > 0, cotangent, 0).astype(losses.dtype)
+    return d_losses, to_method, jnp.zeros_like(present)
+
+
+_join.defvjp(_join_fwd, _join_bwd)

@@ -1,0 +1,103 @@
+"""One gradient a step: the tasks take turns, and `remember` keeps what the others last had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.placement.loss_vector import check_differentiable, split_result
+from mtl_optax.placement.pull_back import vjp_of_losses
+
+
+def one_task_value_and_grad(
+    loss_fn: Callable[..., Any],
+    num_tasks: Any,
+    *,
+    order: Literal["cyclic", "random"] = "cyclic",
+    seed: int = 0,
+) -> Callable[..., Any]:
+    """Differentiates one task a step: one forward and one backward pass.
+
+    Balancing on the parameters takes T backward passes a step. Here only the task whose turn it is is
+    evaluated and differentiated; `remember(method, decay)` keeps the last gradients of the others, so that
+    the method still sees all T. With `config` inside this is M-ConFIG.
+
+    Notes:
+      The program holds one branch per task, of which a step runs one: it compiles once, and its size
+      grows with T.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns losses `[T]` or a dictionary of scalars.
+      num_tasks: T, or the task names.
+      order: "cyclic" takes task `step % T`; "random" draws the task of each step.
+      seed: of the draws, an integer.
+
+    Returns:
+      A function `fn(step, params, *args)` that returns `(losses, (updates, active))`: `losses` `[T]` and
+      the leaves `[T, *shape]` of `updates` hold zeros for the other tasks, and `active`, bool `[T]`, marks
+      the one. `step` is an integer, traced or not, such as an optimizer's count.
+
+    Raises:
+      ValueError: if `loss_fn` does not return one loss per task.
+      TypeError: for parameters that have no gradient.
+
+    Example:
+
+      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> def loss_fn(w):
+      ...     return jnp.stack([(w ** 2).sum(), 3 * w.sum()])
+      >>> tx = mtl.remember(mtl.config(2), decay=0.9)
+      >>> w, grad_fn = jnp.ones(2), mtl.one_task_value_and_grad(loss_fn, 2)
+      >>> state = tx.init(w)
+      >>> for step in range(2):
+      ...     losses, (updates, active) = grad_fn(step, w)
+      ...     update, state = tx.update(updates, state, w, losses=losses, active=active)
+      >>> active.tolist(), update.round(3).tolist()
+      ([False, True], [5.0, 5.0])
+
+    References:
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
+      2025, section 3.3, https://arxiv.org/abs/2408.11104
+    """
+    tasks = read_tasks("one_task_value_and_grad", num_tasks)
+    check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))
+
+    def value_and_grad(step: Any, params: Any, *args: Any) -> Any:
+        check_differentiable("one_task_value_and_grad", params)
+
+        def only(t: int, params: Any) -> tuple[jax.Array, Any]:
+            losses, pullback, _ = vjp_of_losses(
+                lambda params: split_result(loss_fn(params, *args), False), params
+            )
+            if losses.shape != (tasks.number,):
+                raise ValueError(
+                    f"one_task_value_and_grad: loss_fn must return {tasks.number} losses; found "
+                    f"{losses.shape[0]}."
+                )
+            return losses[t], pullback.of_task(t)[0]
+
+        branches = [lambda params, t=t: only(t, params) for t in range(tasks.number)]
+        task = _task_of(jnp.asarray(step), tasks.number, order, seed)
+        loss, gradient = lax.switch(task, branches, params)
+        active = jnp.arange(tasks.number) == task
+
+        def in_slot(value: jax.Array) -> jax.Array:
+            here = active.reshape((-1,) + (1,) * value.ndim)
+            return jnp.where(here, value[None], jnp.zeros((), value.dtype))
+
+        return in_slot(loss), (jax.tree.map(in_slot, gradient), active)
+
+    return value_and_grad
+
+
+def _task_of(step: jax.Array, num_tasks: int, order: str, seed: int) -> jax.Array:
+    if order == "cyclic":
+        return (step % num_tasks).astype(jnp.int32)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.randint(key, (), 0, num_tasks, jnp.int32)

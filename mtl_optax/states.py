@@ -1,0 +1,156 @@
+"""Reading the state of a method: weights, norms, cosines, counts of skipped tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.method import BalanceState, Method, states_in
+from mtl_optax.core.task_tree import assign_blocks
+
+
+def diagnostics(state: Any, method: Any = None, params: Any = None) -> dict[str, Any]:
+    """Reads weights, norms, cosines and skip counts from any state that holds a method's.
+
+    Works on the state of a method, of a chain or wrapper around it, and on a fork's carrier, inside jit
+    too. Names are not in the state: give the method for the names of tasks, and the parameters as well
+    for the names of blocks.
+
+    Args:
+      state: any pytree with the state of at least one method of this library.
+      method: the `Method` whose state it is. Without it tasks are numbered.
+      params: the parameters (shapes are enough). Without them blocks are numbered.
+
+    Returns:
+      A dictionary with `weights` `[T]`, the weights used last, which multiply raw gradients; `norms`
+      `[T]` and `cosines` `[T, T]` where the method computed them; with the cosines also `alignment`,
+      `2 |mean_t g_t / |g_t||^2 - 1`, which is 1 where all gradients point one way; `skipped` `[T]`, how
+      often each task was excluded because it was not finite; and `steps`, updates done. With several
+      blocks the first four have a leading block axis, or are dictionaries by block name. With task names
+      each task axis becomes a dictionary. For several methods in one state: the entries of the first
+      one, and those of all in a list under `all`.
+
+    Raises:
+      ValueError: if there is no state of a method in `state`, or `method` or `params` do not fit it.
+
+    References:
+      The alignment score: Wang et al., Gradient Alignment in Physics-informed Neural Networks, 2025,
+      https://arxiv.org/abs/2502.00604
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.metabalance(("click", "buy"), target="buy", relax_factor=1.0)
+      >>> params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([[3., 4.], [0., 10.]])}
+      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> {name: float(w) for name, w in mtl.diagnostics(state, tx)["weights"].items()}
+      {'buy': 1.0, 'click': 0.5}
+    """
+    found = [_read(node, method, params) for node in _states("diagnostics", state)]
+    return found[0] if len(found) == 1 else {**found[0], "all": found}
+
+
+def head_weights(state: Any) -> jax.Array:
+    """One weight per task, for the heads in papers that weigh the losses themselves.
+
+    Args:
+      state: any pytree with the state of a method of this library.
+
+    Returns:
+      `[T]`: the weights used last, averaged over blocks.
+
+    Raises:
+      ValueError: if there is no state of a method in `state`.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.fixed_weights(2, [1.0, 0.5])
+      >>> _, state = tx.update(jnp.eye(2), tx.init(jnp.zeros(2)))
+      >>> mtl.head_weights(state).tolist()
+      [1.0, 0.5]
+    """
+    return jnp.mean(jnp.asarray(_states("head_weights", state)[0].weights), axis=0)
+
+
+def _states(name: str, tree: Any) -> list[BalanceState]:
+    states = states_in(tree)
+    if not states:
+        raise ValueError(
+            f"{name}: no state of a method of mtl_optax in a {type(tree).__name__}; give the optimizer "
+            "state that holds it."
+        )
+    return states
+
+
+def _read(state: BalanceState, method: Any, params: Any) -> dict[str, Any]:
+    if method is not None and not isinstance(method, Method):
+        raise ValueError(
+            "diagnostics: method must be what a method's factory returned, found a "
+            f"{type(method).__name__}; of a chain give the method inside it."
+        )
+    tasks = None if method is None else method.task_names
+    blocks = _block_names(state, method, params)
+    read = {}
+    # With how many task axes each array ends.
+    for key, array, axes in (
+        ("weights", state.weights, 1),
+        ("norms", state.norms, 1),
+        ("cosines", state.cosine, 2),
+        ("alignment", _alignment(state.cosine), 0),
+    ):
+        if isinstance(array, tuple):
+            continue
+        array = jnp.asarray(array)
+        if array.shape[0] == 1:
+            read[key] = _by_task(array[0], tasks, axes)
+        elif blocks is None:
+            read[key] = _by_task(array, tasks, axes)
+        else:
+            rows = (_by_task(row, tasks, axes) for row in array)
+            read[key] = dict(zip(blocks, rows, strict=True))
+    return {
+        **read,
+        "skipped": _by_task(_integers(state.skipped), tasks, 1),
+        "steps": _integers(state.balance_count),
+    }
+
+
+def _alignment(cosine: Any) -> Any:
+    """The alignment score of the nonzero gradients in each block, `[B]`."""
+    if isinstance(cosine, tuple):
+        return ()
+    cosine = jnp.asarray(cosine)
+    nonzero = jnp.sum(jnp.diagonal(cosine, axis1=-2, axis2=-1), axis=-1)
+    return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
+
+
+def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:
+    """The last `axes` axes of an array as nested dictionaries, where tasks have names."""
+    if names is None or axes == 0:
+        return array
+    rows = jnp.moveaxis(array, -axes, 0)
+    return {name: _by_task(row, names, axes - 1) for name, row in zip(names, rows, strict=True)}
+
+
+def _block_names(state: BalanceState, method: Any, params: Any) -> tuple[str, ...] | None:
+    if params is None:
+        return None
+    blocks = assign_blocks(params, "leaf" if method is None else method.options.blocks)
+    if blocks.count != state.weights.shape[0]:
+        raise ValueError(
+            f"diagnostics: the state has {state.weights.shape[0]} blocks, and these parameters give "
+            f"{blocks.count}. Give the parameters of `init`, and the method for blocks other than leaves."
+        )
+    return blocks.names
+
+
+def _integers(leaf: Any) -> jax.Array:
+    """Integers as they are, or from the halves of 16 bits in which a fork's carrier holds them."""
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    halves = [leaf[..., k].astype(jnp.int32) << (16 * k) for k in range(leaf.shape[-1])]
+    return sum(halves, jnp.zeros(leaf.shape[:-1], jnp.int32))

@@ -1,0 +1,33 @@
+"""Every file of reference numbers is whole, and read by a test."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from golden_cases import CASES, load
+
+TESTS = Path(__file__).resolve().parent
+GOLDEN = TESTS / "golden"
+
+
+def test_every_golden_file_has_its_number_of_cases() -> None:
+    """Each file in the folder has an entry in `CASES`, and the other way round."""
+    stored = {
+        path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.json")
+    }
+    assert stored == set(CASES)
+    for name in stored:
+        cases = load(name)  # Raises if their number is another.
+        assert len({case["name"] for case in cases}) == len(cases), name
+
+
+def test_every_golden_file_is_read_by_a_test() -> None:
+    """Tests name the files that they read in full: "gradient/mgda"."""
+    strings = {
+        node.value
+        for path in TESTS.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert set(CASES) <= strings
