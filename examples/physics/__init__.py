@@ -1,0 +1,1 @@
+"""Physics-informed networks: which balancing of residual and boundary losses helps, and which does not."""
