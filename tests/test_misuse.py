@@ -431,7 +431,7 @@ OPTIONS = {
         WEIGHTS._replace(needs=frozenset({"gradients"})),
         {},
         ValueError,
-        "a WeightRule cannot need ['gradients'].",
+        "a rule of type WeightRule cannot need ['gradients'].",
     ),
 }
 

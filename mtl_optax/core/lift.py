@@ -339,7 +339,9 @@ def _read_options(name: str, rule: WeightRule | UpdateRule, given: Any) -> Optio
         raise TypeError(f"{name}: {kind} takes no argument {', '.join(wrong)}; see MethodOptions.")
     needs = rule.needs - ({"gradients", "losses"} if on_updates else {"losses", "norms", "gram"})
     if needs:
-        raise ValueError(f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}.")
+        raise ValueError(
+            f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}."
+        )
     options = Options(**given)
     check_integer(name, "update_every", options.update_every, 1)
     return options
