@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -378,9 +379,9 @@ class RememberState(NamedTuple):
 
 def remember(
     inner: optax.GradientTransformation,
-    num_tasks: Any = None,
-    *,
     decay: Any = 0.0,
+    *,
+    num_tasks: Any = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the gradients of tasks that are absent from a step, so that a method sees all T.
@@ -395,8 +396,8 @@ def remember(
 
     Args:
       inner: a method, or a whole optimizer that begins with one.
-      num_tasks: T, or the task names; needed only if `inner` is no `Method`.
       decay: beta in [0, 1); 0 keeps the last gradient itself.
+      num_tasks: T, or the task names; needed only if `inner` is no `Method`.
       axis_name: see `MethodOptions`.
 
     Returns:
@@ -429,6 +430,10 @@ def remember(
         raise ValueError("remember: give num_tasks for a transformation that is not one Method.")
     tasks = inner.tasks if isinstance(inner, Method) else read_tasks("remember", num_tasks)
     check_range("remember", decay=(decay, 0, 1))
+    if isinstance(decay, (int, float)) and decay == 1:
+        raise ValueError(
+            "remember: decay must be below 1: an average that never moves learns nothing."
+        )
     update_inner = optax.with_extra_args_support(inner).update
 
     def init_fn(params: Any) -> RememberState:
@@ -521,14 +526,9 @@ def _without_absent(tree: Any, active: Any) -> Any:
     """The leaves `[T, ...]` of a tree with the slots of absent tasks set to 0."""
     if active is None:
         return tree
-    if isinstance(active, dict):
-        names = sorted(active)
-        active = jnp.stack([jnp.asarray(active[name]) for name in names])
-        updates, losses = tree
-        if isinstance(losses, dict):
-            losses = jnp.stack([jnp.asarray(losses[name]) for name in names])
-        tree = (updates, losses)
-    active = jnp.asarray(active)
+    updates, losses = tree
+    tree = (updates, _in_order(losses))
+    active = _in_order(active)
 
     def one(leaf: Any) -> Any:
         # A head's gradient may have no task axis; then its numbers show in the update.
@@ -536,6 +536,15 @@ def _without_absent(tree: Any, active: Any) -> Any:
         return task_tree.remove_absent(leaf, active) if with_tasks else leaf
 
     return jax.tree.map(one, tree)
+
+
+def _in_order(values: Any) -> Any:
+    """A dictionary or a sequence of one number per task as an array in the order of the tasks."""
+    if isinstance(values, Mapping):
+        values = [values[name] for name in sorted(values)]
+    if isinstance(values, (tuple, list)):
+        values = jnp.stack([jnp.asarray(value) for value in values])
+    return None if values is None else jnp.asarray(values)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -512,3 +512,30 @@ def test_the_table_says_what_the_method_says(name):
     assert set(row.needs) == tx.needs - ({"norms"} if "gram" in tx.needs else set())
     folder = row.factory.__module__.split(".")[-2]
     assert folder == row.family or (folder, row.family) == ("mtl_optax", "losses")
+
+
+def test_famo_takes_dictionaries_where_it_takes_arrays():
+    names, losses = ("a", "b"), {"a": 2.0, "b": 1.0}
+    named = mtl.famo(names, min_losses={"b": 0.1, "a": 0.2})
+    array = mtl.famo(2, min_losses=jnp.array([0.2, 0.1]))
+    results = []
+    for tx, first, after in (
+        (named, losses, {"a": 1.5, "b": 0.9}),
+        (array, jnp.array([2.0, 1.0]), jnp.array([1.5, 0.9])),
+    ):
+        state = tx.init(jnp.zeros(2))
+        for given in ({}, {"losses_after": after}):
+            update, state = tx.update(jnp.eye(2), state, losses=first, **given)
+        results.append(update)
+    assert_close(*results, 0)
+
+
+def test_skip_nonfinite_reads_any_mix_of_dictionaries_and_arrays():
+    tx = mtl.skip_nonfinite(mtl.sum_tasks(("a", "b")))
+    losses, active = {"a": 1.0, "b": jnp.nan}, {"a": True, "b": False}
+    for given_losses in (losses, jnp.array([1.0, jnp.nan]), [1.0, jnp.nan]):
+        for given_active in (active, jnp.array([True, False]), [True, False]):
+            _, state = tx.update(
+                jnp.ones((2, 3)), tx.init(jnp.zeros(3)), losses=given_losses, active=given_active
+            )
+            assert int(state.skipped_steps) == 0

@@ -151,6 +151,10 @@ def test_it_trains_like_the_method_on_all_gradients():
 def test_messages():
     with pytest.raises(ValueError, match="give num_tasks for a transformation"):
         mtl.remember(optax.chain(mtl.mgda(2)))
+    with pytest.raises(ValueError, match="decay must be below 1"):
+        mtl.remember(mtl.mgda(2), 1.0)
+    with pytest.raises(ValueError, match=r"one entry per task, \['a', 'b', 'x'\]"):
+        mtl.one_task_value_and_grad(loss_fn, ("a", "b", "x"))(0, PARAMS, X)
     with pytest.raises(ValueError, match="must return 2 losses; found 3"):
         mtl.one_task_value_and_grad(loss_fn, 2)(0, PARAMS, X)
     with pytest.raises(ValueError, match='order must be "cyclic" or "random"'):

@@ -21,9 +21,9 @@ class MethodOptions(TypedDict, total=False):
         without the task axis).
       reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain. The
         slot of a task that is not finite is passed on as NaN, so that the next method excludes it too.
-      update_every: k > 1 computes new weights on every k-th update only, and uses the old ones in
-        between, when nothing but finiteness is looked at. A task that was absent or not finite when they
-        were computed causes new weights on its return.
+      update_every: k > 1 computes new weights only on every k-th update and reuses them in between; the
+        steps between only test that gradients are finite. A task that the stored weights do not cover,
+        because it was absent or not finite then, causes new weights at once.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients
         are split. Inner products are summed over them, so that all devices find the same weights.
         `losses` and `active` must be equal on all devices already: `lax.pmean` local losses first.

@@ -76,7 +76,8 @@ class GradientAverage(NamedTuple):
     Attributes:
       init: `(params, num_tasks, dtype) -> state`, arrays only.
       apply: `(TaskGradients, state) -> (task tree, state)`.
-      weighted: whether the weights multiply what `apply` returns, or else the raw gradients.
+      weighted: True if the weights multiply what `apply` returns, False if they multiply the raw gradients
+        of this step.
     """
 
     init: Callable[[Any, int, Any], Any]

@@ -34,7 +34,8 @@ def balanced_value_and_grad(
     differentiates everything.
 
     On such a single pass the tasks are no longer apart, so a non-finite one cannot be taken out of it:
-    what the pass yields is then replaced by 0 for this step, and the task counted as skipped.
+    what the pass yields is then replaced by 0 for this step; a task whose loss is not finite is counted as
+    skipped.
 
     Args:
       loss_fn: `loss_fn(params, *args)` returns the losses, `[T]` or a dictionary of scalars, or

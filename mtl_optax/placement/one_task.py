@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.core.arguments import check_choice
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_vector
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import vjp_of_losses
 
@@ -72,7 +72,7 @@ def one_task_value_and_grad(
         check_differentiable("one_task_value_and_grad", params)
 
         def only(t: int, params: Any) -> tuple[jax.Array, Any]:
-            losses, pullback, _ = vjp_of_losses(
+            losses, pullback, given = vjp_of_losses(
                 lambda params: split_result(loss_fn(params, *args), False), params
             )
             if losses.shape != (tasks.number,):
@@ -80,6 +80,7 @@ def one_task_value_and_grad(
                     f"one_task_value_and_grad: loss_fn must return {tasks.number} losses; found "
                     f"{losses.shape[0]}."
                 )
+            task_vector("one_task_value_and_grad", "the losses of loss_fn", given, tasks)
             return losses[t], pullback.of_task(t)[0]
 
         branches = [lambda params, t=t: only(t, params) for t in range(tasks.number)]

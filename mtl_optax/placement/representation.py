@@ -1,9 +1,9 @@
 """Methods on the shared representation: one backward pass for all tasks (MultiBalance's design).
 
-The heads read `stop_gradient(h) + zeros`, one array of zeros per task. One linearisation of the loss
-function is transposed twice: first for the heads and the T cotangents, which are the gradients of the
-zeros; then for the shared bottom with what the method made of these. The bottom is differentiated once,
-and the method's state is an ordinary optax state.
+Each head reads `stop_gradient(h) + z_t` with `z_t = 0`: the gradient with respect to `z_t` is that of
+task t with respect to the representation h. One linearisation of the loss function is transposed twice:
+first for the heads and these T gradients; then for the shared bottom with what the method made of them.
+The bottom is differentiated once, and the method's state is an ordinary optax state.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def fork_value_and_grad(
       `loss_fn` is traced twice, so it must be pure, as for `jax.grad`.
 
       On a representation `[batch, width]` every step has other examples: methods that keep an average
-      of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples there.
+      of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples there. Extra arguments
+      other than `losses` and `active` do not reach the method in this place.
 
     Args:
       loss_fn: `loss_fn(params, fork, *args)` calls `copies = fork(representation)` exactly once and
@@ -58,12 +59,14 @@ def fork_value_and_grad(
       method: any optax transformation that removes the task axis. It sees the representation as
         `params`, and the extra arguments `losses` and `active`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      num_tasks: T or the task names; needed only for a transformation that holds no `Method`.
+      num_tasks: T or the task names; give the names if `method` is not itself a `Method` (a chain, a
+        wrapper), else `copies` is a tuple.
 
     Returns:
       A function `fn(params, state, *args, active=None)` that returns `(losses, (grads, state))`, with
       `(losses, aux)` for `losses` where `has_aux`. `state` starts from `method.init(representation)`.
-      The loss of a task that is not in `active` (bool `[T]` or a dictionary) is not differentiated.
+      The loss of a task that is not in `active` (bool `[T]` or a dictionary) is pulled back with the
+      cotangent 0: guard divisions such as `/ mask.sum()` in it, whose derivative is not finite.
       Cost: the backward pass of the plain sum of losses, plus what the method does with T arrays of the
       representation's size; no stack of them is made.
 

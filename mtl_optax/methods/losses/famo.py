@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.arguments import check_range
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_vector
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -61,7 +61,7 @@ def famo(
       num_tasks: T, or the task names.
       gamma: decay of the logits, >= 0.
       weight_lr: Adam's learning rate, a number or schedule.
-      min_losses: lower bounds of the losses, a scalar or `[T]`.
+      min_losses: lower bounds of the losses, a scalar, `[T]`, or a dictionary by task name.
       **options: see `MethodOptions`.
 
     Returns:
@@ -105,6 +105,8 @@ def famo(
     """
     tasks = read_tasks("famo", num_tasks)
     check_range("famo", gamma=(gamma, 0, math.inf), weight_lr=(weight_lr, 0, math.inf))
+    if isinstance(min_losses, dict):
+        min_losses = task_vector("famo", "min_losses", min_losses, tasks)
     if np.shape(min_losses) not in ((), (tasks.number,)):
         raise ValueError(
             f"famo: min_losses must be a scalar or [{tasks.number}]; found {np.shape(min_losses)}."
@@ -134,8 +136,7 @@ def famo(
     def read_after(
         losses_after: Any, evidence: Evidence, state: FAMOState
     ) -> tuple[jax.Array, jax.Array]:
-        check_per_task("famo", "losses_after", losses_after, tasks.number)
-        losses = jnp.asarray(losses_after).astype(state.log_losses.dtype)
+        losses = task_vector("famo", "losses_after", losses_after, tasks, state.log_losses.dtype)
         finite = jnp.isfinite(losses)
         trains = finite & (state.last_step == evidence.step - 1)
         return log_excess(jnp.where(finite, losses, 0)), trains
