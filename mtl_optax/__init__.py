@@ -1,16 +1,13 @@
 """Multi-task gradient balancing for JAX, as optax transformations that remove the task axis."""
 
+from mtl_optax.buffers import AccumulateState, RememberState, accumulate, remember
 from mtl_optax.checking import check
 from mtl_optax.combinators import (
-    AccumulateState,
-    RememberState,
     SkipNonfiniteState,
-    accumulate,
     drop_extra_args,
     fixed_weights,
     mean_tasks,
     per_task,
-    remember,
     skip_nonfinite,
     sum_tasks,
 )

@@ -7,7 +7,7 @@ plotting backend are read once, at import.
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,6 @@ def load_golden(name: str) -> dict[str, Any]:
     """Read one file of reference numbers, e.g. ``load_golden("gradient/mgda")``."""
     with (GOLDEN / f"{name}.json").open(encoding="utf-8") as file:
         return json.load(file)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, Any]]:
-    """The loader of reference numbers."""
-    return load_golden
 
 
 @pytest.fixture

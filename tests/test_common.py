@@ -1,5 +1,6 @@
 """What every method in the table must do, whatever its mathematics."""
 
+import copy
 import functools
 
 import jax
@@ -497,6 +498,8 @@ def test_a_method_is_a_type_that_unpacks_and_is_lost_where_it_must():
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert (init, update) == (tx.init, tx.update)
     assert optax.with_extra_args_support(tx) is tx
+    copied = copy.deepcopy(tx)
+    assert isinstance(copied, mtl.Method) and copied.needs == tx.needs
     changed = tx._replace(update=lambda updates, state, params=None: (updates, state))
     for other in (changed, jax.tree.map(lambda f: f, tx), optax.chain(tx)):
         assert not isinstance(other, mtl.Method)

@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import error
+from golden_cases import error, load
 
 import mtl_optax as mtl
 
-CASES = {
-    "loss/softadapt": 12,
-    "loss/relobralo": 4,
-    "loss/inverse_norm": 6,
-    "loss/ntk": 3,
-    "loss/lagrangian": 3,
-    "gradient/lr_annealing": 3,
+WEIGHT_CASES = {
+    "softadapt": load("loss/softadapt"),
+    "relobralo": load("loss/relobralo"),
+    "inverse_norm": load("loss/inverse_norm"),
+    "ntk": load("loss/ntk"),
+    "lagrangian": load("loss/lagrangian"),
 }
 
 
@@ -43,12 +42,10 @@ def unit_gradients(case: Any, lengths: Any = 1.0) -> jax.Array:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("stem", [stem for stem in CASES if stem.startswith("loss/")])
-def test_weights(golden: Any, stem: str) -> None:
-    cases = golden(stem)["cases"]
-    assert len(cases) == CASES[stem]
-    for case in cases:
-        method = getattr(mtl, stem.split("/")[1])(case["T"], **case["hyperparameters"])
+@pytest.mark.parametrize("name", WEIGHT_CASES)
+def test_weights(name: str) -> None:
+    for case in WEIGHT_CASES[name]:
+        method = mtl.METHODS[name].factory(case["T"], **case["hyperparameters"])
         lengths = jnp.asarray(case.get("grad_norms", 1.0))
         given = {
             name: jnp.asarray(case[name]) for name in ("losses", "noise", "traces") if name in case
@@ -62,10 +59,8 @@ def test_weights(golden: Any, stem: str) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_lr_annealing(golden: Any) -> None:
-    cases = golden("gradient/lr_annealing")["cases"]
-    assert len(cases) == CASES["gradient/lr_annealing"]
-    for case in cases:
+def test_lr_annealing() -> None:
+    for case in load("gradient/lr_annealing"):
         method = mtl.lr_annealing(case["T"], **case["hyperparameters"])
         updates, states = updates_of(method, jnp.asarray(case["G"]))
         assert error(updates, case["outputs"]["update"]) <= 1e-12, case["name"]

@@ -151,6 +151,8 @@ def test_it_trains_like_the_method_on_all_gradients():
 def test_messages():
     with pytest.raises(ValueError, match="give num_tasks for a transformation"):
         mtl.remember(optax.chain(mtl.mgda(2)))
+    with pytest.raises(ValueError, match="num_tasks=3 is not that of mgda, 2"):
+        mtl.remember(mtl.mgda(2), num_tasks=3)
     with pytest.raises(ValueError, match="decay must be below 1"):
         mtl.remember(mtl.mgda(2), 1.0)
     with pytest.raises(ValueError, match=r"one entry per task, \['a', 'b', 'x'\]"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtl_optax.core.rule import Evidence
 
@@ -19,10 +20,10 @@ def given_gram(name: str, num_tasks: int, evidence: Evidence) -> jax.Array | Non
     gram = evidence.extra["gram"]
     if gram is None:
         return None
-    if jnp.shape(gram) != (num_tasks, num_tasks):
+    if np.shape(gram) != (num_tasks, num_tasks):
         raise ValueError(
             f"{name}: gram= must have shape ({num_tasks}, {num_tasks}): inner products of the task "
-            f"gradients of one batch (rows) with those of another; found {jnp.shape(gram)}."
+            f"gradients of one batch (rows) with those of another; found {np.shape(gram)}."
         )
     both = evidence.active[:, None] & evidence.active[None, :]
     return jnp.where(both, jnp.asarray(gram), 0).astype(evidence.norms.dtype)
@@ -38,13 +39,13 @@ def projection_order(
     """
     given: Any = evidence.extra["order"]
     if given is not None:
-        if jnp.shape(given) != (num_tasks, num_tasks) or not jnp.issubdtype(
+        if np.shape(given) != (num_tasks, num_tasks) or not jnp.issubdtype(
             jnp.result_type(given), jnp.integer
         ):
             raise ValueError(
                 f"{name}: order= must be integers of shape ({num_tasks}, {num_tasks}), row i the order "
                 f"in which gradient i is projected on the others; found {jnp.result_type(given)} "
-                f"{jnp.shape(given)}."
+                f"{np.shape(given)}."
             )
         return jnp.asarray(given)
     ascending = jnp.arange(num_tasks, dtype=jnp.int32)

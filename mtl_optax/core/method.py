@@ -119,6 +119,10 @@ class Method(optax.GradientTransformationExtraArgs):
         method.name, method.tasks, method.rule, method.options = name, tasks, rule, options
         return method
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy is made of."""
+        return (self.init, self.update, self.name, self.tasks, self.rule, self.options)
+
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:
         """Other functions make another transformation (`_replace`, a tree map), which is no `Method`."""

@@ -65,13 +65,12 @@ def read_tasks(name: str, num_tasks: Any) -> Tasks:
         return num_tasks
     if isinstance(num_tasks, Collection):
         return _named(name, num_tasks)
-    try:
-        value = int(num_tasks.__index__())
-    except (AttributeError, TypeError):
+    if isinstance(num_tasks, bool) or not hasattr(num_tasks, "__index__"):
         raise TypeError(
             f"{name}: num_tasks must be a Python integer or a collection of task names, found "
             f"{num_tasks!r}."
-        ) from None
+        )
+    value = int(num_tasks)
     if value < 1:
         raise ValueError(f"{name}: num_tasks must be at least 1, found {value}.")
     return Tasks(value, None)

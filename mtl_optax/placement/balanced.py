@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.core.checks import read_active
 from mtl_optax.core.lift import from_rule, is_due, next_count
 from mtl_optax.core.method import BalanceState, Method
 from mtl_optax.core.rule import WeightRule
@@ -85,9 +86,7 @@ def balanced_value_and_grad(
         given = result[0] if has_aux else result
         task_vector("balanced_value_and_grad", "the losses of loss_fn", given, tasks)
         chosen = _mask(params, evidence)
-        present = jnp.ones(losses.shape, bool)
-        if active is not None:
-            present = task_vector("balanced_value_and_grad", "active", active, tasks, jnp.bool_)
+        present = read_active("balanced_value_and_grad", active, tasks)
         keep = present & jnp.isfinite(losses)
 
         def at_once(weights: jax.Array, keep: jax.Array) -> Any:

@@ -65,8 +65,8 @@ def fork(
 
     Raises:
       TypeError: if the representation holds integers; give those to the heads directly.
-      ValueError: if the carrier does not fit, T cannot be told, the losses were not joined though
-        the method needs them, or the method does not remove the task axis.
+      ValueError: if the carrier does not fit, nothing says how many tasks there are, the losses were not
+        joined though the method needs them, or the method does not remove the task axis.
 
     Example:
 

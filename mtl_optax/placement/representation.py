@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.core.checks import read_active
 from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method, states_in
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
@@ -72,7 +73,8 @@ def fork_value_and_grad(
 
     Raises:
       ValueError: if `loss_fn` does not call `fork` exactly once, or calls it inside another transformed
-        function; if the method does not remove the task axis; if T cannot be told.
+        function; if the method does not remove the task axis; if nothing says how many tasks there
+        are.
       TypeError: for a representation or parameters of integers.
 
     Example:
@@ -95,9 +97,7 @@ def fork_value_and_grad(
     def value_and_grad(params: Any, state: Any, *args: Any, active: Any = None) -> Any:
         tasks = tasks_of("fork_value_and_grad", method, state, num_tasks)
         check_differentiable("fork_value_and_grad", params)
-        present = jnp.ones((tasks.number,), bool)
-        if active is not None:
-            present = task_vector("fork_value_and_grad", "active", active, tasks, jnp.bool_)
+        present = read_active("fork_value_and_grad", active, tasks)
 
         def run(params: Any, zeros: Any) -> Any:
             """The losses and the representation, with `zeros` (None at first) added to the copies."""

@@ -55,6 +55,8 @@ def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any =
       mask per feature for the whole batch; here every element has its own. One implementation averages
       over tasks. In another the leak is inverted (1 drops everything); here 1 keeps everything.
 
+      With `axis_name` every device draws the same numbers for its part of a leaf.
+
       A coordinate where all gradients are 0 gives 0. Opposite gradients of equal size are drawn with
       equal probability. T = 1: the gradient itself.
 
