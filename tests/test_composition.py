@@ -2,8 +2,8 @@
 
 What works is traced through `scan`, which refuses a state whose shapes or dtypes drift, and passes
 `check`; what a shape can show is refused by `check` with a message that is pinned word for word; what no
-shape shows passes `check`, and numbers show what it does. The README's table says the same, and every name
-in it is one of these cases. An optax release that changes a row is seen here.
+shape shows passes `check`, and numbers show what it does. The table of docs/composition.md says the
+same, and every name in it is one of these cases. An optax release that changes a row is seen here.
 """
 
 import functools
@@ -435,9 +435,9 @@ def test_weight_decay_before_is_added_once_per_task():
     assert_close(update, jax.tree.map(lambda p: 0.1 * p, PARAMS))
 
 
-# --- the README's table ------------------------------------------------------------------------------
+# --- the documentation's table -----------------------------------------------------------------------
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "composition.md").read_text(encoding="utf-8")
 VERDICTS = {
     "yes": WORKS,
     "no: `check` refuses it": REFUSED,
@@ -445,9 +445,9 @@ VERDICTS = {
 }
 
 
-def readme_rows():
+def rows_of_the_page():
     """`(where, names of transformations, verdict)` of each row."""
-    section = README.split("## Composition with optax")[1].split("\n## ")[0]
+    section = PAGE.split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return [
         (where.split()[0], re.findall(r"`(\w+)`", what), verdict.strip(" |"))
@@ -457,17 +457,19 @@ def readme_rows():
 
 @pytest.mark.parametrize(
     ("where", "named", "verdict"),
-    readme_rows(),
-    ids=[f"{where}: {', '.join(named)}" for where, named, _ in readme_rows()],
+    rows_of_the_page(),
+    ids=[f"{where}: {', '.join(named)}" for where, named, _ in rows_of_the_page()],
 )
-def test_every_row_of_the_readme_is_a_case_here(where, named, verdict):
+def test_every_row_of_the_page_is_a_case_here(where, named, verdict):
     assert named
     assert [name for name in named if (where, name) not in VERDICTS[verdict]] == []
 
 
 @pytest.mark.parametrize("verdict", ["no: `check` refuses it", "**no, and no shape shows it**"])
-def test_the_readme_warns_of_every_case_here(verdict):
-    warned = {(where, name) for where, named, v in readme_rows() for name in named if v == verdict}
+def test_the_page_warns_of_every_case_here(verdict):
+    warned = {
+        (where, name) for where, named, v in rows_of_the_page() for name in named if v == verdict
+    }
     assert warned == {(where, name.split(",")[0]) for where, name in VERDICTS[verdict]}
 
 

@@ -82,7 +82,7 @@ class Method(optax.GradientTransformationExtraArgs):
 
     Attributes:
       name: the factory's name.
-      num_tasks: T.
+      num_tasks: T, the number of tasks.
       task_names: the task names in the order of the task axis, or None.
       needs: what it looks at: a subset of {"losses", "norms", "gram", "gradients"}.
       rule: its mathematics, a `WeightRule` or an `UpdateRule`.
@@ -130,7 +130,7 @@ class Method(optax.GradientTransformationExtraArgs):
 
     @property
     def num_tasks(self) -> int:
-        """T."""
+        """T, the number of tasks."""
         return self.tasks.number
 
     @property
