@@ -1,18 +1,13 @@
-"""The README's table of methods, written from `METHODS`: `python tests/methods_table.py` renews it."""
+"""The README's list of methods, written from `METHODS`: `python tests/methods_table.py` renews it."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import mtl_optax as mtl
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.S)
-LOOKS_AT = {
-    "losses": "losses",
-    "norms": "norms",
-    "gram": "Gram matrix",
-    "gradients": "full gradients",
-}
 FAMILIES = {
     "losses": "Losses or nothing: all three places, one backward pass is enough",
     "norms": "Norms of the task gradients",
@@ -21,21 +16,19 @@ FAMILIES = {
 }
 
 
-def table() -> str:
-    """All methods by family, as Markdown."""
-    lines = ["| method | looks at | scale | reference |", "|---|---|---|---|"]
+def listed() -> str:
+    """The names of all methods by family, as Markdown."""
+    lines = []
     for family, title in FAMILIES.items():
-        lines.append(f"| **{title}** | | | |")
-        rows = [row for row in mtl.METHODS.values() if row.family == family]
-        for row in sorted(rows, key=lambda row: row.name):
-            looks_at = ", ".join(LOOKS_AT[need] for need in row.needs) or "nothing"
-            lines.append(f"| `{row.name}` | {looks_at} | {row.scale} | {row.reference} |")
+        names = sorted(row.name for row in mtl.METHODS.values() if row.family == family)
+        text = f"**{title}:** " + ", ".join(f"`{name}`" for name in names) + "."
+        lines.append(textwrap.fill(text, 116, initial_indent="- ", subsequent_indent="  "))
     return "\n".join(lines) + "\n"
 
 
 def renewed(text: str) -> str:
-    """A README with the present table."""
-    return SECTION.sub(lambda found: f"{found[1]}{table()}{found[2]}", text)
+    """A README with the present list."""
+    return SECTION.sub(lambda found: f"{found[1]}{listed()}{found[2]}", text)
 
 
 if __name__ == "__main__":

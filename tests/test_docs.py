@@ -74,8 +74,15 @@ def test_public_callables_are_documented(name: str) -> None:
     assert ">>> " in text, f"the example of {name} cannot be run"
 
 
-def test_readme_table_is_that_of_the_methods() -> None:
+def test_readme_lists_the_methods() -> None:
     assert renewed(README) == README, "run: python tests/methods_table.py"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_lead_somewhere(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_method_links_its_reference() -> None:
