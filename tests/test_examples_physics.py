@@ -1,21 +1,23 @@
 """The physics example: its reference solutions solve the equations, and the command runs."""
 
-import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.physics import problems, training
-from examples.physics.__main__ import main
+import mtl_optax as mtl
+from examples.physics import problems, report, training
+from examples.physics.__main__ import SHORT, main
+from examples.physics.pointwise import residual_attention
 
 
 def exact_network(name):
-    """The exact solution as a JAX function of one point."""
+    """The exact solution as a JAX function of points `[n, 2]`."""
     if name == "helmholtz":
-        return lambda p: jnp.sin(jnp.pi * p[0]) * jnp.sin(4 * jnp.pi * p[1])
-    return lambda p: jnp.sin(p[0] - 10.0 * p[1])
+        return lambda p: jnp.sin(jnp.pi * p[:, 0]) * jnp.sin(4 * jnp.pi * p[:, 1])
+    return lambda p: jnp.sin(p[:, 0] - 10.0 * p[:, 1])
 
 
 @pytest.mark.parametrize("name", ["helmholtz", "advection"])
@@ -25,7 +27,7 @@ def test_the_exact_solution_has_no_loss(name, x64):
     losses = problem.losses(exact_network(name), interior, boundary)
     assert all(float(loss) < 1e-20 for loss in losses.values()), losses
     grid = problem.grid(9)
-    found = jax.vmap(exact_network(name))(jnp.asarray(grid))
+    found = exact_network(name)(jnp.asarray(grid))
     np.testing.assert_allclose(found, problem.solution(grid), atol=1e-12)
 
 
@@ -52,29 +54,101 @@ def test_points_are_where_they_should_be():
     assert np.all(boundary[2, :, 1] == 0) and np.all(boundary[3, :, 1] == 1)
 
 
+def test_the_burgers_residual_is_that_of_the_equation(x64):
+    # u = x t^2 + x^2 t has u_t + u u_x - nu u_xx with the derivatives below.
+    interior, boundary = problems.PROBLEMS["burgers"].draw(jax.random.key(2), 20, 5)
+    found = problems.PROBLEMS["burgers"].residuals(
+        lambda p: p[:, 0] * p[:, 1] ** 2 + p[:, 0] ** 2 * p[:, 1], interior, boundary
+    )
+    x, t = interior[:, 0], interior[:, 1]
+    u, u_x, u_t = x * t**2 + x**2 * t, t**2 + 2 * x * t, 2 * x * t + x**2
+    expected = u_t + u * u_x - 0.01 / np.pi * 2 * t
+    np.testing.assert_allclose(found["equation"], expected, rtol=1e-12)
+
+
+def test_residual_attention_is_its_formula():
+    method = residual_attention(3, decay=0.9, step=0.5)
+    residuals = jnp.array([1.0, -2.0, 4.0])
+    state, expected = method.init(jnp.zeros(1)), np.zeros(3)
+    for active in ([True, True, True], [True, True, False]):
+        total, state = mtl.weigh_losses(residuals**2, state, method, active=jnp.array(active))
+        there = np.abs(residuals)[active]
+        expected[active] = 0.9 * expected[active] + 0.5 * there / there.max()
+        np.testing.assert_allclose(
+            total, np.sum((expected * residuals)[np.array(active)] ** 2), rtol=1e-6
+        )
+    # The point that was absent kept its weight.
+    np.testing.assert_allclose(expected[2], 0.5)
+    np.testing.assert_allclose(mtl.head_weights(state), [*expected[:2] ** 2, 0], rtol=1e-6)
+
+
+def test_residual_attention_without_residuals_stays_finite():
+    method = residual_attention(2)
+    total, state = mtl.weigh_losses(jnp.zeros(2), method.init(jnp.zeros(1)), method)
+    assert float(total) == 0 and np.isfinite(mtl.head_weights(state)).all()
+
+
+SMALL = training.Config(
+    steps=200, chunk=100, seeds=2, width=16, depth=2, interior=64, edge=16, learning_rate=1e-2
+)
+
+
 def test_a_method_trains():
-    config = training.Config(
-        steps=200, chunk=100, seeds=2, width=16, depth=2, interior=64, edge=16, learning_rate=1e-2
-    )
-    *steps, run = training.train(problems.PROBLEMS["advection"], "inverse_norm", config)
-    assert steps == [100, 200]
+    problem = problems.PROBLEMS["advection"]
+    *steps, run = training.train(problem, "inverse_norm, kept weights", SMALL)
+    assert steps == [100] * 4
     assert run.errors.shape == (2,) and run.weights.shape == (2, 3)
-    start = functools.partial(
-        training.apply_network, training.init_network(jax.random.key(0), 16, 2)
-    )
-    grid = problems.PROBLEMS["advection"].grid(16)
-    exact = problems.PROBLEMS["advection"].solution(grid)
-    untrained = np.asarray(jax.vmap(start)(jnp.asarray(grid, jnp.float32)))
+    start = training.init_network(jax.random.key(0), SMALL)
+    grid = problem.grid(16)
+    exact = problem.solution(grid)
+    untrained = np.asarray(training.network(problem, start)(jnp.asarray(grid, jnp.float32)))
     assert run.errors.max() < np.linalg.norm(untrained - exact) / np.linalg.norm(exact)
+
+
+def test_the_table_has_errors_and_ratios():
+    def run(errors, step_ms):
+        return training.Run(np.array(errors), step_ms, np.ones((1, 2)), ("a", "b"), np.zeros(1))
+
+    runs = {
+        ("helmholtz", "plain sum"): run([1.0, 2.0, 4.0], 0.5),
+        ("helmholtz", "upgrad"): run([0.1, 0.3, 0.2], 1.0),
+    }
+    rows = report.rows_of("helmholtz", runs)
+    assert rows[1] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
+    text = report.markdown(["helmholtz"], runs, SMALL, "python -m examples.physics")
+    assert "| upgrad | 0.2000 | 0.1000 | 0.3000 | 1.00 | 2.00 |" in text
+    assert "upgrad, 0.2000, 10.0 times below the plain sum's." in text
+    assert report.timing_rows({"plain sum": [1.0, 2.0, 4.0], "x": [2.0, 3.0, 6.0]}) == [
+        ("plain sum", "2.000", "1.00"),
+        ("x", "3.000", "1.50"),
+    ]
+
+
+@pytest.mark.slow
+def test_one_gradient_takes_one_branch():
+    """The compiled step keeps the branch over tasks: it does not compute them all and select."""
+    config = replace(SMALL, chunk=1)
+    trainer = training.Trainer(problems.PROBLEMS["helmholtz"], "config, one gradient", config)
+    assert "conditional(" in trainer.compiled_text()
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-    runs = main(["--quick", "--problems", "helmholtz", "burgers", "--out", str(tmp_path)])
-    assert len(runs) == 2 * len(training.methods())
+    runs = main(
+        ["--quick", "--jobs", "2", "--problems", "helmholtz", "burgers", "--out", str(tmp_path)]
+    )
+    assert len(runs) == len(training.ROWS) + len(SHORT)
     assert all(np.isfinite(run.errors).all() for run in runs.values())
     text = capsys.readouterr().out
     assert "helmholtz: the smallest median error is that of" in text
     rows = (tmp_path / "physics.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * len(runs)
+    assert "python -m examples.physics --quick" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "helmholtz.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_command_that_times(tmp_path):
+    main(["--quick", "--time", "--problems", "helmholtz", "--out", str(tmp_path)])
+    text = (tmp_path / "helmholtz_time.md").read_text()
+    assert "| plain sum |" in text and "| config, one gradient |" in text

@@ -1,104 +1,144 @@
-"""Trains physics-informed networks with several balancing methods: `python -m examples.physics`."""
+"""Trains physics-informed networks with several balancing methods: `python -m examples.physics`.
+
+Without options: all methods on the Helmholtz equation, and the shorter list of --help on the other two.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import os
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from examples.physics import report
 from examples.physics.picture import draw
 from examples.physics.problems import PROBLEMS
-from examples.physics.training import Config, Run, methods, train
+from examples.physics.training import ROWS, Config, Run, time_steps, train
+
+# Without --methods the first problem has all methods, and the others have these.
+SHORT = (
+    "plain sum",
+    "fixed weights, 100",
+    "inverse_norm, kept weights",
+    "upgrad",
+    "config",
+    "mgda",
+    "residual attention",
+)
+TIMED = (
+    "plain sum",
+    "inverse_norm",
+    "inverse_norm, slow average, one gradient",
+    "inverse_norm, kept weights",
+    "config",
+    "config, one gradient",
+)
 
 
-def main(arguments: list[str] | None = None) -> dict[tuple[str, str], Run]:
-    """Runs the comparison and prints its table; returns the runs by problem and method."""
+def main(arguments: list[str] | None = None) -> report.Runs:
+    """Runs the comparison and prints its tables; returns the runs by problem and method."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    command = shlex.join(["python", "-m", "examples.physics", *arguments])
     config = replace(Config(), steps=options.steps, seeds=options.seeds)
     if options.quick:
         config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
-    cells = [(problem, name) for problem in options.problems for name in options.methods]
-    runs: dict[tuple[str, str], Run] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        bar = progress.add_task("", total=len(cells) * config.steps)
-        for problem, name in cells:
-            progress.update(bar, description=f"{problem}: {name}")
-            for found in train(PROBLEMS[problem], name, config):
-                if isinstance(found, Run):
-                    runs[problem, name] = found
-                else:
-                    progress.update(bar, advance=config.chunk)
+    config = replace(config, chunk=min(config.chunk, config.steps))
+    out = Path(options.out) if options.out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    if options.time:
+        _time(options, config, command, out)
+        return {}
     console = Console()
+    cells = [(problem, name) for problem in options.problems for name in _names(options, problem)]
+    runs = _train(cells, config, options.jobs, console)
     for problem in options.problems:
-        console.print(_table(problem, options.methods, runs, config))
-    console.print(_verdict(options.problems, options.methods, runs))
-    if options.out:
-        _write(Path(options.out), options.problems, runs, config)
+        console.print(report.rich_table(problem, runs, config))
+    console.print(report.verdict(options.problems, runs))
+    if out:
+        report.write_csv(runs, out / "physics.csv")
+        text = report.markdown(options.problems, runs, config, command)
+        (out / "table.md").write_text(text, encoding="utf-8")
+        for problem in options.problems:
+            chosen = {name: run for (where, name), run in runs.items() if where == problem}
+            draw(PROBLEMS[problem], chosen, config, out / f"{problem}.png")
     return runs
 
 
+def _names(options: argparse.Namespace, problem: str) -> list[str]:
+    if options.methods is None:
+        return list(ROWS) if problem == "helmholtz" else list(SHORT)
+    return list(ROWS) if options.methods == ["all"] else options.methods
+
+
+def _train(
+    cells: list[tuple[str, str]], config: Config, jobs: int, console: Console
+) -> report.Runs:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        bar = progress.add_task("", total=len(cells) * config.steps * config.seeds)
+
+        def run(cell: tuple[str, str]) -> Run:
+            problem, name = cell
+            steps = train(PROBLEMS[problem], name, config)
+            while isinstance(found := next(steps), int):
+                progress.update(bar, advance=found, description=f"{problem}: {name}")
+            return found
+
+        return dict(zip(cells, pool.map(run, cells), strict=True))
+
+
+def _time(options: argparse.Namespace, config: Config, command: str, out: Path | None) -> None:
+    names = list(ROWS) if options.methods == ["all"] else options.methods or list(TIMED)
+    for problem in options.problems:
+        times = time_steps(PROBLEMS[problem], names, config, rounds=3 if options.quick else 20)
+        Console().print(report.timing_table(problem, times))
+        if out:
+            text = report.timing_markdown(problem, times, command)
+            (out / f"{problem}_time.md").write_text(text, encoding="utf-8")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.physics", description=__doc__)
-    known = list(methods())
-    parser.add_argument(
-        "--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="PROBLEM"
+    # Where a process is bound to some of the cores, only those count.
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.physics",
+        description=__doc__.splitlines()[0],
+        epilog=f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other "
+        f"problems have: {'; '.join(SHORT)}.",
+    )
+    parser.add_argument(
+        "--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="PROBLEM",
+        help=", ".join(PROBLEMS),
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", choices=["all", *ROWS], metavar="METHOD", help="see below, or all"
+    )
     parser.add_argument("--steps", type=int, default=Config.steps, help="training steps")
     parser.add_argument("--seeds", type=int, default=Config.seeds)
-    parser.add_argument("--out", metavar="DIR", help="write the table and a picture a problem here")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, cores), help="trainings at a time (default %(default)s)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="write the tables and a picture a problem here"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny networks")
+    parser.add_argument(
+        "--time", action="store_true", help="only measure the time of a step, all methods in turns"
+    )
     return parser
-
-
-def _table(
-    problem: str, names: list[str], runs: dict[tuple[str, str], Run], config: Config
-) -> Table:
-    table = Table(title=f"{problem}: relative L2 error after {config.steps} steps")
-    table.add_column("method")
-    for column in ("median", "best", "worst", "ms a step", "to the sum"):
-        table.add_column(column, justify="right")
-    base = runs.get((problem, "plain sum"))
-    for name in names:
-        run = runs[problem, name]
-        errors = (np.median(run.errors), run.errors.min(), run.errors.max())
-        ratio = f"{run.step_ms / base.step_ms:.2f}" if base else "-"
-        table.add_row(name, *(f"{e:.4f}" for e in errors), f"{run.step_ms:.2f}", ratio)
-    return table
-
-
-def _verdict(problems: list[str], names: list[str], runs: dict[tuple[str, str], Run]) -> str:
-    lines = []
-    for problem in problems:
-        errors = {name: float(np.median(runs[problem, name].errors)) for name in names}
-        best = min(errors, key=errors.__getitem__)
-        line = f"{problem}: the smallest median error is that of {best}, {errors[best]:.4f}"
-        if "plain sum" in errors and best != "plain sum":
-            line += f", {errors['plain sum'] / errors[best]:.1f} times below the plain sum's"
-        lines.append(line + ".")
-    return "\n".join(lines)
-
-
-def _write(
-    folder: Path, problems: list[str], runs: dict[tuple[str, str], Run], config: Config
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "physics.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["problem", "method", "seed", "relative_l2_error", "ms_per_step"])
-        for (problem, name), run in runs.items():
-            for seed, error in enumerate(run.errors):
-                writer.writerow([problem, name, seed, f"{error:.6g}", f"{run.step_ms:.4g}"])
-    for problem in problems:
-        chosen = {name: run for (where, name), run in runs.items() if where == problem}
-        draw(PROBLEMS[problem], chosen, config, folder / f"{problem}.png")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def draw(problem: Problem, runs: dict[str, Run], config: Config, path: Path) -> 
         )
         axis.set(title=title, xlabel="second coordinate", ylabel="first coordinate")
         figure.colorbar(image, ax=axis)
-    names = ["boundary", "equation", "initial"][: runs[best].weights.shape[1]]
-    plot_weights(runs[best].weights, task_names=names, ax=axes[3])
+    run = runs[best]
+    plot_weights(run.weights, task_names=run.names, ax=axes[3])
     axes[3].set(title=f"weights: {best}", xlabel=f"training, in {config.chunk} steps", yscale="log")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

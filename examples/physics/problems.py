@@ -1,4 +1,4 @@
-"""Three partial differential equations with known solutions, as losses of a network u(x, y)."""
+"""Three partial differential equations with known solutions, as residuals of a network u(x, y)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Network = Callable[[jax.Array], jax.Array]  # a point [2] to u
+Network = Callable[[jax.Array], jax.Array]  # points [n, 2] to u [n]
+Residuals = dict[str, jax.Array]  # by name; the loss of each is its mean square
 
 
 @dataclass(frozen=True)
@@ -19,28 +20,45 @@ class Problem:
     Attributes:
       name: for the table.
       low, high: corners of the rectangle; for problems in time the second coordinate is the time.
-      losses: `(u, points of the interior, points of the boundary [4, n, 2]) -> losses by name`.
+      residuals: `(u, points of the interior [n, 2], points of the boundary [4, m, 2])` to the residuals
+        of the equation and of the conditions on the boundary.
       solution: `points [n, 2] -> u`, computed in float64 by NumPy.
     """
 
     name: str
     low: tuple[float, float]
     high: tuple[float, float]
-    losses: Callable[[Network, jax.Array, jax.Array], dict[str, jax.Array]]
+    residuals: Callable[[Network, jax.Array, jax.Array], Residuals]
     solution: Callable[[np.ndarray], np.ndarray]
+
+    def losses(self, u: Network, interior: jax.Array, boundary: jax.Array) -> dict[str, jax.Array]:
+        """The mean squares of the residuals."""
+        found = self.residuals(u, interior, boundary)
+        return {name: jnp.mean(values * values) for name, values in found.items()}
 
     def draw(self, key: jax.Array, interior: int, edge: int) -> tuple[jax.Array, jax.Array]:
         """Uniform points of the interior `[interior, 2]` and of the four edges `[4, edge, 2]`."""
         inner, outer = jax.random.split(key)
-        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
         unit = jax.random.uniform(outer, (4, edge))
         zero, one = jnp.zeros(edge), jnp.ones(edge)
         # Left, right (first coordinate fixed), bottom, top (second coordinate fixed).
         edges = [(zero, unit[0]), (one, unit[1]), (unit[2], zero), (unit[3], one)]
         boundary = jnp.stack([jnp.stack(pair, axis=-1) for pair in edges])
-        points = jax.random.uniform(inner, (interior, 2))
-        place = jnp.vectorize(lambda p: low + (high - low) * p, signature="(d)->(d)")
-        return place(points), place(boundary)
+        return self.place(jax.random.uniform(inner, (interior, 2))), self.place(boundary)
+
+    def place(self, unit: jax.Array) -> jax.Array:
+        """Points of the unit square `[..., 2]` on the rectangle."""
+        low, high = self._corners(unit)
+        return low + (high - low) * unit
+
+    def scale(self, points: jax.Array) -> jax.Array:
+        """Points of the rectangle `[..., 2]` on the square from -1 to 1, for the network's input."""
+        low, high = self._corners(points)
+        return 2 * (points - low) / (high - low) - 1
+
+    def _corners(self, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        low, high = (jnp.asarray(corner, points.dtype) for corner in (self.low, self.high))
+        return jnp.broadcast_to(low, points.shape), jnp.broadcast_to(high, points.shape)
 
     def grid(self, size: int) -> np.ndarray:
         """A regular grid `[size * size, 2]` over the rectangle."""
@@ -48,8 +66,22 @@ class Problem:
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def _mean_square(values: jax.Array) -> jax.Array:
-    return jnp.mean(values * values)
+def _slope(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """U and its derivative along one axis, `[n]` each."""
+    along = jnp.zeros_like(points).at[:, axis].set(1)
+    return jax.jvp(u, (points,), (along,))
+
+
+def _curvature(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U and its first and second derivatives along one axis, `[n]` each.
+
+    Forward over forward: on a CPU an eighth of the time of `jax.hessian` at every point.
+    """
+    along = jnp.zeros_like(points).at[:, axis].set(1)
+    (value, first), (_, second) = jax.jvp(
+        lambda points: jax.jvp(u, (points,), (along,)), (points,), (along,)
+    )
+    return value, first, second
 
 
 # Helmholtz: u_xx + u_yy + u = q with u = sin(pi x) sin(4 pi y), 0 on the boundary.
@@ -62,17 +94,12 @@ def _helmholtz_solution(points: np.ndarray) -> np.ndarray:
     return np.sin(a * np.pi * points[:, 0]) * np.sin(b * np.pi * points[:, 1])
 
 
-def _helmholtz(u: Network, interior: jax.Array, boundary: jax.Array) -> dict[str, jax.Array]:
+def _helmholtz(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
     a, b = (wave * jnp.pi for wave in _WAVES)
-
-    def residual(point: jax.Array) -> jax.Array:
-        source = (1 - a**2 - b**2) * jnp.sin(a * point[0]) * jnp.sin(b * point[1])
-        return jnp.trace(jax.hessian(u)(point)) + u(point) - source
-
-    return {
-        "boundary": _mean_square(jax.vmap(u)(boundary.reshape(-1, 2))),
-        "equation": _mean_square(jax.vmap(residual)(interior)),
-    }
+    value, _, u_xx = _curvature(u, interior, 0)
+    *_, u_yy = _curvature(u, interior, 1)
+    source = (1 - a**2 - b**2) * jnp.sin(a * interior[:, 0]) * jnp.sin(b * interior[:, 1])
+    return {"boundary": u(boundary.reshape(-1, 2)), "equation": u_xx + u_yy + value - source}
 
 
 # Burgers: u_t + u u_x = nu u_xx with u(x, 0) = -sin(pi x); the Cole-Hopf transformation gives u.
@@ -90,18 +117,14 @@ def _burgers_solution(points: np.ndarray) -> np.ndarray:
     return -(kernel * np.sin(np.pi * shifted)).sum(1) / kernel.sum(1)
 
 
-def _burgers(u: Network, interior: jax.Array, boundary: jax.Array) -> dict[str, jax.Array]:
-    def residual(point: jax.Array) -> jax.Array:
-        gradient = jax.grad(u)(point)
-        along_x = jnp.array([1.0, 0.0])
-        second = jax.jvp(lambda p: jax.grad(u)(p)[0], (point,), (along_x,))[1]
-        return gradient[1] + u(point) * gradient[0] - _VISCOSITY * second
-
+def _burgers(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
+    value, u_x, u_xx = _curvature(u, interior, 0)
+    _, u_t = _slope(u, interior, 1)
     start = boundary[2]
     return {
-        "boundary": _mean_square(jax.vmap(u)(boundary[:2].reshape(-1, 2))),
-        "equation": _mean_square(jax.vmap(residual)(interior)),
-        "initial": _mean_square(jax.vmap(u)(start) + jnp.sin(jnp.pi * start[:, 0])),
+        "boundary": u(boundary[:2].reshape(-1, 2)),
+        "equation": u_t + value * u_x - _VISCOSITY * u_xx,
+        "initial": u(start) + jnp.sin(jnp.pi * start[:, 0]),
     }
 
 
@@ -114,17 +137,15 @@ def _advection_solution(points: np.ndarray) -> np.ndarray:
     return np.sin(points[:, 0] - _SPEED * points[:, 1])
 
 
-def _advection(u: Network, interior: jax.Array, boundary: jax.Array) -> dict[str, jax.Array]:
-    def residual(point: jax.Array) -> jax.Array:
-        gradient = jax.grad(u)(point)
-        return gradient[1] + _SPEED * gradient[0]
-
+def _advection(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
+    _, u_x = _slope(u, interior, 0)
+    _, u_t = _slope(u, interior, 1)
     left, start = boundary[0], boundary[2]
     right = left + jnp.array([[2 * jnp.pi, 0.0]])
     return {
-        "boundary": _mean_square(jax.vmap(u)(left) - jax.vmap(u)(right)),
-        "equation": _mean_square(jax.vmap(residual)(interior)),
-        "initial": _mean_square(jax.vmap(u)(start) - jnp.sin(start[:, 0])),
+        "boundary": u(left) - u(right),
+        "equation": u_t + _SPEED * u_x,
+        "initial": u(start) - jnp.sin(start[:, 0]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Training of small networks on a problem, all seeds at once."""
+"""Training of small networks on a problem, one seed after the other."""
 
 from __future__ import annotations
 
@@ -14,22 +14,38 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
-from examples.physics.problems import Problem
-
-ONE_GRADIENT = "config, one gradient a step"
+from examples.physics.pointwise import residual_attention
+from examples.physics.problems import Network, Problem
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the network and of the training."""
+    """Sizes of the network and of the training, the same for every method and problem.
+
+    Attributes:
+      steps, seeds: of the training.
+      width, depth: of the network.
+      input_scale: factor on the first layer's weights at the start, for solutions that oscillate.
+      interior, edge: points a step, drawn anew for each step.
+      learning_rate: of Adam at the start; it falls to 0 along a cosine.
+      period: steps between two computations of the weights, for the rows that keep them.
+      probes: random vectors that estimate an NTK trace.
+      pool: batches of interior points that come back in turn, for weights of points.
+      chunk: steps between two updates of the progress bar.
+      grid: points along each axis at which the error is measured.
+    """
 
     steps: int = 4000
     seeds: int = 3
-    width: int = 32
-    depth: int = 3
-    interior: int = 256
+    width: int = 48
+    depth: int = 2
+    input_scale: float = 2.0
+    interior: int = 128
     edge: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
+    period: int = 100
+    probes: int = 16
+    pool: int = 16
     chunk: int = 500
     grid: int = 64
 
@@ -40,134 +56,296 @@ class Run:
 
     Attributes:
       errors: `[seeds]`, relative L2 errors at the end.
-      step_ms: milliseconds a step of all seeds, without compilation.
+      step_ms: milliseconds a step of one seed, without compilation; the median over chunks of steps.
       weights: `[chunks, T]`, the weights of the first seed over training.
+      names: of the T losses.
       field: `[grid, grid]`, the first seed's solution.
     """
 
     errors: np.ndarray
     step_ms: float
     weights: np.ndarray
+    names: tuple[str, ...]
     field: np.ndarray
 
 
-def methods() -> dict[str, Callable[[Any], Any]]:
-    """The rows of the table, from the task names to a method."""
-    return {
-        "plain sum": mtl.sum_tasks,
-        "fixed weights, 100": lambda names: mtl.fixed_weights(
+# `(params, state, step, points of the interior, of the boundary) -> (direction for Adam, new state)`
+Direction = Callable[..., tuple[Any, Any]]
+# `(problem, method, config) -> (the state's init, direction)`
+Placement = Callable[[Problem, mtl.Method, Config], tuple[Callable[[Any], Any], Direction]]
+
+
+def every_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
+    """T backward passes a step."""
+
+    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+        losses, grads = mtl.per_task_value_and_grad(_losses(problem))(params, *points)
+        return method.update(grads, state, params, losses=losses)
+
+    return method.init, direction
+
+
+def kept_weights(problem: Problem, method: mtl.Method, config: Config) -> Any:
+    """T backward passes where weights are due (`update_every`), and one in between: jaxpi's scheme."""
+    value_and_grad = mtl.balanced_value_and_grad(_losses(problem), method)
+
+    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+        return value_and_grad(params, state, *points)[1]
+
+    return method.init, direction
+
+
+def one_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
+    """One backward pass a step, of the loss whose turn it is."""
+    remembered = mtl.remember(method, decay=0.9)
+    value_and_grad = mtl.one_task_value_and_grad(_losses(problem), method.tasks.names)
+
+    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+        losses, (grads, active) = value_and_grad(k, params, *points)
+        return remembered.update(grads, state, params, losses=losses, active=active)
+
+    return remembered.init, direction
+
+
+def on_losses(problem: Problem, method: mtl.Method, config: Config) -> Any:
+    """One backward pass a step, of the weighted sum; NTK traces where the method asks for them."""
+    loss_fn = _losses(problem)
+
+    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+        extra = {}
+        if "traces" in method.rule.extra:
+            extra["traces"] = _traces(problem, method.tasks.names, config, params, k, *points)
+
+        def weighted(params: Any) -> Any:
+            return mtl.weigh_losses(loss_fn(params, *points), state, method, **extra)
+
+        return jax.grad(weighted, has_aux=True)(params)
+
+    return method.init, direction
+
+
+def _traces(
+    problem: Problem,
+    names: tuple[str, ...],
+    config: Config,
+    params: Any,
+    k: jax.Array,
+    *points: jax.Array,
+) -> jax.Array:
+    """The traces `[T]` every `config.period` steps, and zeros, which `ntk` passes over, in between."""
+
+    def residuals(params: Any, name: str) -> jax.Array:
+        values = problem.residuals(network(problem, params), *points)[name]
+        return values / values.size**0.5  # the loss is the sum of their squares
+
+    def estimate(params: Any) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), k), len(names))
+        return jnp.stack(
+            [
+                mtl.ntk_trace(residuals, params, name, num_samples=config.probes, key=key)
+                for name, key in zip(names, keys, strict=True)
+            ]
+        )
+
+    due = k % config.period == 0
+    return jax.lax.cond(due, estimate, lambda _: jnp.zeros(len(names)), params)
+
+
+def on_points(problem: Problem, method: mtl.Method, config: Config) -> Any:
+    """Weights of the points of a fixed pool, whose batches come in turn; the other losses are added.
+
+    `method` has the names of the losses; it weighs them after `residual_attention` has weighed the points.
+    """
+    attention = residual_attention(config.pool * config.interior)
+    pool = problem.place(jax.random.uniform(jax.random.key(1), (config.pool, config.interior, 2)))
+
+    def init(params: Any) -> Any:
+        return method.init(params), attention.init(params)
+
+    def direction(params: Any, state: Any, k: jax.Array, _: jax.Array, boundary: jax.Array) -> Any:
+        batch = k % config.pool
+        active = jnp.repeat(jnp.arange(config.pool) == batch, config.interior)
+
+        def weighted(params: Any) -> Any:
+            found = problem.residuals(network(problem, params), pool[batch], boundary)
+            squares = found.pop("equation") ** 2
+            losses = {name: jnp.mean(values * values) for name, values in found.items()}
+            squares = jnp.where(active, jnp.tile(squares, config.pool), 0)
+            total, points = mtl.weigh_losses(squares, state[1], attention, active=active)
+            losses["equation"] = total / config.interior
+            total, tasks = mtl.weigh_losses(losses, state[0], method)
+            return total, (tasks, points)
+
+        return jax.grad(weighted, has_aux=True)(params)
+
+    return init, direction
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a method, given the names of the losses, and where it is placed."""
+
+    make: Callable[[tuple[str, ...], Config], mtl.Method]
+    place: Placement = every_gradient
+
+
+ROWS = {
+    "plain sum": Row(lambda names, _: mtl.sum_tasks(names), on_losses),
+    "fixed weights, 100": Row(
+        lambda names, _: mtl.fixed_weights(
             names, {name: 1.0 if name == "equation" else 100.0 for name in names}
         ),
-        "inverse_norm": mtl.inverse_norm,
-        "lr_annealing": lambda names: mtl.lr_annealing(names, target="equation"),
-        "metabalance": lambda names: mtl.metabalance(
-            names, target="equation", relax_factor=1.0, blocks="all"
-        ),
-        "upgrad": mtl.upgrad,
-        "config": mtl.config,
-        ONE_GRADIENT: mtl.config,
-        "mgda": mtl.mgda,
-        "softadapt": lambda names: mtl.softadapt(names, variant="normalized"),
-        "relobralo": mtl.relobralo,
-    }
+        on_losses,
+    ),
+    "inverse_norm": Row(lambda names, _: mtl.inverse_norm(names)),
+    "inverse_norm, slow average": Row(lambda names, _: mtl.inverse_norm(names, ema_decay=0.999)),
+    "inverse_norm, slow average, one gradient": Row(
+        lambda names, _: mtl.inverse_norm(names, ema_decay=0.999), one_gradient
+    ),
+    "inverse_norm, kept weights": Row(
+        lambda names, config: mtl.inverse_norm(names, update_every=config.period, eps=1e-5),
+        kept_weights,
+    ),
+    "lr_annealing": Row(lambda names, _: mtl.lr_annealing(names, target="equation")),
+    "ntk": Row(lambda names, _: mtl.ntk(names), on_losses),
+    "metabalance": Row(
+        lambda names, _: mtl.metabalance(names, target="equation", relax_factor=1.0, blocks="all")
+    ),
+    "upgrad": Row(lambda names, _: mtl.upgrad(names)),
+    "config": Row(lambda names, _: mtl.config(names)),
+    "config, one gradient": Row(lambda names, _: mtl.config(names), one_gradient),
+    "mgda": Row(lambda names, _: mtl.mgda(names)),
+    "imtl_g": Row(lambda names, _: mtl.imtl_g(names)),
+    "multibalance": Row(lambda names, _: mtl.multibalance(names)),
+    "gradnorm": Row(lambda names, _: mtl.gradnorm(names)),
+    "db_mtl": Row(lambda names, _: mtl.db_mtl(names)),
+    "softadapt": Row(lambda names, _: mtl.softadapt(names, variant="normalized"), on_losses),
+    "relobralo": Row(lambda names, _: mtl.relobralo(names), on_losses),
+    "residual attention": Row(lambda names, _: mtl.sum_tasks(names), on_points),
+}
 
 
-def init_network(key: jax.Array, width: int, depth: int) -> list[tuple[jax.Array, jax.Array]]:
+def init_network(key: jax.Array, config: Config) -> list[tuple[jax.Array, jax.Array]]:
     """A tanh network from 2 numbers to 1."""
-    sizes = [2, *[width] * depth, 1]
+    sizes = [2, *[config.width] * config.depth, 1]
     keys = jax.random.split(key, len(sizes) - 1)
-    return [
+    layers = [
         (jax.random.normal(k, (a, b)) * (2 / (a + b)) ** 0.5, jnp.zeros(b))
         for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
+    return [(layers[0][0] * config.input_scale, layers[0][1]), *layers[1:]]
 
 
-def apply_network(params: Any, point: jax.Array) -> jax.Array:
-    """U at one point `[2]`."""
-    for weight, bias in params[:-1]:
-        point = jnp.tanh(point @ weight + bias)
-    weight, bias = params[-1]
-    return (point @ weight + bias)[0]
+def network(problem: Problem, params: Any) -> Network:
+    """The function u of points `[n, 2]`."""
+
+    def u(points: jax.Array) -> jax.Array:
+        hidden = problem.scale(points)
+        for weight, bias in params[:-1]:
+            hidden = jnp.tanh(hidden @ weight + bias[None])
+        weight, bias = params[-1]
+        return (hidden @ weight + bias[None])[:, 0]
+
+    return u
+
+
+class Trainer:
+    """The compiled training of one row on one problem, the same program for every seed."""
+
+    def __init__(self, problem: Problem, name: str, config: Config, chunk: int | None = None):
+        self.problem, self.config, self.chunk = problem, config, chunk or config.chunk
+        self.names = tuple(sorted(jax.eval_shape(lambda: _example_residuals(problem, config))))
+        row = ROWS[name]
+        method = row.make(self.names, config)
+        init_state, direction = row.place(problem, method, config)
+        adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+
+        def init(key: jax.Array) -> Any:
+            params = init_network(key, config)
+            return params, init_state(params), adam.init(params)
+
+        def step(key: jax.Array, carry: Any, k: jax.Array) -> tuple[Any, None]:
+            params, state, adam_state = carry
+            points = problem.draw(jax.random.fold_in(key, k), config.interior, config.edge)
+            update, state = direction(params, state, k, *points)
+            update, adam_state = adam.update(update, adam_state, params)
+            return (optax.apply_updates(params, update), state, adam_state), None
+
+        def advance(key: jax.Array, carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
+            steps = start + jnp.arange(self.chunk)
+            carry, _ = jax.lax.scan(functools.partial(step, key), carry, steps)
+            return carry, mtl.head_weights(carry[1])
+
+        self._init = jax.jit(init)
+        key = jax.random.key(0)
+        self._advance = jax.jit(advance, donate_argnums=1).lower(
+            key, jax.eval_shape(init, key), jnp.int32(0)
+        ).compile()  # fmt: skip
+
+    def start(self, seed: int) -> tuple[jax.Array, Any]:
+        """The seed's key and first state."""
+        key = jax.random.key(seed)
+        return key, self._init(key)
+
+    def advance(self, key: jax.Array, carry: Any, step: int) -> tuple[Any, np.ndarray, float]:
+        """One chunk of steps: the new state, the weights `[T]` at its end, and the seconds."""
+        began = time.perf_counter()
+        carry, weights = jax.block_until_ready(self._advance(key, carry, jnp.int32(step)))
+        return carry, np.asarray(weights), time.perf_counter() - began
+
+    def compiled_text(self) -> str:
+        """The compiled program of one chunk."""
+        return self._advance.as_text()
+
+    def solution(self, carry: Any) -> np.ndarray:
+        """The network's values on the grid, `[grid * grid]`."""
+        grid = jnp.asarray(self.problem.grid(self.config.grid), jnp.float32)
+        return np.asarray(jax.jit(network(self.problem, carry[0]))(grid), np.float64)
 
 
 def train(problem: Problem, name: str, config: Config) -> Iterator[Run | int]:
-    """Trains all seeds of one method; yields the steps done, and the `Run` at the end."""
-    loss_fn = functools.partial(_losses, problem)
-    names = tuple(jax.eval_shape(lambda: _example_losses(problem, config)))
-    method = methods()[name](names)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    one_gradient = name == ONE_GRADIENT
-    balance = mtl.remember(method, decay=0.9) if one_gradient else method
-    tx = optax.chain(balance, optax.adam(schedule))
-    single = mtl.one_task_value_and_grad(loss_fn, names)
-    each = mtl.per_task_value_and_grad(loss_fn)
-    # A method that looks at nothing needs one backward pass, of the weighted sum.
-    on_losses = method.needs <= {"losses"}
-    adam = optax.adam(schedule)
-
-    def init(key: jax.Array) -> Any:
-        params = init_network(key, config.width, config.depth)
-        if on_losses:
-            return params, (method.init(params), adam.init(params))
-        return params, tx.init(params)
-
-    def step(key: jax.Array, carry: Any, k: jax.Array) -> tuple[Any, None]:
-        params, state = carry
-        points = problem.draw(jax.random.fold_in(key, k), config.interior, config.edge)
-        if on_losses:
-            method_state, adam_state = state
-
-            def weighted(params: Any) -> Any:
-                return mtl.weigh_losses(loss_fn(params, *points), method_state, method)
-
-            grads, method_state = jax.grad(weighted, has_aux=True)(params)
-            updates, adam_state = adam.update(grads, adam_state, params)
-            state = method_state, adam_state
-        elif one_gradient:
-            losses, (grads, active) = single(k, params, *points)
-            updates, state = tx.update(grads, state, params, losses=losses, active=active)
-        else:
-            losses, grads = each(params, *points)
-            updates, state = tx.update(grads, state, params, losses=losses)
-        return (optax.apply_updates(params, updates), state), None
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    @functools.partial(jax.vmap, in_axes=(0, 0, None))
-    def advance(key: jax.Array, carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
-        steps = start + jnp.arange(config.chunk)
-        carry, _ = jax.lax.scan(functools.partial(step, key), carry, steps)
-        return carry, mtl.head_weights(carry[1])
-
-    keys = jax.random.split(jax.random.key(0), config.seeds)
-    carry = jax.jit(jax.vmap(init))(keys)
-    advance = advance.lower(keys, carry, jnp.int32(0)).compile()
-    weights, seconds = [], 0.0
-    for start in range(0, config.steps, config.chunk):
-        began = time.perf_counter()
-        carry, used = jax.block_until_ready(advance(keys, carry, jnp.int32(start)))
-        seconds += time.perf_counter() - began
-        weights.append(np.asarray(used[0]))
-        yield start + config.chunk
-    points = problem.grid(config.grid)
-    fields = jax.jit(
-        jax.vmap(
-            lambda params: jax.vmap(functools.partial(apply_network, params))(
-                jnp.asarray(points, jnp.float32)
-            )
-        )
-    )(carry[0])
-    exact = problem.solution(points)
-    errors = np.linalg.norm(np.asarray(fields, float) - exact, axis=1) / np.linalg.norm(exact)
-    field = np.asarray(fields[0]).reshape(config.grid, config.grid)
-    yield Run(errors, 1e3 * seconds / config.steps, np.stack(weights), field)
+    """Trains all seeds of one row; yields the steps done since the last time, and the `Run` at the end."""
+    trainer = Trainer(problem, name, config)
+    exact = problem.solution(problem.grid(config.grid))
+    fields, weights, seconds = [], [], []
+    for seed in range(config.seeds):
+        key, carry = trainer.start(seed)
+        for step in range(0, config.steps, config.chunk):
+            carry, used, taken = trainer.advance(key, carry, step)
+            seconds.append(taken)
+            weights += [used] * (seed == 0)
+            yield config.chunk
+        fields.append(trainer.solution(carry))
+    errors = np.linalg.norm(np.stack(fields) - exact, axis=1) / np.linalg.norm(exact)
+    step_ms = 1e3 * float(np.median(seconds)) / config.chunk
+    field = fields[0].reshape(config.grid, config.grid)
+    yield Run(errors, step_ms, np.stack(weights), trainer.names, field)
 
 
-def _losses(
-    problem: Problem, params: Any, interior: jax.Array, boundary: jax.Array
-) -> dict[str, jax.Array]:
-    return problem.losses(functools.partial(apply_network, params), interior, boundary)
+def time_steps(
+    problem: Problem, names: list[str], config: Config, rounds: int, chunk: int = 100
+) -> dict[str, list[float]]:
+    """Milliseconds a step of every row, measured in turns so that all see the same load of the machine."""
+    trainers = {name: Trainer(problem, name, config, chunk) for name in names}
+    states = {name: trainer.start(0) for name, trainer in trainers.items()}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(0, (rounds + 1) * chunk, chunk):
+        for name, trainer in trainers.items():
+            key, carry = states[name]
+            carry, _, seconds = trainer.advance(key, carry, step)
+            states[name] = key, carry
+            if step > 0:  # the first chunk fills caches
+                found[name].append(1e3 * seconds / chunk)
+    return found
 
 
-def _example_losses(problem: Problem, config: Config) -> dict[str, jax.Array]:
-    params = init_network(jax.random.key(0), config.width, config.depth)
-    return _losses(problem, params, *problem.draw(jax.random.key(1), 2, 2))
+def _losses(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
+    def loss_fn(params: Any, *points: jax.Array) -> dict[str, jax.Array]:
+        return problem.losses(network(problem, params), *points)
+
+    return loss_fn
+
+
+def _example_residuals(problem: Problem, config: Config) -> dict[str, jax.Array]:
+    u = network(problem, init_network(jax.random.key(0), config))
+    return problem.residuals(u, *problem.draw(jax.random.key(1), 2, 2))

@@ -1,0 +1,108 @@
+"""The results of finished runs as tables and files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from examples.physics.training import Config, Run
+
+Runs = dict[tuple[str, str], Run]  # by problem and row
+BASE = "plain sum"
+HEADER = ("method", "median", "best", "worst", "ms a step", "to the sum's")
+
+
+def rows_of(problem: str, runs: Runs) -> list[tuple[str, ...]]:
+    """The cells of a problem's table: relative L2 errors, and the time of a step."""
+    base = runs.get((problem, BASE))
+    rows = []
+    for (where, name), run in runs.items():
+        if where == problem:
+            errors = (np.median(run.errors), run.errors.min(), run.errors.max())
+            ratio = f"{run.step_ms / base.step_ms:.2f}" if base else "-"
+            rows.append((name, *(f"{e:.4f}" for e in errors), f"{run.step_ms:.2f}", ratio))
+    return rows
+
+
+def title(problem: str, config: Config) -> str:
+    """What the numbers are."""
+    return f"{problem}: relative L2 error after {config.steps} steps, {config.seeds} seeds"
+
+
+def rich_table(problem: str, runs: Runs, config: Config) -> Table:
+    """A problem's table for the terminal."""
+    table = Table(title=title(problem, config))
+    for column in HEADER:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows_of(problem, runs):
+        table.add_row(*row)
+    return table
+
+
+def markdown(problems: list[str], runs: Runs, config: Config, command: str) -> str:
+    """All tables and the verdict for a page."""
+    parts = [f"Made by `{command}`: {config}.", verdict(problems, runs)]
+    for problem in problems:
+        lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *rows_of(problem, runs)]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"**{title(problem, config)}**\n\n{body}")
+    return "\n\n".join(parts) + "\n"
+
+
+def verdict(problems: list[str], runs: Runs) -> str:
+    """One line a problem: the best row beside the plain sum."""
+    lines = []
+    for problem in problems:
+        errors = {
+            name: float(np.median(run.errors))
+            for (where, name), run in runs.items()
+            if where == problem
+        }
+        best = min(errors, key=errors.__getitem__)
+        line = f"{problem}: the smallest median error is that of {best}, {errors[best]:.4f}"
+        if BASE in errors and best != BASE:
+            line += f", {errors[BASE] / errors[best]:.1f} times below the plain sum's"
+        lines.append(line + ".")
+    return "\n".join(lines)
+
+
+def write_csv(runs: Runs, path: Path) -> None:
+    """The error of every seed."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["problem", "method", "seed", "relative_l2_error", "ms_per_step"])
+        for (problem, name), run in runs.items():
+            for seed, error in enumerate(run.errors):
+                writer.writerow([problem, name, seed, f"{error:.6g}", f"{run.step_ms:.4g}"])
+
+
+def timing_rows(times: dict[str, list[float]]) -> list[tuple[str, str, str]]:
+    """The median time of each row and the median ratio to the first one's time of the same round."""
+    base = np.array(next(iter(times.values())))
+    return [
+        (name, f"{np.median(taken):.3f}", f"{np.median(np.array(taken) / base):.2f}")
+        for name, taken in times.items()
+    ]
+
+
+TIMING_HEADER = ("method", "ms a step", "to the sum's")
+
+
+def timing_table(problem: str, times: dict[str, list[float]]) -> Table:
+    """The interleaved times for the terminal."""
+    table = Table(title=f"{problem}: milliseconds a step, all methods in turns")
+    for column in TIMING_HEADER:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in timing_rows(times):
+        table.add_row(*row)
+    return table
+
+
+def timing_markdown(problem: str, times: dict[str, list[float]], command: str) -> str:
+    """The same for a page."""
+    lines = [TIMING_HEADER, ("---", "---:", "---:"), *timing_rows(times)]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"**{problem}: milliseconds a step, all methods in turns** (`{command}`)\n\n{body}\n"
