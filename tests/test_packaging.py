@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -153,3 +154,89 @@ def test_no_data_set_is_committed() -> None:
     """Only reference numbers and small fixtures: no file above two megabytes."""
     large = [path.name for path in tracked_files() if path.stat().st_size > 2_000_000]
     assert large == []
+
+
+def workflows() -> list[Path]:
+    folder = ROOT / ".github" / "workflows"
+    if not folder.exists():
+        pytest.skip("the workflows are not part of this copy")
+    return sorted(folder.glob("*.yml"))
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    used = [
+        f"{file.name}: {line.strip()}"
+        for file in workflows()
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if "uses:" in line
+    ]
+    assert used
+    assert [line for line in used if not re.search(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)] == []
+
+
+@pytest.fixture
+def release_check() -> ModuleType:
+    """The script of the release workflow."""
+    file = ROOT / ".github" / "release_check.py"
+    if not file.exists():
+        pytest.skip("the script is not part of this copy")
+    spec = importlib.util.spec_from_file_location("release_check", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """The files that name a version, as they must be for the tag v1.2.3."""
+    (tmp_path / "mtl_optax").mkdir()
+    (tmp_path / "mtl_optax" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+    (tmp_path / "CITATION.cff").write_text("cff-version: 1.2.0\nversion: 1.2.3\n")
+    (tmp_path / "README.md").write_text("Licensed under Apache-2.0. Version 1.2.3.\n")
+    changelog = "## [Unreleased]\n\n## [1.2.3] - 2030-01-31\n\n- A change.\n\n## [0.1.0]\n"
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+    return tmp_path
+
+
+def test_a_release_that_agrees_passes(release_check: ModuleType, released: Path) -> None:
+    assert release_check.problems("v1.2.3", released) == []
+    assert len(release_check.problems("v1.2.4", released)) == 5
+    assert release_check.problems("1.2.3", released) == [
+        "the tag must look like v1.2.3; found 1.2.3"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "problem"),
+    [
+        ("mtl_optax/__init__.py", "1.2.3", "1.2.4", "must name the version 1.2.3; found 1.2.4"),
+        ("CITATION.cff", "version: 1.2.3", "", "must name the version 1.2.3; found none"),
+        ("README.md", "1.2.3", "1.2.2", "must name the version 1.2.3; found 1.2.2"),
+        ("CHANGELOG.md", "[1.2.3] - 2030-01-31", "[1.2.3]", "must have a heading"),
+        ("CHANGELOG.md", "[Unreleased]\n", "[Unreleased]\n\n- More.\n", "under Unreleased"),
+    ],
+)
+def test_a_release_that_disagrees_does_not(
+    release_check: ModuleType, released: Path, name: str, old: str, new: str, problem: str
+) -> None:
+    file = released / name
+    file.write_text(file.read_text().replace(old, new))
+    (found,) = release_check.problems("v1.2.3", released)
+    assert name in found and problem in found
+
+
+def test_this_version_is_named_everywhere(release_check: ModuleType) -> None:
+    """Between releases only the heading and the entries under Unreleased may be open."""
+    found = release_check.problems(f"v{mtl_optax.__version__}")
+    assert [text for text in found if "must name" in text] == []
+
+
+def test_pre_commit_runs_the_tools_of_ci() -> None:
+    file, script = ROOT / ".pre-commit-config.yaml", ROOT / ".ci" / "run"
+    if not file.exists() or not script.exists():
+        pytest.skip("the configuration is not part of this copy")
+    entries = re.findall(r"entry: (.*)$", file.read_text(encoding="utf-8"), flags=re.M)
+    ran = script.read_text(encoding="utf-8")
+    assert [entry for entry in entries if entry.split(" --")[0] not in ran] == []
+    assert {entry.split()[0] for entry in entries} == {"ruff", "basedpyright", "lint-imports"}
