@@ -24,6 +24,8 @@ extensions = [
     "mathml",
 ]
 exclude_patterns = ["_build"]
+# Pages of results are written by the examples, with headings of their own.
+suppress_warnings = ["myst.header"]
 # `name` in a docstring is a link where it is a public name, else code.
 default_role = "py:obj"
 add_module_names = False
@@ -33,6 +35,7 @@ python_maximum_signature_line_length = 60
 myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False

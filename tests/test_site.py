@@ -130,3 +130,28 @@ def test_reading_the_site_needs_no_network(site: Path) -> None:
     assert found == set()
     assert "<math" in (site / "methods" / "metabalance.html").read_text("utf-8")
     assert (site / "_static" / "STIXTwoMath-Regular.ttf").exists()
+
+
+def test_the_page_of_results_holds_every_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    import result_pages
+
+    source, folder = tmp_path / "source", tmp_path / "page"
+    result_pages.write(folder, source)
+    assert "no results yet" in (folder / "index.md").read_text("utf-8")
+
+    (source / "first").mkdir(parents=True)
+    (source / "second").mkdir()
+    table = "# Title\n\n![weights](weights.png)\n\n```bash\n# a comment\n```\n\n## Part\n"
+    (source / "first" / "table.md").write_text(table)
+    (source / "second" / "table.md").write_text("| a |\n|---|\n| 1 |\n")
+    for picture in ("first/weights.png", "second/loss_curve.png"):
+        (source / picture).write_bytes(b"picture")
+    result_pages.write(folder, source)
+    text = (folder / "index.md").read_text("utf-8")
+    assert "\n## Title\n" in text and "\n### Part\n" in text and "\n# a comment\n" in text
+    assert "\n## second\n" in text and "![loss curve](files/second/loss_curve.png)" in text
+    assert text.count("![weights](files/first/weights.png)") == 1
+    assert (folder / "files" / "first" / "weights.png").read_bytes() == b"picture"

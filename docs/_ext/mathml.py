@@ -11,14 +11,16 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
-# Commands that change the size of a bracket, which MathML chooses itself, and names of functions.
+# What the converter does not know, and has another command for.
 REWRITES = (
-    (re.compile(r"\\(?:big|Big|bigg|Bigg)[lr]?(?![a-zA-Z])"), ""),
     (re.compile(r"\\(?:tfrac|dfrac)(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\_"), "_"),
     (re.compile(r"\\textstyle(?![a-zA-Z])"), ""),
     (re.compile(r"\\ne(?![a-zA-Z])"), r"\\neq"),
     (re.compile(r"\\arg(?![a-zA-Z])"), r"\\operatorname{arg}"),
 )
+# Bars and slashes, around which MathML would put the space of a relation.
+TIGHT = re.compile(r"<mo((?: [a-z]+=\"[^\"]*\")*)>(\||/|&#x0007C;|&#x0002F;|&#x02016;)</mo>")
 
 
 def to_mathml(formula: str, display: str) -> str:
@@ -29,7 +31,7 @@ def to_mathml(formula: str, display: str) -> str:
     # What the converter does not know stays in the text as a command.
     if unknown := re.findall(r"\\[a-zA-Z]+", found):
         logger.warning("mathml: no such command: %s", ", ".join(unknown), type="mathml")
-    return found
+    return TIGHT.sub(r'<mo\1 lspace="0" rspace="0">\2</mo>', found)
 
 
 def visit_inline(translator: Any, node: nodes.math) -> None:
