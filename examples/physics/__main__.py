@@ -33,7 +33,7 @@ SHORT = (
 )
 TIMED = (
     "plain sum",
-    "inverse_norm",
+    "inverse_norm, slow average",
     "inverse_norm, slow average, one gradient",
     "inverse_norm, kept weights",
     "config",

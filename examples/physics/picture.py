@@ -39,6 +39,6 @@ def draw(problem: Problem, runs: dict[str, Run], config: Config, path: Path) -> 
         figure.colorbar(image, ax=axis)
     run = runs[best]
     plot_weights(run.weights, task_names=run.names, ax=axes[3])
-    axes[3].set(title=f"weights: {best}", xlabel=f"training, in {config.chunk} steps", yscale="log")
+    axes[3].set(title="its weights", xlabel=f"training, in {config.chunk} steps", yscale="log")
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -12,6 +12,11 @@ from examples.physics.training import Config, Run
 
 Runs = dict[tuple[str, str], Run]  # by problem and row
 BASE = "plain sum"
+LEGEND = """Slow average: `ema_decay=0.999`. Kept weights: computed on every 100th step, one backward pass
+in between, as jaxpi does. One gradient: one loss a step, with `remember`. Residual attention: one weight
+for each of the points of a fixed pool; the losses are added. NTK traces: estimated on every 100th step.
+
+Step times are those of the moment: another load of the machine changes them. `--time` measures in turns."""
 HEADER = ("method", "median", "best", "worst", "ms a step", "to the sum's")
 
 
@@ -44,7 +49,8 @@ def rich_table(problem: str, runs: Runs, config: Config) -> Table:
 
 def markdown(problems: list[str], runs: Runs, config: Config, command: str) -> str:
     """All tables and the verdict for a page."""
-    parts = [f"Made by `{command}`: {config}.", verdict(problems, runs)]
+    parts = ["# Physics-informed networks", f"Made by `{command}` with\n`{config}`.", LEGEND]
+    parts += verdict(problems, runs).splitlines()
     for problem in problems:
         lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *rows_of(problem, runs)]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
