@@ -75,8 +75,8 @@ def differs(found: str, stored: str) -> bool:
     return any(float(a) != pytest.approx(float(b), **TOLERANCE) for a, b in pairs)
 
 
-def test_there_is_a_notebook() -> None:
-    assert "quickstart.ipynb" in [path.name for path in NOTEBOOKS]
+def test_there_are_two_notebooks() -> None:
+    assert [path.name for path in NOTEBOOKS] == ["physics.ipynb", "quickstart.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
