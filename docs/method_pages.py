@@ -76,6 +76,16 @@ AUTHORS_CODE = {
     "stch": "Xi-L/STCH",
     "upgrad": "TorchJD/torchjd",
 }
+# How a method runs on the toy problem where its defaults are not all; see toy_paths.py.
+RUN_WITH = {
+    "adatask": "`adatask` with `inner=optax.scale_by_adam()`, whose steps are taken as they are",
+    "fixed_weights": "`fixed_weights` with `weights=[10, 1]` and Adam",
+    "go4align": "`go4align` with `num_groups=2` and Adam",
+    "lagrangian": "`lagrangian` with `limits=[None, 5.0]`, `step_size=0.01` and Adam",
+    "ntk": "`ntk` without `traces=`, so that it is the plain sum, and Adam",
+    "scale_by_mtadam": "the defaults of `scale_by_mtadam`, whose steps are taken as they are",
+    "trimmed_mean": "`trimmed_mean` with `trim_number=0`, which is the plain mean, and Adam",
+}
 
 
 def places(row: mtl.MethodRow) -> str:
@@ -106,11 +116,11 @@ def path_section(name: str, ends: dict[str, list[list[float]]]) -> str:
         f"| {number} | {first:.2f} | {second:.2f} | {(first + second) / 2:.2f} |"
         for number, (first, second) in enumerate(ends[name], 1)
     )
+    run_with = RUN_WITH.get(name, f"the defaults of `{name}` and Adam")
     return f"""
 ## Path on the toy problem
 
-Two parameters, two losses, five starting points; the defaults of `{name}` and Adam, as on
-[the page of the problem](toy_problem.md).
+Two parameters, two losses, five starting points ([the problem](toy_problem.md)); {run_with}.
 
 ![The five paths of {name} from the black dots to the red stars](paths/{name}.png){{width=420px}}
 

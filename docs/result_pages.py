@@ -11,9 +11,8 @@ from pathlib import Path
 
 INTRODUCTION = """# Results
 
-Tables and pictures that the examples of this library wrote, with the commands that made them. Losses say
-little about whether balancing pays: the tables hold the metric of each task, over several seeds, beside the
-plain sum of losses and a single-task network where the example has one.
+Tables and pictures that the examples of this library wrote, with the commands that made them, over several
+seeds and beside the plain sum of the losses. A disappointing number stands here like any other.
 """
 NOTHING = """
 This copy holds no results yet. `python -m examples.compare` and `python -m examples.physics` make their
@@ -30,8 +29,9 @@ def _one_level_down(text: str) -> str:
 
 
 def _section(table: Path, source: Path, folder: Path) -> str:
-    """One table with the pictures that lie beside it, which are copied into the site."""
-    text = _one_level_down(table.read_text("utf-8"))
+    """One table with the pages and pictures that lie beside it; pictures are copied into the site."""
+    beside = sorted(page for page in table.parent.glob("*.md") if page != table)
+    text = "\n\n".join(_one_level_down(page.read_text("utf-8")) for page in [table, *beside])
     name = table.parent.relative_to(source).as_posix() or "results"
     if not text.startswith("## "):
         text = f"## {name}\n\n{text}"
@@ -43,7 +43,8 @@ def _section(table: Path, source: Path, folder: Path) -> str:
         shown = re.compile(rf"(!\[[^\]]*\]\()(?:\./)?{re.escape(picture.name)}(\))")
         text, count = shown.subn(rf"\g<1>{target}\g<2>", text)
         if not count:
-            text += f"\n\n![{picture.stem.replace('_', ' ')}]({target})\n"
+            title = picture.stem.replace("_", " ")
+            text += f"\n\n**{title}**\n\n![{title}]({target})\n"
     return text.rstrip() + "\n"
 
 

@@ -147,11 +147,13 @@ def test_the_page_of_results_holds_every_table(
     table = "# Title\n\n![weights](weights.png)\n\n```bash\n# a comment\n```\n\n## Part\n"
     (source / "first" / "table.md").write_text(table)
     (source / "second" / "table.md").write_text("| a |\n|---|\n| 1 |\n")
+    (source / "second" / "times.md").write_text("Milliseconds\n")
     for picture in ("first/weights.png", "second/loss_curve.png"):
         (source / picture).write_bytes(b"picture")
     result_pages.write(folder, source)
     text = (folder / "index.md").read_text("utf-8")
     assert "\n## Title\n" in text and "\n### Part\n" in text and "\n# a comment\n" in text
     assert "\n## second\n" in text and "![loss curve](files/second/loss_curve.png)" in text
+    assert "\nMilliseconds\n" in text
     assert text.count("![weights](files/first/weights.png)") == 1
     assert (folder / "files" / "first" / "weights.png").read_bytes() == b"picture"
