@@ -1,49 +1,76 @@
 """Train one multi-task recommender with several balancing methods and compare them.
 
-    python -m examples.compare                    # MovieLens-100K, six methods, three seeds
+    python -m examples.compare                    # MovieLens-100K, tasks in unlike units, three seeds
     python -m examples.compare --quick            # a look in under half a minute
-    python -m examples.compare --method sum metabalance --data synthetic --out results
+    python -m examples.compare --tasks nested     # three nested labels of one kind
+    python -m examples.compare --method sum "metabalance(relax_factor=1)" --data synthetic --out results
 
-The target task is what the folder's `buy` says, or a rating of 5 in MovieLens; the others are there to
-help it. Every method trains the same network with the same optimizer on the same batches; `single`, which
-has no use for the other tasks' pairs, draws as many of the target's alone.
+Is one run of balancing worth a search over loss weights? The tasks are what the data file holds, in its
+own units: which films a user rates 5 (the target) or rates at all, to be ranked; the stars, and the days
+since the user's first rating, to be predicted. Every row trains the same network on the same batches with
+the same optimizer; `single` is the target's loss alone. `searched weights` trains with fixed weights that a
+random search on the validation set chose, and its row counts what the search cost.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+import mtl_optax as mtl
 from examples.recommender import report
-from examples.recommender.checkpoints import UnfinishedRun
-from examples.recommender.data import Dataset, build_dataset
+from examples.recommender.choices import SINGLE, SUM, Choice, known_methods, parse_choice
+from examples.recommender.data import Dataset, Split, make_dataset
 from examples.recommender.download import write_atomically
 from examples.recommender.errors import UserError
-from examples.recommender.metrics import popularity
-from examples.recommender.placements import SINGLE, SUM, known_methods
-from examples.recommender.sources import load_behaviours
-from examples.recommender.training import Run, TrainConfig, Trainer
+from examples.recommender.evaluation import TEST, VALIDATION, rank_by_item_scores
+from examples.recommender.network import NetworkConfig
+from examples.recommender.runner import Job, Runner
+from examples.recommender.significance import paired_difference
+from examples.recommender.sources import load_log
+from examples.recommender.timing import step_seconds
+from examples.recommender.training import Plan, Run, TrainConfig, Trainer, popularity
 
-METHODS = (SINGLE, SUM, "metabalance", "multibalance", "emtl", "mgda")
-QUICK_METHODS = (SUM, "metabalance")
-UNFINISHED = "unfinished"  # the folder under --out with the training that was stopped
+SEARCHED = "searched weights"
+METHODS = (
+    SINGLE,
+    SUM,
+    SEARCHED,
+    "metabalance",
+    "metabalance(relax_factor=1)",
+    "metabalance(relax_factor=1, place='representation')",
+    "multibalance",
+    "inverse_norm",
+    "imtl_g",
+    "mgda",
+    "emtl",
+    "db_mtl",
+    "gradnorm",
+    "famo",
+    "uncertainty",
+)
+QUICK_METHODS = (SUM, "metabalance(relax_factor=1)")
+# The optimizer's settings: the best for the plain sum on the validation set of MovieLens-100K. Running
+# `--tune` prints the search again.
+GRID = {"learning_rate": (3e-3, 1e-2, 3e-2), "weight_decay": (0.3, 1.0, 3.0)}
+TRAIN = TrainConfig(
+    epochs=5,
+    learning_rate=1e-2,
+    weight_decay=0.3,
+    network=NetworkConfig(embedding=32, tower=(32, 16)),
+)
+# The weights of the search, beside 1 for the target: the powers of 10 are uniform.
+SEARCH_POWERS = (-4.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,12 +78,16 @@ class CompareConfig:
     """What is compared, on what, and where the results go."""
 
     data: str = "movielens"
+    tasks: str = "units"
     target: str | None = None
     methods: tuple[str, ...] = METHODS
     seeds: int = 3
+    search_runs: int = 12
+    tune: bool = False
     out: Path | None = None
     resume: bool = False
-    train: TrainConfig = field(default_factory=TrainConfig)
+    split: Split = field(default_factory=Split)
+    train: TrainConfig = TRAIN
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -69,32 +100,51 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(arguments: list[str] | None) -> CompareConfig:
     """The configuration that the command line asks for."""
-    parser = OneLineParser(prog="python -m examples.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("--method", nargs="+", metavar="NAME", help=", ".join(known_methods()))
-    parser.add_argument(
+    parser = OneLineParser(
+        prog="python -m examples.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    known = ", ".join((SEARCHED, *known_methods()))
+    add(
+        "--method",
+        nargs="+",
+        metavar="METHOD",
+        help=f"name, name(option=value), or a chain 'name + name'; place='losses', 'representation' or "
+        f"'parameters' is an option too. Names: {known}",
+    )
+    add(
         "--data",
         default="movielens",
         help="movielens, synthetic, or a folder with buy.csv[.gz], ...",
     )
-    parser.add_argument("--target", help="the behaviour to rank for (default: buy, or rated_5)")
-    parser.add_argument("--seeds", type=int, help="number of training seeds (default 3)")
-    parser.add_argument("--epochs", type=int, help="at most so many epochs (early stopping)")
-    parser.add_argument("--out", type=Path, help="folder for results.json, table.md, picture.png")
-    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
-    parser.add_argument(
-        "--quick", action="store_true", help="two methods, one seed, short training"
+    add("--tasks", choices=("units", "nested"), default="units", help="the tasks of MovieLens")
+    add("--target", help="the task to rank for (default: buy, or rated 5)")
+    add("--seeds", type=int, help="number of training seeds (default 3)")
+    add("--search-runs", type=int, help="runs of the random search over weights (default 12)")
+    add("--epochs", type=int, help="at most so many epochs (early stopping)")
+    add(
+        "--tune",
+        action="store_true",
+        help="search the optimizer's settings for the plain sum, and stop",
     )
+    add("--out", type=Path, help="folder for table.md, metrics.csv, settings.json, picture.png")
+    add("--resume", action="store_true", help="go on from what --out holds")
+    add("--quick", action="store_true", help="two methods, one seed, one epoch")
     given = parser.parse_args(arguments)
 
-    config = CompareConfig(given.data, given.target, out=given.out, resume=given.resume)
+    config = CompareConfig(
+        given.data, given.tasks, given.target, tune=given.tune, out=given.out, resume=given.resume
+    )
     if given.quick:
-        short = replace(config.train, epochs=2, max_steps_per_epoch=30)
-        short = replace(short, validation_users=128, test_users=256)
-        config = replace(config, methods=QUICK_METHODS, seeds=1, train=short)
+        config = replace(config, methods=QUICK_METHODS, seeds=1, search_runs=2)
+        config = replace(config, train=replace(config.train, epochs=1))
     if given.method:
         config = replace(config, methods=tuple(dict.fromkeys(given.method)))
-    if given.seeds is not None:
-        config = replace(config, seeds=given.seeds)
+    for name in ("seeds", "search_runs"):
+        if getattr(given, name) is not None:
+            config = replace(config, **{name: getattr(given, name)})
     if given.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=given.epochs))
     _check(config)
@@ -103,10 +153,10 @@ def parse(arguments: list[str] | None) -> CompareConfig:
 
 def _check(config: CompareConfig) -> None:
     for method in config.methods:
-        if method not in known_methods():
-            raise UserError(f"unknown method {method!r}; choose from {', '.join(known_methods())}")
-    if config.seeds < 1 or config.train.epochs < 1:
-        raise UserError("--seeds and --epochs must be at least 1")
+        if method != SEARCHED:
+            parse_choice(method)
+    if min(config.seeds, config.search_runs, config.train.epochs) < 1:
+        raise UserError("--seeds, --search-runs and --epochs must be at least 1")
     if config.resume and config.out is None:
         raise UserError("--resume needs --out DIR, where the finished runs are kept")
     if config.out is not None and config.out.exists() and not config.out.is_dir():
@@ -116,117 +166,193 @@ def _check(config: CompareConfig) -> None:
 def compare(config: CompareConfig, console: Console) -> list[report.Row]:
     """Train everything, print the table, write the files; return the rows."""
     started = time.perf_counter()
-    dataset = build_dataset(load_behaviours(config.data, config.target))
-    counts = ((dataset.labels[None] >> np.arange(len(dataset.tasks))[:, None, None]) & 1).sum(
-        (1, 2)
-    )
-    console.print(
-        f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items; training pairs: "
-        + ", ".join(f"{name} {count}" for name, count in zip(dataset.tasks, counts, strict=True))
-    )
-    runs = _train_all(dataset, config, console)
-    baseline = SUM if SUM in runs and len(runs) > 1 else None
-    rows = report.make_rows(runs, popularity(dataset.labels, dataset.held_out), baseline)
-    title = f"{dataset.name}: ranking all items for the target {dataset.tasks[0]}"
-    note = report.caption(config.seeds, baseline)
-    console.print(report.rich_table(rows, title, note))
+    dataset = make_dataset(load_log(config.data, config.target, config.tasks), config.split)
+    console.print(_describe(dataset))
+    trainer = Trainer(dataset, config.train, probe_norms=config.out is not None)
+    fingerprint = {
+        "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
+        "train": asdict(config.train),
+        "data": digest(dataset),
+    }
+    runner = Runner(trainer, console, fingerprint, config.out, config.resume)
+    if config.tune:
+        _tune(runner, console)
+        return []
+    trained, search = _train(runner, config)
+    rows = _rows(trainer, config, trained, search)
+    baseline = next((row for row in rows if row.label == SUM), None)
+    against = report.differences(rows, baseline, dataset.tasks[0]) if baseline else {}
+    columns = report.headline_columns(dataset.tasks)
+    title = f"{dataset.name} ({config.tasks})" if config.data == "movielens" else dataset.name
+    note = f"{report.caption(config.seeds, SUM if baseline else None)} {_settings(config, search)}"
+    console.print(report.rich_table(rows, columns, against, title, note))
+    verdict = _verdict(rows, dataset.tasks[0].name)
     if config.out is not None:
-        _write(config, dataset, runs, rows, title, note)
-        console.print(f"results.json, table.md and picture.png are in {config.out}")
+        page = report.markdown_table(rows, columns, against, title, note) + f"\n{verdict}\n"
+        files = {"table.md": page, "metrics.csv": report.metrics_csv(rows, dataset.tasks)}
+        files["settings.json"] = json.dumps({**fingerprint, "seeds": config.seeds}, indent=1) + "\n"
+        for name, text in files.items():
+            write_atomically(config.out / name, text.encode())
+        report.draw(rows, dataset.tasks, config.out / "picture.png")
+        console.print(f"{', '.join(files)} and picture.png are in {config.out}")
     console.print(f"total {time.perf_counter() - started:.0f} s")
+    console.print(verdict)
     return rows
 
 
-def _train_all(dataset: Dataset, config: CompareConfig, console: Console) -> dict[str, list[Run]]:
-    if config.out is not None and not config.resume:
-        shutil.rmtree(config.out / UNFINISHED, ignore_errors=True)
-    trainer = Trainer(dataset, config.train, probe_norms=config.out is not None)
-    fingerprint = {"train": asdict(config.train), "data": _digest(dataset)}
-    fingerprint = json.loads(json.dumps(fingerprint))  # as it reads back: tuples become lists
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    runs: dict[str, list[Run]] = {}
-    with Progress(
-        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
-        console=console,
-    ) as progress:  # fmt: skip
-        for method in config.methods:
-            bar = progress.add_task(method, total=config.train.epochs, note="compiling")
-            seeds = list(range(config.seeds))
-            stored = {seed: _stored(config, method, seed, fingerprint) for seed in seeds}
-            finished = {seed: run for seed, run in stored.items() if run is not None}
-            missing = [seed for seed in seeds if seed not in finished]
-
-            def on_epoch(epoch: int, values: np.ndarray, bar: Any = bar) -> None:
-                progress.update(bar, completed=epoch, note=f"validation {values.mean():.4f}")
-
-            for run in _train(trainer, config, method, missing, on_epoch, fingerprint):
-                finished[run.seed] = run
-            runs[method] = [finished[seed] for seed in seeds]
-            progress.update(bar, total=len(runs[method][0].history["validation"]))
-            progress.update(bar, completed=len(runs[method][0].history["validation"]))
-    return runs
+def _describe(dataset: Dataset) -> str:
+    parts = {"training": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    sizes = ", ".join(
+        f"{len(part)} {name} pairs ({len(part.positives(0))} of the target)"
+        for name, part in parts.items()
+    )
+    return f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items; {sizes}"
 
 
 def _train(
+    runner: Runner, config: CompareConfig
+) -> tuple[dict[str, list[Run]], tuple[np.ndarray, list[Run]] | None]:
+    """The measured runs by label, and the searched weights with the runs of the search."""
+    trainer = runner.trainer
+    plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
+    jobs = {name: Job(parse_choice(name), plans) for name in config.methods if name != SEARCHED}
+    if SEARCHED not in config.methods:
+        return dict(zip(jobs, runner.train(list(jobs.values())), strict=True)), None
+    # First, since it takes longest.
+    weights = _random_weights(len(trainer.dataset.tasks), config.search_runs)
+    tried = [Plan(0, trainer.default_setting(weights=chosen)) for chosen in weights]
+    searching = Job(_searched(), tried, measure=False)
+    search, *found = runner.train([searching, *jobs.values()])
+    best = weights[int(np.argmax([run.history["validation"].max() for run in search]))]
+    final = [Plan(seed, trainer.default_setting(weights=best)) for seed in range(config.seeds)]
+    (runs,) = runner.train([Job(_searched(), final)])
+    return {SEARCHED: runs, **dict(zip(jobs, found, strict=True))}, (best, search)
+
+
+def _searched() -> Choice:
+    return replace(parse_choice("fixed_weights"), label=SEARCHED)
+
+
+def _random_weights(num_tasks: int, runs: int) -> np.ndarray:
+    """`[runs, T]`: 1 for the target, the others of any size; the first row is the plain sum."""
+    powers = np.random.default_rng(0).uniform(*SEARCH_POWERS, (runs, num_tasks))
+    powers[:, 0] = powers[0] = 0.0
+    return 10.0**powers
+
+
+def _rows(
     trainer: Trainer,
     config: CompareConfig,
-    method: str,
-    seeds: list[int],
-    on_epoch: Callable[[int, np.ndarray], None],
-    fingerprint: dict[str, Any],
-) -> list[Run]:
-    """Train the seeds that no finished run is stored of, keeping every epoch under `--out`."""
-    if not seeds:
-        return []
-    if config.out is None:
-        return trainer.train(method, seeds, on_epoch)
-    settings = {**fingerprint, "method": method, "seeds": seeds}
-    with UnfinishedRun(config.out / UNFINISHED, settings) as unfinished:
-        runs = trainer.train(method, seeds, on_epoch, unfinished)
-        for run in runs:
-            report.store_run(run, _run_path(config.out, method, run.seed), fingerprint)
-        unfinished.remove()
-    return runs
+    trained: dict[str, list[Run]],
+    search: tuple[np.ndarray, list[Run]] | None,
+) -> list[report.Row]:
+    dataset, names = trainer.dataset, [task.name for task in trainer.dataset.tasks]
+    rows = [_popularity(dataset), _untrained(trainer, config.seeds)]
+    labels = [name for name in config.methods if name in trained]
+    steps = dict.fromkeys(labels)
+    if SUM in labels:
+        # Fixed weights cost what the sum costs.
+        choices = [parse_choice(SUM if name == SEARCHED else name) for name in labels]
+        seconds = step_seconds(trainer, choices)
+        ratios = seconds / seconds[labels.index(SUM)]
+        steps = dict(zip(labels, map(float, ratios), strict=True))
+    for label in labels:
+        tasks = names[:1] if label == SINGLE else names
+        row = report.row_of_runs(trained[label], tasks, step=steps[label])
+        if label == SEARCHED and search is not None:
+            runs = [*trained[label], *search[1]]
+            row = replace(row, runs=len(runs), seconds=sum(run.seconds for run in runs))
+        rows.append(row)
+    return rows
 
 
-def _stored(
-    config: CompareConfig, method: str, seed: int, fingerprint: dict[str, Any]
-) -> Run | None:
-    if not config.resume or config.out is None:
-        return None
-    return report.load_run(_run_path(config.out, method, seed), fingerprint)
+def _popularity(dataset: Dataset) -> report.Row:
+    """The floor: everybody gets the items with the most training positives of the task."""
+
+    def ranked(place: int, part: int) -> np.ndarray:
+        counts = popularity(dataset, place)
+        scores = lambda users: np.broadcast_to(counts, (len(users), dataset.num_items))  # noqa: E731
+        return rank_by_item_scores(dataset, scores, place, part)[None]
+
+    validation, test = (
+        {dataset.tasks[place].name: ranked(place, part) for place in dataset.ranking_tasks}
+        for part in (VALIDATION, TEST)
+    )
+    return report.Row("popularity", validation, test)
 
 
-def _run_path(out: Path, method: str, seed: int) -> Path:
-    return out / "runs" / f"{method}-{seed}.json"
+def _untrained(trainer: Trainer, seeds: int) -> report.Row:
+    keys = jax.vmap(jax.random.key)(np.arange(seeds))
+    found = {VALIDATION: [], TEST: []}
+    for seed in range(seeds):
+        params = trainer.network.init(keys[seed])
+        one = jax.tree.map(lambda leaf: leaf[None], params)
+        for part, measured in found.items():
+            measured += trainer.measure(one, part)
+    stacked = [
+        {name: np.stack([entry[name] for entry in measured]) for name in measured[0]}
+        for measured in found.values()
+    ]
+    return report.Row("untrained", *stacked)
 
 
-def _digest(dataset: Dataset) -> str:
-    digest = hashlib.sha256(repr((dataset.name, dataset.tasks, dataset.labels.shape)).encode())
-    digest.update(dataset.labels.tobytes())
-    digest.update(dataset.held_out.tobytes())
+def _settings(config: CompareConfig, search: tuple[np.ndarray, list[Run]] | None) -> str:
+    train, settings = config.train, len(list(itertools.product(*GRID.values())))
+    text = (
+        f"Every row: {train.optimizer}, learning rate {train.learning_rate:g}, decay of the embeddings "
+        f"{train.weight_decay:g} (the best of {settings} settings for {SUM} on the validation set of "
+        f"MovieLens-100K, see --tune), at most {train.epochs} epochs of all training pairs in batches of "
+        f"{train.batch_pairs} with {train.negatives} random items each, the epoch with the best "
+        "validation NDCG@10. Balancing methods: options as written, else defaults; nothing was searched."
+    )
+    if search is not None:
+        weights = ", ".join(f"{weight:.2g}" for weight in search[0])
+        low, high = (10.0**power for power in SEARCH_POWERS)
+        text += (
+            f" {SEARCHED}: ({weights}) is the best of {len(search[1])} random draws, log-uniform in "
+            f"[{low:g}, {high:g}] beside 1 for the target, by validation NDCG@10 of one seed."
+        )
+    return text
+
+
+def _verdict(rows: Sequence[report.Row], target: str) -> str:
+    """The answer in words: which methods reached the searched weights."""
+    by_label = {row.label: row for row in rows}
+    if SEARCHED not in by_label:
+        return ""
+    searched = by_label[SEARCHED]
+    balanced = [row for row in rows if row.runs and row.label not in (SEARCHED, SUM, SINGLE)]
+    reached: dict[bool, list[str]] = {True: [], False: []}
+    for row in balanced:
+        found = paired_difference(row.test[target][..., 0], searched.test[target][..., 0])
+        reached[found.mean >= -found.error].append(row.label)
+    said = " ".join(
+        f"{verb} {', '.join(names)}." for verb, names in
+        (("Reached by one run of:", reached[True]), ("Not reached by:", reached[False])) if names
+    )  # fmt: skip
+    return (
+        f"NDCG@10 of {target!r} with weights from {searched.runs} runs, less one standard error of the "
+        f"difference. {said}"
+    )
+
+
+def _tune(runner: Runner, console: Console) -> None:
+    """Print the validation NDCG@10 of the plain sum for every setting of the grid."""
+    grid = list(itertools.product(*GRID.values()))
+    plans = [Plan(0, runner.trainer.default_setting()._replace(**dict(zip(GRID, values, strict=True))))
+             for values in grid]  # fmt: skip
+    (runs,) = runner.train([Job(parse_choice(SUM), plans, measure=False)])
+    for values, run in zip(grid, runs, strict=True):
+        named = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, values, strict=True))
+        console.print(f"{named}: validation NDCG@10 {run.history['validation'].max():.4f}")
+
+
+def digest(dataset: Dataset) -> str:
+    digest = hashlib.sha256(repr((dataset.name, dataset.tasks)).encode())
+    for part in (dataset.train, dataset.validation, dataset.test):
+        digest.update(part.pairs.tobytes())
+        digest.update(part.values.tobytes())
     return digest.hexdigest()
-
-
-def _write(
-    config: CompareConfig,
-    dataset: Dataset,
-    runs: dict[str, list[Run]],
-    rows: list[report.Row],
-    title: str,
-    note: str,
-) -> None:
-    assert config.out is not None
-    settings = {
-        "data": dataset.name,
-        "tasks": list(dataset.tasks),
-        "seeds": config.seeds,
-        "train": asdict(config.train),
-        "note": note,
-    }
-    write_atomically(config.out / "results.json", report.json_results(rows, settings).encode())
-    write_atomically(config.out / "table.md", report.markdown_table(rows, title, note).encode())
-    report.draw(runs, dataset.tasks, config.out / "picture.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -238,7 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"examples.compare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "add --resume to go on" if "--out" in sys.argv else "nothing is kept without --out"
+        given: list[Any] = sys.argv if arguments is None else arguments
+        hint = "add --resume to go on" if "--out" in given else "nothing is kept without --out"
         print(f"examples.compare: stopped; {hint}", file=sys.stderr)
         return 130
     return 0

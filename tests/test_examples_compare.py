@@ -1,43 +1,36 @@
-"""The main example: data, ranking metrics, a real step in every placement, the command and its errors."""
+"""The recommender example as a command: where its data comes from, what it writes, and its errors."""
 
+import csv
 import gzip
 import io
 import json
 import zipfile
 from pathlib import Path
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.metrics import ndcg_score
 
+import mtl_optax as mtl
 from examples import compare
-from examples.recommender import download, metrics, report, sources
+from examples.recommender import download, report, runner, sources, training
 from examples.recommender.checkpoints import UnfinishedRun
-from examples.recommender.data import Behaviours, build_dataset, split_target
+from examples.recommender.data import REGRESSION, Interactions
 from examples.recommender.errors import UserError
+from examples.recommender.evaluation import COLUMNS, held_out_users
 from examples.recommender.network import NetworkConfig
-from examples.recommender.placements import known_methods
-from examples.recommender.training import Run, TrainConfig, Trainer
+from examples.recommender.training import PARTS, Run, TrainConfig, Trainer
 
 TINY = TrainConfig(
     epochs=2,
-    batch_positives=64,
+    batch_pairs=64,
     negatives=1,
-    max_steps_per_epoch=3,
-    validation_users=16,
-    network=NetworkConfig(embedding=4, mlp=(4,), tower=(4,)),
+    network=NetworkConfig(embedding=4, mlp=(4, 4), tower=(4,)),
 )
 RATINGS = np.array([[2, 1, 5, 7], [1, 2, 3, 9], [1, 1, 4, 8]])
 U_DATA = b"2\t1\t5\t7\n1\t2\t3\t9\n1\t1\t4\t8\n"
 INTER = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + U_DATA
-
-
-@pytest.fixture(scope="module")
-def small_dataset():
-    return build_dataset(sources.synthetic(num_users=40, num_items=30))
 
 
 @pytest.fixture
@@ -70,39 +63,16 @@ def write_behaviour(folder: Path, name: str, pairs: np.ndarray) -> None:
     (folder / f"{name}.csv.gz").write_bytes(gzip.compress(f"user,item,extra\n{rows}".encode()))
 
 
-# --- data ---------------------------------------------------------------------------------------
+def write_behaviours(folder: Path) -> None:
+    """24 views a user and 10 purchases among them, so that every user has something held out."""
+    generator = np.random.default_rng(0)
+    viewed = [(user, item) for user in range(20) for item in generator.permutation(40)[:24]]
+    viewed = np.array(viewed).reshape(20, 24, 2)
+    write_behaviour(folder, "view", viewed.reshape(-1, 2))
+    write_behaviour(folder, "buy", viewed[:, :10].reshape(-1, 2))
 
 
-def test_split_depends_on_the_seed_alone_and_loses_nothing():
-    pairs = sources.synthetic().pairs["buy"]
-    parts = split_target(pairs, seed=0)
-    again = split_target(np.random.default_rng(1).permutation(pairs), seed=0)
-    other = split_target(pairs, seed=1)
-    for part, same in zip(parts, again, strict=True):
-        np.testing.assert_array_equal(part, same)
-    assert not np.array_equal(parts[2], other[2])
-    together = np.concatenate(parts)
-    np.testing.assert_array_equal(np.unique(together, axis=0), np.unique(pairs, axis=0))
-    assert len(together) == len(pairs)
-
-
-def test_held_out_pairs_leave_every_auxiliary_behaviour(small_dataset):
-    behaviours = sources.synthetic(num_users=40, num_items=30)
-    held_out = small_dataset.held_out > 0
-    assert held_out.sum() >= 10
-    viewed = np.zeros_like(held_out)
-    viewed[tuple(behaviours.pairs["view"].T)] = True
-    assert (viewed & held_out).sum() == held_out.sum()  # without the removal every one would leak
-    assert not np.any(small_dataset.labels[held_out])
-    assert not np.any(held_out[tuple(small_dataset.positives.T)])
-    kept = (small_dataset.labels >> small_dataset.tasks.index("view")) & 1
-    np.testing.assert_array_equal(kept.astype(bool), viewed & ~held_out)
-
-
-def test_too_little_data_to_hold_out_is_an_error():
-    pairs = np.array([[0, 0], [1, 1]], np.int32)
-    with pytest.raises(UserError, match="too few pairs"):
-        build_dataset(Behaviours("x", 2, 2, {"buy": pairs}))
+# --- the download -------------------------------------------------------------------------------
 
 
 def test_both_sources_give_one_canonical_text(monkeypatch):
@@ -156,191 +126,287 @@ def test_interrupted_write_leaves_nothing(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-# --- metrics ------------------------------------------------------------------------------------
-
-
-def test_ranking_metrics_equal_a_reference():
-    generator = np.random.default_rng(0)
-    scores = generator.normal(size=(20, 50)).astype(np.float32)
-    known = generator.random((20, 50)) < 0.2
-    relevant = (generator.random((20, 50)) < 0.3) & ~known
-    relevant[0] = False
-    relevant[1] = ~known[1]
-    found = np.asarray(metrics.ranking_metrics(*map(jnp.asarray, (scores, known, relevant))))
-    assert np.all(np.isnan(found[0]))
-    for user in range(1, 20):
-        shown = np.where(known[user], -1e9, scores[user])
-        expected = []
-        for k in metrics.CUTOFFS:
-            hits = relevant[user][np.argsort(-shown)[:k]].sum()
-            expected += [
-                ndcg_score(relevant[user][None], shown[None], k=k),
-                hits / relevant[user].sum(),
-                hits / k,
-            ]
-        np.testing.assert_allclose(found[user], expected, rtol=1e-5)
-
-
-def test_fewer_items_than_the_cutoff():
-    scores = jnp.array([[3.0, 2.0, 1.0]])
-    found = metrics.ranking_metrics(scores, scores > 9, jnp.array([[False, True, False]]))
-    np.testing.assert_allclose(found[0, :3], [1 / np.log2(3), 1.0, 0.1], rtol=1e-6)
-
-
-def test_popularity_counts_training_pairs_and_hides_known_items():
-    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1]], np.uint8)
-    held_out = np.array([[0, 0, 0], [0, 2, 0], [2, 0, 0]], np.uint8)
-    found = metrics.popularity(labels, held_out)[:, metrics.METRICS.index("ndcg@10")]
-    np.testing.assert_allclose(found, [np.nan, 1.0, 1.0])
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "method", ["sum", "multibalance", "metabalance", "adatask", "scale_by_mtadam"]
-)
-def test_a_real_step_in_each_placement(small_dataset, method):
-    trainer = Trainer(small_dataset, TINY)
-    step = trainer.make_step(method)
-    params = trainer.network.init(jax.random.key(0))
-    batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
-    new, _, losses, weights = jax.jit(step.update)(params, step.init(params), batch)
-    assert losses.shape == weights.shape == (3,)
-    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True):
-        assert before.shape == after.shape and np.all(np.isfinite(after))
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, new)
-    assert all(jax.tree.leaves(moved.shared["user"]))
-    assert all(jax.tree.leaves(moved.heads["item_bias"]))
-
-
-@pytest.mark.parametrize("method", known_methods())
-def test_every_known_method_makes_a_step(small_dataset, method):
-    trainer = Trainer(small_dataset, TINY)
-    step = trainer.make_step(method)
-
-    def run():
-        params = trainer.network.init(jax.random.key(0))
-        batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
-        state = step.init(params)
-        return (params, state), step.update(params, state, batch)
-
-    before, (*after, losses, weights) = jax.eval_shape(run)
-    chex.assert_trees_all_equal_shapes_and_dtypes(before, tuple(after))
-    chex.assert_shape((losses, weights), (3,))
-
-
-def test_batch_masks_positives_of_other_behaviours(small_dataset):
-    trainer = Trainer(small_dataset, TINY)
-    batch = trainer._batch(trainer._positives[:64], jax.random.key(1))
-    users, items = np.asarray(batch.users), np.asarray(batch.items)
-    for task in range(3):
-        labels = (small_dataset.labels[users, items] >> task) & 1
-        np.testing.assert_array_equal(batch.labels[task], labels)
-        drawn = np.arange(users.size) % 2 == 1
-        np.testing.assert_array_equal(batch.mask[task], (labels > 0) | drawn)
-
-
-def test_embeddings_alone_are_decayed(small_dataset):
-    trainer = Trainer(small_dataset, TINY)
-    params = trainer.network.init(jax.random.key(0))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    descent = trainer.descent()
-    updates, _ = descent.update(zeros, descent.init(params), params)
-    moved = [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates)]
-    assert sum(moved) == 2
-    assert jnp.any(updates.shared["user"]["embedding"][...] != 0)
-
-
-# --- report -------------------------------------------------------------------------------------
-
-
-def test_holm_correction():
-    corrected = report.holm(np.array([[0.01], [0.04], [0.03]]))
-    np.testing.assert_allclose(corrected[:, 0], [0.03, 0.06, 0.06])
-
-
-def test_rows_compare_users_with_the_baseline():
-    generator = np.random.default_rng(0)
-    base = generator.random((2, 50, 6))
-    base[:, 0] = np.nan
-    better = base + 0.1 + 0.01 * generator.random(base.shape)
-    history = {"validation": np.zeros(1)}
-    runs = {
-        name: [Run(name, seed, values[seed], 1, 1.0, history) for seed in range(2)]
-        for name, values in {"sum": base, "same": base, "better": better}.items()
-    }
-    floor, plain, same, ahead = report.make_rows(runs, base[0], "sum")
-    assert floor.p_value is None and plain.p_value is None
-    np.testing.assert_array_equal(same.p_value, 1.0)
-    assert np.all(ahead.p_value < 1e-10)
-    means = np.nanmean(base, axis=1)
-    np.testing.assert_allclose(plain.error, np.abs(means[0] - means[1]) / 2)
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
+def run(monkeypatch, *arguments: str, train: TrainConfig = TINY) -> int:
+    """Run the command on tiny networks."""
+    config = compare.replace(compare.parse(list(arguments)), train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "parse", lambda _: config)
+        return compare.main(list(arguments))
+
+
+def no_training(monkeypatch) -> None:
+    """Replace what takes time beside the training."""
+    monkeypatch.setattr(compare, "step_seconds", lambda trainer, choices: np.ones(len(choices)))
+    monkeypatch.setattr(compare, "_untrained", lambda *_: report.Row("untrained", {}, {}))
+    monkeypatch.setattr(compare, "_popularity", lambda *_: report.Row("popularity", {}, {}))
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+def table_of(out: Path) -> dict[str, list[str]]:
+    """The cells of `table.md` by the first one."""
+    lines = [line for line in (out / "table.md").read_text().splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def read_metrics(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+
+
 def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
-    for name, pairs in sources.synthetic(num_users=40, num_items=30).pairs.items():
-        write_behaviour(tmp_path, name, pairs)
+    write_behaviours(tmp_path)
     out = tmp_path / "out"
-    arguments = ["--data", str(tmp_path), "--out", str(out), "--method", "single", "sum"]
-    config = compare.replace(compare.parse([*arguments, "--seeds", "2"]), train=TINY)
-    monkeypatch.setattr(compare, "parse", lambda _: config)
-    assert compare.main([]) == 0
-    shown = capsys.readouterr().out
-    assert "popularity" in shown and "paired over users" in shown.replace("\n", " ")
-    results = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in results["results"]] == ["popularity", "single", "sum"]
-    assert results["results"][1]["p_value"]["ndcg@10"] <= 1
-    assert (out / "table.md").read_text().count("±") == 13
+    arguments = ["--data", str(tmp_path), "--out", str(out), "--seeds", "2", "--method", "sum"]
+    assert run(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "20 users, 40 items; 360 training pairs (120 of the target)" in shown
+    assert "60 validation pairs (40 of the target), 60 test pairs (40 of the target)" in shown
+
+    found = read_metrics(out)
+    assert list(dict.fromkeys(row["method"] for row in found)) == ["popularity", "untrained", "sum"]
+    assert {row["task"] for row in found} == {"buy", "view"}
+    assert {row["metric"] for row in found} == set(COLUMNS)
+    assert {row["seed"] for row in found if row["method"] == "sum"} == {"0", "1"}
+    assert all(0 <= float(row["value"]) <= 1 for row in found)
+    told = {(row["method"], row["part"], row["seed"], row["metric"]): float(row["value"])
+            for row in found if row["task"] == "buy"}  # fmt: skip
+    values = [told["sum", "test", seed, "ndcg@10, all"] for seed in "01"]
+    assert table_of(out)["sum"][0].startswith(f"{np.mean(values):.4f} ± ")
+    assert table_of(out)["sum"][-3:-1] == ["1.00", "2"]
+    # Untrained networks start from the logits of popularity, and noise that is small beside them.
+    floor, start = (told[row, "test", "0", "ndcg@10, all"] for row in ("popularity", "untrained"))
+    assert abs(floor - start) < 0.1
+    assert json.loads((out / "settings.json").read_text())["seeds"] == 2
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(compare.Trainer, "train", fail)
-    monkeypatch.setattr(compare, "parse", lambda _: compare.replace(config, resume=True))
-    assert compare.main([]) == 0
-    assert json.loads((out / "results.json").read_text())["results"] == results["results"]
+    monkeypatch.setattr(Trainer, "train", fail)
+    no_training(monkeypatch)
+    assert run(monkeypatch, *arguments, "--resume") == 0
+    again = [row for row in read_metrics(out) if row["method"] == "sum"]
+    assert again == [row for row in found if row["method"] == "sum"]
+
+
+# Commands that train nothing: what they do with the runs that training returns.
+
+
+def many_ratings() -> np.ndarray:
+    generator = np.random.default_rng(0)
+    pairs = np.argwhere(generator.random((40, 60)) < 0.4) + 1
+    numbers = generator.integers([1, 0], [6, 10**7], (len(pairs), 2))
+    return np.column_stack([pairs, numbers])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces training by random metrics; returns what was to be trained: label, plan, measured or not."""
+    calls = []
+
+    def metrics(dataset, part: Interactions, which: int, generator) -> dict[str, np.ndarray]:
+        found = {}
+        for place, task in enumerate(dataset.tasks):
+            if task.kind == REGRESSION:
+                found[task.name] = generator.random(len(part))
+                continue
+            users = held_out_users(dataset, place, which)
+            found[task.name] = np.full((dataset.num_users, len(COLUMNS)), np.nan)
+            found[task.name][users] = generator.random((len(users), len(COLUMNS)))
+        return found
+
+    def train(self, choice, plans, on_epoch=None, unfinished=None, *, measure=True):
+        runs, dataset = [], self.dataset
+        for plan in plans:
+            calls.append((choice.label, plan, measure))
+            generator = np.random.default_rng(len(calls))
+            shape = self.config.epochs, len(dataset.tasks)
+            history = {name: generator.random(shape) for name in ("losses", "weights")}
+            history["validation"] = generator.random(len(history["losses"]))
+            history["norms"] = generator.random((*shape, len(PARTS)))
+            parts = [
+                metrics(dataset, part, which, generator) if measure else {}
+                for which, part in enumerate((dataset.validation, dataset.test), start=1)
+            ]
+            runs.append(Run(choice.label, plan.seed, *parts, 1, 10.0, history))
+        return runs
+
+    monkeypatch.setattr(Trainer, "train", train)
+    no_training(monkeypatch)
+    monkeypatch.setattr(sources, "movielens_ratings", many_ratings)
+    monkeypatch.setattr(runner.Runner, "__post_init__", lambda self: setattr(self, "workers", 1))
+    return calls
+
+
+def test_searched_weights_count_what_the_search_cost(trained, monkeypatch, capsys, tmp_path):
+    methods = ["single", "sum", "searched weights", "metabalance"]
+    arguments = ["--search-runs", "5", "--out", str(tmp_path), "--seeds", "2"]
+    assert run(monkeypatch, *arguments, "--method", *methods) == 0
+    search = [plan for label, plan, measure in trained if label == "searched weights"]
+    tried, final = search[:5], search[5:]
+    measured = [measure for label, _, measure in trained if label == "searched weights"]
+    assert measured == [False] * 5 + [True] * 2  # the search never saw the test set
+    assert [plan.seed for plan in final] == [0, 1] and {plan.seed for plan in tried} == {0}
+    weights = np.array([plan.setting.knobs["weights"] for plan in tried])
+    np.testing.assert_array_equal(weights[:, 0], 1)
+    np.testing.assert_array_equal(weights[0], 1)  # the plain sum is one of them
+    assert len(np.unique(weights[:, 1])) == 5 and np.all((weights >= 1e-4) & (weights <= 10))
+    best = final[0].setting.knobs["weights"]
+    assert best.tolist() in weights.tolist()
+    np.testing.assert_array_equal(best, final[1].setting.knobs["weights"])
+
+    page, table = (tmp_path / "table.md").read_text(), table_of(tmp_path)
+    assert table["method"] == [
+        "rated 5: NDCG@10", "rated 5: NDCG@10, new items", "rated: NDCG@10", "stars: RMSE",
+        "days: RMSE", "step", "runs", "seconds",
+    ]  # fmt: skip
+    assert table["searched weights"][-2:] == ["7", "70"]
+    assert table["sum"][-2:] == table["metabalance"][-2:] == ["2", "20"]
+    assert table["single"][2:5] == ["-"] * 3  # it trained the target alone
+    shown = capsys.readouterr().out
+    told = "NDCG@10 of 'rated 5' with weights from 7 runs"
+    assert told in page and told in shown
+    assert "eached by" in page and "the best of 5 random draws" in page
+
+
+def test_the_search_takes_the_weights_with_the_best_validation(trained, monkeypatch):
+    plain = Trainer.train
+
+    def train(self, choice, plans, *rest, measure=True):
+        runs = plain(self, choice, plans, *rest, measure=measure)
+        for made, plan in zip(runs, plans, strict=True):
+            if "weights" in plan.setting.knobs:
+                made.history["validation"][:] = -abs(np.log(plan.setting.knobs["weights"][1]) + 2)
+        return runs
+
+    monkeypatch.setattr(Trainer, "train", train)
+    arguments = ["--search-runs", "8", "--seeds", "1", "--method", "searched weights"]
+    assert run(monkeypatch, *arguments) == 0
+    *tried, final = [plan.setting.knobs["weights"] for _, plan, _ in trained]
+    nearest = min(tried, key=lambda weights: abs(np.log(weights[1]) + 2))
+    np.testing.assert_array_equal(final, nearest)
+
+
+def test_a_stored_run_is_used_again_only_where_all_is_the_same(trained, monkeypatch, tmp_path):
+    def trains(*more: str, train: TrainConfig = TINY) -> int:
+        trained.clear()
+        arguments = ["--data", "movielens", "--method", "sum", "--out", str(tmp_path), *more]
+        assert run(monkeypatch, *arguments, train=train) == 0
+        return len(trained)
+
+    assert trains("--seeds", "2") == 2
+    assert trains("--seeds", "2", "--resume") == 0
+    assert trains("--seeds", "3", "--resume") == 1
+    assert trains("--seeds", "3", "--tasks", "nested", "--resume") == 3
+    other = compare.replace(TINY, learning_rate=0.5)
+    assert trains("--seeds", "3", "--resume", train=other) == 3
+    assert trains("--seeds", "3", "--resume") == 0
+    for module in (mtl, jax):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0.0.0")
+            assert trains("--seeds", "3", "--resume") == 3
+    assert trains("--seeds", "3") == 3  # without --resume everything is trained
+
+
+def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path):
+    arguments = ["--method", "sum", "--seeds", "1", "--out", str(tmp_path), "--resume"]
+    assert run(monkeypatch, *arguments) == 0
+    (stored,) = (tmp_path / "runs").iterdir()
+    whole = stored.read_bytes()
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2]):
+        stored.write_bytes(damaged)
+        trained.clear()
+        assert run(monkeypatch, *arguments) == 0
+        assert len(trained) == 1
+
+
+def test_tune_prints_the_grid_and_never_sees_the_test_set(trained, monkeypatch, capsys):
+    assert run(monkeypatch, "--data", "synthetic", "--tune") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line]
+    settings = [(plan.setting.learning_rate, plan.setting.weight_decay) for _, plan, _ in trained]
+    assert settings == [
+        (rate, decay)
+        for rate in compare.GRID["learning_rate"]
+        for decay in compare.GRID["weight_decay"]
+    ]
+    assert {(label, measure) for label, _, measure in trained} == {("sum", False)}
+    assert len(lines) == len(settings)
+    for line, (rate, decay) in zip(lines, settings, strict=True):
+        start = f"learning_rate {rate:g}, weight_decay {decay:g}: validation NDCG@10 "
+        assert line.startswith(start) and 0 < float(line[len(start) :]) < 1
+
+
+def test_verdict_says_who_reached_the_searched_weights():
+    values = np.random.default_rng(0).normal(0.5, 0.1, (2, 200, len(COLUMNS)))
+    noise = 0.1 * np.random.default_rng(1).normal(size=values.shape)
+
+    def row(label: str, more: float, runs: int | None = 2) -> report.Row:
+        return report.Row(label, {}, {"buy": values + noise * (more != 0) + more}, runs=runs)
+
+    rows = [row("popularity", 1, None), row("single", 1), row("sum", 1)]
+    balanced = [row("far", -0.1), row("above", 0.1), row("equal", 0)]
+    searched = row(compare.SEARCHED, 0, 14)
+    said = compare._verdict([*rows, *balanced, searched], "buy")
+    assert said.startswith("NDCG@10 of 'buy' with weights from 14 runs, less one standard error")
+    assert said.endswith(". Reached by one run of: above, equal. Not reached by: far.")
+    assert compare._verdict([*rows, searched, balanced[0]], "buy").endswith(
+        ". Not reached by: far."
+    )
+    assert compare._verdict([*rows, *balanced], "buy") == ""
+
+
+@pytest.mark.parametrize(("out", "hint"), [(False, "nothing is kept"), (True, "--resume to go on")])
+def test_a_stopped_command_says_how_to_go_on(trained, monkeypatch, capsys, tmp_path, out, hint):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stopped)
+    arguments = ["--out", str(tmp_path)] if out else []
+    assert run(monkeypatch, *arguments, "--method", "sum") == 130
+    shown = capsys.readouterr().err
+    assert shown.startswith("examples.compare: stopped; ") and hint in shown
 
 
 @pytest.mark.slow
-def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, monkeypatch, capsys):
-    def config_of(out: str, *, resume: bool = False) -> compare.CompareConfig:
-        arguments = ["--data", "synthetic", "--method", "multibalance", "--seeds", "2"]
-        config = compare.parse([*arguments, "--out", str(tmp_path / out)])
-        return compare.replace(config, train=compare.replace(TINY, epochs=3), resume=resume)
+def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    three_epochs = compare.replace(TINY, epochs=3, learning_rate=0.03)
 
-    def run(config: compare.CompareConfig, stop_at: int | None = None) -> tuple[int, list[int]]:
-        epochs = []
-        train = Trainer.train
+    def command(out: str, *more: str, stop: tuple[int, int] | None = None):
+        epochs, train = [], Trainer.train
 
-        def stopping(self, method, seeds, on_epoch, *rest):
+        def stopping(self, choice, plans, on_epoch, *rest, **options):
             def then(epoch, values):
-                epochs.append(epoch)
-                if epoch == stop_at:
+                epochs.append((plans[0].seed, epoch))
+                if epochs[-1] == stop:
                     raise KeyboardInterrupt
                 on_epoch(epoch, values)
 
-            return train(self, method, seeds, then, *rest)
+            return train(self, choice, plans, then, *rest, **options)
 
+        arguments = ["--data", "synthetic", "--method", "multibalance", "--seeds", "2"]
+        arguments += ["--out", str(tmp_path / out), *more]
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train", stopping)
-            patch.setattr(compare, "parse", lambda _: config)
-            return compare.main([]), epochs
+            return run(monkeypatch, *arguments, train=three_epochs), epochs
 
-    def stored(out: str) -> list[dict]:
-        files = sorted((tmp_path / out / "runs").glob("*.json"))
-        return [json.loads(file.read_text()) | {"seconds": None} for file in files]
+    def stored(out: str) -> list[dict[str, bytes]]:
+        return [
+            {name: np.load(file)[name].tobytes() for name in np.load(file).files if name != "about"}
+            for file in sorted((tmp_path / out / "runs").glob("*.npz"))
+        ]
 
-    assert run(config_of("whole")) == (0, [1, 2, 3])
-    assert run(config_of("stopped"), stop_at=3) == (130, [1, 2, 3])
-    assert not (tmp_path / "stopped" / "runs").exists()
-    assert run(config_of("stopped", resume=True)) == (0, [3])
+    both = [(seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)]
+    assert command("whole") == (0, both)
+    assert command("stopped", stop=(1, 3)) == (130, both)
+    assert len(stored("stopped")) == 1
+    assert command("stopped", "--resume") == (0, [(1, 3)])
     assert len(stored("whole")) == 2 and stored("stopped") == stored("whole")
-    assert not list((tmp_path / "stopped" / compare.UNFINISHED).iterdir())
+    assert read_metrics(tmp_path / "stopped") == read_metrics(tmp_path / "whole")
+    assert not list((tmp_path / "stopped" / runner.UNFINISHED).iterdir())
 
 
 def test_other_settings_find_no_unfinished_run(tmp_path):
@@ -388,9 +454,14 @@ def test_package_index_out_of_reach(cache, monkeypatch):
         (["--epochs", "0"], "at least 1"),
         (["--seeds", "many"], "invalid int"),
         (["--resume"], "--out DIR"),
+        (["--search-runs", "0"], "at least 1"),
+        (["--method", "mgda(place='head')"], "place= is one of losses"),
+        (["--method", "mgda("], "write name or name(option=value)"),
+        (["--tasks", "all"], "invalid choice: 'all'"),
+        (["--out", __file__], "is not a folder"),
         (["--colour"], "--colour"),
         (["--data", "/no/such/folder"], "no such folder"),
-        (["--data", "synthetic", "--target", "rent"], "buy, like, view"),
+        (["--data", "synthetic", "--target", "rent"], "ranking tasks buy, like, view"),
     ],
 )
 def test_bad_arguments(arguments, shown, capsys):

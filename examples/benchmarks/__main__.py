@@ -18,11 +18,13 @@ from rich.progress import track
 
 from examples.benchmarks import methods, peers, places
 from examples.benchmarks.report import Row, markdown, show
+from examples.benchmarks.vocabulary import vocabulary
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
     "map": places.map_memory,
+    "vocabulary": vocabulary,
     "updates": methods.updates,
     "solvers": methods.solvers,
     "compile": methods.compile_times,

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+
+# Orbax's managers share event loops: two threads must not use them at once.
+LOCK = threading.Lock()
 
 
 class UnfinishedRun:
@@ -24,8 +28,9 @@ class UnfinishedRun:
         self._ocp = ocp
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         self._folder = (folder / digest[:16]).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        with LOCK:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """The last saved epoch and what was saved, or `(0, like)` where there is nothing yet."""
@@ -33,15 +38,17 @@ class UnfinishedRun:
         if epoch is None:
             return 0, like
         described = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        return epoch, self._manager.restore(epoch, args=self._ocp.args.StandardRestore(described))
+        with LOCK:
+            restored = self._manager.restore(epoch, args=self._ocp.args.StandardRestore(described))
+        return epoch, restored
 
     def save(self, epoch: int, carry: Any) -> None:
-        """Write in the background, while the next epoch trains."""
-        self._manager.save(epoch, args=self._ocp.args.StandardSave(carry))
+        """Keep an epoch in place of the one before."""
+        with LOCK:
+            self._manager.save(epoch, args=self._ocp.args.StandardSave(carry))
 
     def remove(self) -> None:
         """Forget the run: it is finished, and kept elsewhere."""
-        self._manager.wait_until_finished()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "UnfinishedRun":
@@ -54,5 +61,5 @@ class UnfinishedRun:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Also after Ctrl-C: finish the save that is under way."""
-        self._manager.close()
+        with LOCK:
+            self._manager.close()

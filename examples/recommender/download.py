@@ -132,6 +132,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
+        os.chmod(partial, 0o644)  # temporary files are the owner's alone
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

@@ -1,36 +1,84 @@
-"""MetaBalance's multi-task recommender in Flax NNX: a shared bottom and one tower per task."""
+"""MetaBalance's multi-task recommender (Figure 6) in Flax NNX: a shared bottom, one tower per task."""
 
 import itertools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
+
+from examples.recommender.data import REGRESSION, Task
 
 # Uniform rather than truncated normal: the same variance, and much less to compile.
 KERNEL_INIT = nnx.initializers.lecun_uniform()
+# Small: what the embeddings start with is noise, which Adam outgrows in a few steps.
+TABLE_INIT = nnx.initializers.variance_scaling(0.01, "fan_out", "uniform")
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes as in MetaBalance's appendix A.2."""
+    """Sizes; the defaults are those of MetaBalance's appendix A.2."""
 
     embedding: int = 64
     mlp: tuple[int, ...] = (32, 16, 8)
     tower: tuple[int, ...] = (64, 32)
     dropout: float = 0.5
 
+    @property
+    def representation(self) -> int:
+        """The width of what the towers read."""
+        return self.embedding + self.mlp[-1]
+
+
+class Batch(NamedTuple):
+    """Pairs with a label and a mask per task.
+
+    Attributes:
+      users, items: `[N]`.
+      labels, mask: `[T, N]`; a pair without mask does not count in the task's loss.
+      key: for dropout.
+      rows: where users and items `[N]` stand in the tables that are read: the ids, for whole tables.
+    """
+
+    users: jax.Array
+    items: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+    key: jax.Array
+    rows: tuple[jax.Array, jax.Array]
+
+
+class Tables(NamedTuple):
+    """Embeddings of users and items, or those rows of them that a batch needs."""
+
+    user: jax.Array
+    item: jax.Array
+
+
+class Shared(NamedTuple):
+    """The parameters that all tasks share."""
+
+    tables: Tables
+    bottom: nnx.State
+
+
+class Parameters(NamedTuple):
+    """The shared parameters and those of the towers, stacked along a task axis."""
+
+    shared: Shared
+    heads: nnx.State
+
 
 class Perceptron(nnx.Module):
     """Dense layers, each followed by ReLU."""
 
-    def __init__(self, size: int, widths: tuple[int, ...], rngs: nnx.Rngs):
-        sizes = (size, *widths)
+    def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs):
         self.layers = nnx.List(
-            [
-                nnx.Linear(fan_in, fan_out, kernel_init=KERNEL_INIT, rngs=rngs)
-                for fan_in, fan_out in itertools.pairwise(sizes)
-            ]
+            nnx.Linear(fan_in, fan_out, kernel_init=KERNEL_INIT, rngs=rngs)
+            for fan_in, fan_out in itertools.pairwise(widths)
         )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -42,22 +90,24 @@ class Perceptron(nnx.Module):
 class SharedBottom(nnx.Module):
     """Matrix-factorisation layer (product of embeddings) beside an MLP over both embeddings.
 
-    Dropout acts on the representation alone, where it regularises both halves.
+    The first layer of the MLP reads users and items by two matrices, so that `[users, 1, size]` with
+    `[1, items, size]` scores all pairs of a block without repeating that work for each pair. Dropout acts
+    on the representation alone, where it regularises both halves.
     """
 
-    def __init__(self, users: int, items: int, config: NetworkConfig, rngs: nnx.Rngs):
-        # Small: what the embeddings start with is noise, which Adam outgrows in a few steps.
-        init = nnx.initializers.variance_scaling(0.01, "fan_out", "uniform")
-        self.user = nnx.Embed(users, config.embedding, embedding_init=init, rngs=rngs)
-        self.item = nnx.Embed(items, config.embedding, embedding_init=init, rngs=rngs)
-        self.mlp = Perceptron(2 * config.embedding, config.mlp, rngs)
+    def __init__(self, config: NetworkConfig, rngs: nnx.Rngs):
+        # Half the variance each: together the two are one layer over both embeddings.
+        half = nnx.initializers.variance_scaling(0.5, "fan_in", "uniform")
+        size, width = config.embedding, config.mlp[0]
+        self.from_user = nnx.Linear(size, width, kernel_init=half, rngs=rngs)
+        self.from_item = nnx.Linear(size, width, kernel_init=half, use_bias=False, rngs=rngs)
+        self.mlp = Perceptron(config.mlp, rngs)
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, users: jax.Array, items: jax.Array, dropout_key: jax.Array | None = None
+        self, user: jax.Array, item: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        user, item = self.user(users), self.item(items)
-        deep = self.mlp(jnp.concatenate([user, item], axis=-1))
+        deep = self.mlp(nnx.relu(self.from_user(user) + self.from_item(item)))
         representation = jnp.concatenate([user * item, deep], axis=-1)
         if dropout_key is None:
             return representation
@@ -65,14 +115,80 @@ class SharedBottom(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """The logit of one task: an MLP over the shared representation plus a bias of the item."""
+    """The logit or number of one task: an MLP over the shared representation plus a bias of the item."""
 
     def __init__(self, items: int, config: NetworkConfig, rngs: nnx.Rngs):
-        size = config.embedding + config.mlp[-1]
-        self.mlp = Perceptron(size, config.tower, rngs)
+        self.mlp = Perceptron((config.representation, *config.tower), rngs)
         self.output = nnx.Linear(config.tower[-1], 1, kernel_init=KERNEL_INIT, rngs=rngs)
-        self.item_bias = nnx.Embed(items, 1, embedding_init=nnx.initializers.zeros, rngs=rngs)
+        self.item_bias = nnx.Param(jnp.zeros(items))
 
     def __call__(self, representation: jax.Array, items: jax.Array) -> jax.Array:
-        logit = self.output(self.mlp(representation)) + self.item_bias(items)
-        return logit[..., 0]
+        return self.output(self.mlp(representation))[..., 0] + self.item_bias[...][items]
+
+
+class Network:
+    """The network as pure functions of its parameters."""
+
+    def __init__(
+        self,
+        users: int,
+        items: int,
+        tasks: tuple[Task, ...],
+        bias: np.ndarray,
+        config: NetworkConfig,
+    ):
+        """`bias` `[T, items]` is where the towers' biases of the items start."""
+        self.num_tasks, self.num_users, self.num_items = len(tasks), users, items
+        self.config = config
+        self._bias = jnp.asarray(bias, jnp.float32)
+        self._squared = jnp.array([task.kind == REGRESSION for task in tasks])
+        self._make_bottom = lambda key: SharedBottom(config, nnx.Rngs(key))
+        self._make_tower = lambda key: Tower(items, config, nnx.Rngs(key))
+        key = jax.random.key(0)
+        self._bottom = nnx.graphdef(nnx.eval_shape(self._make_bottom, key))
+        self._tower = nnx.graphdef(nnx.eval_shape(self._make_tower, key))
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Fresh parameters."""
+        user_key, item_key, bottom_key, tower_key = jax.random.split(key, 4)
+        size = self.config.embedding
+        tables = Tables(
+            TABLE_INIT(user_key, (self.num_users, size)),
+            TABLE_INIT(item_key, (self.num_items, size)),
+        )
+        make_state = jax.vmap(lambda key: nnx.state(self._make_tower(key)))
+        heads = make_state(jax.random.split(tower_key, self.num_tasks))
+        heads["item_bias"].set_value(self._bias)
+        return Parameters(Shared(tables, nnx.state(self._make_bottom(bottom_key))), heads)
+
+    def encode(self, shared: Shared, batch: Batch) -> jax.Array:
+        """The representation `[N, width]` of a training batch."""
+        user, item = (table[rows] for table, rows in zip(shared.tables, batch.rows, strict=True))
+        return nnx.merge(self._bottom, shared.bottom)(user, item, batch.key)
+
+    def losses(self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
+        """The losses `[T]`: cross-entropy, or squared error in the unit of the data."""
+
+        def one(
+            head: nnx.State, copy: jax.Array, labels: Any, mask: Any, squared: Any
+        ) -> jax.Array:
+            found = nnx.merge(self._tower, head)(copy, batch.items)
+            entropy = optax.sigmoid_binary_cross_entropy(found, labels)
+            each = jnp.where(squared, optax.squared_error(found, labels), entropy)
+            return jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+        each = (batch.labels, batch.mask, self._squared)
+        return jax.vmap(one)(heads, jnp.stack(copies), *each)
+
+    def decode(self, heads: nnx.State, representation: jax.Array, batch: Batch) -> jax.Array:
+        """The losses `[T]` with one representation for all towers."""
+        return self.losses(heads, (representation,) * self.num_tasks, batch)
+
+    def predict(
+        self, params: Parameters, task: int | jax.Array, users: jax.Array, items: jax.Array
+    ) -> jax.Array:
+        """The logit or number of one task; `users` and `items` broadcast, as `[n, 1]` and `[1, m]` do."""
+        tables = params.shared.tables
+        bottom = nnx.merge(self._bottom, params.shared.bottom)
+        tower = nnx.merge(self._tower, jax.tree.map(lambda leaf: leaf[task], params.heads))
+        return tower(bottom(tables.user[users], tables.item[items]), items)

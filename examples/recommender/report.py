@@ -1,203 +1,268 @@
 """The results of finished runs: a table, a picture, and files that another program can read."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy import stats
 
+from examples.recommender.data import REGRESSION, Task
 from examples.recommender.download import write_atomically
-from examples.recommender.metrics import CUTOFFS, METRICS
-from examples.recommender.training import Run
+from examples.recommender.evaluation import COLUMNS, PROTOCOLS
+from examples.recommender.significance import Difference, holm, paired_difference
+from examples.recommender.training import PARTS, Run
 
-POPULARITY = "popularity"
 MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+HEADLINE = "ndcg@10"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `None` where a number does not exist (one seed, no baseline)."""
+    """One line of the table.
 
-    method: str
-    mean: np.ndarray  # [metrics]
-    error: np.ndarray | None  # [metrics], standard error of the mean over seeds
-    p_value: np.ndarray | None  # [metrics], corrected for the number of methods
-    best_epoch: float | None
-    seconds: float | None
+    Attributes:
+      label: what was trained.
+      validation, test: by task: `[seeds, users, len(COLUMNS)]`, or squared errors `[seeds, N]`; a task
+        that the row says nothing about is missing.
+      runs: how many trainings the row took, None for a row without training.
+      seconds: of all of them.
+      step: time of a step over the plain sum's.
+      note: said below the table.
+    """
+
+    label: str
+    validation: Mapping[str, np.ndarray]
+    test: Mapping[str, np.ndarray]
+    runs: int | None = None
+    seconds: float | None = None
+    step: float | None = None
+    note: str = ""
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def row_of_runs(measured: Sequence[Run], tasks: Sequence[str], **rest: Any) -> Row:
+    """Stack the runs of one choice; `tasks` are those that it trained."""
+
+    def stacked(part: str) -> dict[str, np.ndarray]:
+        known = [task for task in tasks if task in getattr(measured[0], part)]
+        return {task: np.stack([getattr(run, part)[task] for run in measured]) for task in known}
+
+    rest = {"runs": len(measured), "seconds": sum(run.seconds for run in measured)} | rest
+    return Row(
+        measured[0].label, stacked("validation"), stacked("test"), history=measured[0].history, **rest
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of the table: a metric of a task."""
+
+    task: Task
+    metric: str = ""  # one of COLUMNS; empty for a regression
+
+    @property
+    def title(self) -> str:
+        if self.task.kind == REGRESSION:
+            return f"{self.task.name}: RMSE"
+        metric, protocol = self.metric.split(", ")
+        suffix = "" if protocol == "all" else f", {protocol} items"
+        return f"{self.task.name}: {metric.replace('ndcg', 'NDCG')}{suffix}"
+
+    def by_seed(self, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """The metric `[seeds]`."""
+        found = values.get(self.task.name)
+        if found is None:
+            return None
+        if self.task.kind == REGRESSION:
+            return np.sqrt(found.mean(axis=1))
+        return np.nanmean(found[..., COLUMNS.index(self.metric)], axis=1)
+
+
+def headline_columns(tasks: Sequence[Task]) -> list[Column]:
+    """What the table shows: both protocols for the target, one number for every other task."""
+    return [
+        *(Column(tasks[0], f"{HEADLINE}, {protocol}") for protocol in PROTOCOLS),
+        *(Column(t, "" if t.kind == REGRESSION else f"{HEADLINE}, all") for t in tasks[1:]),
+    ]
+
+
+def differences(rows: Sequence[Row], baseline: Row, task: Task) -> dict[str, list[Difference]]:
+    """Each trained row against the baseline, for every column of the target; Holm over all of them."""
+    compared = [row for row in rows if row.runs and row.label != baseline.label]
+    found = {
+        row.label: [
+            paired_difference(row.test[task.name][..., k], baseline.test[task.name][..., k])
+            for k in range(len(COLUMNS))
+        ]
+        for row in compared
+    }
+    if not found:
+        return {}
+    corrected = holm(np.array([[d.p_value for d in entry] for entry in found.values()]))
+    return {
+        label: [d._replace(p_value=float(p)) for d, p in zip(entry, values, strict=True)]
+        for (label, entry), values in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _mark(p_value: float) -> str:
+    return next((mark for limit, mark in MARKS if p_value < limit), "")
+
+
+def cells(
+    row: Row, columns: Sequence[Column], against: Mapping[str, list[Difference]]
+) -> list[str]:
+    """The numbers of a row: mean, standard error over seeds, and the mark of significance."""
+    result = []
+    for column in columns:
+        values = column.by_seed(row.test)
+        if values is None:
+            result.append("-")
+            continue
+        digits = 2 if column.task.kind == REGRESSION else 4
+        text = f"{values.mean():.{digits}f}"
+        if len(values) > 1:
+            text += f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
+        if column.metric and row.label in against and column.task.name == columns[0].task.name:
+            text += _mark(against[row.label][COLUMNS.index(column.metric)].p_value)
+        result.append(text)
+    result.append("-" if row.step is None else f"{row.step:.2f}")
+    result.append("-" if row.runs is None else str(row.runs))
+    result.append("-" if row.seconds is None else f"{row.seconds:.0f}")
+    return result
+
+
+EFFORT = ("step", "runs", "seconds")
+
+
+def rich_table(
+    rows: Sequence[Row], columns: Sequence[Column], against: Any, title: str, note: str
+) -> Table:
+    """The table for the terminal."""
+    table = Table(title=title, caption=note, caption_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("method", overflow="fold", min_width=18)
+    for name in (*(column.title for column in columns), *EFFORT):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row.label, *cells(row, columns, against))
+    return table
+
+
+def markdown_table(
+    rows: Sequence[Row], columns: Sequence[Column], against: Any, title: str, note: str
+) -> str:
+    """The same table for a page."""
+    header = ("method", *(column.title for column in columns), *EFFORT)
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1)]
+    lines += [(row.label, *cells(row, columns, against)) for row in rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"**{title}**\n\n{body}\n\n{note}\n"
+
+
+def metrics_csv(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
+    """Every metric of every task, seed and part, unrounded."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["method", "part", "task", "metric", "seed", "value"])
+    columns = [
+        Column(task, metric)
+        for task in tasks
+        for metric in ([""] if task.kind == REGRESSION else COLUMNS)
+    ]
+    for row in rows:
+        for part in ("validation", "test"):
+            for column in columns:
+                values = column.by_seed(getattr(row, part))
+                for seed, value in enumerate([] if values is None else values):
+                    name = column.metric or "rmse"
+                    writer.writerow([row.label, part, column.task.name, name, seed, f"{value:.6g}"])
+    return stream.getvalue()
 
 
 def caption(seeds: int, baseline: str | None) -> str:
     """What the numbers of the table are."""
-    text = f"mean ± standard error over {seeds} training seed{'s' * (seeds != 1)}"
+    text = f"Test set; mean ± standard error over {seeds} training seed{'s' * (seeds != 1)}."
+    for name, meaning in PROTOCOLS.items():
+        text += f" Ranked among {meaning}" + (f" ({name!r} items)." if name != "all" else ".")
     if baseline is None:
         return text
     marks = ", ".join(f"{mark} p < {limit}" for limit, mark in reversed(MARKS))
+    scope = "seeds and users" if seeds > 1 else "users, for this one seed,"
     return (
-        f"{text}; {marks}: against {baseline}, two-sided t-test paired over users (each user's "
-        "metric averaged over seeds), Holm-corrected over methods"
+        f"{text} {marks}: against {baseline}, two-sided test over {scope} at random, Holm-corrected over "
+        f"methods and {len(COLUMNS)} metrics of the target. step: time of a training step over that of "
+        f"{baseline}. seconds: of all runs together, without compilation."
     )
 
 
-def make_rows(runs: Mapping[str, list[Run]], floor: np.ndarray, baseline: str | None) -> list[Row]:
-    """The popularity floor and one row per method, compared with the baseline user by user."""
-    by_user = {method: np.mean([run.test for run in done], axis=0) for method, done in runs.items()}
-    # The floor of the users that were ranked: the test may be on a part of them.
-    floor = np.where(np.isnan(next(iter(by_user.values()))), np.nan, floor)
-    others = [method for method in runs if method != baseline]
-    corrected: dict[str, np.ndarray] = {}
-    if baseline is not None and others:
-        raw = [paired_p_values(by_user[method], by_user[baseline]) for method in others]
-        corrected = dict(zip(others, holm(np.array(raw)), strict=True))
-    rows = [Row(POPULARITY, np.nanmean(floor, axis=0), None, None, None, None)]
-    for method, done in runs.items():
-        means = np.array([np.nanmean(run.test, axis=0) for run in done])
-        error = means.std(axis=0, ddof=1) / np.sqrt(len(done)) if len(done) > 1 else None
-        epoch = float(np.mean([run.best_epoch for run in done]))
-        seconds = float(np.sum([run.seconds for run in done]))
-        rows.append(Row(method, means.mean(axis=0), error, corrected.get(method), epoch, seconds))
-    return rows
-
-
-def paired_p_values(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The p-value of each metric; 1 where the two do not differ for any user."""
-    difference = (one - other)[~np.isnan(one).any(axis=1)]
-    values = np.ones(difference.shape[1])
-    for column in np.flatnonzero(np.ptp(difference, axis=0) > 0):
-        values[column] = stats.ttest_1samp(difference[:, column], 0.0).pvalue
-    return values
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction along the first axis (the methods)."""
-    order = np.argsort(p_values, axis=0)
-    left = len(p_values) - np.arange(len(p_values))
-    scaled = np.take_along_axis(p_values, order, axis=0) * left[:, None]
-    ordered = np.minimum(np.maximum.accumulate(scaled, axis=0), 1.0)
-    result = np.empty_like(ordered)
-    np.put_along_axis(result, order, ordered, axis=0)
-    return result
-
-
-def _cell(row: Row, column: int) -> str:
-    text = f"{row.mean[column]:.4f}"
-    if row.error is not None:
-        text += f" ± {row.error[column]:.4f}"
-    if row.p_value is not None:
-        text += next((mark for limit, mark in MARKS if row.p_value[column] < limit), "")
-    return text
-
-
-def rich_table(rows: list[Row], title: str, note: str) -> Table:
-    """The table for the terminal: one section per cutoff, so that it fits into 80 columns."""
-    table = Table(title=title, caption=note)
-    for name in ("method", "NDCG", "recall", "precision"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for k in CUTOFFS:
-        columns = [column for column, name in enumerate(METRICS) if name.endswith(f"@{k}")]
-        table.add_row(f"[bold]at {k}[/bold]")
-        for row in rows:
-            table.add_row(row.method, *(_cell(row, column) for column in columns))
-        table.add_section()
-    return table
-
-
-HEADER = ("method", *METRICS, "best epoch", "seconds")
-
-
-def markdown_table(rows: list[Row], title: str, note: str) -> str:
-    """The same table for a page."""
-    lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1)]
-    for row in rows:
-        effort = ("", "")
-        if row.best_epoch is not None:
-            effort = (f"{row.best_epoch:.1f}", f"{row.seconds:.0f}")
-        lines.append((row.method, *(_cell(row, column) for column in range(len(METRICS))), *effort))
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{title}**\n\n{body}\n\n{note}.\n"
-
-
-def json_results(rows: list[Row], settings: dict[str, Any]) -> str:
-    """Settings and unrounded numbers."""
-
-    def by_metric(values: np.ndarray | None) -> dict[str, float] | None:
-        return None if values is None else dict(zip(METRICS, map(float, values), strict=True))
-
-    results = [
-        {
-            "method": row.method,
-            "mean": by_metric(row.mean),
-            "standard_error": by_metric(row.error),
-            "p_value": by_metric(row.p_value),
-            "best_epoch": row.best_epoch,
-            "seconds": row.seconds,
-        }
-        for row in rows
-    ]
-    return json.dumps({"settings": settings, "results": results}, indent=1) + "\n"
-
-
-def draw(runs: Mapping[str, list[Run]], tasks: tuple[str, ...], path: Path) -> None:
+def draw(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     """Gradient norms (top) and task weights (bottom) over training, one column per method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {"norms": "gradient norm on\nthe shared bottom", "weights": "weight of the task"}
+    rows = [row for row in rows if "weights" in row.history]
+    shown = {"weights": "weight of the task"}
+    if rows and "norms" in rows[0].history:
+        shown = {"norms": f"gradient norm,\n{PARTS[0]}", **shown}
     figure, grid = plt.subplots(
-        len(rows), len(runs), figsize=(2.6 * len(runs) + 1, 5), sharex=True, sharey="row",
-        squeeze=False, layout="constrained",
+        len(shown), len(rows), figsize=(2.4 * len(rows) + 1, 2.5 * len(shown)), sharex=True,
+        sharey="row", squeeze=False, layout="constrained",
     )  # fmt: skip
-    for column, (method, done) in enumerate(runs.items()):
-        for axes, (name, label) in zip(grid[:, column], rows.items(), strict=True):
-            values = done[0].history[name]  # the first seed: an average would hide the movement
-            for task, title in enumerate(tasks):
-                axes.plot(np.arange(1, len(values) + 1), values[:, task], label=title)
-            axes.set_title(method if name == "norms" else "")
+    for column, row in enumerate(rows):
+        for axes, (name, label) in zip(grid[:, column], shown.items(), strict=True):
+            values = row.history[name]  # the first seed: an average would hide the movement
+            values = values[..., 0] if name == "norms" else np.maximum(values, 1e-6)
+            for place, task in enumerate(tasks):
+                axes.plot(np.arange(1, len(values) + 1), values[:, place], label=task.name)
+            axes.set(yscale="log")
             if column == 0:
                 axes.set_ylabel(label)
-            if name == "norms":
-                axes.set_yscale("log")
-            else:
-                axes.set_xlabel("epoch")
+        grid[0, column].set_title(row.label.replace("(", "\n(", 1), fontsize=8)
+        grid[-1, column].set_xlabel("epoch")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
 def store_run(run: Run, path: Path, fingerprint: dict[str, Any]) -> None:
     """Keep a finished run, whole or not at all, with what it was trained with."""
-    record = {
+    about = {
         "fingerprint": fingerprint,
-        "method": run.method,
+        "label": run.label,
         "seed": run.seed,
         "best_epoch": run.best_epoch,
         "seconds": run.seconds,
-        "test": np.where(np.isnan(run.test), -1.0, run.test).tolist(),
-        "history": {name: values.tolist() for name, values in run.history.items()},
     }
-    write_atomically(path, json.dumps(record).encode())
+    arrays = {
+        f"{part}/{name}": values
+        for part in ("validation", "test", "history")
+        for name, values in getattr(run, part).items()
+    }
+    stream = io.BytesIO()
+    np.savez_compressed(stream, about=json.dumps(about), **arrays)
+    write_atomically(path, stream.getvalue())
 
 
 def load_run(path: Path, fingerprint: dict[str, Any]) -> Run | None:
     """A stored run, or None where there is none that was trained in the same way."""
     try:
-        record = json.loads(path.read_bytes())
-        if record["fingerprint"] != fingerprint:
-            return None
-        test = np.array(record["test"], dtype=np.float64)
-        history = {name: np.array(values) for name, values in record["history"].items()}
-        return Run(
-            record["method"],
-            record["seed"],
-            np.where(test < 0, np.nan, test),
-            record["best_epoch"],
-            record["seconds"],
-            history,
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            about = json.loads(str(stored["about"]))
+            if about.pop("fingerprint") != fingerprint:
+                return None
+            parts: dict[str, dict[str, np.ndarray]] = {"validation": {}, "test": {}, "history": {}}
+            for name in stored.files:
+                part, _, rest = name.partition("/")
+                if part in parts:
+                    parts[part][rest] = stored[name]
+            return Run(**about, **parts)
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError):
         return None

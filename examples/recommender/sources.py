@@ -7,35 +7,73 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.recommender.data import Behaviours
+from examples.recommender.data import (
+    REGRESSION,
+    Interactions,
+    Log,
+    Task,
+    behaviours,
+    with_target,
+)
 from examples.recommender.download import WAYS_OUT, movielens_ratings
 from examples.recommender.errors import UserError
 
 SUFFIXES = (".csv.gz", ".csv")
 
 
-def load_behaviours(data: str, target: str | None = None) -> Behaviours:
-    """Read `movielens`, `synthetic`, or the folder of behaviours that `data` names."""
+def load_log(data: str, target: str | None = None, tasks: str = "units") -> Log:
+    """Read `movielens`, `synthetic`, or the folder of behaviours that `data` names.
+
+    `tasks` chooses what MovieLens's tasks are, "units" or "nested".
+    """
     if data == "movielens":
-        behaviours = movielens()
+        log = movielens_units() if tasks == "units" else movielens_nested()
     elif data == "synthetic":
-        behaviours = synthetic()
+        log = synthetic()
     else:
         return folder(Path(data), target or "buy")
-    return behaviours if target is None else _target_first(behaviours, target)
+    return log if target is None else with_target(log, target)
 
 
-def movielens() -> Behaviours:
-    """MovieLens-100K as three nested behaviours: a rating of 5 (target), of at least 4, any."""
+def movielens_units() -> Log:
+    """MovieLens-100K as four tasks in the units of its file.
+
+    Whether a film was rated 5 (the target) and whether it was rated at all, to be ranked by cross-entropy;
+    the rating in stars and the days since the user's first rating, by squared error.
+    """
+    pairs, stars, seconds = _movielens()
+    users = pairs[:, 0]
+    first = np.full(users.max() + 1, seconds.max())
+    np.minimum.at(first, users, seconds)
+    days = (seconds - first[users]) / 86400.0
+    values = np.stack([stars == 5, np.ones(len(stars)), stars, days], axis=1)
+    tasks = (
+        Task("rated 5"),
+        Task("rated"),
+        Task("stars", REGRESSION, "stars"),
+        Task("days", REGRESSION, "days"),
+    )
+    found = Interactions(pairs, values.astype(np.float32))
+    return Log("MovieLens-100K", int(users.max()) + 1, int(pairs[:, 1].max()) + 1, tasks, found)
+
+
+def movielens_nested() -> Log:
+    """MovieLens-100K as three nested tasks: a rating of 5 (the target), of at least 4, any."""
+    pairs, stars, _ = _movielens()
+    nested = {"rated 5": pairs[stars == 5], "rated 4 or 5": pairs[stars >= 4], "rated": pairs}
+    return behaviours(
+        "MovieLens-100K", int(pairs[:, 0].max()) + 1, int(pairs[:, 1].max()) + 1, nested
+    )
+
+
+def _movielens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs `[N, 2]` sorted by user and item, stars `[N]` and seconds `[N]`."""
     ratings = movielens_ratings()
-    users, items = ratings[:, 0] - 1, ratings[:, 1] - 1
-    pairs = np.stack([users, items], axis=1).astype(np.int32)
-    stars = ratings[:, 2]
-    nested = {"rated_5": pairs[stars == 5], "rated_4_up": pairs[stars >= 4], "rated": pairs}
-    return Behaviours("MovieLens-100K", int(users.max()) + 1, int(items.max()) + 1, nested)
+    ratings = ratings[np.lexsort((ratings[:, 1], ratings[:, 0]))]
+    return (ratings[:, :2] - 1).astype(np.int32), ratings[:, 2], ratings[:, 3]
 
 
-def folder(path: Path, target: str) -> Behaviours:
+def folder(path: Path, target: str) -> Log:
     """A folder with one `NAME.csv` or `NAME.csv.gz` a behaviour: `user,item` rows under a header."""
     if not path.is_dir():
         raise UserError(f"--data {path}: no such folder (nor is it 'movielens' or 'synthetic')")
@@ -57,8 +95,8 @@ def folder(path: Path, target: str) -> Behaviours:
     item_ids, items = np.unique(items, return_inverse=True)
     coded = np.stack([users, items], axis=1).astype(np.int32)
     parts = np.split(coded, np.cumsum([len(rows) for rows in read])[:-1])
-    pairs = {name: np.unique(part, axis=0) for name, part in zip(names, parts, strict=True)}
-    return Behaviours(path.name, len(user_ids), len(item_ids), pairs)
+    pairs = dict(zip(names, parts, strict=True))
+    return behaviours(path.name, len(user_ids), len(item_ids), pairs)
 
 
 def _read_pairs(path: Path) -> np.ndarray:
@@ -78,9 +116,7 @@ def _read_pairs(path: Path) -> np.ndarray:
     return np.array(pairs, dtype=np.str_).reshape(-1, 2)
 
 
-def synthetic(
-    num_users: int = 400, num_items: int = 300, rank: int = 6, seed: int = 0
-) -> Behaviours:
+def synthetic(num_users: int = 400, num_items: int = 300, rank: int = 6, seed: int = 0) -> Log:
     """Nested behaviours with planted structure: view, like and buy share one low-rank taste.
 
     A user views the items that suit a noisy taste plus popularity, likes some of what was viewed and
@@ -97,12 +133,4 @@ def synthetic(
         kept = np.quantile(score[candidates], 1 - share)
         candidates = score >= kept
         nested[name] = np.argwhere(candidates).astype(np.int32)
-    return Behaviours("synthetic", num_users, num_items, dict(reversed(nested.items())))
-
-
-def _target_first(behaviours: Behaviours, target: str) -> Behaviours:
-    if target not in behaviours.pairs:
-        known = ", ".join(behaviours.pairs)
-        raise UserError(f"--target {target}: {behaviours.name} has the behaviours {known}")
-    pairs = {target: behaviours.pairs[target], **behaviours.pairs}
-    return Behaviours(behaviours.name, behaviours.num_users, behaviours.num_items, pairs)
+    return behaviours("synthetic", num_users, num_items, dict(reversed(nested.items())))

@@ -1,0 +1,166 @@
+"""Trains the jobs of a table, two at a time on a CPU, with a progress bar and files to go on from."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from examples.recommender import report
+from examples.recommender.checkpoints import UnfinishedRun
+from examples.recommender.choices import Choice
+from examples.recommender.training import Plan, Run, Trainer
+
+UNFINISHED = "unfinished"  # the folder under --out with the trainings that were stopped
+
+
+@dataclass(frozen=True)
+class Job:
+    """The runs of one choice; `measure=False` leaves the test set alone, as a search must."""
+
+    choice: Choice
+    plans: Sequence[Plan]
+    measure: bool = True
+
+
+@dataclass
+class Runner:
+    """Runs jobs, and keeps what is finished under `out`.
+
+    Attributes:
+      fingerprint: all that a stored run must agree on to be used again: data, configuration, versions.
+      workers: how many jobs at a time. On an accelerator, where a job's runs go side by side, one compiles
+        while another trains.
+    """
+
+    trainer: Trainer
+    console: Console
+    fingerprint: dict[str, Any]
+    out: Path | None = None
+    resume: bool = False
+    workers: int = 2
+    _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        if self.out is not None and not self.resume:
+            shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
+
+    def train(self, jobs: Sequence[Job]) -> list[list[Run]]:
+        """The runs of every job, in order."""
+        epochs = self.trainer.config.epochs
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with (
+            Progress(
+                *columns, *times, TextColumn("{task.fields[note]}"), console=self.console
+            ) as bars,
+            ThreadPoolExecutor(self.workers) as pool,
+        ):
+            total = sum(len(job.plans) for job in jobs) * epochs
+            whole = bars.add_task("all", total=total, note="epochs")
+
+            def work(job: Job) -> list[Run]:
+                bar = bars.add_task(
+                    job.choice.label, total=len(job.plans) * epochs, note="compiling"
+                )
+
+                def advance(count: int, value: float) -> None:
+                    bars.update(bar, advance=count, note=f"validation {value:.4f}")
+                    bars.update(whole, advance=count)
+
+                runs = self._train(job, advance)
+                bars.remove_task(bar)
+                return runs
+
+            futures = [pool.submit(work, job) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self._stopping.set()  # the workers end with their epoch
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
+
+    def _train(self, job: Job, advance: Callable[[int, float], None]) -> list[Run]:
+        """On a CPU plan by plan, so that each can be stored when it is done; else all together."""
+        finished: dict[int, Run] = {}
+        for place, plan in enumerate(job.plans):
+            stored = self._stored(job, plan)
+            if stored is not None:
+                finished[place] = stored
+                advance(self.trainer.config.epochs, float(stored.history["validation"].max()))
+        missing = [place for place in range(len(job.plans)) if place not in finished]
+        size = 1 if jax.default_backend() == "cpu" else max(1, len(missing))
+        for start in range(0, len(missing), size):
+            group = missing[start : start + size]
+            finished |= zip(group, self._train_group(job, group, advance), strict=True)
+        return [finished[place] for place in range(len(job.plans))]
+
+    def _train_group(
+        self, job: Job, group: list[int], advance: Callable[[int, float], None]
+    ) -> list[Run]:
+        plans = [job.plans[place] for place in group]
+        done = 0
+
+        def on_epoch(epoch: int, values: np.ndarray) -> None:
+            nonlocal done
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            advance((epoch - done) * len(plans), float(values.mean()))
+            done = epoch
+
+        settings = [self._settings(job, plan) for plan in plans]
+        keep: Any = nullcontext()
+        if self.out is not None:
+            keep = UnfinishedRun(self.out / UNFINISHED, {"runs": settings})
+        with keep as unfinished:
+            runs = self.trainer.train(job.choice, plans, on_epoch, unfinished, measure=job.measure)
+            for run, plan in zip(runs, plans, strict=True):
+                if self.out is not None:
+                    report.store_run(run, self._path(job, plan), self._settings(job, plan))
+            if unfinished:
+                unfinished.remove()
+        advance(
+            (self.trainer.config.epochs - done) * len(plans),
+            float(runs[0].history["validation"].max()),
+        )
+        return runs
+
+    def _stored(self, job: Job, plan: Plan) -> Run | None:
+        if self.out is None or not self.resume:
+            return None
+        return report.load_run(self._path(job, plan), self._settings(job, plan))
+
+    def _settings(self, job: Job, plan: Plan) -> dict[str, Any]:
+        setting = {
+            "learning_rate": float(plan.setting.learning_rate),
+            "weight_decay": float(plan.setting.weight_decay),
+            "knobs": {k: np.asarray(v).tolist() for k, v in plan.setting.knobs.items()},
+        }
+        about = {"choice": job.choice.label, "seed": plan.seed, "measure": job.measure, **setting}
+        return json.loads(json.dumps({**self.fingerprint, **about}))  # as it reads back
+
+    def _path(self, job: Job, plan: Plan) -> Path:
+        assert self.out is not None
+        digest = hashlib.sha256(json.dumps(self._settings(job, plan), sort_keys=True).encode())
+        name = "".join(c if c.isalnum() else "-" for c in job.choice.label)
+        return self.out / "runs" / f"{name}-{plan.seed}-{digest.hexdigest()[:8]}.npz"
