@@ -14,7 +14,7 @@ INTRODUCTION = """# Results
 Tables and pictures that the examples of this library wrote, with the commands that made them, over several
 seeds and beside the plain sum of the losses. A disappointing number stands here like any other.
 """
-NOTHING = """
+NOTHING = """\
 This copy holds no results yet. `python -m examples.compare` and `python -m examples.physics` make their
 tables on your machine.
 """
@@ -28,15 +28,19 @@ def _one_level_down(text: str) -> str:
     return "".join(parts)
 
 
-def _section(table: Path, source: Path, folder: Path) -> str:
-    """One table with the pages and pictures that lie beside it; pictures are copied into the site."""
-    beside = sorted(page for page in table.parent.glob("*.md") if page != table)
-    text = "\n\n".join(_one_level_down(page.read_text("utf-8")) for page in [table, *beside])
-    name = table.parent.relative_to(source).as_posix() or "results"
+def _pages(folder: Path) -> list[Path]:
+    """The tables and other texts of a folder, `table.md` first."""
+    return sorted(folder.glob("*.md"), key=lambda page: (page.name != "table.md", page.name))
+
+
+def _section(source: Path, results: Path, site: Path) -> str:
+    """The texts of one folder with the pictures beside them, which are copied into the site."""
+    text = "\n\n".join(_one_level_down(page.read_text("utf-8")) for page in _pages(source))
+    name = source.relative_to(results).as_posix()
     if not text.startswith("## "):
         text = f"## {name}\n\n{text}"
-    copies = folder / "files" / name
-    for picture in sorted(p for p in table.parent.iterdir() if p.suffix in PICTURES):
+    copies = site / "files" / name
+    for picture in sorted(p for p in source.iterdir() if p.suffix in PICTURES):
         copies.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, copies)
         target = f"files/{name}/{picture.name}"
@@ -48,10 +52,10 @@ def _section(table: Path, source: Path, folder: Path) -> str:
     return text.rstrip() + "\n"
 
 
-def write(folder: Path, source: Path) -> None:
-    """Writes `folder/index.md` from every `table.md` below `source`."""
-    tables = sorted(source.rglob("table.md")) if source.exists() else []
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "files", ignore_errors=True)
-    sections = [_section(table, source, folder) for table in tables] or [NOTHING.lstrip()]
-    (folder / "index.md").write_text("\n".join([INTRODUCTION, *sections]), "utf-8")
+def write(site: Path, results: Path) -> None:
+    """Writes `site/index.md` from every folder below `results` that holds a text."""
+    folders = sorted({page.parent for page in results.rglob("*.md")}) if results.exists() else []
+    site.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(site / "files", ignore_errors=True)
+    sections = [_section(folder, results, site) for folder in folders] or [NOTHING]
+    (site / "index.md").write_text("\n".join([INTRODUCTION, *sections]), "utf-8")

@@ -146,7 +146,7 @@ def test_the_page_of_results_holds_every_table(
     (source / "second").mkdir()
     table = "# Title\n\n![weights](weights.png)\n\n```bash\n# a comment\n```\n\n## Part\n"
     (source / "first" / "table.md").write_text(table)
-    (source / "second" / "table.md").write_text("| a |\n|---|\n| 1 |\n")
+    (source / "second" / "a_table.md").write_text("| a |\n|---|\n| 1 |\n")
     (source / "second" / "times.md").write_text("Milliseconds\n")
     for picture in ("first/weights.png", "second/loss_curve.png"):
         (source / picture).write_bytes(b"picture")
