@@ -65,9 +65,11 @@ QUICK_METHODS = (SUM, "metabalance(relax_factor=1)")
 GRID = {"learning_rate": (3e-3, 1e-2, 3e-2), "weight_decay": (0.3, 1.0, 3.0)}
 TRAIN = TrainConfig(
     epochs=5,
-    learning_rate=1e-2,
-    weight_decay=0.3,
-    network=NetworkConfig(embedding=32, tower=(32, 16)),
+    negatives=1,
+    validation_users=400,
+    learning_rate=3e-2,
+    weight_decay=1.0,
+    network=NetworkConfig(embedding=32, tower=(16,)),
 )
 # The weights of the search, beside 1 for the target: the powers of 10 are uniform.
 SEARCH_POWERS = (-4.0, 1.0)
@@ -282,16 +284,14 @@ def _popularity(dataset: Dataset) -> report.Row:
 
 
 def _untrained(trainer: Trainer, seeds: int) -> report.Row:
-    keys = jax.vmap(jax.random.key)(np.arange(seeds))
-    found = {VALIDATION: [], TEST: []}
+    measured: dict[int, list[dict[str, np.ndarray]]] = {VALIDATION: [], TEST: []}
     for seed in range(seeds):
-        params = trainer.network.init(keys[seed])
-        one = jax.tree.map(lambda leaf: leaf[None], params)
-        for part, measured in found.items():
-            measured += trainer.measure(one, part)
+        params = trainer.initial(jax.random.key(seed)[None])
+        for part, found in measured.items():
+            found += trainer.measure(params, part)
     stacked = [
-        {name: np.stack([entry[name] for entry in measured]) for name in measured[0]}
-        for measured in found.values()
+        {name: np.stack([entry[name] for entry in found]) for name in found[0]}
+        for found in measured.values()
     ]
     return report.Row("untrained", *stacked)
 

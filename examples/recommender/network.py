@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ class Network:
         self.num_tasks, self.num_users, self.num_items = len(tasks), users, items
         self.config = config
         self._bias = jnp.asarray(bias, jnp.float32)
-        self._squared = jnp.array([task.kind == REGRESSION for task in tasks])
+        self._tasks = tasks
         self._make_bottom = lambda key: SharedBottom(config, nnx.Rngs(key))
         self._make_tower = lambda key: Tower(items, config, nnx.Rngs(key))
         key = jax.random.key(0)
@@ -167,18 +167,22 @@ class Network:
         return nnx.merge(self._bottom, shared.bottom)(user, item, batch.key)
 
     def losses(self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
-        """The losses `[T]`: cross-entropy, or squared error in the unit of the data."""
+        """The losses `[T]`: cross-entropy, or squared error in the unit of the data.
 
-        def one(
-            head: nnx.State, copy: jax.Array, labels: Any, mask: Any, squared: Any
-        ) -> jax.Array:
+        One task after the other, and stacked at the end: a tower's gradient is then found without a pass
+        through the other towers, which a `vmap` over the towers would force on it.
+        """
+        losses = []
+        for place, (task, copy) in enumerate(zip(self._tasks, copies, strict=True)):
+            head = jax.tree.map(lambda leaf, place=place: leaf[place], heads)
             found = nnx.merge(self._tower, head)(copy, batch.items)
-            entropy = optax.sigmoid_binary_cross_entropy(found, labels)
-            each = jnp.where(squared, optax.squared_error(found, labels), entropy)
-            return jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1)
-
-        each = (batch.labels, batch.mask, self._squared)
-        return jax.vmap(one)(heads, jnp.stack(copies), *each)
+            labels, mask = batch.labels[place], batch.mask[place]
+            if task.kind == REGRESSION:
+                each = optax.squared_error(found, labels)
+            else:
+                each = optax.sigmoid_binary_cross_entropy(found, labels)
+            losses.append(jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1))
+        return jnp.stack(losses)
 
     def decode(self, heads: nnx.State, representation: jax.Array, batch: Batch) -> jax.Array:
         """The losses `[T]` with one representation for all towers."""

@@ -55,7 +55,11 @@ def row_of_runs(measured: Sequence[Run], tasks: Sequence[str], **rest: Any) -> R
 
     rest = {"runs": len(measured), "seconds": sum(run.seconds for run in measured)} | rest
     return Row(
-        measured[0].label, stacked("validation"), stacked("test"), history=measured[0].history, **rest
+        measured[0].label,
+        stacked("validation"),
+        stacked("test"),
+        history=measured[0].history,
+        **rest,
     )
 
 
@@ -202,7 +206,7 @@ def caption(seeds: int, baseline: str | None) -> str:
 
 
 def draw(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
-    """Gradient norms (top) and task weights (bottom) over training, one column per method."""
+    """Gradient norms and, below them, task weights over training, for every method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,21 +216,32 @@ def draw(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     shown = {"weights": "weight of the task"}
     if rows and "norms" in rows[0].history:
         shown = {"norms": f"gradient norm,\n{PARTS[0]}", **shown}
+    columns = min(5, len(rows))
+    lines = -(-len(rows) // columns) * len(shown)
     figure, grid = plt.subplots(
-        len(shown), len(rows), figsize=(2.4 * len(rows) + 1, 2.5 * len(shown)), sharex=True,
-        sharey="row", squeeze=False, layout="constrained",
+        lines, columns, figsize=(2.4 * columns + 1, 1.9 * lines), sharex=True, squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    for column, row in enumerate(rows):
-        for axes, (name, label) in zip(grid[:, column], shown.items(), strict=True):
+    for place, row in enumerate(rows):
+        line, column = divmod(place, columns)
+        for offset, (name, label) in enumerate(shown.items()):
+            axes = grid[line * len(shown) + offset, column]
             values = row.history[name]  # the first seed: an average would hide the movement
-            values = values[..., 0] if name == "norms" else np.maximum(values, 1e-6)
-            for place, task in enumerate(tasks):
-                axes.plot(np.arange(1, len(values) + 1), values[:, place], label=task.name)
-            axes.set(yscale="log")
+            values = values[..., 0] if name == "norms" else values
+            for number, task in enumerate(tasks):
+                # A weight of 0 has no place on a logarithmic axis.
+                positive = np.where(values[:, number] > 0, values[:, number], np.nan)
+                axes.plot(np.arange(1, len(values) + 1), positive, label=task.name)
+            axes.set(yscale="log", ylim=(1e-6, 1e4))
             if column == 0:
-                axes.set_ylabel(label)
-        grid[0, column].set_title(row.label.replace("(", "\n(", 1), fontsize=8)
-        grid[-1, column].set_xlabel("epoch")
+                axes.set_ylabel(label, fontsize=8)
+            if offset == 0:
+                axes.set_title(row.label.replace("(", "\n(", 1), fontsize=8)
+            if offset + 1 == len(shown):
+                axes.set_xlabel("epoch", fontsize=8)
+    for axes in grid.ravel():
+        if not axes.lines:
+            axes.set_visible(False)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=70)
     plt.close(figure)

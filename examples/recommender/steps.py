@@ -118,7 +118,8 @@ def _on_parameters(
     """One backward pass per task through the shared bottom.
 
     The T gradients are those of the table rows that the batch reads: `[T, rows, size]`, whatever the
-    vocabulary. A method that keeps gradients from step to step needs those of whole tables.
+    vocabulary. A method that keeps gradients from step to step needs those of whole tables, and small
+    tables are read whole.
     """
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
@@ -129,7 +130,7 @@ def _on_parameters(
     def update(params: Parameters, state: Any, batch: Batch) -> Any:
         method_state, shared_state, head_state = state
         read, rows = params.shared, None
-        if not _keeps_rows(method, params.shared):
+        if not (_keeps_rows(method, params.shared) or _reads_all(params.shared.tables, batch)):
             rows, batch = _distinct_rows(params.shared.tables, batch)
             read = read._replace(tables=Tables(*map(jnp.take, read.tables, rows, (0, 0))))
         losses, (shared_grads, head_grads) = value_and_grad(read, params.heads, batch)
@@ -169,6 +170,11 @@ def _distinct_rows(tables: Tables, batch: Batch) -> tuple[tuple[jax.Array, ...],
     ]
     rows, places = zip(*found, strict=True)
     return rows, batch._replace(rows=places)
+
+
+def _reads_all(tables: Tables, batch: Batch) -> bool:
+    """Whether the tables are hardly larger than the batch: to find the distinct rows would save nothing."""
+    return all(len(table) <= 4 * len(batch.users) for table in tables)
 
 
 def _keeps_rows(method: Any, shared: Shared) -> bool:

@@ -7,7 +7,7 @@ at a time in threads.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,7 +85,8 @@ class Run:
     """A finished run.
 
     Attributes:
-      validation, test: by task name: `[users, len(COLUMNS)]` with NaN rows for users who have nothing held
+      validation: of the target, as `test`.
+      test: by task name: `[users, len(COLUMNS)]` with NaN rows for users who have nothing held
         out (ranking), or the squared errors of the held-out pairs `[N]` (regression).
       best_epoch: of the validation NDCG@10 of the target; the metrics are of this epoch.
       seconds: of training and validation, without compilation.
@@ -272,9 +273,13 @@ class Trainer:
         usual = np.mean(seconds[1:] or seconds or [0.0]) * epoch / len(plans)
         return self._finish(choice, plans, carry, epoch, float(usual), measure=measure)
 
+    def initial(self, keys: jax.Array) -> Parameters:
+        """The parameters of runs that have not begun."""
+        return self._begin(None, keys)[0]
+
     def fresh(self, program: Program, keys: jax.Array, setting: Setting) -> tuple[Any, Any]:
         """Parameters and state of runs that have not begun."""
-        params, _ = self._begin(None, keys)
+        params = self.initial(keys)
         return params, program.start(None, params, setting)
 
     def shuffled(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -390,11 +395,18 @@ class Trainer:
         predicted = self.network.predict(params, task, pairs[:, 0], pairs[:, 1])
         return optax.squared_error(predicted, numbers)
 
-    def measure(self, params: Parameters, part: int) -> list[dict[str, np.ndarray]]:
-        """The metrics of every task that has something held out, for each of the stacked `params`."""
+    def measure(
+        self, params: Parameters, part: int, tasks: Sequence[str] | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """The metrics of every task that has something held out, for each of the stacked `params`.
+
+        `tasks` names some of them alone.
+        """
         held_out = self.dataset.test if part == TEST else self.dataset.validation
         found: dict[str, np.ndarray] = {}
         for place, task in enumerate(self.dataset.tasks):
+            if tasks is not None and task.name not in tasks:
+                continue
             if task.kind == REGRESSION:
                 common = jnp.asarray(held_out.pairs), jnp.asarray(held_out.values[:, place]), place
                 found[task.name] = np.asarray(self._errors(common, params))
@@ -425,7 +437,8 @@ class Trainer:
         measure: bool,
     ) -> list[Run]:
         nothing: list[dict[str, np.ndarray]] = [{} for _ in plans]
-        validation = self.measure(carry.best.params, VALIDATION) if measure else nothing
+        target = [self.dataset.tasks[0].name]
+        validation = self.measure(carry.best.params, VALIDATION, target) if measure else nothing
         test = self.measure(carry.best.params, TEST) if measure else nothing
         history = {name: np.asarray(entry)[:, :epoch] for name, entry in carry.best.history.items()}
         best_epochs = np.asarray(carry.best.epoch)
