@@ -491,6 +491,7 @@ def one_step(step: steps.Step, params, batch: Batch):
     return step.update(params, step.init(params), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", known_methods())
 def test_every_known_method_makes_a_step(trainer, params, batch, method):
     step = step_of(method, trainer.network, optax.scale_by_adam())

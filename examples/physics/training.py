@@ -37,7 +37,7 @@ class Config:
 
     steps: int = 4000
     seeds: int = 3
-    width: int = 48
+    width: int = 64
     depth: int = 2
     input_scale: float = 2.0
     interior: int = 128
@@ -97,7 +97,7 @@ def kept_weights(problem: Problem, method: mtl.Method, config: Config) -> Any:
 
 def one_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
     """One backward pass a step, of the loss whose turn it is."""
-    remembered = mtl.remember(method, decay=0.9)
+    remembered = mtl.remember(method, decay=0.0)
     value_and_grad = mtl.one_task_value_and_grad(_losses(problem), method.tasks.names)
 
     def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
