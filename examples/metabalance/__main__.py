@@ -152,7 +152,7 @@ class Study:
         ]
         found = runner.train(searches)
         best = [
-            plans[int(np.argmax([run.history["validation"].max() for run in runs]))]
+            plans[int(np.argmax([run.best_value for run in runs]))]
             for plans, runs in zip(trials, found, strict=True)
         ]
         jobs = [
@@ -196,7 +196,7 @@ class Study:
         base = next((row for row in rows if row.label == baseline), None)
         against = report.differences(rows, base, target) if base else {}
         title = f"{self.config.command}, {self.dataset.name}"
-        text = f"{report.caption(self.config.seeds, baseline)} {note}".strip()
+        text = f"{report.caption(columns, self.config.seeds, baseline)} {note}".strip()
         self.console.print(report.rich_table(rows, columns, against, title, text))
         self.write("table.md", report.markdown_table(rows, columns, against, title, text))
         self.write("metrics.csv", report.metrics_csv(rows, self.dataset.tasks))
@@ -248,8 +248,8 @@ class Study:
         (runs,) = runner.train([Job(parse_choice("sum"), plans, measure=False)])
         for values, run in zip(grid, runs, strict=True):
             named = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, values, strict=True))
-            best = run.history["validation"].max()
-            self.console.print(f"{named}: validation NDCG@10 {best:.4f} in epoch {run.best_epoch}")
+            value = f"{run.best_value:.4f} in epoch {run.best_epoch}"
+            self.console.print(f"{named}: validation NDCG@10 {value}")
 
     def table(self) -> None:
         """Tables 1 to 4."""

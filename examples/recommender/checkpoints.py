@@ -34,11 +34,11 @@ class UnfinishedRun:
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """The last saved epoch and what was saved, or `(0, like)` where there is nothing yet."""
-        epoch = self._manager.latest_step()
-        if epoch is None:
-            return 0, like
         described = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         with LOCK:
+            epoch = self._manager.latest_step()
+            if epoch is None:
+                return 0, like
             restored = self._manager.restore(epoch, args=self._ocp.args.StandardRestore(described))
         return epoch, restored
 

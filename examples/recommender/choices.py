@@ -79,6 +79,8 @@ class Choice:
 
 
 def _factory(name: str, num_tasks: int, arguments: dict[str, Any]) -> mtl.Method:
+    if name in (SUM, SINGLE) and arguments:
+        raise TypeError(f"{name} takes no options; found {', '.join(arguments)}")
     if name == SUM:
         return mtl.sum_tasks(num_tasks)
     if name == SINGLE:

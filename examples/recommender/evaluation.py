@@ -16,7 +16,7 @@ METRICS = tuple(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "recall", "p
 # Which items a user's held-out positives are ranked among.
 PROTOCOLS = {
     "all": "all items but the user's known positives of the same task",
-    "new": "only items that the user is not known to have touched in any task",
+    "new": "items that the user is not known to have touched in any task",
 }
 COLUMNS = tuple(f"{metric}, {protocol}" for protocol in PROTOCOLS for metric in METRICS)
 VALIDATION, TEST = 1, 2
@@ -40,7 +40,7 @@ def pair_tables(dataset: Dataset) -> Tables:
 
 
 def ranking_metrics(scores: jax.Array, hidden: jax.Array, relevant: jax.Array) -> jax.Array:
-    """Metrics `[users, len(METRICS)]`; NaN for users with nothing relevant.
+    """Metrics `[users, len(METRICS)]`; NaN for users with nothing relevant, 0 where a score is NaN.
 
     Args:
       scores: `[users, items]`, higher is better; ties go to the item with the lower index.
@@ -60,7 +60,10 @@ def ranking_metrics(scores: jax.Array, hidden: jax.Array, relevant: jax.Array) -
         found = hits[:, :k].sum(axis=1)
         ideal = best[jnp.minimum(count, k).astype(jnp.int32)]
         columns += [(hits[:, :k] @ gain[:k]) / ideal, found / count, found / k]
-    return jnp.where(count[:, None] > 0, jnp.stack(columns, axis=1), jnp.nan)
+    # Scores that are not numbers rank nothing: without this, the first items would be "the best".
+    broken = jnp.isnan(scores).any(axis=1, keepdims=True)
+    metrics = jnp.where(broken, 0.0, jnp.stack(columns, axis=1))
+    return jnp.where(count[:, None] > 0, metrics, jnp.nan)
 
 
 def metrics_of_users(

@@ -189,19 +189,22 @@ def metrics_csv(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
     return stream.getvalue()
 
 
-def caption(seeds: int, baseline: str | None) -> str:
+def caption(columns: Sequence[Column], seeds: int, baseline: str | None) -> str:
     """What the numbers of the table are."""
     text = f"Test set; mean ± standard error over {seeds} training seed{'s' * (seeds != 1)}."
-    for name, meaning in PROTOCOLS.items():
-        text += f" Ranked among {meaning}" + (f" ({name!r} items)." if name != "all" else ".")
+    text += f" Held-out positives are ranked among {PROTOCOLS['all']}"
+    if any(column.metric.endswith("new") for column in columns):
+        text += f"; columns 'new items': among {PROTOCOLS['new']}"
+    text += "."
     if baseline is None:
         return text
     marks = ", ".join(f"{mark} p < {limit}" for limit, mark in reversed(MARKS))
     scope = "seeds and users" if seeds > 1 else "users, for this one seed,"
     return (
-        f"{text} {marks}: against {baseline}, two-sided test over {scope} at random, Holm-corrected over "
-        f"methods and {len(COLUMNS)} metrics of the target. step: time of a training step over that of "
-        f"{baseline}. seconds: of all runs together, without compilation."
+        f"{text} {marks}: against {baseline}, two-sided test over {scope} at random, Holm-corrected "
+        f"over methods and {len(COLUMNS)} metrics of the target. step: time of a training step over that "
+        f"of {baseline}, measured in turns. seconds: of all runs together, without compilation; two rows "
+        "train at a time."
     )
 
 

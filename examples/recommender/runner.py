@@ -64,6 +64,9 @@ class Runner:
 
     def train(self, jobs: Sequence[Job]) -> list[list[Run]]:
         """The runs of every job, in order."""
+        for job in jobs:
+            setting = job.plans[0].setting
+            self.trainer.program(job.choice, tuple(setting.knobs)).check(setting)
         epochs = self.trainer.config.epochs
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -107,7 +110,7 @@ class Runner:
             stored = self._stored(job, plan)
             if stored is not None:
                 finished[place] = stored
-                advance(self.trainer.config.epochs, float(stored.history["validation"].max()))
+                advance(self.trainer.config.epochs, stored.best_value)
         missing = [place for place in range(len(job.plans)) if place not in finished]
         size = 1 if jax.default_backend() == "cpu" else max(1, len(missing))
         for start in range(0, len(missing), size):
@@ -141,7 +144,7 @@ class Runner:
                 unfinished.remove()
         advance(
             (self.trainer.config.epochs - done) * len(plans),
-            float(runs[0].history["validation"].max()),
+            runs[0].best_value,
         )
         return runs
 

@@ -101,6 +101,14 @@ class Run:
     seconds: float
     history: dict[str, np.ndarray]
 
+    @property
+    def best_value(self) -> float:
+        """The validation NDCG@10 of the epoch that was kept.
+
+        Side by side, a run that ran out of patience goes on beside the others, but nothing of it is kept.
+        """
+        return float(self.history["validation"][self.best_epoch - 1])
+
 
 class _Data(NamedTuple):
     """What stays on the device."""
@@ -135,6 +143,10 @@ class Program:
         donate = (1, 2)
         self.start = trainer.compiled(self._start)
         self.steps = trainer.compiled(self._steps, donate_argnums=donate)
+
+    def check(self, setting: Setting) -> None:
+        """Raise what is wrong with the choice's options, before anything is compiled."""
+        self._make_step(setting)
 
     def _make_step(self, setting: Setting) -> Step:
         config, trainer = self._trainer.config, self._trainer
@@ -223,7 +235,7 @@ class Trainer:
 
     def program(self, choice: Choice, knobs: tuple[str, ...] = ()) -> Program:
         """The program of a choice, made once."""
-        key = (choice.parts, choice.place, knobs)
+        key = repr((choice.parts, choice.place, knobs))  # options may be lists
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = Program(self, choice)
