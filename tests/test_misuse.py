@@ -300,6 +300,18 @@ def test_losses_by_name_for_a_method_without_names():
     )
 
 
+@pytest.mark.parametrize("method", ["metabalance", "mgda", "graddrop", "moco", "sum_tasks"])
+def test_names_of_losses_are_compared_by_methods_that_do_not_look_at_them(method):
+    """With names that differ, the target would be another task's gradient."""
+    tx = make(method, NAMES)
+    misspelled = {"buy": LOSSES[0], "cart": LOSSES[1], "clicks": LOSSES[2]}
+    assert message(ValueError, lambda: update(tx, losses=misspelled)) == (
+        f"{method}: losses must have one entry per task, ['buy', 'cart', 'click']; found ['buy', 'cart', "
+        "'clicks']."
+    )
+    update(tx, losses=NAMED_LOSSES)
+
+
 def test_losses_without_names_for_a_method_with_names():
     tx = mtl.scale_invariant(NAMES)
     assert message(ValueError, lambda: update(tx, losses=LOSSES[:2])) == (

@@ -6,7 +6,7 @@ the state, compilation. See `rule.py` for what a rule may rely on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import jax
@@ -18,7 +18,7 @@ from mtl_optax.core import checks, task_tree
 from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.method import BalanceState, GradientsState, Method, MethodOptions, Options
 from mtl_optax.core.rule import Evidence, TaskGradients, UpdateRule, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import names_of, read_tasks
 
 
 def from_rule(
@@ -95,6 +95,8 @@ def from_rule(
         if "losses" in rule.needs:
             losses = checks.read_losses(name, losses, tasks, state.weights.dtype, extra_args)
         else:
+            if isinstance(losses, Mapping):  # names that differ would mean another target
+                names_of(name, "losses", losses, tasks)
             losses = None
         present = checks.read_active(name, active, tasks)
         extra = {key: extra_args.get(key) for key in rule.extra}

@@ -99,16 +99,21 @@ def task_index(name: str, what: str, task: Any, tasks: Tasks) -> int:
     return int(task)
 
 
+def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tuple[Any, ...]:
+    """The keys of a dictionary with one entry per task, in the order of the task axis."""
+    wanted = tasks.names if tasks.names is not None else tuple(sorted(value))
+    if set(value) != set(wanted) or len(wanted) != tasks.number:
+        expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
+        raise ValueError(
+            f"{name}: {what} must have one entry per task, {expected}; found {sorted(value)}."
+        )
+    return wanted
+
+
 def task_vector(name: str, what: str, value: Any, tasks: Tasks, dtype: Any = None) -> jax.Array:
     """One number per task as an array `[T]`, from an array, a sequence, or a dictionary by name."""
     if isinstance(value, Mapping):
-        wanted = tasks.names if tasks.names is not None else tuple(sorted(value))
-        if set(value) != set(wanted) or len(wanted) != tasks.number:
-            expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
-            raise ValueError(
-                f"{name}: {what} must have one entry per task, {expected}; found {sorted(value)}."
-            )
-        value = [value[task] for task in wanted]
+        value = [value[task] for task in names_of(name, what, value, tasks)]
     if isinstance(value, (tuple, list)):
         value = jnp.stack([jnp.asarray(x) for x in value])
     if jnp.shape(value) != (tasks.number,):
