@@ -8,7 +8,8 @@
 Is one run of balancing worth a search over loss weights? The tasks are what the data file holds, in its
 own units: which films a user rates 5 (the target) or rates at all, to be ranked; the stars, and the days
 since the user's first rating, to be predicted. Every row trains the same network on the same batches with
-the same optimizer; `single` is the target's loss alone. `searched weights` trains with fixed weights that a
+the same optimizer; `single` is the target's loss alone, and `standardised labels` is the sum with every
+squared error divided by its labels' variance. `searched weights` trains with fixed weights that a
 random search on the validation set chose, and its row counts what the search cost.
 """
 

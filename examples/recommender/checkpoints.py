@@ -1,4 +1,4 @@
-"""Unfinished training on disk: a command that was stopped goes on from its last finished epoch."""
+"""Unfinished training on disk: a command that was stopped goes on from the last epoch that was saved."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ LOCK = threading.Lock()
 
 
 class UnfinishedRun:
-    """The newest finished epoch of one training, as an orbax checkpoint under `folder`.
+    """The newest saved epoch of one training, as an orbax checkpoint under `folder`.
 
     What the run was started with is part of the checkpoint's name, so that a run with other settings
     finds nothing. A save that is cut short leaves the epoch before it.

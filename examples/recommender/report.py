@@ -33,7 +33,7 @@ class Row:
       runs: how many trainings the row took, None for a row without training.
       seconds: of all of them.
       step: time of a step over the plain sum's.
-      note: said below the table.
+      history: of the first seed, see `Run`.
     """
 
     label: str
@@ -42,7 +42,6 @@ class Row:
     runs: int | None = None
     seconds: float | None = None
     step: float | None = None
-    note: str = ""
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
