@@ -14,13 +14,27 @@ from typing import Any
 
 import numpy as np
 
+# One for each block, told apart without colour; from the ninth block on they repeat.
+_STYLES = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (8, 3)),
+    (0, (1, 5)),
+    (0, (6, 2, 1, 2, 1, 2)),
+    (0, (8, 2, 3, 2)),
+)
+# Longer names than this, all together, overlap below a heat map.
+_LONGEST_TICKS = 30
+
 
 def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: Any = None) -> Any:
     """Draws the weight of every task over the steps.
 
     Args:
       history: `[steps, T]`, a mapping from task names to arrays `[steps]`, or a mapping from block names
-        to either; each block has a line style of its own.
+        to either; tasks differ in colour, and blocks (up to 8) in the style of their lines.
       task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
       ax: the `Axes` to draw on; a new figure's by default.
 
@@ -113,12 +127,14 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
     ax = _axes(ax)
     image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu")
     for row, column in np.ndindex(*values.shape):
-        value = values[row, column]
+        value = round(values[row, column], 2) + 0.0  # no "-0.00"
         color = "white" if abs(value) > 0.6 else "black"
         ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-    ax.set_xticks(range(len(names)), names)
+    long = len("".join(names)) > _LONGEST_TICKS
+    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    ax.set_xticks(range(len(names)), names, **tilt)
     ax.set_yticks(range(len(names)), names)
-    ax.figure.colorbar(image, ax=ax, label="cosine")
+    ax.figure.colorbar(image, ax=ax, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
     return ax
 
 
@@ -183,18 +199,30 @@ def _plot_lines(
 ) -> Any:
     blocks, names = _read(caller, history, "history", task_names)
     ax = _axes(ax)
-    styles = ("-", "--", ":", "-.")
+    drawn = []
     for number, (block, values) in enumerate(blocks.items()):
         if positive:
             values = np.where(values > 0, values, np.nan)
+        style = _STYLES[number % len(_STYLES)]
         for task, name in enumerate(names):
             label = f"{name}, {block}" if block else name
-            style = styles[number % len(styles)]
-            ax.plot(values[:, task], style, color=f"C{task % 10}", label=label)
+            color = f"C{task % 10}"
+            drawn += ax.plot(values[:, task], linestyle=style, color=color, label=label)
     ax.set_xlabel("step")
     ax.set_ylabel(what)
-    ax.legend()
+    if len(blocks) == 1:
+        ax.legend()
+    else:
+        _legend_of_blocks(ax, drawn, list(blocks), names)
     return ax
+
+
+def _legend_of_blocks(ax: Any, drawn: list[Any], blocks: list[str], names: list[str]) -> None:
+    """A line for every task and one for every block, beside the plot, not one for each pair."""
+    lines = drawn[: len(names)] + drawn[:: len(names)]
+    legend = ax.legend(lines, names + blocks, loc="upper left", bbox_to_anchor=(1, 1))
+    for handle in legend.legend_handles[len(names) :]:
+        handle.set_color("black")
 
 
 def _read(

@@ -56,6 +56,19 @@ def test_blocks_as_diagnostics_names_them() -> None:
     ax.figure.canvas.draw()
 
 
+def test_blocks_share_a_legend_of_tasks_and_blocks() -> None:
+    ax = plotting.plot_weights({f"layer {b}": HISTORY for b in range(8)}, task_names=["a", "b"])
+    legend = ax.get_legend()
+    entries = [text.get_text() for text in legend.get_texts()]
+    assert entries == ["a", "b", *(f"layer {b}" for b in range(8))]
+    colors = [handle.get_color() for handle in legend.legend_handles]
+    assert colors == ["C0", "C1", *["black"] * 8]
+    # `get_linestyle` calls all dashes "--": what is drawn tells them apart.
+    assert len({str(line._dash_pattern) for line in ax.get_lines()[::2]}) == 8
+    assert ax.get_lines()[2].get_color() == "C0"  # the lines themselves keep the task's colour
+    ax.figure.canvas.draw()
+
+
 def test_tasks_as_diagnostics_names_them() -> None:
     names = ("click", "buy")
     ax = plotting.plot_norms(read(mtl.mgda(names), "norms"))
@@ -90,6 +103,16 @@ def test_conflicts_average_over_steps() -> None:
     ax = plotting.plot_conflicts(cosines, task_names=["click", "buy"])
     assert [text.get_text() for text in ax.texts] == ["1.00", "-0.30", "-0.30", "1.00"]
     assert ax.images[0].get_clim() == (-1, 1)
+    ax.figure.canvas.draw()
+
+
+def test_a_heat_map_stays_readable() -> None:
+    cosines = np.asarray([[1.0, -0.004], [-0.004, 1.0]])
+    ax = plotting.plot_conflicts(cosines, task_names=["click", "buy"])
+    assert [text.get_text() for text in ax.texts] == ["1.00", "0.00", "0.00", "1.00"]
+    assert {tick.get_rotation() for tick in ax.get_xticklabels()} == {0.0}
+    ax = plotting.plot_conflicts(cosines, task_names=["depth estimation", "semantic segmentation"])
+    assert {tick.get_rotation() for tick in ax.get_xticklabels()} == {40.0}
     ax.figure.canvas.draw()
 
 
