@@ -1,6 +1,5 @@
 """MetaBalance's multi-task recommender (Figure 6) in Flax NNX: a shared bottom, one tower per task."""
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.models.layers import KERNEL_INIT, TABLE_INIT, Perceptron
 from examples.recommender.data import REGRESSION, Task
-
-# Uniform rather than truncated normal: the same variance, and much less to compile.
-KERNEL_INIT = nnx.initializers.lecun_uniform()
-# Small: what the embeddings start with is noise, which Adam outgrows in a few steps.
-TABLE_INIT = nnx.initializers.variance_scaling(0.01, "fan_out", "uniform")
 
 
 @dataclass(frozen=True)
@@ -70,21 +65,6 @@ class Parameters(NamedTuple):
 
     shared: Shared
     heads: nnx.State
-
-
-class Perceptron(nnx.Module):
-    """Dense layers, each followed by ReLU."""
-
-    def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs):
-        self.layers = nnx.List(
-            nnx.Linear(fan_in, fan_out, kernel_init=KERNEL_INIT, rngs=rngs)
-            for fan_in, fan_out in itertools.pairwise(widths)
-        )
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        for layer in self.layers:
-            inputs = nnx.relu(layer(inputs))
-        return inputs
 
 
 class SharedBottom(nnx.Module):
@@ -166,6 +146,11 @@ class Network:
         user, item = (table[rows] for table, rows in zip(shared.tables, batch.rows, strict=True))
         return nnx.merge(self._bottom, shared.bottom)(user, item, batch.key)
 
+    @property
+    def representation(self) -> jax.ShapeDtypeStruct:
+        """The shape of one pair's representation: no method here keeps gradients of a whole batch."""
+        return jax.ShapeDtypeStruct((1, self.config.representation), jnp.float32)
+
     def losses(self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
         """The losses `[T]`: cross-entropy, or squared error in the unit of the data.
 
@@ -187,6 +172,12 @@ class Network:
     def decode(self, heads: nnx.State, representation: jax.Array, batch: Batch) -> jax.Array:
         """The losses `[T]` with one representation for all towers."""
         return self.losses(heads, (representation,) * self.num_tasks, batch)
+
+    def weigh_heads(self, head_grads: nnx.State, weights: jax.Array) -> nnx.State:
+        """The gradients of the towers, which are stacked along the tasks, times their weights."""
+        return jax.tree.map(
+            lambda grad: grad * weights.reshape(-1, *[1] * (grad.ndim - 1)), head_grads
+        )
 
     def predict(
         self, params: Parameters, task: int | jax.Array, users: jax.Array, items: jax.Array
