@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.checks import where
-from mtl_optax.core.method import BalanceState, states_in
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.method import BalanceState, Method, methods_updated, states_in
+from mtl_optax.core.tasks import Tasks, read_tasks
 
 _GUIDE = "See 'Composition with optax' in the README."
 # Wrappers of optax that cannot stand around a method, known by their states.
@@ -48,13 +48,13 @@ def check(
     *,
     gradients: Any = None,
     **extra_args: Any,
-) -> None:
+) -> str:
     """Checks that a whole optimizer removes the task axis and keeps the shapes of its state.
 
     Call it once, before training or in a test. It traces `tx.init` and `tx.update` on gradients of
     shape `[T, *shape]` with `jax.eval_shape`: nothing is computed. It finds what shows in shapes: a
     transformation with a state before the method, a wrapper that cannot stand around one, a part of
-    `optax.partition` or `optax.masked` that keeps the task axis, a wrong number of tasks.
+    `optax.partition` or `optax.masked` that keeps the task axis, a wrong number of tasks or other names.
 
     Notes:
       What no shape shows, it cannot find. These transformations of optax pass before a method, and mean
@@ -76,6 +76,10 @@ def check(
       **extra_args: the extra arguments of `update`, such as those of a line search; for arrays, shapes
         are enough. `losses` is `[T]` where it is not given.
 
+    Returns:
+      A line for each method that `update` calls: its name, its tasks in the order of the task axis, and
+      its target, where it has one.
+
     Raises:
       ValueError: if `init` or `update` raises, an update would not be shaped like the parameters, or a
         state would change its shape or dtype. The message says where, and what to do.
@@ -84,14 +88,18 @@ def check(
 
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> params = {"w": jnp.zeros((3, 2))}
-      >>> mtl.check(optax.chain(mtl.mgda(2), optax.adam(1e-3)), params, num_tasks=2)
+      >>> tasks = ("click", "buy")
+      >>> tx = optax.chain(mtl.metabalance(tasks, target="click"), optax.adam(1e-3))
+      >>> print(mtl.check(tx, params, tasks))
+      metabalance: tasks 'buy', 'click' in this order, target 'click'
       >>> momentum_first = optax.chain(optax.trace(0.9), mtl.mgda(2), optax.sgd(1e-3))
       >>> mtl.check(momentum_first, params, num_tasks=2)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
         ...
       ValueError: check: state[0].trace['w'] changes its shape from (3, 2) to (2, 3, 2): ...
     """
-    number = read_tasks("check", num_tasks).number
+    tasks = read_tasks("check", num_tasks)
+    number = tasks.number
     update_fn = optax.with_extra_args_support(tx).update
     like = _shapes(params)
     # The parameters of `optax.lookahead` are a pair, of which the gradients know one.
@@ -115,15 +123,18 @@ def check(
         state = jax.eval_shape(tx.init, like)
     except Exception as error:
         raise ValueError(_about_init(error, tx, like, number)) from error
-    try:
-        updates, following = step(state)
-    except Exception as error:
-        raise ValueError(_about_update(error, tx, state, number)) from error
+    with methods_updated() as methods:
+        try:
+            updates, following = step(state)
+        except Exception as error:
+            raise ValueError(_about_update(error, tx, state, number)) from error
     _check_updates(updates, like, number, state)
     _check_state(state, following, number)
     if jax.tree.structure(state) != jax.tree.structure(following):
         # `optax.monitor` has no entries before its first step.
         _check_structure(following, step(following)[1])
+    _check_names(methods, tasks)
+    return "\n".join(map(_describe, methods))
 
 
 # --- what an update returned -------------------------------------------------------------------------
@@ -186,6 +197,23 @@ def _check_structure(old: Any, new: Any) -> None:
         )
 
 
+def _check_names(methods: list[Method], tasks: Tasks) -> None:
+    for method in methods:
+        if None not in (method.task_names, tasks.names) and method.task_names != tasks.names:
+            raise ValueError(
+                f"check: the task names are {list(tasks.names or ())}, but {method.name} is made for "
+                f"{list(method.task_names or ())}. Give both the names of the losses that loss_fn returns."
+            )
+
+
+def _describe(method: Method) -> str:
+    tasks = f"{method.num_tasks} tasks"
+    if method.task_names is not None:
+        tasks = f"tasks {', '.join(map(repr, method.task_names))} in this order"
+    target = "" if method.target is None else f", target {method.target!r}"
+    return f"{method.name}: {tasks}{target}"
+
+
 # --- what was raised ---------------------------------------------------------------------------------
 
 
@@ -213,6 +241,8 @@ def _about_update(error: Exception, tx: Any, state: Any, num_tasks: int) -> str:
     if around:
         return f"check: {around}"
     found = f"check: update raises {_quote(error)}"
+    if isinstance(error, TypeError) and "must be real floating point" in str(error):
+        return found
     if isinstance(error, TypeError) and "required keyword-only" in str(error):
         return (
             f"{found}\nGive check the extra arguments that update is given, such as "

@@ -48,7 +48,7 @@ def transformation(update, init=lambda params: ()):
 @pytest.mark.parametrize("name", sorted(mtl.METHODS))
 def test_every_method_passes(name):
     tx = optax.chain(make(name, T), optax.adam(1e-2))
-    assert mtl.check(tx, PARAMS, T) is None
+    assert mtl.check(tx, PARAMS, T).startswith(f"{name}: 3 tasks")
 
 
 @pytest.mark.parametrize("name", sorted(mtl.METHODS))
@@ -120,6 +120,42 @@ def test_a_state_whose_structure_settles_after_the_first_step():
     mtl.check(optax.chain(BALANCE, transformation(update, lambda params: {})), PARAMS, T)
 
 
+# --- what it returns ---------------------------------------------------------------------------------
+
+HAVE_A_TARGET = {"grad_similarity", "grad_surgery", "lr_annealing", "metabalance", "ol_aux", "pcd"}
+
+
+@pytest.mark.parametrize("name", sorted(HAVE_A_TARGET))
+def test_the_target_is_named(name):
+    """Left out, it is the first name in sorted order, whatever order the names are given in."""
+    tasks, parameter = ("click", "buy"), {"w": PARAMS["head"]}
+    of_tasks = f"{name}: tasks 'buy', 'click' in this order, target "
+    factory = mtl.METHODS[name].factory
+    assert mtl.check(factory(tasks), parameter, tasks) == f"{of_tasks}'buy'"
+    assert mtl.check(factory(tasks, target="click"), parameter, tasks) == f"{of_tasks}'click'"
+    assert mtl.check(factory(2, target=1), parameter, 2) == f"{name}: 2 tasks, target 1"
+
+
+def test_the_methods_with_a_target_are_those():
+    found = {name for name in mtl.METHODS if make(name, T).target is not None}
+    assert found == HAVE_A_TARGET
+
+
+def test_every_method_of_an_optimizer_is_listed():
+    tasks = ("click", "buy", "cart")
+    groups = {
+        "a": optax.chain(mtl.metabalance(tasks, target="cart", reduce=False), mtl.mgda(T)),
+        "b": mtl.skip_nonfinite(mtl.accumulate(mtl.sum_tasks(tasks), tasks, 2)),
+    }
+    tx = optax.partition(groups, {"head": "a", "shared": "b"})
+    in_order = "tasks 'buy', 'cart', 'click' in this order"
+    assert mtl.check(tx, PARAMS, tasks).split("\n") == [
+        f"metabalance: {in_order}, target 'cart'",
+        "mgda: 3 tasks",
+        f"sum_tasks: {in_order}",
+    ]
+
+
 # --- what it says ------------------------------------------------------------------------------------
 
 
@@ -161,6 +197,15 @@ def test_a_wrong_number_of_tasks(name):
     )
 
 
+def test_other_names_of_tasks():
+    tx = optax.chain(mtl.mgda(("click", "buy")), optax.sgd(1.0))
+    assert refusal(tx, num_tasks=("clik", "buy")) == (
+        "check: the task names are ['buy', 'clik'], but mgda is made for ['buy', 'click']. Give both the "
+        "names of the losses that loss_fn returns."
+    )
+    mtl.check(tx, PARAMS, 2)
+
+
 def test_a_wrong_number_of_tasks_in_what_has_no_weights():
     tx = optax.chain(mtl.per_task(optax.trace(0.9), 2), BALANCE)
     assert refusal(tx, {"w": PARAMS["head"]}) == (
@@ -180,9 +225,11 @@ def test_several_methods_one_after_the_other():
     found = refusal(optax.chain(BALANCE, mtl.mgda(T)), {"w": PARAMS["head"]})
     assert found == (
         "check: update raises ValueError: mgda: updates must carry a leading task axis of size 3: leaf "
-        "['w'] has shape (2, 3), expected (3, 2, 3). The gradients were already summed over tasks, or are "
-        "one task's: take one gradient per task with mtl_optax.per_task_value_and_grad and put this "
-        "transformation before the optimizer." + REMEDY
+        "['w'] has shape (2, 3), expected (3, 2, 3). These have no task axis. Where they were already "
+        "summed over tasks, or are one task's, take one gradient per task with "
+        "mtl_optax.per_task_value_and_grad and put this transformation before the optimizer. Where "
+        "optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another method is "
+        "before it, make that one with reduce=False." + REMEDY
     )
 
 
@@ -276,5 +323,5 @@ def test_its_example_raises_what_it_says():
     """A doctest whose `Traceback` did not match would be no example of a refusal."""
     module = importlib.import_module("mtl_optax.checking")
     examples = doctest.DocTestFinder().find(mtl.check, "check", module=module)[0].examples
-    assert [bool(example.exc_msg) for example in examples] == [False] * 4 + [True]
+    assert [bool(example.exc_msg) for example in examples] == [False] * 6 + [True]
     assert doctest.testmod(module).failed == 0

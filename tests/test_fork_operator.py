@@ -424,7 +424,10 @@ def test_another_methods_carrier_is_refused():
 def test_unknown_number_of_tasks_is_refused():
     method = aggregating.average_per_element_updates()
     h = jnp.ones(2)
-    message = "fork: cannot tell the number of tasks from this method's state; pass num_tasks=."
+    message = (
+        "fork: cannot tell the number of tasks, because this transformation holds no method of mtl_optax. "
+        "Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of your own."
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         mtl.fork(h, mtl.fork_init(method, h), method)
 

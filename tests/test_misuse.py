@@ -37,9 +37,15 @@ def update(tx, grads=GRADS, params=PARAMS, **extra_args):
 
 # --- gradients ---------------------------------------------------------------------------------------
 
-ALREADY_SUMMED = (
-    "The gradients were already summed over tasks, or are one task's: take one gradient per task with "
-    "mtl_optax.per_task_value_and_grad and put this transformation before the optimizer."
+NO_INTEGERS = (
+    "gradients must be real floating point; leaf ['b'] is int32. Keep what is not trained out of the "
+    "parameters that init and update are given."
+)
+NO_TASK_AXIS = (
+    "These have no task axis. Where they were already summed over tasks, or are one task's, take one "
+    "gradient per task with mtl_optax.per_task_value_and_grad and put this transformation before the "
+    "optimizer. Where optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another "
+    "method is before it, make that one with reduce=False."
 )
 
 
@@ -48,7 +54,7 @@ def test_gradients_that_were_already_summed(name):
     found = message(ValueError, lambda: update(make(name, T), PARAMS, losses=LOSSES))
     assert found == (
         f"{name}: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
-        "(3, 2); leaf ['w'] has shape (4, 2), expected (3, 4, 2). " + ALREADY_SUMMED
+        "(3, 2); leaf ['w'] has shape (4, 2), expected (3, 4, 2). " + NO_TASK_AXIS
     )
 
 
@@ -56,7 +62,24 @@ def test_summed_gradients_behind_the_optimizer():
     """The method placed last gets the update of an optimizer that was given summed gradients."""
     tx = optax.chain(optax.adam(1e-2), mtl.mgda(T))
     found = message(ValueError, lambda: update(tx, PARAMS))
-    assert found.endswith(ALREADY_SUMMED)
+    assert found.endswith(NO_TASK_AXIS)
+
+
+def test_multi_steps_around_a_method():
+    """What it accumulates is shaped like the parameters; whether `check` was called or not."""
+    tx = optax.MultiSteps(optax.chain(mtl.mgda(T), optax.adam(1e-2)), 2)
+    with jax.numpy_rank_promotion("allow"):
+        found = message(ValueError, lambda: update(tx))
+    assert found == (
+        "mgda: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
+        "(3, 2); leaf ['w'] has shape (4, 2), expected (3, 4, 2). " + NO_TASK_AXIS
+    )
+
+
+def test_a_method_behind_another_one():
+    tx = optax.chain(mtl.metabalance(T), mtl.mgda(T))
+    assert message(ValueError, lambda: update(tx)).endswith(NO_TASK_AXIS)
+    update(optax.chain(mtl.metabalance(T, reduce=False), mtl.mgda(T)))
 
 
 def test_one_gradient_per_parameter_group_in_place_of_one_per_task():
@@ -74,7 +97,7 @@ def test_only_one_parameter_has_the_task_axis():
     found = message(ValueError, lambda: update(mtl.mgda(T), {"b": GRADS["b"], "w": PARAMS["w"]}))
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['w'] has shape (4, 2), expected "
-        "(3, 4, 2). " + ALREADY_SUMMED
+        "(3, 4, 2). " + NO_TASK_AXIS
     )
 
 
@@ -107,7 +130,7 @@ def test_unstacked_gradients_whose_first_dimension_is_the_number_of_tasks():
     state = tx.init(params)
     assert message(ValueError, lambda: tx.update(params, state, params)) == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['w'] has shape (3, 2), expected "
-        "(3, 3, 2). " + ALREADY_SUMMED
+        "(3, 3, 2). " + NO_TASK_AXIS
     )
     # Without params nothing shows that they are not stacked.
     found, _ = tx.update(params, state)
@@ -129,14 +152,44 @@ def test_many_wrong_leaves_are_not_all_listed():
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['a'] has shape (2,), expected "
         "(3, 2); leaf ['b'] has shape (2,), expected (3, 2); leaf ['c'] has shape (2,), expected (3, 2) "
-        "(and 2 more leaves). " + ALREADY_SUMMED
+        "(and 2 more leaves). " + NO_TASK_AXIS
     )
 
 
 def test_integer_gradients():
     grads = jax.tree.map(lambda g: g.astype(jnp.int32), GRADS)
-    assert message(TypeError, lambda: update(mtl.mgda(T), grads)) == (
-        "mgda: gradients must be real floating point; leaf ['b'] is int32."
+    assert message(TypeError, lambda: update(mtl.mgda(T), grads)) == (f"mgda: {NO_INTEGERS}")
+
+
+def test_integer_parameters_are_found_by_check():
+    """They are given gradients of their own dtype; the advice about the task axis is left out."""
+    params = {"b": jnp.uint32(0), "w": PARAMS["w"]}
+    found = message(ValueError, lambda: mtl.check(mtl.mgda(T), params, T))
+    assert (
+        found == f"check: update raises TypeError: mgda: {NO_INTEGERS.replace('int32', 'uint32')}"
+    )
+
+
+def test_gradients_and_parameters_in_the_wrong_order():
+    tx = mtl.mgda(T)
+    found = message(ValueError, lambda: tx.update(PARAMS, tx.init(PARAMS), GRADS))
+    assert found == (
+        "mgda: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
+        "(3, 3, 2); leaf ['w'] has shape (4, 2), expected (3, 3, 4, 2). The parameters have a task axis "
+        "and the gradients have none: call update(gradients, state, params) in this order."
+    )
+
+
+@pytest.mark.parametrize(("of_state", "of_gradients"), [(2, 1), (1, 2)])
+def test_a_state_of_another_tree(of_state, of_gradients):
+    """The state of the parameters on a fork, for a method with a block for each tensor, or the reverse."""
+    trees = {1: jnp.ones((4, 2)), 2: PARAMS}
+    tx = mtl.metabalance(T)
+    grads = jax.tree.map(lambda p: jnp.ones((T, *p.shape)), trees[of_gradients])
+    state = tx.init(trees[of_state])
+    assert message(ValueError, lambda: tx.update(grads, state, trees[of_gradients])) == (
+        f"the state has {of_state} blocks, and these gradients have {of_gradients}: make it by init of the "
+        "tree whose gradients update is given, the parameters or, on a fork, the representation."
     )
 
 
@@ -535,7 +588,7 @@ def test_a_name_of_blocks_that_does_not_exist():
 
 def test_per_task_on_gradients_without_the_axis():
     tx = mtl.per_task(optax.clip_by_global_norm(1.0), T)
-    assert message(ValueError, lambda: update(tx, PARAMS)).endswith(ALREADY_SUMMED)
+    assert message(ValueError, lambda: update(tx, PARAMS)).endswith(NO_TASK_AXIS)
 
 
 # --- what is differentiated --------------------------------------------------------------------------

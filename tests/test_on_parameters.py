@@ -90,14 +90,16 @@ MISTAKES = {
     "a tuple": (
         lambda w: (w, w),
         TypeError,
-        "loss_fn must return one array [T] or a dictionary of scalars, found a tuple of 2: jnp.stack the "
-        "losses (and pass has_aux=True where the second output is auxiliary).",
+        "loss_fn must return one array [T] or a dictionary of scalars, found a tuple of 2: return "
+        "jnp.stack([...]) of the losses, or a dictionary of them by task name (and pass has_aux=True where "
+        "the second output is auxiliary).",
     ),
     "a scalar": (
         lambda w: w,
         ValueError,
         "loss_fn must return one loss per task, an array [T] or a dictionary of scalars; found shape (). "
-        "Return jnp.stack([...]) of the losses instead of their sum.",
+        "Return jnp.stack([...]) of the losses, or a dictionary of them by task name, instead of their "
+        "sum.",
     ),
     "integers": (
         lambda w: jnp.ones(2, jnp.int32),

@@ -591,8 +591,9 @@ def test_method_that_keeps_the_axis_is_refused():
 def test_unknown_number_of_tasks_is_refused():
     method = aggregating.average_per_element_updates()
     message = (
-        "fork_value_and_grad: cannot tell the number of tasks from this method's state; pass "
-        "num_tasks=."
+        "fork_value_and_grad: cannot tell the number of tasks, because this transformation holds no method "
+        "of mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of "
+        "your own."
     )
     fn = mtl.fork_value_and_grad(lambda w, fork: jnp.stack(fork(w)), method)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

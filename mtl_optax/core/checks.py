@@ -12,10 +12,14 @@ import jax.numpy as jnp
 from mtl_optax.core.leaves import TaskRows, is_rows
 from mtl_optax.core.tasks import Tasks, task_vector
 
-_ALREADY_SUMMED = (
-    "The gradients were already summed over tasks, or are one task's: take one gradient per task "
-    "with mtl_optax.per_task_value_and_grad and put this transformation before the optimizer."
+_NO_TASK_AXIS = (
+    "These have no task axis. Where they were already summed over tasks, or are one task's, take one "
+    "gradient per task with mtl_optax.per_task_value_and_grad and put this transformation before the "
+    "optimizer. Where optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another "
+    "method is before it, make that one with reduce=False."
 )
+
+_NO_INTEGERS = "Keep what is not trained out of the parameters that init and update are given."
 
 
 def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> None:
@@ -39,7 +43,8 @@ def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> 
         dtype = leaf.dtype if isinstance(leaf, TaskRows) else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{name}: gradients must be real floating point; leaf {where(path)} is {dtype}."
+                f"{name}: gradients must be real floating point; leaf {where(path)} is {dtype}. "
+                + _NO_INTEGERS
             )
     if wrong:
         found = "; ".join(
@@ -84,7 +89,12 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks: int) -> str:
     if all(got == want[1:] for _, got, want in wrong):
-        return _ALREADY_SUMMED
+        return _NO_TASK_AXIS
+    if all(want[1:] == (num_tasks, *got) for _, got, want in wrong):
+        return (
+            "The parameters have a task axis and the gradients have none: call update(gradients, state, "
+            "params) in this order."
+        )
     if all(got[1:] == want[1:] and got for _, got, want in wrong):
         sizes = sorted({got[0] for _, got, _ in wrong})
         return (

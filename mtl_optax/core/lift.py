@@ -16,7 +16,14 @@ from jax import lax
 
 from mtl_optax.core import checks, task_tree
 from mtl_optax.core.arguments import check_integer
-from mtl_optax.core.method import BalanceState, GradientsState, Method, MethodOptions, Options
+from mtl_optax.core.method import (
+    BalanceState,
+    GradientsState,
+    Method,
+    MethodOptions,
+    Options,
+    tell_update,
+)
 from mtl_optax.core.rule import Evidence, TaskGradients, UpdateRule, WeightRule
 from mtl_optax.core.tasks import names_of, read_tasks
 
@@ -91,6 +98,7 @@ def from_rule(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, BalanceState]:
+        tell_update(method)
         checks.check_updates(name, updates, tasks, params)
         if "losses" in rule.needs:
             losses = checks.read_losses(name, losses, tasks, state.weights.dtype, extra_args)
@@ -102,7 +110,8 @@ def from_rule(
         extra = {key: extra_args.get(key) for key in rule.extra}
         return balance(updates, state, params if on_gradients else None, losses, present, extra)
 
-    return Method(init_fn, update_fn, name, tasks, rule, options)
+    method = Method(init_fn, update_fn, name, tasks, rule, options)
+    return method
 
 
 def weigh_by_losses(
@@ -193,6 +202,7 @@ def _by_weights(
 ) -> tuple[Any, BalanceState, jax.Array]:
     """The weighted sum, the new state, and which tasks went into it."""
     blocks = task_tree.assign_blocks(task_tree.without_task_axis(view.updates), options.blocks)
+    _check_blocks(rule, blocks.count, state.weights.shape[0])
     axis_name, updates, averages = options.axis_name, view.updates, state.averages
     weighted = updates
     if rule.average is not None:
@@ -233,6 +243,15 @@ def _by_weights(
     if rule.finish is not None:
         result = rule.finish(result, options, state.weights.dtype)
     return result, state._replace(averages=averages), keep
+
+
+def _check_blocks(rule: WeightRule, count: int, in_state: int) -> None:
+    """Raises for a state that was made for another tree, where blocks would be mixed up."""
+    if count != in_state and rule.needs & {"norms", "gram"}:
+        raise ValueError(
+            f"the state has {in_state} blocks, and these gradients have {count}: make it by init of the "
+            "tree whose gradients update is given, the parameters or, on a fork, the representation."
+        )
 
 
 def _weigh(

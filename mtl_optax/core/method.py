@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -84,6 +86,7 @@ class Method(optax.GradientTransformationExtraArgs):
       name: the factory's name.
       num_tasks: T, the number of tasks.
       task_names: the task names in the order of the task axis, or None.
+      target: the name or index of the task that counts more than the others, or None.
       needs: what it looks at: a subset of {"losses", "norms", "gram", "gradients"}.
       rule: its mathematics, a `WeightRule` or an `UpdateRule`.
       options: what it was given of `MethodOptions`, and defaults.
@@ -92,8 +95,8 @@ class Method(optax.GradientTransformationExtraArgs):
 
       >>> import mtl_optax as mtl
       >>> method = mtl.metabalance(("click", "buy"), target="buy")
-      >>> method.num_tasks, method.task_names, sorted(method.needs)
-      (2, ('buy', 'click'), ['norms'])
+      >>> method.num_tasks, method.task_names, method.target, sorted(method.needs)
+      (2, ('buy', 'click'), 'buy', ['norms'])
     """
 
     init: Callable[..., Any]
@@ -139,6 +142,12 @@ class Method(optax.GradientTransformationExtraArgs):
         return self.tasks.names
 
     @property
+    def target(self) -> str | int | None:
+        """The name or index of the task that counts more than the others, or None."""
+        index = self.rule.target
+        return index if index is None or self.task_names is None else self.task_names[index]
+
+    @property
     def needs(self) -> frozenset[str]:
         """What it looks at."""
         return self.rule.needs
@@ -148,3 +157,25 @@ def states_in(tree: Any) -> list[BalanceState]:
     """The states of methods in any tree that holds some: of a chain, a wrapper, a fork's carrier."""
     is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
     return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+
+
+# What is inside a chain shows in no attribute of it: while `check` traces one, its methods say so here.
+_UPDATED: ContextVar[list[Method] | None] = ContextVar("updated", default=None)
+
+
+@contextmanager
+def methods_updated() -> Iterator[list[Method]]:
+    """A list that grows by each method whose `update` is called meanwhile."""
+    methods: list[Method] = []
+    token = _UPDATED.set(methods)
+    try:
+        yield methods
+    finally:
+        _UPDATED.reset(token)
+
+
+def tell_update(method: Method) -> None:
+    """Says that the `update` of a method is called."""
+    methods = _UPDATED.get()
+    if methods is not None and method not in methods:
+        methods.append(method)

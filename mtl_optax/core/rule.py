@@ -100,6 +100,8 @@ class WeightRule(NamedTuple):
       extra: names of extra arguments of `update` that `weigh` reads.
       average: what is done to the gradients before, if anything.
       finish: `(update, options, dtype) -> update`, what is done to the update after, if anything.
+      target: the index of the task that counts more than the others, where there is one; `Method.target`
+        and `check` say it.
     """
 
     needs: frozenset[str]
@@ -108,6 +110,7 @@ class WeightRule(NamedTuple):
     extra: tuple[str, ...] = ()
     average: GradientAverage | None = None
     finish: Callable[[Any, Any, Any], Any] | None = None
+    target: int | None = None
 
 
 class UpdateRule(NamedTuple):
@@ -119,9 +122,11 @@ class UpdateRule(NamedTuple):
         structure of the parameters, and the weights say how much of each task went into it.
       init: `(params, num_tasks, dtype) -> rule_state`, arrays only.
       extra: names of extra arguments of `update` that `apply` reads.
+      target: as in `WeightRule`.
     """
 
     needs: frozenset[str]
     apply: Callable[[TaskGradients, Any], tuple[Any, jax.Array, Any]]
     init: Callable[[Any, int, Any], Any] = no_state
     extra: tuple[str, ...] = ()
+    target: int | None = None

@@ -42,13 +42,14 @@ def loss_vector(losses: Any) -> jax.Array:
     if isinstance(losses, (tuple, list)):
         raise TypeError(
             f"loss_fn must return one array [T] or a dictionary of scalars, found a "
-            f"{type(losses).__name__} of {len(losses)}: jnp.stack the losses (and pass has_aux=True where "
-            "the second output is auxiliary)."
+            f"{type(losses).__name__} of {len(losses)}: return jnp.stack([...]) of the losses, or a "
+            "dictionary of them by task name (and pass has_aux=True where the second output is auxiliary)."
         )
     if jnp.ndim(losses) != 1:
         raise ValueError(
             "loss_fn must return one loss per task, an array [T] or a dictionary of scalars; found shape "
-            f"{jnp.shape(losses)}. Return jnp.stack([...]) of the losses instead of their sum."
+            f"{jnp.shape(losses)}. Return jnp.stack([...]) of the losses, or a dictionary of them by task "
+            "name, instead of their sum."
         )
     if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
         raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")

@@ -217,7 +217,9 @@ def tasks_of(name: str, method: Any, state: Any, num_tasks: Any) -> Tasks:
     for node in states_in(state):
         return Tasks(node.weights.shape[-1], None)
     raise ValueError(
-        f"{name}: cannot tell the number of tasks from this method's state; pass num_tasks=."
+        f"{name}: cannot tell the number of tasks, because this transformation holds no method of "
+        "mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of "
+        "your own."
     )
 
 

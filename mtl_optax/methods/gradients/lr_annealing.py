@@ -48,7 +48,8 @@ def lr_annealing(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the task with weight 1, the residual of the equation.
+      target: name or index of the task with weight 1, the residual of the equation; 0 is the first name
+        in sorted order.
       ema_decay: beta in [0, 1).
       axis_name: see `MethodOptions`.
 
@@ -100,7 +101,7 @@ def lr_annealing(
         update = task_tree.combine(view.updates, weights[None], view.active, blocks)
         return update, weights, LRAnnealingState(weights)
 
-    rule = UpdateRule(frozenset({"gradients"}), apply, init)
+    rule = UpdateRule(frozenset({"gradients"}), apply, init, target=target)
     return from_rule("lr_annealing", tasks, rule, axis_name=axis_name)
 
 

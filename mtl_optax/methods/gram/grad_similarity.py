@@ -35,7 +35,7 @@ def grad_similarity(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the target task.
+      target: name or index of the target task; 0 is the first name in sorted order.
       mode: "unweighted" keeps or drops a gradient, "weighted" multiplies it by the cosine.
       **options: see `MethodOptions`.
 
@@ -78,5 +78,5 @@ def grad_similarity(
             weights = jnp.maximum(similarity, 0)
         return weights.at[target].set(1), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
+    rule = WeightRule(frozenset({"gram"}), weigh, target=target)
     return from_rule("grad_similarity", tasks, rule, **options)

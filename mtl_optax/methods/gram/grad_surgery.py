@@ -29,7 +29,7 @@ def grad_surgery(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the target task.
+      target: name or index of the target task; 0 is the first name in sorted order.
       **options: see `MethodOptions`; ``blocks="leaf"`` projects tensor by tensor.
 
     Returns:
@@ -70,5 +70,5 @@ def grad_surgery(
         added = jnp.zeros_like(evidence.cosine).at[:, target].set(conflicts)
         return projected_sum_weights(added, evidence.norms), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
+    rule = WeightRule(frozenset({"gram"}), weigh, target=target)
     return from_rule("grad_surgery", tasks, rule, **options)

@@ -69,7 +69,7 @@ def ol_aux(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the target task.
+      target: name or index of the target task; 0 is the first name in sorted order.
       weight_lr: eta, in units of an inverse squared gradient norm.
       update_every: N, static: the number of steps between changes of the weights.
       filter_window: F, static: gradients are averaged over F steps for the inner products.
@@ -128,7 +128,7 @@ def ol_aux(
         return weights, new
 
     average = _window_means(filter_window) if filter_window > 1 else None
-    rule = WeightRule(frozenset({"gram"}), weigh, init, average=average)
+    rule = WeightRule(frozenset({"gram"}), weigh, init, average=average, target=target)
     return from_rule("ol_aux", tasks, rule, **options)
 
 

@@ -58,7 +58,7 @@ def pcd(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the target task.
+      target: name or index of the target task; 0 is the first name in sorted order.
       tau: guaranteed fraction in [0, 1], a number or `[T]` (the target's entry is not used).
       beta: decay of the averages of the squared norms, in [0, 1].
       eps: added to these averages, in units of a squared norm; not negative.
@@ -126,7 +126,8 @@ def pcd(
         fallbacks = next_count(state.fallback_count, failed)
         return weights, PCDState(square_ema, seen, fallbacks)
 
-    return from_rule("pcd", tasks, WeightRule(frozenset({"gram"}), weigh, init), **options)
+    rule = WeightRule(frozenset({"gram"}), weigh, init, target=target)
+    return from_rule("pcd", tasks, rule, **options)
 
 
 def _constrained(

@@ -38,6 +38,11 @@ def metabalance(
 ) -> Method:
     r"""Brings the gradient of every auxiliary task to the magnitude of the target task's.
 
+    Name the task that matters with ``target=``. Where it is left out, the target is the first task name in
+    sorted order, whatever order the names are given in (of ``("click", "buy")`` it is buy), or the first
+    loss of an array. There is one weight per task and tensor; ``blocks="all"`` makes it one per task. The
+    heads keep weight 1.
+
     For training where one task matters (buy) and the others should help it (click, cart). An auxiliary
     task with a much larger gradient dominates the shared parameters; one with a much smaller gradient
     has no effect. MetaBalance rescales auxiliary gradients, tensor by tensor, by the ratio of the moving
@@ -56,7 +61,7 @@ def metabalance(
 
     Args:
       num_tasks: T, or the task names.
-      target: index or name of the target task.
+      target: name or index of the target task; 0 is the first name in sorted order.
       relax_factor: r in [0, 1].
       strategy: "shrink" (A) rescales only auxiliaries larger than the target, "enlarge" (B) only
         smaller ones, "both" (C) all.
@@ -127,5 +132,5 @@ def metabalance(
         balanced = applies & known & (jnp.arange(tasks.number) != target)
         return jnp.where(balanced, rescaled, 1), MetaBalanceState(ema, seen)
 
-    rule = WeightRule(frozenset({"norms"}), weigh, init)
+    rule = WeightRule(frozenset({"norms"}), weigh, init, target=target)
     return from_rule("metabalance", tasks, rule, **{"blocks": "leaf", **options})
