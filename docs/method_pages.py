@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -76,6 +77,15 @@ AUTHORS_CODE = {
     "stch": "Xi-L/STCH",
     "upgrad": "TorchJD/torchjd",
 }
+# What a reader of one method must know first.
+NOTES = {
+    "metabalance": [
+        '**Weights:** one per task *and tensor*; `blocks="all"` makes it one per task, and a callable '
+        "one per task and group of tensors.",
+        "**Heads:** keep weight 1. In the head of an auxiliary task the target has no gradient, so that "
+        "there is no magnitude to match.",
+    ],
+}
 # How a method runs on the toy problem where its defaults are not all; see toy_paths.py.
 RUN_WITH = {
     "adatask": "`adatask` with `inner=optax.scale_by_adam()`, whose steps are taken as they are",
@@ -105,6 +115,12 @@ def facts(row: mtl.MethodRow) -> str:
     if row.name in AUTHORS_CODE:
         name = AUTHORS_CODE[row.name]
         lines.append(f"**Authors' program:** [{name}](https://github.com/{name}).")
+    if "target" in inspect.signature(row.factory).parameters:
+        lines.append(
+            "**Target:** name it with `target=`. Where it is left out, it is the first task name in "
+            "*sorted* order, whatever order the names are given in."
+        )
+    lines += NOTES.get(row.name, [])
     return "\n".join(f"- {line}" for line in lines)
 
 
