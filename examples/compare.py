@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ from examples.recommender import report
 from examples.recommender.choices import SINGLE, SUM, Choice, known_methods, parse_choice
 from examples.recommender.data import Dataset, Split, make_dataset
 from examples.recommender.download import write_atomically
-from examples.recommender.errors import UserError
+from examples.recommender.errors import OneLineParser, UserError
 from examples.recommender.evaluation import TEST, VALIDATION, rank_by_item_scores
 from examples.recommender.network import NetworkConfig
 from examples.recommender.runner import Job, Runner
@@ -93,14 +93,6 @@ class CompareConfig:
     resume: bool = False
     split: Split = field(default_factory=Split)
     train: TrainConfig = TRAIN
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like every other error of the command."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints."""
-        raise UserError(message)
 
 
 def parse(arguments: list[str] | None) -> CompareConfig:

@@ -10,17 +10,22 @@ from typing import Any
 import jax
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[float]]:
     """Seconds of each call, one of each in every round; compiled and warmed up before."""
     for call in calls.values():
         for _ in range(3):
             jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
+        on_round(number + 1)
     return seconds
 
 

@@ -37,7 +37,6 @@ from examples.metabalance.study import (
     TABLES,
     TRAIN,
     VANILLA,
-    Entry,
     relax_entries,
 )
 from examples.metabalance.synthetic import oracle_scores, synthetic_log
@@ -48,6 +47,7 @@ from examples.recommender.download import write_atomically
 from examples.recommender.errors import UserError
 from examples.recommender.evaluation import COLUMNS, METRICS, rank_by_item_scores
 from examples.recommender.runner import Job, Runner
+from examples.recommender.search import Entry, setting_in_words, tuned
 from examples.recommender.significance import paired_difference
 from examples.recommender.sources import folder, movielens_nested
 from examples.recommender.training import Plan, Run, TrainConfig, Trainer, popularity
@@ -144,26 +144,9 @@ class Study:
         self, runner: Runner, entries: Sequence[Entry]
     ) -> tuple[list[report.Row], dict[str, Plan]]:
         """Every entry with the best of its trials, over all seeds."""
-        config, tasks = self.config, len(self.dataset.tasks)
-        trials = [entry.trials(config.trials, tasks, config.train) for entry in entries]
-        searches = [
-            Job(entry.parsed(), plans, measure=False)
-            for entry, plans in zip(entries, trials, strict=True)
-        ]
-        found = runner.train(searches)
-        best = [
-            plans[int(np.argmax([run.best_value for run in runs]))]
-            for plans, runs in zip(trials, found, strict=True)
-        ]
-        jobs = [
-            Job(entry.parsed(), [replace(plan, seed=seed) for seed in range(config.seeds)])
-            for entry, plan in zip(entries, best, strict=True)
-        ]
-        rows = [
-            self.row(entry, [*searched, *runs], runs)
-            for entry, searched, runs in zip(entries, found, runner.train(jobs), strict=True)
-        ]
-        return rows, {entry.label: plan for entry, plan in zip(entries, best, strict=True)}
+        found = tuned(runner, entries, self.config.trials, self.config.seeds)
+        rows = [self.row(row.entry, [*row.searched, *row.runs], row.runs) for row in found]
+        return rows, {row.entry.label: row.plan for row in found}
 
     def row(self, entry: Entry, all_runs: Sequence[Run], measured: Sequence[Run]) -> report.Row:
         """A row of the measured runs that counts all."""
@@ -214,7 +197,7 @@ class Study:
     def tuning_note(self, plans: dict[str, Plan]) -> str:
         """What was searched, and what was found."""
         train = self.config.train
-        chosen = "; ".join(f"{label}: {_setting(plan)}" for label, plan in plans.items())
+        chosen = "; ".join(f"{label}: {setting_in_words(plan)}" for label, plan in plans.items())
         return (
             f"{train.optimizer}, batches of {train.batch_pairs} pairs with {train.negatives} random items "
             f"each, at most {train.epochs} epochs, early stopping by the validation NDCG@10. Every "
@@ -345,16 +328,6 @@ class Study:
             "figure5": self.optimizers,
         }
         commands.get(self.config.command, self.table)()
-
-
-def _setting(plan: Plan) -> str:
-    """A plan's setting in words."""
-    rate, decay = float(plan.setting.learning_rate), float(plan.setting.weight_decay)
-    found = [f"learning rate {rate:.2g}, decay {decay:.2g}"]
-    for name, value in plan.setting.knobs.items():
-        numbers = ", ".join(f"{number:.2g}" for number in np.ravel(value))
-        found.append(f"{name} {numbers}")
-    return ", ".join(found)
 
 
 def main(arguments: list[str] | None = None) -> int:

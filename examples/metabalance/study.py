@@ -1,13 +1,12 @@
 """The rows of MetaBalance's tables and figures, each tuned with as many trials as the others."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from examples.recommender.choices import Choice, parse_choice
-from examples.recommender.training import Plan, Setting, TrainConfig
+from examples.recommender.search import Entry, log_uniform, uniform
+from examples.recommender.training import TrainConfig
 
 # The network is that of Figure 6 with the sizes of appendix A.2, and a bias of the items that starts at
 # their popularity. The optimizer's settings were chosen for the plain sum on tmall_ijcai15, the best of 12
@@ -21,57 +20,11 @@ TRAIN = TrainConfig(
     weight_decay=1.0,
     validation_users=2000,
 )
-Draw = Callable[[np.random.Generator, int], Any]
-
-
-def uniform(low: float, high: float) -> Draw:
-    """A knob between two bounds."""
-    return lambda generator, num_tasks: generator.uniform(low, high)
-
-
-def log_uniform(low: float, high: float) -> Draw:
-    """A knob whose logarithm is uniform."""
-    return lambda generator, num_tasks: np.exp(generator.uniform(np.log(low), np.log(high)))
 
 
 def _weights(generator: np.random.Generator, num_tasks: int) -> np.ndarray:
     """1 for the target, the others of any size."""
     return np.concatenate([[1.0], 10.0 ** generator.uniform(-2.0, 1.0, num_tasks - 1)])
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row: what is trained, and what its trials search beside the learning rate.
-
-    Attributes:
-      label: as the paper calls it.
-      choice: as `--method` of `examples.compare` reads it.
-      knobs: the options that are searched.
-      start: the knobs of the first trial: the paper's value, or the method's default.
-    """
-
-    label: str
-    choice: str
-    knobs: Mapping[str, Draw] = field(default_factory=dict)
-    start: Mapping[str, Any] = field(default_factory=dict)
-
-    def parsed(self) -> Choice:
-        """The choice under the row's label."""
-        found = parse_choice(self.choice)
-        return Choice(self.label, found.parts, found.place)
-
-    def trials(self, count: int, num_tasks: int, config: TrainConfig) -> list[Plan]:
-        """Settings of seed 0: the first is the start, the others are drawn at random."""
-        generator = np.random.default_rng(1)
-        rate, decay = config.learning_rate, config.weight_decay
-        start = {k: np.ones(num_tasks) if k == "weights" else v for k, v in self.start.items()}
-        plans = [Plan(0, Setting(rate, decay, start))]
-        factor = log_uniform(1 / 3, 3)
-        for _ in range(count - 1):
-            drawn = {name: draw(generator, num_tasks) for name, draw in self.knobs.items()}
-            scaled = (value * factor(generator, num_tasks) for value in (rate, decay))
-            plans.append(Plan(0, Setting(*scaled, drawn)))
-        return plans
 
 
 RELAX: Any = {"knobs": {"relax_factor": uniform(0.1, 1.0)}, "start": {"relax_factor": 0.7}}

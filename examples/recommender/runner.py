@@ -9,9 +9,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -26,9 +25,41 @@ from rich.progress import (
 from examples.recommender import report
 from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.choices import Choice
-from examples.recommender.training import Plan, Run, Trainer
+from examples.recommender.training import Plan, Run, Setting
 
 UNFINISHED = "unfinished"  # the folder under --out with the trainings that were stopped
+
+
+class AnyTrainer(Protocol):
+    """What trains the runs of a choice; see `examples.recommender.training.Trainer`."""
+
+    @property
+    def epochs(self) -> int:
+        """The most epochs of a run."""
+        ...
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the runs of a choice are trained in one program: a run alone is stored sooner."""
+        ...
+
+    def check(self, choice: Choice, setting: Setting) -> None:
+        """Raise what is wrong with a choice, before anything is compiled."""
+
+    def train(
+        self,
+        choice: Choice,
+        plans: list[Plan],
+        on_epoch: Callable[[int, np.ndarray], None],
+        unfinished: UnfinishedRun | None,
+        *,
+        measure: bool,
+    ) -> list[Run]:
+        """Train every plan; `on_epoch(epochs done, validation values [plans])` after each epoch."""
+        ...
+
+
+TrainerT = TypeVar("TrainerT", bound=AnyTrainer)
 
 
 @dataclass(frozen=True)
@@ -41,7 +72,7 @@ class Job:
 
 
 @dataclass
-class Runner:
+class Runner(Generic[TrainerT]):
     """Runs jobs, and keeps what is finished under `out`.
 
     Attributes:
@@ -50,7 +81,7 @@ class Runner:
         while another trains.
     """
 
-    trainer: Trainer
+    trainer: TrainerT
     console: Console
     fingerprint: dict[str, Any]
     out: Path | None = None
@@ -65,9 +96,8 @@ class Runner:
     def train(self, jobs: Sequence[Job]) -> list[list[Run]]:
         """The runs of every job, in order."""
         for job in jobs:
-            setting = job.plans[0].setting
-            self.trainer.program(job.choice, tuple(setting.knobs)).check(setting)
-        epochs = self.trainer.config.epochs
+            self.trainer.check(job.choice, job.plans[0].setting)
+        epochs = self.trainer.epochs
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         with (
@@ -104,15 +134,15 @@ class Runner:
             return [future.result() for future in futures]
 
     def _train(self, job: Job, advance: Callable[[int, float], None]) -> list[Run]:
-        """On a CPU plan by plan, so that each can be stored when it is done; else all together."""
+        """Plan by plan, so that each can be stored when it is done, or all together."""
         finished: dict[int, Run] = {}
         for place, plan in enumerate(job.plans):
             stored = self._stored(job, plan)
             if stored is not None:
                 finished[place] = stored
-                advance(self.trainer.config.epochs, stored.best_value)
+                advance(self.trainer.epochs, stored.best_value)
         missing = [place for place in range(len(job.plans)) if place not in finished]
-        size = 1 if jax.default_backend() == "cpu" else max(1, len(missing))
+        size = max(1, len(missing)) if self.trainer.side_by_side else 1
         for start in range(0, len(missing), size):
             group = missing[start : start + size]
             finished |= zip(group, self._train_group(job, group, advance), strict=True)
@@ -142,10 +172,7 @@ class Runner:
                     report.store_run(run, self._path(job, plan), self._settings(job, plan))
             if unfinished:
                 unfinished.remove()
-        advance(
-            (self.trainer.config.epochs - done) * len(plans),
-            runs[0].best_value,
-        )
+        advance((self.trainer.epochs - done) * len(plans), runs[0].best_value)
         return runs
 
     def _stored(self, job: Job, plan: Plan) -> Run | None:

@@ -47,6 +47,18 @@ def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:
     return Difference(mean, error, float(2 * stats.t.sf(abs(mean) / error, freedom)))
 
 
+def paired_over_seeds(one: np.ndarray, other: np.ndarray) -> Difference:
+    """Compare one number a seed, `[seeds]` each: Student's paired test; NaN with a single seed."""
+    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
+    mean, seeds = float(difference.mean()), len(difference)
+    if seeds < 2:
+        return Difference(mean, float("nan"), float("nan"))
+    error = float(difference.std(ddof=1) / seeds**0.5)
+    if error == 0:
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    return Difference(mean, error, float(2 * stats.t.sf(abs(mean) / error, seeds - 1)))
+
+
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Holm's step-down correction over all entries, whatever the shape (methods and metrics)."""
     flat = p_values.ravel()

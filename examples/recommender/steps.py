@@ -6,7 +6,7 @@ the gradient of the plain sum of losses, unless the method or its paper weighs t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,36 @@ from examples.recommender.choices import (
     Choice,
 )
 from examples.recommender.errors import UserError
-from examples.recommender.network import Batch, Network, Parameters, Shared, Tables
+from examples.recommender.network import Batch, Parameters, Shared, Tables
+
+
+class Network(Protocol):
+    """What a step needs of a network, as functions of its parameters and a batch of any kind.
+
+    Attributes:
+      num_tasks: T.
+      representation: the shape of what the towers read, any pytree of `jax.ShapeDtypeStruct`.
+    """
+
+    num_tasks: int
+
+    @property
+    def representation(self) -> Any:
+        """See above."""
+
+    def encode(self, shared: Any, batch: Any) -> Any:
+        """The shared representation."""
+
+    def decode(self, heads: Any, representation: Any, batch: Any) -> jax.Array:
+        """The losses `[T]` with one representation for all towers."""
+        ...
+
+    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Any) -> jax.Array:
+        """The losses `[T]`, each tower on its copy of the representation."""
+        ...
+
+    def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:
+        """The gradients of the towers, each times the weight of its task."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class Step:
     """`init(params) -> state`; `update(params, state, batch) -> (params, state, losses, weights)`."""
 
     init: Callable[[Parameters], Any]
-    update: Callable[[Parameters, Any, Batch], tuple[Parameters, Any, jax.Array, jax.Array]]
+    update: Callable[[Parameters, Any, Any], tuple[Parameters, Any, jax.Array, jax.Array]]
 
 
 def make_step(
@@ -71,7 +100,7 @@ def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
     def init(params: Parameters) -> Any:
         return method.init(params), optimizer.init(params)
 
-    def update(params: Parameters, state: Any, batch: Batch) -> Any:
+    def update(params: Parameters, state: Any, batch: Any) -> Any:
         method_state, opt_state = state
 
         def loss_fn(params: Parameters) -> Any:
@@ -91,18 +120,16 @@ def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
 def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
     """One backward pass; the method combines the tasks' gradients of the representation."""
 
-    def loss_fn(params: Parameters, fork: Any, batch: Batch) -> jax.Array:
+    def loss_fn(params: Parameters, fork: Any, batch: Any) -> jax.Array:
         copies = fork(network.encode(params.shared, batch))
         return network.losses(params.heads, copies, batch)
 
     value_and_grad = mtl.fork_value_and_grad(loss_fn, method)
 
     def init(params: Parameters) -> Any:
-        # The weights depend on the batch's gradients alone, so the state has no axis of the batch.
-        representation = jax.ShapeDtypeStruct((1, network.config.representation), jnp.float32)
-        return method.init(representation), optimizer.init(params)
+        return method.init(network.representation), optimizer.init(params)
 
-    def update(params: Parameters, state: Any, batch: Batch) -> Any:
+    def update(params: Parameters, state: Any, batch: Any) -> Any:
         method_state, opt_state = state
         losses, (grads, method_state) = value_and_grad(params, method_state, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -117,9 +144,9 @@ def _on_parameters(
 ) -> Step:
     """One backward pass per task through the shared bottom.
 
-    The T gradients are those of the table rows that the batch reads: `[T, rows, size]`, whatever the
-    vocabulary. A method that keeps gradients from step to step needs those of whole tables, and small
-    tables are read whole.
+    Of the recommender's tables the T gradients are those of the rows that the batch reads: `[T, rows,
+    size]`, whatever the vocabulary. A method that keeps gradients from step to step needs those of whole
+    tables, and small tables are read whole.
     """
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
@@ -127,10 +154,13 @@ def _on_parameters(
         states = shared_optimizer.init(params.shared), head_optimizer.init(params.heads)
         return method.init(params.shared), *states
 
-    def update(params: Parameters, state: Any, batch: Batch) -> Any:
+    def update(params: Parameters, state: Any, batch: Any) -> Any:
         method_state, shared_state, head_state = state
         read, rows = params.shared, None
-        if not (_keeps_rows(method, params.shared) or _reads_all(params.shared.tables, batch)):
+        by_rows = isinstance(params.shared, Shared)
+        if by_rows and not (
+            _keeps_rows(method, params.shared) or _reads_all(params.shared.tables, batch)
+        ):
             rows, batch = _distinct_rows(params.shared.tables, batch)
             read = read._replace(tables=Tables(*map(jnp.take, read.tables, rows, (0, 0))))
         losses, (shared_grads, head_grads) = value_and_grad(read, params.heads, batch)
@@ -145,9 +175,7 @@ def _on_parameters(
             combined = combined._replace(tables=Tables(*whole))
         weights = mtl.head_weights(method_state)
         if weighs_heads:
-            head_grads = jax.tree.map(
-                lambda g: g * weights.reshape(-1, *[1] * (g.ndim - 1)), head_grads
-            )
+            head_grads = network.weigh_heads(head_grads, weights)
         shared_updates, shared_state = shared_optimizer.update(
             combined, shared_state, params.shared
         )

@@ -241,6 +241,20 @@ class Trainer:
                 self._programs[key] = Program(self, choice)
             return self._programs[key]
 
+    @property
+    def epochs(self) -> int:
+        """The most epochs of a run."""
+        return self.config.epochs
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the runs of a choice are trained in one program."""
+        return not self._on_cpu
+
+    def check(self, choice: Choice, setting: Setting) -> None:
+        """Raise what is wrong with a choice, before anything is compiled."""
+        self.program(choice, tuple(setting.knobs)).check(setting)
+
     def default_setting(self, **knobs: Any) -> Setting:
         """The configuration's learning rate and decay."""
         return Setting(self.config.learning_rate, self.config.weight_decay, knobs)
