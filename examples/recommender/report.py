@@ -162,10 +162,14 @@ def markdown_table(
 ) -> str:
     """The same table for a page."""
     header = ("method", *(column.title for column in columns), *EFFORT)
-    lines = [header, ("---",) + ("---:",) * (len(header) - 1)]
-    lines += [(row.label, *cells(row, columns, against)) for row in rows]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    body = pipe_table([header, *((row.label, *cells(row, columns, against)) for row in rows)])
     return f"**{title}**\n\n{body}\n\n{note}\n"
+
+
+def pipe_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as Markdown, header first; every column but the first is aligned to the right."""
+    rule = ("---", *("---:" for _ in lines[0][1:]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
 def metrics_csv(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
