@@ -34,17 +34,23 @@ def gains(
     A paired t-test over the seeds, Holm-corrected over all rows, tasks and the average.
     """
     sign = -100.0 if lower_is_better else 100.0
+    values = {}
+    for label, runs in rows.items():
+        found = [sign * by_seed(runs, task, metric) for task in tasks]
+        values[label] = np.stack([*found, np.mean(found, axis=0)])
+    return compare(values, baseline)
 
-    def values(label: str) -> np.ndarray:
-        found = [sign * by_seed(rows[label], task, metric) for task in tasks]
-        return np.stack([*found, np.mean(found, axis=0)])
 
-    base = values(baseline)
+def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[Difference]]:
+    """What each row `[columns, seeds]` has more than the baseline, column by column.
+
+    A paired t-test over the seeds, Holm-corrected over all rows and columns.
+    """
     found = {
         label: [
-            paired_over_seeds(one, other) for one, other in zip(values(label), base, strict=True)
+            paired_over_seeds(one, other) for one, other in zip(rows, values[baseline], strict=True)
         ]
-        for label in rows
+        for label, rows in values.items()
         if label != baseline
     }
     p_values = np.array([[d.p_value for d in entry] for entry in found.values()])
