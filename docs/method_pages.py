@@ -82,8 +82,9 @@ NOTES = {
     "metabalance": [
         '**Weights:** one per task *and tensor*; `blocks="all"` makes it one per task, and a callable '
         "one per task and group of tensors.",
-        "**Heads:** keep weight 1. In the head of an auxiliary task the target has no gradient, so that "
-        "there is no magnitude to match.",
+        "**Heads:** keep weight 1 with one weight per tensor: in the head of an auxiliary task the target "
+        'has no gradient, so that there is no magnitude to match. With `blocks="all"` on all parameters '
+        "heads are weighted like the rest; `split_value_and_grad` keeps them out.",
     ],
 }
 # How a method runs on the toy problem where its defaults are not all; see toy_paths.py.

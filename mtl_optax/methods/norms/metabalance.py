@@ -40,8 +40,8 @@ def metabalance(
 
     Name the task that matters with ``target=``. Where it is left out, the target is the first task name in
     sorted order, whatever order the names are given in (of ``("click", "buy")`` it is buy), or the first
-    loss of an array. There is one weight per task and tensor; ``blocks="all"`` makes it one per task. The
-    heads keep weight 1.
+    loss of an array. There is one weight per task and tensor, and the heads keep weight 1; ``blocks="all"``
+    makes it one weight per task, for the heads too.
 
     For training where one task matters (buy) and the others should help it (click, cart). An auxiliary
     task with a much larger gradient dominates the shared parameters; one with a much smaller gradient
