@@ -12,16 +12,36 @@ import importlib
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from examples.compare import OneLineParser
-from examples.recommender.errors import UserError
+from examples.recommender.errors import OneLineParser, UserError
 
 # A command is a function of its own name in a module that is imported when it is asked for.
 COMMANDS = {
     "figure1": ("figure1", "a toy problem with two losses: five starting points, eight methods"),
     "table1": ("tables", "MMoE and PLE with all methods on two binary tasks"),
     "table2": ("dense", "segmentation, depth and normals of rendered scenes"),
-    "table3": ("tables", "a click, a watch time and a completion rate of a synthetic log"),
+    "table3": ("tables", "a click, a completion rate and a watch time of a synthetic log"),
+}
+ONLY = {  # the options of some commands alone; all others are everybody's
+    "data": ("table1", "table2"),
+    "seeds": ("table1", "table2", "table3"),
+    "steps": ("figure1", "table2"),
+    "epochs": ("table1", "table3"),
+    "trials": ("table1", "table3"),
+    "examples": ("table1", "table3"),
+    "resume": ("table1", "table2", "table3"),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "data": {"help": "a folder, or synthetic where the command can generate data"},
+    "seeds": {"type": int, "help": "training seeds of each row"},
+    "steps": {"type": int, "help": "training steps"},
+    "epochs": {"type": int, "help": "at most so many"},
+    "trials": {"type": int, "help": "validation trials of each row"},
+    "examples": {"type": int, "help": "at most so many for training, and as many for validation"},
+    "out": {"type": Path, "help": "folder for the tables and pictures"},
+    "resume": {"action": "store_true", "help": "go on from the finished runs in --out"},
+    "quick": {"action": "store_true", "help": "tiny data and few steps, to see that it works"},
 }
 
 
@@ -34,21 +54,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in COMMANDS.items():
-        add = commands.add_parser(name, help=text, description=text).add_argument
-        add("--data", help="a folder, or the name of a source; figure1 has no data")
-        add("--seeds", type=int, help="training seeds of each row")
-        add("--steps", type=int, help="training steps")
-        add("--epochs", type=int, help="at most, where training counts in epochs")
-        add("--trials", type=int, help="validation trials of each row, where there is a search")
-        add("--out", type=Path, help="folder for the tables and pictures")
-        add("--resume", action="store_true", help="go on from the finished runs in --out")
-        add("--quick", action="store_true", help="tiny data and few steps, to see that it works")
+    for command, (_, text) in COMMANDS.items():
+        made = commands.add_parser(command, help=text, description=text)
+        for name, how in OPTIONS.items():
+            if command in ONLY.get(name, COMMANDS):
+                made.add_argument(f"--{name}", **how)
     options = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "epochs", "trials"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
+    for name, how in OPTIONS.items():
+        value = getattr(options, name, None)
+        if how.get("type") is int and value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1")
-    if options.resume and options.out is None:
+    if getattr(options, "resume", False) and options.out is None:
         raise UserError("--resume needs --out DIR, where the finished runs are kept")
     options.line = shlex.join(["python", "-m", "examples.emtl", *arguments])
     return options
