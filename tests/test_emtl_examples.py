@@ -1,15 +1,23 @@
 """Tests of EMTL's experiments on tiny data: the toy problem, the tables, the command line."""
 
 import csv
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from examples.emtl import figure1, toy
+from examples.emtl import figure1, tables, toy
 from examples.emtl.__main__ import main
+from examples.ranking.data import BINARY, Dataset
+from examples.ranking.synthetic import LogConfig, synthetic
+from examples.recommender.choices import Choice
+from examples.recommender.training import Plan, Run, Setting
 
 
 def test_losses_at_points_computed_by_hand() -> None:
@@ -102,6 +110,136 @@ def test_errors_are_one_line(
     assert error.startswith("examples.emtl: error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+class FakeTrainer:
+    """Trains nothing: its metrics are numbers that the choice, the seed and the tasks determine."""
+
+    side_by_side = False
+    trained: tuple[tuple[str, int], ...] = ()
+
+    def __init__(self, dataset: Dataset, make_model: Any, config: Any):
+        self.dataset, self.config, self.epochs = dataset, config, 1
+
+    def check(self, choice: Choice, setting: Setting) -> None:
+        choice.method(len(self.dataset.tasks), optax.identity(), setting.knobs)
+
+    def train(
+        self, choice: Choice, plans: Sequence[Plan], *_: Any, measure: bool = True
+    ) -> list[Run]:
+        runs = []
+        for plan in plans:
+            type(self).trained += ((choice.label, plan.seed),)
+            generator = np.random.default_rng([zlib.crc32(choice.label.encode()), plan.seed])
+            test = {
+                task.name: generator.random(2) + (0 if task.kind == BINARY else 2)
+                for task in self.dataset.tasks
+            }
+            history = {"validation": -generator.random(1)}
+            runs.append(Run(choice.label, plan.seed, test, test, 1, 0.0, history))
+        return runs if measure else [run for run in runs if run.best_epoch]
+
+
+def cells(path: Path) -> dict[str, list[str]]:
+    """The rows of a Markdown table by their first cell."""
+    lines = [line.strip("| ").split(" | ") for line in path.read_text("utf-8").splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) > 2}
+
+
+def metrics(path: Path) -> dict[tuple[str, str, str, int], float]:
+    """The test metrics of a CSV file by row, task, name and seed."""
+    with path.open(encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["part"] == "test"]
+    return {
+        (row["method"], row["task"], row["metric"], int(row["seed"])): float(row["value"])
+        for row in rows
+    }
+
+
+def test_table1_has_all_rows_and_averages_their_aucs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "Trainer", FakeTrainer)
+    command = ["table1", "--quick", "--seeds", "3", "--out", str(tmp_path)]
+    assert main(command) == 0
+    found = cells(tmp_path / "table1.md")
+    expected = {
+        f"{network}, {entry.label}" for network in ("MMoE", "PLE") for entry in tables.METHODS
+    }
+    assert expected | {"MMoE, STL", "PLE, STL", "true probabilities"} <= set(found)
+    numbers = metrics(tmp_path / "table1.csv")
+    for label in ("PLE, STL", "MMoE, EMTL"):
+        aucs = np.array(
+            [
+                [numbers[label, task, "AUC", seed] for seed in range(3)]
+                for task in ("CTR", "Conv|imp")
+            ]
+        )
+        means = [float(cell.split(" ± ")[0]) for cell in found[label][:3]]
+        np.testing.assert_allclose(means, [*aucs.mean(axis=1), aucs.mean()], atol=6e-5)
+        base = [
+            numbers[f"{label.split(',')[0]}, plain sum", task, "AUC", seed]
+            for task in ("CTR", "Conv|imp")
+            for seed in range(3)
+        ]
+        gain = float(found[label][3].split(" ± ")[0])
+        assert gain == pytest.approx(100 * (aucs.mean() - np.mean(base)), abs=1e-3)
+    assert found["MMoE, plain sum"][3] == "0"
+    assert "SYNTHETIC" in (tmp_path / "table1.md").read_text("utf-8")
+
+    FakeTrainer.trained = ()
+    assert main([*command, "--resume"]) == 0
+    assert FakeTrainer.trained == ()
+    assert main([*command, "--trials", "1", "--resume"]) == 0
+    # Another budget is another study: every row has one trial and three seeds.
+    assert len(FakeTrainer.trained) == 2 * (2 + len(tables.METHODS)) * 4
+
+
+def test_table3_has_squared_errors_and_says_what_emtl_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "Trainer", FakeTrainer)
+    assert main(["table3", "--quick", "--seeds", "3", "--out", str(tmp_path)]) == 0
+    found, numbers = cells(tmp_path / "table3.md"), metrics(tmp_path / "table3.csv")
+    assert {"DCN", "MMoE", "MMoE + EMTL", "truth"} <= set(found)
+    assert found["DCN"][1:] == ["-", "-"]
+    errors = {
+        label: np.array([numbers[label, "watch time", "RMSE", seed] ** 2 for seed in range(3)])
+        for label in ("MMoE", "MMoE + EMTL")
+    }
+    shown = float(found["MMoE"][2].split(" ± ")[0])
+    assert shown == pytest.approx(errors["MMoE"].mean(), abs=6e-4)
+    less = 100 * (1 - errors["MMoE + EMTL"].mean() / errors["MMoE"].mean())
+    text = (tmp_path / "table3.md").read_text("utf-8")
+    assert f"watch time {less:+.3f} ±" in text
+    assert "SYNTHETIC" in text
+
+
+def test_cut_keeps_the_test_set_and_the_same_examples() -> None:
+    dataset = synthetic(LogConfig(impressions=300))
+    small = tables.cut(dataset, 50)
+    assert (small.train.size, small.validation.size) == (50, 50)
+    assert small.test is dataset.test
+    again = tables.cut(dataset, 50)
+    np.testing.assert_array_equal(small.train.labels, again.train.labels)
+    whole = {row.tobytes() for row in dataset.train.features.numerical}
+    kept = {row.tobytes() for row in small.train.features.numerical}
+    assert len(kept) == 50
+    assert kept <= whole
+    assert tables.cut(dataset, None) is dataset
+    assert tables.cut(dataset, 10_000).train.size == dataset.train.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["table1", "table3"])
+def test_tables_train(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [entry for entry in tables.METHODS if entry.label in ("plain sum", "EMTL", "BanditMTL")]
+    monkeypatch.setattr(tables, "METHODS", tuple(shown))
+    assert main([command, "--quick", "--out", str(tmp_path)]) == 0
+    found = [
+        value for values in metrics(tmp_path / f"{command}.csv").values() for value in [values]
+    ]
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.slow

@@ -79,13 +79,13 @@ def mean_cell(values: np.ndarray, digits: int = 4) -> str:
 
 
 def metrics_csv(rows: Runs, tasks: Sequence[Task]) -> str:
-    """Every metric of every task, seed and part, unrounded."""
+    """Every metric of every task that a row has, of every seed and part, unrounded."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["method", "part", "task", "metric", "seed", "value"])
     for label, runs in rows.items():
         for part in ("validation", "test"):
-            for task in tasks:
+            for task in (t for t in tasks if t.name in getattr(runs[0], part)):
                 for metric in METRICS[task.kind]:
                     for run, value in zip(runs, by_seed(runs, task, metric, part), strict=True):
                         writer.writerow([label, part, task.name, metric, run.seed, f"{value:.6g}"])
