@@ -37,7 +37,7 @@ from examples.recommender.training import Plan, Run
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL = LogConfig(impressions=600, ctr=0.3, ctcvr=0.1)
 MODEL = partial(SharedBottom, embedding=2, bottom=(4,), tower=(3,))
-CONFIG = TrainConfig(epochs=2, batch=90, learning_rate=1e-2)
+CONFIG = TrainConfig(epochs=4, patience=1, batch=90, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def plan(trainer, seed=0, **knobs):
 def test_the_sum_is_the_same_in_all_places(trainer):
     choices = ["sum", "sum_tasks(place='representation')", "sum_tasks(place='parameters')"]
     first, *others = (trainer.train(parse_choice(text), [plan(trainer)])[0] for text in choices)
-    assert first.history["losses"].shape == (2, 4, 3)
+    assert first.history["losses"].shape[1:] == (4, 3)
     for other in others:
         # The same gradients, added in another order.
         assert other.history["losses"] == pytest.approx(first.history["losses"], rel=1e-3)
@@ -391,10 +391,10 @@ def test_a_run_says_what_happened(trainer):
     assert run.test["CTR"].shape == (2,) and np.isfinite(run.test["CTR"]).all()
 
 
-def test_training_stops_when_nothing_gets_better(log):
-    trainer = Trainer(log, MODEL, replace(CONFIG, epochs=9, patience=1, learning_rate=0.0))
-    (run,) = trainer.train(parse_choice("sum"), [plan(trainer)], measure=False)
-    assert run.best_epoch == 1 and len(run.history["validation"]) == 3
+def test_training_stops_when_nothing_gets_better(trainer):
+    idle = Plan(0, trainer.default_setting()._replace(learning_rate=0.0))
+    (run,) = trainer.train(parse_choice("sum"), [idle], measure=False)
+    assert run.best_epoch == 1 and len(run.history["validation"]) == 3 < trainer.epochs
     assert run.test == {} == run.validation
 
 

@@ -1,0 +1,184 @@
+"""MultiBalance's experiments as a command: every table and figure on small data."""
+
+import csv
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtl_optax as mtl
+from examples.multibalance import __main__ as command
+from examples.multibalance import pictures, speed, study
+
+TINY = [study.SUM, study.MULTIBALANCE]
+
+
+def run(tmp_path, *arguments):
+    given = [*arguments, "--quick", "--out", str(tmp_path), "--jobs", "1"]
+    assert command.main(given) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["table9"], "invalid choice"),
+        (["table3", "--seeds", "0"], "at least 1"),
+        (["table3", "--resume"], "--out DIR"),
+        (["table3", "--data", "/no/such/folder"], "no such file or folder"),
+    ],
+)
+def test_bad_arguments(arguments, shown, capsys):
+    assert command.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("examples.multibalance: error: ") and shown in text
+
+
+def test_every_row_of_table3_is_on_the_representation_and_has_the_same_budget():
+    labels = [entry.label for entry in study.TABLE3]
+    assert len(labels) == 9 and labels[0] == "plain sum" and labels[-1] == "MultiBalance"
+    for entry in study.TABLE3:
+        choice = entry.parsed()
+        assert set(entry.knobs) == set(entry.start)
+        if entry is not study.SUM:
+            assert choice.place == "representation"
+        plans = entry.trials(4, 3, study.TRAIN)
+        assert len(plans) == 4 and {plan.seed for plan in plans} == {0}
+        for plan in plans:
+            choice.method(3, None, plan.setting.knobs)
+
+
+def read(path):
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def check_table(folder, name, labels):
+    text = (folder / f"{name}.md").read_text()
+    for label in labels:
+        assert f"| {label} |" in text
+    assert "SYNTHETIC" in text and "true probabilities" in text
+    assert f"python -m examples.multibalance {name}" in text
+    rows = read(folder / f"{name}.csv")
+    assert {row["method"] for row in rows} == set(labels)
+    assert {row["task"] for row in rows} == {"CTR", "CVR", "Conv|imp"}
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((folder / "unfinished").glob("*"))
+
+
+def test_table3(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "TABLE3", TINY)
+    check_table(run(tmp_path, "table3"), "table3", ["plain sum", "MultiBalance"])
+    text = (tmp_path / "table3.md").read_text()
+    assert "had 2 trials" in text and "weight_lr" in text
+    # What is finished is not trained again.
+    monkeypatch.setattr(study.Trainer, "_run", lambda *_: pytest.fail("trained again"))
+    run(tmp_path, "table3", "--resume")
+    assert (tmp_path / "table3.md").read_text().splitlines()[:6] == text.splitlines()[:6]
+
+
+@pytest.mark.slow
+def test_table4(tmp_path):
+    labels = ["plain sum", *(f"weight learning rate {rate:g}" for rate in study.WEIGHT_LRS[:2])]
+    check_table(run(tmp_path, "table4"), "table4", labels)
+
+
+@pytest.mark.slow
+def test_figure2(tmp_path):
+    run(tmp_path, "figure2")
+    rows = read(tmp_path / "figure2.csv")
+    assert {row["panel"] for row in rows} == {"c", "d", "e"}
+    for row in rows:
+        if row["panel"] == "d":
+            weights = [float(row[name]) for name in study.FUNNEL]
+            assert sum(weights) == pytest.approx(1, abs=1e-4)
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+    assert "(c) original gradient magnitude" in (tmp_path / "figure2.md").read_text()
+
+
+@pytest.mark.slow
+def test_table2(tmp_path):
+    run(tmp_path, "table2")
+    rows = read(tmp_path / "table2.csv")
+    names = {row["what is balanced"] for row in rows}
+    others = {f"{method}, {module}" for method in speed.METHODS for module in speed.MODULES}
+    assert names == {"plain sum", "MultiBalance, representation", *others}
+    assert len(rows) == 2 * len(names)
+    assert "SYNTHETIC" in (tmp_path / "table2.md").read_text()
+    assert (tmp_path / "table2.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_tune(capsys):
+    assert command.main(["tune", "--quick", "--jobs", "1"]) == 0
+    assert capsys.readouterr().out.count("validation NE") == 9
+
+
+@pytest.mark.slow
+def test_table3_with_all_rows(tmp_path):
+    labels = [entry.label for entry in study.TABLE3]
+    check_table(run(tmp_path, "table3", "--trials", "1"), "table3", labels)
+
+
+# --- the steps of Table 2 ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return speed.Steps(speed.random_data(500, 32), 32, speed.QUICK_MODEL)
+
+
+def test_tables_have_ali_ccps_sizes():
+    data = speed.random_data(sum(speed.ALI_CCP), 10)
+    assert data.features.vocabulary_sizes == speed.ALI_CCP and len(speed.ALI_CCP) == 18
+    assert np.all(data.train.features.categorical < np.array(speed.ALI_CCP))
+    assert np.all(data.train.features.categorical >= 0)
+
+
+@pytest.mark.parametrize(
+    "module", ["interaction", *(pytest.param(m, marks=pytest.mark.slow) for m in speed.MODULES[1:])]
+)
+def test_only_the_named_module_is_balanced(steps, module):
+    """Its gradient is the method's, and all others are the plain sum's."""
+    method = mtl.fixed_weights(3, [2.0, 0.0, 0.5])
+    target = steps.params.shared[module]
+    state = method.init(target)
+    losses, found, _ = jax.jit(steps._on_module(method, module))(steps.params, state, steps.batch)
+    expected_losses, plain, _ = jax.jit(steps._plain)(steps.params, (), steps.batch)
+    assert np.asarray(losses) == pytest.approx(np.asarray(expected_losses), rel=1e-6)
+
+    def weighted(params):
+        return jnp.vdot(jnp.array([2.0, 0.0, 0.5]), steps._losses(params, steps.batch))
+
+    weighted_grads = jax.jit(jax.grad(weighted))(steps.params)
+    for name in speed.MODULES:
+        want = (weighted_grads if name == module else plain).shared[name]
+        for one, other in zip(
+            jax.tree.leaves(found.shared[name]), jax.tree.leaves(want), strict=True
+        ):
+            assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
+    for one, other in zip(jax.tree.leaves(found.heads), jax.tree.leaves(plain.heads), strict=True):
+        assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
+
+
+def test_the_forked_step_with_the_sum_is_the_plain_step(steps):
+    method = mtl.sum_tasks(3)
+    state = method.init(steps.network.representation)
+    _, found, _ = jax.jit(steps._forked(method))(steps.params, state, steps.batch)
+    _, plain, _ = jax.jit(steps._plain)(steps.params, (), steps.batch)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
+
+
+# --- pictures ----------------------------------------------------------------------------------------
+
+
+def test_bins_are_means_over_steps():
+    values = np.arange(1000.0)[:, None] * [1, 2]
+    ends, found = pictures.bins({"c": values})
+    assert len(ends) == pictures.POINTS and ends[:2].tolist() == [5, 10]
+    assert found["c"][0].tolist() == [2, 4]
+    ends, found = pictures.bins({"c": values[:7]})
+    assert ends.tolist() == list(range(1, 8)) and np.array_equal(found["c"], values[:7])
