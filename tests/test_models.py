@@ -325,8 +325,11 @@ def test_enlarged_maps_are_bilinear():
 
 
 def test_normals_have_length_1():
-    found = segnet_mtan.as_prediction(2, jnp.asarray([[3.0, 0, 4.0], [0, 0, 0]]))
+    outputs = jnp.asarray([[3.0, 0, 4.0], [0, 0, 0]])
+    found = segnet_mtan.as_prediction(2, outputs)
     np.testing.assert_allclose(found, [[0.6, 0, 0.8], [0, 0, 0]], rtol=1e-6)
+    grads = jax.grad(lambda x: jnp.sum(segnet_mtan.as_prediction(2, x)))(outputs)
+    assert np.isfinite(grads).all()
 
 
 def test_segnet_predicts_three_tasks():
@@ -342,7 +345,7 @@ def test_segnet_predicts_three_tasks():
 
 @pytest.mark.slow
 def test_segnet_splits_into_shared_parameters_and_branches():
-    model = build(SegNetMTAN, 5, widths=(4, 8))
+    model = SegNetMTAN(5, widths=(4, 8), rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     images = jax.random.uniform(jax.random.key(0), SMALL_IMAGES.shape)
     targets = [jax.random.normal(jax.random.key(c), (2, 8, 12, c)) for c in (5, 1, 3)]

@@ -231,7 +231,8 @@ def as_prediction(task: int, output: jax.Array) -> jax.Array:
     if TASKS[task] != "normals":
         return output
     square = jnp.sum(output * output, axis=-1, keepdims=True)
-    return output * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(output.dtype).tiny))
+    # An output of exactly 0 stays 0; with a smaller bound its gradient would overflow, 0 times infinity.
+    return output * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
 def pool(maps: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
