@@ -44,7 +44,7 @@ def test_every_row_of_table3_is_on_the_representation_and_has_the_same_budget():
         assert set(entry.knobs) == set(entry.start)
         if entry is not study.SUM:
             assert choice.place == "representation"
-        plans = entry.trials(4, 3, study.TRAIN)
+        plans = entry.trials(4, 3, study.TRAIN["batch"])
         assert len(plans) == 4 and {plan.seed for plan in plans} == {0}
         for plan in plans:
             choice.method(3, None, plan.setting.knobs)

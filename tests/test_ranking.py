@@ -306,6 +306,9 @@ def test_losses_by_hand(log):
         each = np.logaddexp(0, found) - labels * found
         assert losses[place] == pytest.approx(each.mean(), rel=1e-5)
     assert 0 < rows.mask[:, 1].sum() < 40
+    other = Network(log, MODEL, 8, "batch")
+    scaled = np.asarray(losses) * rows.mask.mean(axis=0)
+    assert np.asarray(losses_of(other, params, batch)) == pytest.approx(scaled, rel=1e-4)
 
 
 def test_a_batch_without_clicks_has_no_loss_and_no_gradient(log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,15 @@ def interleaved(
             seconds[name].append(time.perf_counter() - start)
         on_round(number + 1)
     return seconds
+
+
+def machine() -> str:
+    """What the measurements were made on: the accelerator, or how many cores the process may use."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].device_kind
+    # Where a process is bound to some of the cores, only those count.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU core{'s' * (cores != 1)}"
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:

@@ -49,6 +49,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trials", type=int, help="table3: validation trials of each row (default 4)")
     add("--epochs", type=int, help="at most")
     add("--batch", type=int, help="examples of a step")
+    add(
+        "--mean-over",
+        choices=("batch", "counted"),
+        default="batch",
+        help="what a loss is divided by: the size of the batch (default, as in the paper), or the "
+        "number of examples that count for the task",
+    )
     add("--rounds", type=int, help="table2: measurements of each row, in turns")
     add("--jobs", type=int, default=2, help="trainings at a time (default 2)")
     add("--out", type=Path, help="folder for the tables and pictures")

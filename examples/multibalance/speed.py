@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import mtl_optax as mtl
-from examples.benchmarks.timing import interleaved, ratio
+from examples.benchmarks.timing import interleaved, machine, ratio
 from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
 from examples.ranking.data import Dataset, Examples, Task
@@ -221,7 +221,7 @@ def table2(options: argparse.Namespace) -> list[tuple[str, ...]]:
         "the ratio is the median over the rounds. operations and temporaries: of a compiled step, as XLA "
         "counts them; operations over those of the sum. MGDA and MoCo: one gradient a task for the named "
         "module, as far as the module, the plain sum's for all others. "
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}."
+        f"{machine()}, jax {jax.__version__}."
     )
     for line in (HEADER, *lines):
         print(f"{line[0]:32}" + "".join(f"{cell:>20}" for cell in line[1:]))

@@ -13,6 +13,8 @@ from examples.models.layers import Features, TabularModel, head_task, is_head
 from examples.ranking.data import BINARY, Dataset, Examples
 from examples.recommender.network import Parameters
 
+# The loss of a conversion rate: a mean over the clicks of a batch, or their sum over the batch's size.
+COUNTED, BATCH = "counted", "batch"
 MakeModel = Callable[..., TabularModel]  # (features, num_tasks, rngs=) -> model
 
 
@@ -23,7 +25,11 @@ class Network:
     that training learns what is beyond the base rate.
     """
 
-    def __init__(self, dataset: Dataset, make_model: MakeModel, batch: int):
+    def __init__(
+        self, dataset: Dataset, make_model: MakeModel, batch: int, mean_over: str = COUNTED
+    ):
+        """`mean_over` is what a loss that some examples do not count for is divided by."""
+        self._over_batch = mean_over == BATCH
         self.num_tasks = len(dataset.tasks)
         self._tasks = dataset.tasks
         self._make = lambda key: make_model(dataset.features, self.num_tasks, rngs=nnx.Rngs(key))
@@ -57,7 +63,7 @@ class Network:
         return self._bottom(shared).represent(batch.features)
 
     def losses(self, heads: Any, copies: tuple[Any, ...], batch: Examples) -> jax.Array:
-        """The losses `[T]`: the mean over the examples that count for the task, 0 where none does."""
+        """The losses `[T]`: the mean over the examples that count for the task, or over the batch."""
         model, losses = self._towers(heads), []
         for place, (task, copy) in enumerate(zip(self._tasks, copies, strict=True)):
             found = model.head(place, copy, batch.features) + self._starts[place]
@@ -66,7 +72,8 @@ class Network:
                 each = optax.sigmoid_binary_cross_entropy(found, labels)
             else:
                 each = optax.squared_error(found, labels)
-            losses.append(jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1))
+            count = len(labels) if self._over_batch else jnp.maximum(jnp.sum(mask), 1)
+            losses.append(jnp.sum(each * mask) / count)
         return jnp.stack(losses)
 
     def decode(self, heads: Any, representation: Any, batch: Examples) -> jax.Array:

@@ -16,7 +16,7 @@ import mtl_optax as mtl
 from examples.models.layers import Features
 from examples.ranking.data import Dataset, Examples
 from examples.ranking.metrics import measure_all, normalized_loss
-from examples.ranking.network import MakeModel, Network
+from examples.ranking.network import COUNTED, MakeModel, Network
 from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.choices import Choice
 from examples.recommender.steps import Step, make_step
@@ -35,6 +35,8 @@ class TrainConfig:
       batch: examples of a step.
       learning_rate: of Adam.
       weight_decay: of the embedding tables, times the learning rate (AdamW).
+      mean_over: "counted" divides the loss of a task by the number of examples that count for it, "batch"
+        by the size of the batch.
     """
 
     epochs: int = 6
@@ -42,6 +44,7 @@ class TrainConfig:
     batch: int = 1024
     learning_rate: float = 1e-3
     weight_decay: float = 1.0
+    mean_over: str = COUNTED
 
 
 class _Carry(NamedTuple):
@@ -115,7 +118,7 @@ class Trainer:
     def __init__(self, dataset: Dataset, make_model: MakeModel, config: TrainConfig):
         self.dataset, self.config = dataset, config
         self.batch = min(config.batch, dataset.train.size)
-        self.network = Network(dataset, make_model, self.batch)
+        self.network = Network(dataset, make_model, self.batch, config.mean_over)
         # An epoch shows every example; a few a second time, so that all batches have one size.
         self.steps_per_epoch = -(-dataset.train.size // self.batch)
         self._train = jax.tree.map(jnp.asarray, dataset.train)
