@@ -31,6 +31,14 @@ SHORT = (
     "mgda",
     "residual attention",
 )
+SETTINGS = {
+    "steps": "training steps",
+    "seeds": "trainings of each row",
+    "interior": "points of the interior a step",
+    "width": "of the network",
+    "depth": "of the network",
+    "learning_rate": "of Adam at the start",
+}
 TIMED = (
     "plain sum",
     "inverse_norm, slow average",
@@ -46,7 +54,7 @@ def main(arguments: list[str] | None = None) -> report.Runs:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     command = shlex.join(["python", "-m", "examples.physics", *arguments])
-    config = replace(Config(), steps=options.steps, seeds=options.seeds)
+    config = Config(**{name: getattr(options, name) for name in SETTINGS})
     if options.quick:
         config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
     config = replace(config, chunk=min(config.chunk, config.steps))
@@ -126,8 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", choices=["all", *ROWS], metavar="METHOD", help="see below, or all"
     )
-    parser.add_argument("--steps", type=int, default=Config.steps, help="training steps")
-    parser.add_argument("--seeds", type=int, default=Config.seeds)
+    for name, text in SETTINGS.items():
+        default = getattr(Config, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default,
+            help=f"{text} (default %(default)s)",
+        )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=min(2, cores), help="trainings at a time (default %(default)s)"
     )

@@ -111,4 +111,7 @@ def timing_markdown(problem: str, times: dict[str, list[float]], command: str) -
     """The same for a page."""
     lines = [TIMING_HEADER, ("---", "---:", "---:"), *timing_rows(times)]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"**{problem}: milliseconds a step, all methods in turns** (`{command}`)\n\n{body}\n"
+    return (
+        f"**{problem}: milliseconds a step, all methods in turns** (`{command}`)\n\n{body}\n\n"
+        "Medians over rounds, of the times and of each round's ratio.\n"
+    )
