@@ -7,6 +7,8 @@ writes `docs/methods/paths/NAME.png` and the losses at the end of each path to
 The problem is the one on which CAGrad (Liu et al., 2021, section 5) and later papers compare methods,
 with the first loss at a tenth, as in EMTL's Figure 1 (Yuan et al., 2023). A constant makes both losses
 positive, which methods on losses need; it changes no gradient. All methods have the same optimizer.
+The second valley is bent the other way than in the programs of CAGrad and Nash-MTL, whose own problem
+`python -m examples.emtl figure1` has.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ import optax
 
 import mtl_optax as mtl
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script sees its own folder alone
+
+from examples.emtl import toy
+
 FOLDER = Path(__file__).resolve().parent / "methods" / "paths"
-STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 STEPS, LEARNING_RATE = 4000, 0.02
-SCALE, SHIFT = jnp.array([0.1, 1.0]), 21.0
+SCALE, SHIFT = jnp.array(toy.SCALE), 21.0
 # What a factory has no default for.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "adatask": {"inner": optax.scale_by_adam()},
@@ -42,18 +47,7 @@ DIRECTIONS = {"adatask", "scale_by_mtadam"}
 
 def losses_of(position: jax.Array) -> jax.Array:
     """The two losses `[2]` at a point."""
-    x, y = position
-    above, below = jnp.maximum(jnp.tanh(y / 2), 0), jnp.maximum(jnp.tanh(-y / 2), 0)
-
-    def valley(distance: jax.Array) -> jax.Array:
-        return jnp.log(jnp.maximum(jnp.abs(distance), 5e-6)) + 6
-
-    def bowl(center: float) -> jax.Array:
-        return ((x - center) ** 2 + 0.1 * (y + 8) ** 2) / 10 - 20
-
-    first = above * valley((-x - 7) / 2 + jnp.tanh(y)) + below * bowl(7)
-    second = above * valley((3 - x) / 2 + jnp.tanh(y) + 2) + below * bowl(-7)
-    return (jnp.stack([first, second]) + SHIFT) * SCALE
+    return (toy.losses(position, turn=1.0) + SHIFT) * SCALE
 
 
 def optimizer_of(name: str) -> optax.GradientTransformation:
@@ -78,7 +72,7 @@ def paths(name: str) -> jax.Array:
         (last, _), visited = jax.lax.scan(step, (start, tx.init(start)), length=STEPS)
         return jnp.concatenate([visited, last[None]])
 
-    return jax.vmap(run)(jnp.asarray(STARTS))
+    return jax.vmap(run)(jnp.asarray(toy.STARTS))
 
 
 def ends_of(found: jax.Array) -> list[list[float]]:
