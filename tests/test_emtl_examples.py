@@ -79,6 +79,7 @@ def test_figure1_writes_a_table_a_csv_and_a_picture(
     with (tmp_path / "figure1.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(toy.STARTS)
+    assert "](figure1.png)" in text
     assert (tmp_path / "figure1.png").stat().st_size > 1000
 
 
@@ -192,6 +193,27 @@ def test_table1_has_all_rows_and_averages_their_aucs(
     assert main([*command, "--trials", "1", "--resume"]) == 0
     # Another budget is another study: every row has one trial and three seeds.
     assert len(FakeTrainer.trained) == 2 * (2 + len(tables.METHODS)) * 4
+
+
+def test_table1_reads_a_folder_in_the_form_of_aliexpress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "Trainer", FakeTrainer)
+    generator = np.random.default_rng(0)
+    for part, size in (("train", 40), ("test", 20)):
+        clicks = generator.integers(0, 2, size)
+        lines = ["search_id,categorical_1,numerical_1,click,conversion"]
+        lines += [
+            f"{row},{generator.integers(5)},{generator.random():.3f},{click},{click * (row % 2)}"
+            for row, click in enumerate(clicks)
+        ]
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    out = tmp_path / "out"
+    assert main(["table1", "--quick", "--data", str(tmp_path), "--out", str(out)]) == 0
+    found = cells(out / "table1.md")
+    assert found["network, method"][:3] == ["CTR: AUC", "Conv|imp: AUC", "average"]
+    assert "true probabilities" not in found
+    assert "36 + 4 + 20 examples" in (out / "table1.md").read_text("utf-8")
 
 
 def test_table3_has_squared_errors_and_says_what_emtl_changes(

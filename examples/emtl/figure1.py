@@ -173,6 +173,7 @@ def figure1(options: argparse.Namespace) -> dict[str, Ends]:
     ]
     console.print("\n\n".join(parts), markup=False, soft_wrap=True)
     if options.out is not None:
+        parts.insert(2, "![The paths of the methods over the Pareto front](figure1.png)")
         write_atomically(options.out / "figure1.md", ("\n\n".join(parts) + "\n").encode())
         write_atomically(options.out / "figure1.csv", _csv(found).encode())
         draw(positions, front, options.out / "figure1.png")
