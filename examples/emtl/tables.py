@@ -269,12 +269,12 @@ def _gains(runs: Mapping[str, Sequence[Run]], tasks: Sequence[Task]) -> str:
         base = _values(runs["MMoE"], task).mean()
         for label, rows in values.items():
             found = _values(runs[label], task)
-            rows.append(100 * found if task.kind == BINARY else 100 * (1 - found / base))
+            rows.append(100 * found / (1 if task.kind == BINARY else base))
     stacked = {label: np.stack(rows) for label, rows in values.items()}
     differences = report.compare(stacked, "MMoE")["MMoE + EMTL"]
     said = [
         f"{task.name} {report.gain_cell(difference)}"
-        + (" points of AUC" if task.kind == BINARY else " % less squared error")
+        + (" points of AUC" if task.kind == BINARY else " % of the MSE")
         for task, difference in zip(tasks, differences, strict=True)
     ]
-    return f"MMoE + EMTL against MMoE: {', '.join(said)}."
+    return f"MMoE + EMTL minus MMoE: {', '.join(said)}."
