@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from examples.recommender.errors import OneLineParser, UserError
+from examples.recommender.errors import OneLineParser, check_numbers, exit_code
 
 # A command is a function of its own name in a module that is imported when it is asked for.
 COMMANDS = {
@@ -60,29 +60,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             if command in ONLY.get(name, COMMANDS):
                 made.add_argument(f"--{name}", **how)
     options = parser.parse_args(arguments)
-    for name, how in OPTIONS.items():
-        value = getattr(options, name, None)
-        if how.get("type") is int and value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if getattr(options, "resume", False) and options.out is None:
-        raise UserError("--resume needs --out DIR, where the finished runs are kept")
+    numbers = [name for name, how in OPTIONS.items() if how.get("type") is int]
+    check_numbers(options, numbers)
     options.line = shlex.join(["python", "-m", "examples.emtl", *arguments])
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 on success, 2 when the user can mend what went wrong."""
-    try:
+
+    def work() -> None:
         options = parse(arguments)
         module = importlib.import_module(f"examples.emtl.{COMMANDS[options.command][0]}")
         getattr(module, options.command)(options)
-    except UserError as error:
-        print(f"examples.emtl: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("examples.emtl: stopped; --resume goes on from what --out holds", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("examples.emtl", work)
 
 
 if __name__ == "__main__":

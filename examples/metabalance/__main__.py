@@ -44,7 +44,7 @@ from examples.recommender import report
 from examples.recommender.choices import parse_choice
 from examples.recommender.data import PAPER_SPLIT, Dataset, Log, make_dataset
 from examples.recommender.download import write_atomically
-from examples.recommender.errors import UserError
+from examples.recommender.errors import UserError, exit_code
 from examples.recommender.evaluation import COLUMNS, METRICS, rank_by_item_scores
 from examples.recommender.runner import Job, Runner
 from examples.recommender.search import Entry, setting_in_words, tuned
@@ -332,19 +332,13 @@ class Study:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 on success, 2 when the user can mend what went wrong."""
-    try:
+
+    def work() -> None:
         config = parse(arguments)
         dataset = make_dataset(load(config), PAPER_SPLIT)
         Study(config, Console(), dataset).run()
-    except UserError as error:
-        print(f"examples.metabalance: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "examples.metabalance: stopped; --resume goes on from what --out holds", file=sys.stderr
-        )
-        return 130
-    return 0
+
+    return exit_code("examples.metabalance", work)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from examples.recommender.errors import OneLineParser, UserError
+from examples.recommender.errors import OneLineParser, check_numbers, exit_code
 
 # In modules that are imported when they are asked for: the speed alone needs neither rich nor pandas.
 COMMANDS = {
@@ -62,32 +62,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the finished runs in --out")
     add("--quick", action="store_true", help="tiny data and few steps, to see that it works")
     options = parser.parse_args(arguments)
-    for name in AT_LEAST_ONE:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if options.resume and options.out is None:
-        raise UserError("--resume needs --out DIR, where the finished runs are kept")
+    check_numbers(options, AT_LEAST_ONE)
     options.line = shlex.join(["python", "-m", "examples.multibalance", *arguments])
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 on success, 2 when the user can mend what went wrong."""
-    try:
+
+    def work() -> None:
         options = parse(arguments)
         module = importlib.import_module(f"examples.multibalance.{COMMANDS[options.command]}")
         getattr(module, options.command)(options)
-    except UserError as error:
-        print(f"examples.multibalance: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "examples.multibalance: stopped; --resume goes on from what --out holds",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+
+    return exit_code("examples.multibalance", work)
 
 
 if __name__ == "__main__":

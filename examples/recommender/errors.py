@@ -1,6 +1,8 @@
 """What goes wrong for a reason that the user can mend."""
 
 import argparse
+import sys
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -14,3 +16,26 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what `main` prints."""
         raise UserError(message)
+
+
+def check_numbers(options: argparse.Namespace, at_least_one: Iterable[str]) -> None:
+    """Refuse numbers below 1, and a `--resume` with nothing to go on from."""
+    for name in at_least_one:
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if getattr(options, "resume", False) and options.out is None:
+        raise UserError("--resume needs --out DIR, where the finished runs are kept")
+
+
+def exit_code(program: str, work: Callable[[], None]) -> int:
+    """Do the work; 0 on success, 2 when the user can mend what went wrong, 130 when it was stopped."""
+    try:
+        work()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; --resume goes on from what --out holds", file=sys.stderr)
+        return 130
+    return 0
