@@ -178,7 +178,8 @@ class Steps:
 
 def _replaced(params: Parameters, module: str, part: nnx.State) -> Parameters:
     """The parameters with those of one module replaced."""
-    mapping = {**params.shared.raw_mapping, module: part.raw_mapping}
+    shared: Any = params.shared
+    mapping = {**shared.raw_mapping, module: part.raw_mapping}
     return params._replace(shared=nnx.State(mapping))
 
 

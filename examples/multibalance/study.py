@@ -160,6 +160,8 @@ class Study:
             text += f" The true probabilities have: {said}."
         text += f" {note} {self.setup()}"
         title = f"{self.options.command}, {self.dataset.name}"
+        if self.train.mean_over == COUNTED:
+            title += ", every loss a mean over the examples that count for the task"
         table = Table(title=title, caption=text, caption_justify="left")
         for name in header:
             table.add_column(name, justify="left" if name == "method" else "right")
