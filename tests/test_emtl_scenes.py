@@ -267,29 +267,34 @@ def test_single_tasks_share_nothing():
 def runs_by_hand():
     base = np.array([40, 60, 0.5, 0.2, 25, 20, 30, 55, 70.0])
     make = lambda label, seed, factor: Run(  # noqa: E731
-        label, seed, {}, {"metrics": base * factor}, 1, 1.0, {"validation": np.ones(1)}
+        label, seed, {}, {"metrics": base * factor}, 2, 1.0, {"validation": np.array([3.0, 1.0])}
     )
     signs = np.array([1, 1, -1, -1, -1, -1, 1, 1, 1])
     return {
         "STL": [make("STL", 0, 1.0), make("STL", 1, 1.0)],
+        "LS": [make("LS", 0, 1 - 0.02 * signs), make("LS", 1, np.ones(9))],
         "EMTL": [make("EMTL", 0, 1 + 0.1 * signs), make("EMTL", 1, 1 + 0.2 * signs)],
     }
 
 
 def test_the_table_and_the_files(tmp_path):
     runs = runs_by_hand()
-    about = dense_report.About("SYNTHETIC SCENES", dense.Config(), "command", "2 images", 1.0)
+    about = dense_report.About(
+        "SYNTHETIC SCENES", dense.Config(), "command", "2 images", "2 CPU cores"
+    )
     scenes = synthetic_scenes(2, 8, 8, seed=0)
     dense_report.write(runs, about, tmp_path, scenes)
     text = (tmp_path / "table2.md").read_text()
-    assert text.startswith("**SYNTHETIC SCENES, 32 x 48: 2 images; ")
+    assert "\n**SYNTHETIC SCENES, 32 x 48: 2 images; " in text
     assert (
         "| EMTL | 46.00 | 69.00 | 0.4250 | 0.1700 | 21.25 | 17.00 | 34.50 | 63.25 | 80.50 | -15.00 ± 5.00 |"
         in text
     )
-    assert "Best of the nine metrics: EMTL 9." in text
+    assert (
+        "Best of the nine metrics: EMTL 9. The held-out sum of losses of LS is 3.000 half" in text
+    )
     lines = (tmp_path / "table2.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 2 * 10 and lines[-1] == "EMTL,1,delta-m,-20,1.0"
+    assert len(lines) == 1 + 3 * 2 * 10 and lines[-1] == "EMTL,1,delta-m,-20,1.0"
     for name in ("table2.png", "table2_scenes.png"):
         assert 5_000 < (tmp_path / name).stat().st_size < 150_000
 

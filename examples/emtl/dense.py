@@ -354,7 +354,6 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
     given = {name: getattr(options, name) for name in ("steps", "seeds")}
     config = replace(config, **{name: value for name, value in given.items() if value})
     config = replace(config, parts=min(config.parts, config.steps))
-    began = time.perf_counter()
     classes, train, test = _data(options.data, synthetic, config)
     console = Console()
     trainer = DenseTrainer(classes, train, test, config)
@@ -378,7 +377,7 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
         config,
         options.line,
         f"{len(trainer.train_part.images)} images to train on, {len(test.images)} to test on",
-        time.perf_counter() - began,
+        _machine(),
     )
     console.print(dense_report.rich_table(runs, about))
     console.print(dense_report.verdict(runs))
@@ -403,6 +402,11 @@ def _digest(*scenes: Scenes) -> str:
     for part in (array for each in scenes for array in each):
         found.update(np.ascontiguousarray(part).tobytes())
     return found.hexdigest()[:16]
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 def _cores() -> int:
