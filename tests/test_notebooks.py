@@ -4,6 +4,7 @@
 """
 
 import ast
+import copy
 import os
 import re
 import sys
@@ -55,15 +56,15 @@ def outputs(notebook: Any) -> list[Any]:
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
-def execute(path: Path, folder: Path) -> Any:
+def execute(notebook: Any, folder: Path) -> Any:
     """The notebook with the outputs of a run in `folder`."""
-    notebook = read(path)
+    metadata = copy.deepcopy(notebook.metadata)
     resources = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources=resources, record_timing=False
     )
     executed = client.execute()
-    executed.metadata = read(path).metadata  # the kernel adds its versions
+    executed.metadata = metadata  # the kernel adds its versions
     return executed
 
 
@@ -151,13 +152,32 @@ def test_a_run_shows_what_is_stored(
     here = {**ENVIRONMENT, **NO_NETWORK, "MTL_OPTAX_CACHE": str(tmp_path / "cache")}
     for name, value in here.items():
         monkeypatch.setenv(name, value)
-    stored, found = read(path), execute(path, tmp_path)
+    stored, found = read(path), execute(read(path), tmp_path)
     assert [output for output in outputs(found) if output.output_type == "error"] == []
     for before, after in zip(code_cells(stored), code_cells(found), strict=True):
         (old_text, old_kinds), (text, kinds) = shown(before), shown(after)
         assert kinds == old_kinds, after.source
         if VARIES not in after.metadata.get("tags", []):
             assert not differs(text, old_text), f"stored:\n{old_text}\nfound:\n{text}"
+
+
+@pytest.mark.slow
+def test_tables_are_split_over_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    notebook = read(ROOT / "notebooks" / "03_one_backward_pass.ipynb")
+    # Up to what the compiled steps do; the training after it takes long.
+    last = next(n for n, cell in enumerate(notebook.cells) if ".cost_analysis()" in cell.source)
+    notebook.cells = notebook.cells[: last + 1]
+    text = "".join(shown(cell)[0] for cell in code_cells(execute(notebook, tmp_path)))
+    assert "split as ('data',) over 4 device(s)" in text
+    ratios = re.findall(r"(\w+) +operations (\S+) x plain", text)
+    assert {name: round(float(ratio)) for name, ratio in ratios} == {
+        "sum": 1,
+        "representation": 1,
+        "parameters": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -181,4 +201,4 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or [path.stem for path in NOTEBOOKS]
     for notebook_path in [ROOT / "notebooks" / f"{name}.ipynb" for name in chosen]:
         with tempfile.TemporaryDirectory() as directory:
-            nbformat.write(execute(notebook_path, Path(directory)), notebook_path)
+            nbformat.write(execute(read(notebook_path), Path(directory)), notebook_path)
