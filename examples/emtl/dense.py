@@ -203,6 +203,7 @@ class Program:
     def __init__(self, choice: Choice, network: DenseNetwork, config: Config):
         self.network = network
         method = choice.method(len(TASKS), optax.identity(), {})
+        assert isinstance(method, mtl.Method)  # none of the rows is a chain
         weighs_heads = method.needs <= {"losses"} or choice.name in WEIGHS_HEADS
         schedule = optax.piecewise_constant_schedule(
             config.learning_rate, {max(1, config.steps // 2): 0.5}
