@@ -69,13 +69,16 @@ def test_ends_are_measured_against_the_front() -> None:
 def test_figure1_writes_a_table_a_csv_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figure1, "ROWS", {"EMTL": "emtl"})
-    monkeypatch.setattr(figure1, "EPSILONS", (0.3,))
+    def options(steps: int, front: np.ndarray) -> dict[tuple[str, float, float], figure1.Ends]:
+        return {("as they are", 0.3, 0.1): figure1.ends_of(jnp.zeros((5, 1, 2)), front)}
+
+    monkeypatch.setattr(figure1, "ROWS", {"plain sum": "sum"})
+    monkeypatch.setattr(figure1, "options_of_emtl", options)
     assert main(["figure1", "--steps", "20", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "figure1.md").read_text("utf-8")
     assert "python -m examples.emtl figure1" in text
-    assert text.count("\n| EMTL |") == 1
-    assert text.count("\n| as they are |") == len(figure1.RHOS)
+    assert text.count("\n| plain sum |") == 1
+    assert "\n| as they are | 0.3 | 0.1 | 0 | 0 |" in text
     with (tmp_path / "figure1.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(toy.STARTS)
@@ -254,7 +257,7 @@ def test_cut_keeps_the_test_set_and_the_same_examples() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["table1", "table3"])
 def test_tables_train(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = [entry for entry in tables.METHODS if entry.label in ("plain sum", "EMTL", "BanditMTL")]
+    shown = [entry for entry in tables.METHODS if entry.label in ("plain sum", "EMTL")]
     monkeypatch.setattr(tables, "METHODS", tuple(shown))
     assert main([command, "--quick", "--out", str(tmp_path)]) == 0
     found = list(metrics(tmp_path / f"{command}.csv").values())
@@ -266,4 +269,6 @@ def test_figure1_runs_quickly_with_all_methods(tmp_path: Path) -> None:
     assert main(["figure1", "--quick", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "figure1.md").read_text("utf-8")
     assert all(f"\n| {name} |" in text for name in figure1.ROWS)
+    options = len(figure1.EPSILONS) * len(figure1.RHOS)
+    assert all(text.count(f"\n| {sign} |") == options for sign in figure1.SHIFTS)
     assert "nan" not in text

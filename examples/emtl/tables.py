@@ -75,7 +75,7 @@ class Config:
     train: TrainConfig = TRAIN
 
 
-QUICK = Config(200, 2, 2, 600, 2, 4, TrainConfig(epochs=2, batch=64))
+QUICK = Config(200, 2, 2, 3000, 2, 4, TrainConfig(epochs=2, batch=64))
 
 
 def backbones(config: Config) -> dict[str, MakeModel]:
