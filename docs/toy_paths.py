@@ -7,8 +7,6 @@ writes `docs/methods/paths/NAME.png` and the losses at the end of each path to
 The problem is the one on which CAGrad (Liu et al., 2021, section 5) and later papers compare methods,
 with the first loss at a tenth, as in EMTL's Figure 1 (Yuan et al., 2023). A constant makes both losses
 positive, which methods on losses need; it changes no gradient. All methods have the same optimizer.
-The second valley is bent the other way than in the programs of CAGrad and Nash-MTL, whose own problem
-`python -m examples.emtl figure1` has.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ DIRECTIONS = {"adatask", "scale_by_mtadam"}
 
 def losses_of(position: jax.Array) -> jax.Array:
     """The two losses `[2]` at a point."""
-    return (toy.losses(position, turn=1.0) + SHIFT) * SCALE
+    return (toy.losses(position) + SHIFT) * SCALE
 
 
 def optimizer_of(name: str) -> optax.GradientTransformation:

@@ -18,8 +18,8 @@ SCALE = (0.1, 1.0)  # Nash-MTL's, of the two losses
 CENTER, HEIGHT = 7.0, -8.0  # of the two bowls: at (7, -8) and (-7, -8)
 
 
-def losses(position: jax.Array, turn: float = -1.0) -> jax.Array:
-    """The two losses `[2]` at a point, unscaled; `turn=1` bends the second valley the other way."""
+def losses(position: jax.Array) -> jax.Array:
+    """The two losses `[2]` at a point, unscaled."""
     x, y = position
     above, below = jnp.maximum(jnp.tanh(y / 2), 0), jnp.maximum(jnp.tanh(-y / 2), 0)
 
@@ -30,7 +30,7 @@ def losses(position: jax.Array, turn: float = -1.0) -> jax.Array:
         return ((x - center) ** 2 + 0.1 * (y - HEIGHT) ** 2) / 10 - 20
 
     first = above * valley((-x - 7) / 2 + jnp.tanh(y)) + below * bowl(CENTER)
-    second = above * valley((3 - x) / 2 + turn * jnp.tanh(y) + 2) + below * bowl(-CENTER)
+    second = above * valley((3 - x) / 2 - jnp.tanh(y) + 2) + below * bowl(-CENTER)
     return jnp.stack([first, second])
 
 
