@@ -193,8 +193,10 @@ def test_table1_has_all_rows_and_averages_their_aucs(
     FakeTrainer.trained = ()
     assert main([*command, "--resume"]) == 0
     assert FakeTrainer.trained == ()
+    # The one trial and the seeds of its setting are there.
     assert main([*command, "--trials", "1", "--resume"]) == 0
-    # Another budget is another study: every row has one trial and three seeds.
+    assert FakeTrainer.trained == ()
+    assert main([*command, "--trials", "1", "--epochs", "1", "--resume"]) == 0
     assert len(FakeTrainer.trained) == 2 * (2 + len(tables.METHODS)) * 4
 
 

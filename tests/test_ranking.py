@@ -458,6 +458,10 @@ def test_finished_runs_are_read_again(trainer, tmp_path, monkeypatch):
     for one, other in zip(first, again, strict=True):
         assert one.test["CVR"] == pytest.approx(other.test["CVR"])
         assert np.array_equal(one.history["losses"], other.history["losses"])
+    # Another method under the same label is another run.
+    jobs = [replace(jobs[0], choice=replace(parse_choice("mgda"), label="sum"))]
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        Runner(trainer, console, fingerprint, tmp_path, resume=True).train(jobs)
 
 
 def test_wrong_options_are_said_before_training(trainer):

@@ -175,6 +175,13 @@ def test_documented_degenerate_answers():
     assert not nash_bargaining_weights(*cosine_matrix(jnp.asarray(hull @ hull.T, "float32")))[1]
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-4, 0.005, 0.008, 0.1])
+def test_equal_projections_of_nearly_opposite_gradients(angle):
+    """For two gradients the weights are proportional to 1 / n at every angle, also where C is singular."""
+    pair = np.array([[1.0, 0.0], [-2 * np.cos(angle), 2 * np.sin(angle)]])
+    np.testing.assert_allclose(solve("imtl_g", pair, np.float32), [2 / 3, 1 / 3], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_vmap_equals_loop(name):
     gradients = np.random.default_rng(5).normal(size=(4, 3, 6)).astype(np.float32)

@@ -186,7 +186,12 @@ class Runner(Generic[TrainerT]):
             "weight_decay": float(plan.setting.weight_decay),
             "knobs": {k: np.asarray(v).tolist() for k, v in plan.setting.knobs.items()},
         }
-        about = {"choice": job.choice.label, "seed": plan.seed, "measure": job.measure, **setting}
+        choice = {
+            "choice": job.choice.label,
+            "parts": repr(job.choice.parts),
+            "place": job.choice.place,
+        }
+        about = {**choice, "seed": plan.seed, "measure": job.measure, **setting}
         return json.loads(json.dumps({**self.fingerprint, **about}))  # as it reads back
 
     def _path(self, job: Job, plan: Plan) -> Path:

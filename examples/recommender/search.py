@@ -47,16 +47,17 @@ class Entry:
     def trials(self, count: int, num_tasks: int, config: Any) -> list[Plan]:
         """Settings of seed 0: the first is the start, the others are drawn at random.
 
-        `config` has the learning rate and the weight decay of the first.
+        `config` has the learning rate and the weight decay of the first. A trial has the same two in every
+        row, whatever options the row has.
         """
-        generator = np.random.default_rng(1)
+        of_knobs, of_settings = np.random.default_rng(1).spawn(2)
         rate, decay = config.learning_rate, config.weight_decay
         start = {k: np.ones(num_tasks) if k == "weights" else v for k, v in self.start.items()}
         plans = [Plan(0, Setting(rate, decay, start))]
         factor = log_uniform(1 / 3, 3)
         for _ in range(count - 1):
-            drawn = {name: draw(generator, num_tasks) for name, draw in self.knobs.items()}
-            scaled = (value * factor(generator, num_tasks) for value in (rate, decay))
+            drawn = {name: draw(of_knobs, num_tasks) for name, draw in self.knobs.items()}
+            scaled = (value * factor(of_settings, num_tasks) for value in (rate, decay))
             plans.append(Plan(0, Setting(*scaled, drawn)))
         return plans
 

@@ -17,6 +17,12 @@ def _common_direction(cosine: jax.Array, norms: jax.Array) -> jax.Array:
     return jnp.where(nonzero, pseudo_solve(cosine, ones), 0)
 
 
+def _exists(squared_length: jax.Array, size: int) -> jax.Array:
+    """Whether a sum of unit gradients is more than the rounding error of a sum that is exactly 0."""
+    noise = 4 * size * jnp.finfo(squared_length.dtype).eps
+    return squared_length > noise * noise
+
+
 def equal_projection_weights(
     cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
 ) -> jax.Array:
@@ -31,11 +37,15 @@ def equal_projection_weights(
       active: bool `[T]`, the tasks that count; all by default.
 
     Returns:
-      Weights `[T]` on the raw gradients. A singular C is inverted on its range. If no solution exists (all
-      gradients zero, or coefficients of sum 0), the weights are uniform. A zero gradient has weight 0.
+      Weights `[T]` on the raw gradients. A singular C is inverted on its range. Where the unit gradients
+      cancel (opposite gradients), the weights are proportional to 1 / n, as they are next to this case. If
+      no solution exists (all gradients zero, or coefficients of sum 0), the weights are uniform. A zero
+      gradient has weight 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     coefficients = _common_direction(cosine, norms)
+    squared = jnp.sum(coefficients * jnp.sum(cosine * coefficients[None, :], axis=1))
+    coefficients = jnp.where(_exists(squared, len(norms)), coefficients, norms > 0)
     smallest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
     raw = coefficients * safe_divide(smallest, norms)
     total = jnp.sum(raw)
@@ -65,9 +75,7 @@ def config_weights(
     coefficients = _common_direction(cosine, norms)
     image = jnp.sum(cosine * coefficients[None, :], axis=1)
     squared = jnp.sum(coefficients * image)
-    # Below this the direction is the rounding error of a sum that is exactly 0.
-    noise = 4 * norms.shape[0] * jnp.finfo(norms.dtype).eps
-    exists = squared > noise * noise
+    exists = _exists(squared, len(norms))
     largest = jnp.max(norms)
     length = safe_divide(jnp.sum(safe_divide(norms, largest) * image), squared, where=exists)
     ratios = safe_divide(largest, norms)

@@ -38,8 +38,9 @@ def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
       update increases every loss. With `config` and `upgrad` this cannot happen.
 
       A zero gradient has weight 0. A singular C (more tasks than dimensions, identical gradients) is
-      inverted on its range. If no solution exists (opposite gradients of equal length, all zero), the
-      weights are equal. T = 1: the gradient itself.
+      inverted on its range. Where the unit gradients cancel (opposite gradients), the weights are
+      proportional to 1 / n and the update is 0. If no solution exists (all zero, coefficients of sum 0),
+      the weights are equal. T = 1: the gradient itself.
 
     Example:
 
