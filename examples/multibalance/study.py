@@ -76,7 +76,7 @@ MEANS = {
 }
 MODEL = {"embedding": 8, "cross_layers": 2, "deep": (64, 32), "tower": (32,)}
 QUICK_MODEL = {"embedding": 2, "cross_layers": 1, "deep": (4,), "tower": (4,), "numerical": (4,)}
-GRID = {"learning_rate": (3e-4, 1e-3, 3e-3), "weight_decay": (0.1, 1.0, 10.0)}
+GRID = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.1, 1.0, 10.0)}
 
 
 class Study:
