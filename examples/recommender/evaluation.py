@@ -20,8 +20,8 @@ PROTOCOLS = {
 }
 COLUMNS = tuple(f"{metric}, {protocol}" for protocol in PROTOCOLS for metric in METRICS)
 VALIDATION, TEST = 1, 2
-# Small enough for a cache on a CPU, large enough to fill a GPU.
-PAIRS_AT_ONCE = {"cpu": 2**16}
+# Small enough for a cache on a CPU (a user or a few at a time), large enough to fill a GPU.
+PAIRS_AT_ONCE = {"cpu": 2**13}
 PAIRS_AT_ONCE_ELSEWHERE = 2**20
 
 
