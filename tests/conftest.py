@@ -13,18 +13,16 @@ from typing import Any
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Compiling takes nearly all of the tests' time, and a fifth of it without these optimisations. XLA ends
-# the process at a flag that it does not know, so only releases that are known to have them get them.
+# the process at a flag that it does not know, so each goes up to the newest jaxlib that is seen to have it.
 # MTL_OPTAX_XLA=default leaves the optimisations on, as .ci/run does once for the numerics.
-quick = os.environ.get("MTL_OPTAX_XLA", "quick") != "default"
-if quick and (0, 8) <= tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (
-    0,
-    10,
-):
-    FLAGS += [
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
+QUICK = {
+    "--xla_backend_optimization_level=0": (0, 12),
+    "--xla_cpu_parallel_codegen_split_count=1": (0, 12),
+    "--xla_cpu_use_fusion_emitters=false": (0, 10),
+}
+jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+if os.environ.get("MTL_OPTAX_XLA", "quick") != "default":
+    FLAGS += [flag for flag, newest in QUICK.items() if (0, 8) <= jaxlib <= newest]
 given = os.environ.get("XLA_FLAGS", "")
 missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
