@@ -30,13 +30,18 @@ def interleaved(
     return seconds
 
 
+def cores() -> int:
+    """How many cores the process may use: where it is bound to some of them, only those count."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine() -> str:
     """What the measurements were made on: the accelerator, or how many cores the process may use."""
     if jax.default_backend() != "cpu":
         return jax.devices()[0].device_kind
-    # Where a process is bound to some of the cores, only those count.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU core{'s' * (cores != 1)}"
+    return f"{cores()} CPU core{'s' * (cores() != 1)}"
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:

@@ -7,8 +7,8 @@ SegNet with MTAN's attention, Adam, the learning rate halved half-way, images mi
 paper's protocol, but with smaller images, a smaller network and far fewer steps, so that the rendered table
 is made in minutes on one core. The metrics are those of the last step: nothing is selected on the test set,
 where the paper takes the best epoch. Every method has the library's defaults and the same learning rate;
-none is tuned. BanditMTL alone has another radius than its default, which is more than log(3) and so lets all
-weight go to one task.
+none is tuned. BanditMTL alone has another radius than its default, which is more than log(3) and so lets
+all weight go to one task.
 
 Methods that look at gradients combine those of the shared parameters; methods that look at losses alone
 weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, as their papers do.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 import mtl_optax as mtl
+from examples.benchmarks.timing import cores, machine
 from examples.emtl import dense_report
 from examples.emtl.dense_metrics import loss, measure
 from examples.emtl.scenes import CLASSES, Scenes, synthetic_scenes
@@ -365,7 +365,7 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
         "data": _digest(train, test),
     }
     runner = Runner(
-        trainer, console, fingerprint, options.out, options.resume, workers=min(2, _cores())
+        trainer, console, fingerprint, options.out, options.resume, workers=min(2, cores())
     )
     epoch = len(trainer.train_part.images) // config.batch
     plans = [Plan(seed, Setting(config.learning_rate, 0.0, {})) for seed in range(config.seeds)]
@@ -379,7 +379,7 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
         config,
         options.line,
         f"{len(trainer.train_part.images)} images to train on, {len(test.images)} to test on",
-        _machine(),
+        machine(),
     )
     console.print(dense_report.rich_table(runs, about))
     console.print(dense_report.verdict(runs))
@@ -404,14 +404,3 @@ def _digest(*scenes: Scenes) -> str:
     for part in (array for each in scenes for array in each):
         found.update(np.ascontiguousarray(part).tobytes())
     return found.hexdigest()[:16]
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

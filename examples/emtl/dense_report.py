@@ -23,9 +23,9 @@ degrees, the rest in percent. delta-m: mean relative loss over the nine metrics 
 its seeds; below 0 is better than STL. Mean over seeds of the last step's metrics on the test images;
 after ± the standard error over seeds. Less LS: delta-m less that of the plain sum with the same seed, which
 starts from the same parameters and sees the same batches. STL: one SegNet a task without attention. Every
-row has the library's defaults (BanditMTL: kl_radius 0.3, since 1.2 is more than log(3)) and the same learning
-rate; nothing is tuned or selected. Methods on
-gradients stand on the shared parameters, the others on the losses."""
+row has the library's defaults (BanditMTL: kl_radius 0.3, since 1.2 is more than log(3)) and the same
+learning rate; nothing is tuned or selected. Methods on gradients stand on the shared parameters, the others
+on the losses."""
 BASE = "LS"
 
 
