@@ -5,6 +5,7 @@ plotting backend are read once, at import.
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -64,6 +65,19 @@ def strict_dtypes() -> Iterator[None]:
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+# A compiled program is about 13 mappings of memory, of which Linux allows a process 65,530.
+MAPPINGS, MOST_MAPPINGS = Path("/proc/self/maps"), 30_000
+finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Drop the compiled programs where a worker has come to hold very many."""
+    if next(finished) % 50 == 0 and MAPPINGS.exists():
+        with MAPPINGS.open("rb") as mappings:
+            if sum(1 for _ in mappings) > MOST_MAPPINGS:
+                jax.clear_caches()
 
 
 # The files that take longest, longest first: a worker that starts one of them last is waited for.

@@ -774,3 +774,8 @@ def test_rows_are_compared_with_the_baseline_over_all_columns_of_the_target():
     means = np.nanmean(base[..., 0], axis=1)
     error = f"{means.std(ddof=1) / 2:.4f}"
     assert report.cells(rows[1], columns, found)[0] == f"{means.mean():.4f} ± {error}"
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    lines = report.pipe_table([("method", "Conv|imp: AUC"), ("sum", "0.9")]).splitlines()
+    assert lines == [r"| method | Conv\|imp: AUC |", "| --- | ---: |", "| sum | 0.9 |"]

@@ -169,10 +169,7 @@ class Study:
         for line in lines:
             table.add_row(*line)
         self.console.print(table)
-        # The name of a task may hold a bar, which would end a cell.
-        body = pipe_table(
-            [[cell.replace("|", r"\|") for cell in line] for line in (header, *lines)]
-        )
+        body = pipe_table([header, *lines])
         self.write(".md", f"**{title}**\n\n{body}\n\n{text}\n\nMade by `{self.options.line}`.\n")
         self.write(".csv", report.metrics_csv(rows, self.tasks))
         if self.options.out is not None:

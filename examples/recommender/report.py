@@ -169,7 +169,9 @@ def markdown_table(
 def pipe_table(lines: Sequence[Sequence[str]]) -> str:
     """Cells as Markdown, header first; every column but the first is aligned to the right."""
     rule = ("---", *("---:" for _ in lines[0][1:]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+    # The name of a task may hold a bar, which would end a cell.
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def metrics_csv(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
