@@ -114,6 +114,14 @@ class Study:
         """The tasks, in the order of the columns."""
         return self.dataset.tasks
 
+    @property
+    def title(self) -> str:
+        """What is shown."""
+        found = f"{self.options.command}, {self.dataset.name}"
+        if self.train.mean_over == COUNTED:
+            found += ", every loss a mean over the examples that count for the task"
+        return found
+
     def untuned(self, entries: Sequence[Entry]) -> dict[str, list[Any]]:
         """Every entry with its starting knobs, over all seeds."""
         jobs = []
@@ -160,17 +168,16 @@ class Study:
             )
             text += f" The true probabilities have: {said}."
         text += f" {note} {self.setup()}"
-        title = f"{self.options.command}, {self.dataset.name}"
-        if self.train.mean_over == COUNTED:
-            title += ", every loss a mean over the examples that count for the task"
-        table = Table(title=title, caption=text, caption_justify="left")
+        table = Table(title=self.title, caption=text, caption_justify="left")
         for name in header:
             table.add_column(name, justify="left" if name == "method" else "right")
         for line in lines:
             table.add_row(*line)
         self.console.print(table)
         body = pipe_table([header, *lines])
-        self.write(".md", f"**{title}**\n\n{body}\n\n{text}\n\nMade by `{self.options.line}`.\n")
+        self.write(
+            ".md", f"**{self.title}**\n\n{body}\n\n{text}\n\nMade by `{self.options.line}`.\n"
+        )
         self.write(".csv", report.metrics_csv(rows, self.tasks))
         if self.options.out is not None:
             columns = [*names, "average"]
@@ -264,7 +271,7 @@ def figure2(options: argparse.Namespace) -> None:
         values = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, last, strict=True))
         said.append(f"- ({panel}) {title}: {values}")
     text = (
-        f"**figure2, {study.dataset.name}**\n\nMultiBalance with its defaults, seed 0; means over the last "
+        f"**{study.title}**\n\nMultiBalance with its defaults, seed 0; means over the last "
         "quarter of the steps. The magnitudes are norms of the gradients of a batch's representation.\n\n"
         + "\n".join(said)
         + f"\n\n{study.setup()}\n\nMade by `{options.line}`.\n"
