@@ -313,8 +313,9 @@ def _settings(config: CompareConfig, search: tuple[np.ndarray, list[Run]] | None
         f"{train.epochs} epochs of all training pairs in batches of {train.batch_pairs} with "
         f"{train.negatives} random items each, patience {train.patience}, the epoch with the best "
         f"validation NDCG@10 of {train.validation_users or 'all'} users. {SINGLE}: the target's loss "
-        f"alone. {SUM}: all weights 1. Balancing methods: options as written, else defaults; multibalance on "
-        "the representation, the others on the losses or the parameters where place= is not written."
+        f"alone. {SUM}: all weights 1. Balancing methods: options as written, else defaults; "
+        "multibalance on the representation, the others on the losses or the parameters where place= is "
+        "not written."
     )
     if STANDARDISED in config.methods:
         text += f" {STANDARDISED}: the sum with each squared error divided by its labels' variance."
