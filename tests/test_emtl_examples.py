@@ -216,7 +216,7 @@ def test_table1_reads_a_folder_in_the_form_of_aliexpress(
     out = tmp_path / "out"
     assert main(["table1", "--quick", "--data", str(tmp_path), "--out", str(out)]) == 0
     found = cells(out / "table1.md")
-    assert found["network, method"][:3] == ["CTR: AUC", "Conv|imp: AUC", "average"]
+    assert found["network, method"][:3] == ["CTR: AUC", r"Conv\|imp: AUC", "average"]
     assert "true probabilities" not in found
     assert "36 + 4 + 20 examples" in (out / "table1.md").read_text("utf-8")
 
