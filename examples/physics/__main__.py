@@ -6,7 +6,6 @@ Without options: all methods on the Helmholtz equation, and the shorter list of 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from examples.benchmarks.timing import cores
 from examples.physics import report
 from examples.physics.picture import draw
 from examples.physics.problems import PROBLEMS
@@ -117,10 +117,6 @@ def _time(options: argparse.Namespace, config: Config, command: str, out: Path |
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Where a process is bound to some of the cores, only those count.
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     parser = argparse.ArgumentParser(
         prog="python -m examples.physics",
         description=__doc__.splitlines()[0],
@@ -141,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{text} (default %(default)s)",
         )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=min(2, cores), help="trainings at a time (default %(default)s)"
+        "--jobs",
+        type=int,
+        default=min(2, cores()),
+        help="trainings at a time (default %(default)s)",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="write the tables and a picture a problem here"
