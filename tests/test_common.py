@@ -362,6 +362,14 @@ def test_a_state_can_be_donated(name):
     assert_finite(state)
 
 
+def test_fresh_states_can_be_donated():
+    """As `init` of a method makes them, without a wrapper that would copy them."""
+    states = {name: method(name).init(PARAMS) for name in mtl.METHODS}
+    given = [leaf for leaf in jax.tree.leaves(states) if leaf.size]
+    jax.jit(lambda states: jax.tree.map(jnp.copy, states), donate_argnums=0)(states)
+    assert all(leaf.is_deleted() for leaf in given)
+
+
 def test_a_fresh_carrier_can_be_donated():
     for name in SAMPLE:
         leaves = jax.tree.leaves(mtl.fork_init(method(name), PARAMS["a"]))

@@ -301,3 +301,21 @@ def test_chains_that_hold_such_a_method_are_refused(name):
             "alone. Use it with mtl_optax.fork_value_and_grad (one backward pass) or "
             "mtl_optax.per_task_value_and_grad."
         )
+
+
+def test_blocks_of_a_method_on_losses_all_have_the_same_weights():
+    """The weight of a task is that of each block, and not their sum."""
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(3), "c": jnp.zeros(())}
+    losses = jnp.array([0.5, 2.0, 4.0])
+    method = mtl.scale_invariant(3, blocks="leaf")
+    total, state = mtl.weigh_losses(losses, method.init(params), method)
+    assert state.weights.shape == (3, 3)
+    assert float(total) == pytest.approx(3.0)
+    np.testing.assert_allclose(mtl.head_weights(state), 1 / losses, rtol=1e-6)
+
+
+def test_head_weights_are_the_mean_over_blocks():
+    method = mtl.metabalance(2, relax_factor=1.0)
+    grads = {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[1.0], [4.0]])}
+    _, state = method.update(grads, method.init({"a": jnp.zeros(1), "b": jnp.zeros(1)}))
+    np.testing.assert_allclose(mtl.head_weights(state), [1.0, (1 / 2 + 1 / 4) / 2], rtol=1e-6)

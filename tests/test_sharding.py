@@ -258,6 +258,22 @@ def test_axis_name_sums_over_shards_of_parameters():
         assert_close(actual[name], result)
 
 
+def test_a_clip_by_norm_is_by_the_norm_of_the_whole():
+    """Each device has an eighth of the update; its own norm would clip less, and each by another factor."""
+    grads = draw(6, {"w": (16, 3)}, (T,))["w"]
+    alone = mtl.nash_mtl(T, max_norm=0.1)
+    expected, _ = alone.update(grads, alone.init(jnp.zeros((16, 3))))
+    assert np.linalg.norm(expected) == pytest.approx(0.1)
+    method = mtl.nash_mtl(T, max_norm=0.1, axis_name=AXES)
+    local = jax.shard_map(
+        lambda grads: method.update(grads, method.init(grads[0]))[0],
+        mesh=make_mesh("auto"),
+        in_specs=P(None, AXES),
+        out_specs=P(AXES),
+    )
+    assert_close(jax.jit(local)(grads), expected)
+
+
 def that_exclude(axis_name):
     """Transformations that exclude a task or skip a step by what they find on the devices."""
     method = functools.partial(make, num_tasks=T, axis_name=axis_name)
@@ -273,6 +289,8 @@ def that_exclude(axis_name):
         "skip_nonfinite": mtl.skip_nonfinite(
             optax.chain(mtl.sum_tasks(T), optax.trace(0.9)), axis_name=axis_name
         ),
+        # The method inside sees averages that are finite everywhere: it has nothing to agree on.
+        "remember": mtl.remember(mtl.sum_tasks(T), 0.5, axis_name=axis_name),
     }
 
 

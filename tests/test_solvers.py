@@ -9,6 +9,7 @@ import pytest
 import scipy.optimize
 from golden_cases import COMPARED, load
 
+from mtl_optax.solvers import nash
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 from mtl_optax.solvers.cosine import cosine_matrix
@@ -18,7 +19,7 @@ from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nash import fair_weights, nash_bargaining_weights
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares
-from mtl_optax.solvers.simplex import project_onto_simplex
+from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
 def nash_only(cosine, norms, active=None):
@@ -110,6 +111,28 @@ def test_fair_weights_reference(alpha):
     assert compared == COMPARED[f"solver fairgrad {alpha}"]
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_fair_weights_far_from_the_solution_are_not_called_solved(limit, monkeypatch):
+    monkeypatch.setattr(nash, "LIMIT", limit)
+    rows = jnp.array([[1.0, 0.0, 0.0], [-0.9, 1.0, 0.0], [-0.9, -0.9, 1.0]])
+    cosine, norms = cosine_matrix(rows @ rows.T)
+    weights, solved = jax.jit(lambda *inputs: fair_weights(*inputs))(cosine, norms)
+    assert not bool(solved)
+    np.testing.assert_allclose(weights, jax.jit(min_norm_weights)(cosine, norms), rtol=1e-5)
+
+
+def test_shares_among_those_who_are_there():
+    weights, present = jnp.array([0.2, 0.3, 0.5]), jnp.array([True, False, True])
+    np.testing.assert_allclose(renormalize(weights, present), [2 / 7, 0, 5 / 7], rtol=1e-6)
+    np.testing.assert_allclose(
+        keep_shares(jnp.array([0.9, 0.0, 0.1]), weights, present), [0.63, 0.3, 0.07], rtol=1e-6
+    )
+    # Where those who are there had nothing, they begin with equal shares.
+    others = jnp.array([False, True, True])
+    np.testing.assert_allclose(renormalize(jnp.array([1.0, 0, 0]), others), [0, 0.5, 0.5])
+    np.testing.assert_array_equal(renormalize(weights, jnp.zeros(3, bool)), 0)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("tasks", [1, 3, 16, 64])
 def test_nonnegative_least_squares_agrees_with_scipy(tasks):
@@ -120,6 +143,22 @@ def test_nonnegative_least_squares_agrees_with_scipy(tasks):
         got = np.asarray(solver(jnp.asarray(rows @ rows.T), jnp.asarray(rows @ goal)))
         want, _ = scipy.optimize.nnls(rows.T, goal)
         np.testing.assert_allclose(got @ rows, want @ rows, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("free", [8, 5])
+def test_nonnegative_least_squares_of_nearly_dependent_rows(free):
+    """A shift of the diagonal keeps the factor finite; only refinement takes it out of the solution."""
+    generator = np.random.default_rng(free)
+    left, _ = np.linalg.qr(generator.normal(size=(8, 8)))
+    right, _ = np.linalg.qr(generator.normal(size=(8, 8)))
+    rows = left * np.geomspace(1, 3e-4, 8) @ right
+    # Where the solution is positive the slope is 0, elsewhere positive: this is how optima look.
+    want = np.where(np.arange(8) < free, generator.uniform(0.5, 1, 8), 0)
+    slope = np.where(np.arange(8) < free, 0, 0.1)
+    gram = rows @ rows.T
+    got = np.asarray(jax.jit(nonnegative_least_squares)(gram, gram @ want - slope))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-7)
 
 
 @pytest.mark.usefixtures("x64")
