@@ -123,7 +123,7 @@ def test_an_absent_task_is_no_task(case):
 
 
 def test_rlw_alone_depends_on_the_draw_of_an_absent_task():
-    """It draws T numbers at a time: made without a task it draws others. Given `noise=` it does not differ."""
+    """It draws T numbers at a time, so that made without a task it draws others."""
     tx, grads = mtl.rlw(3), jnp.eye(3)
     state = tx.init(jnp.zeros(3))
     everybody, _ = tx.update(grads, state)

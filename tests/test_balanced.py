@@ -152,3 +152,23 @@ def test_a_task_that_was_absent_makes_new_weights_due():
     assert state.weighed.tolist() == [True, True, False]
     state = fn(state, jnp.ones((T,), bool))
     assert state.weighed.all() and int(state.balance_count) == 2
+
+
+def test_a_task_that_stays_non_finite_costs_no_backward_passes():
+    """Its new weights would be due in every step, with T backward passes, and it would never get them."""
+
+    def by_name(params, ids, scale):
+        losses = loss_fn(params, ids, 1.0)
+        return {name: losses[t] * scale[t] for t, name in enumerate("abc")}
+
+    method = mtl.inverse_norm(("a", "b", "c"), update_every=10)
+    fn = jax.jit(mtl.balanced_value_and_grad(by_name, method))
+    _, _, first = run(fn, method.init(PARAMS), jnp.array([1.0, jnp.nan, 1.0]))
+    assert first.weighed.tolist() == [True, False, True]
+    _, update, second = run(fn, first, jnp.array([0.1, jnp.nan, 3.0]))
+    # With the weights of the first step: none were computed for these gradients.
+    np.testing.assert_array_equal(second.weights, first.weights)
+    assert second.skipped.tolist() == [0, 2, 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
+    _, _, third = run(fn, second, jnp.array([0.1, 1.0, 3.0]))
+    assert third.weighed.all() and not np.allclose(third.weights, second.weights)
