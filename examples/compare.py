@@ -56,7 +56,7 @@ METHODS = (
     "inverse_norm",
     "imtl_g",
     "mgda",
-    "emtl",
+    'emtl(base="mgda", epsilon=0.3, rho=0.3)',  # as in the stored table
     "db_mtl",
     "gradnorm",
     "famo",

@@ -6,9 +6,9 @@ import mtl_optax as mtl
 
 # What a property means is in test_properties.py. "non_conflicting": no task's loss rises to first order;
 # "permutation": tasks in another order give the same update; "scale": all gradients times c give the
-# update times c; "task_scale": one task's gradient times c > 0 changes nothing; "simplex": weights >= 0
-# that sum to 1; "stationary": 0 in the convex hull gives update 0; "split": how vectors are cut into
-# leaves does not matter.
+# update times c; "task_scale": one task's loss, and so its gradient, times c > 0 changes nothing;
+# "simplex": weights >= 0 that sum to 1; "stationary": 0 in the convex hull gives update 0; "split": how
+# vectors are cut into leaves does not matter.
 PROPERTIES = {
     "adatask": {"permutation", "split"},
     "aligned_mtl": {"permutation", "scale", "split"},
@@ -17,10 +17,10 @@ PROPERTIES = {
     "config": {"permutation", "scale", "split"},
     "cosmos": {"permutation", "scale", "split"},
     "cr_mogm": {"permutation", "scale", "simplex", "split"},
-    "db_mtl": {"permutation", "split"},
+    "db_mtl": {"permutation", "split", "task_scale"},
     "dualproj": {"non_conflicting", "permutation", "scale", "split"},
     "dwa": {"permutation", "scale", "split"},
-    "emtl": {"permutation", "split"},
+    "emtl": {"permutation", "split", "task_scale"},
     "excess_mtl": {"permutation", "simplex", "split"},
     "fairgrad": {"non_conflicting", "permutation", "split", "stationary", "task_scale"},
     "famo": {"permutation", "scale", "simplex", "split"},
@@ -56,9 +56,9 @@ PROPERTIES = {
     "rlw": {"scale", "simplex", "split"},
     "rotograd_scale": {"permutation", "scale", "split"},
     "scale_by_mtadam": set(),
-    "scale_invariant": {"permutation", "scale", "split"},
+    "scale_invariant": {"permutation", "scale", "split", "task_scale"},
     "sdmgrad": {"simplex"},
-    "stch": {"permutation", "scale", "split"},
+    "stch": {"permutation", "scale", "split", "task_scale"},
     "sum_tasks": {"permutation", "scale", "split"},
     "trimmed_mean": {"permutation", "scale", "simplex", "split"},
     "uncertainty": {"permutation", "scale", "split"},

@@ -69,8 +69,9 @@ def test_ends_are_measured_against_the_front() -> None:
 def test_figure1_writes_a_table_a_csv_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def options(steps: int, front: np.ndarray) -> dict[tuple[str, float, float], figure1.Ends]:
-        return {("as they are", 0.3, 0.1): figure1.ends_of(jnp.zeros((5, 1, 2)), front)}
+    def options(steps: int, front: np.ndarray) -> dict[figure1.Option, figure1.Ends]:
+        option = figure1.Option("raw", "as they are", 0.3, 0.1)
+        return {option: figure1.ends_of(jnp.zeros((5, 1, 2)), front)}
 
     monkeypatch.setattr(figure1, "ROWS", {"plain sum": "sum"})
     monkeypatch.setattr(figure1, "options_of_emtl", options)
@@ -78,7 +79,7 @@ def test_figure1_writes_a_table_a_csv_and_a_picture(
     text = (tmp_path / "figure1.md").read_text("utf-8")
     assert "python -m examples.emtl figure1" in text
     assert text.count("\n| plain sum |") == 1
-    assert "\n| as they are | 0.3 | 0.1 | 0 | 0 |" in text
+    assert "\n| raw gradients | as they are | 0.3 | 0.1 | 0 | 0 |" in text
     with (tmp_path / "figure1.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(toy.STARTS)
@@ -96,6 +97,12 @@ def test_paths_repeat_a_plain_loop() -> None:
         unbiased = first / (1 - 0.9**count), second / (1 - 0.999**count)
         position = position - 1e-3 * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
     np.testing.assert_allclose(visited[0, -1], position, atol=1e-5)
+
+
+def test_emtl_reaches_the_best_mean_from_all_five_starts() -> None:
+    """Figure 1 of the paper, with the defaults."""
+    ends = figure1.ends_of(figure1.paths("emtl", figure1.STEPS), toy.pareto_front())
+    assert ends.counts() == ("5", "5")
 
 
 @pytest.mark.parametrize(
@@ -272,5 +279,5 @@ def test_figure1_runs_quickly_with_all_methods(tmp_path: Path) -> None:
     text = (tmp_path / "figure1.md").read_text("utf-8")
     assert all(f"\n| {name} |" in text for name in figure1.ROWS)
     options = len(figure1.EPSILONS) * len(figure1.RHOS)
-    assert all(text.count(f"\n| {sign} |") == options for sign in figure1.SHIFTS)
+    assert all(text.count(f"| {sign} |") == 2 * options for sign in figure1.SHIFTS)
     assert "nan" not in text

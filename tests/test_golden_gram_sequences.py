@@ -320,7 +320,8 @@ def test_golden_emtl() -> None:
             "step_size": given["eta_p"],
         }
         if case["kind"] == "full":
-            transformation = mtl.emtl(case["T"], **keywords)
+            # The file's alpha are those of MGDA on raw gradients.
+            transformation = mtl.emtl(case["T"], base=mtl.mgda(case["T"]), **keywords)
             compare_trees(case, run_trees(transformation, case, case["losses"]), 1e-6)
         else:
             weights = _emtl_weights(case, keywords)
@@ -333,12 +334,11 @@ def _emtl_weights(case: Any, keywords: Any) -> np.ndarray:
     """EMTL over weights alpha that the case prescribes, on orthogonal gradients of prescribed norms."""
     tasks = case["T"]
     plain = mtl.fixed_weights(tasks, np.ones(tasks))
-    start = mtl.emtl(tasks, weigher=plain, **keywords).init(jnp.zeros(tasks))
+    start = mtl.emtl(tasks, base=plain, **keywords).init(jnp.zeros(tasks))
 
     def step(state: Any, inputs: Any) -> Any:
         alpha, losses, norms = inputs
-        weigher = mtl.fixed_weights(tasks, alpha)
-        transformation = mtl.emtl(tasks, weigher=weigher, **keywords)
+        transformation = mtl.emtl(tasks, base=mtl.fixed_weights(tasks, alpha), **keywords)
         _, state = transformation.update(jnp.diag(norms), state, losses=losses)
         return state, state.weights[0]
 

@@ -113,6 +113,46 @@ def test_multibalance_without_memory_is_modo() -> None:
     np.testing.assert_allclose(weights(one), weights(other), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_emtl_does_not_depend_on_the_scales_of_losses(tasks: int) -> None:
+    """A loss times c has a gradient times c, over several steps; with other options this matters."""
+    gradients, losses = draws(tasks), jnp.linspace(0.3, 2.0, tasks)
+
+    def updates_at(scales: jax.Array, **options: Any) -> np.ndarray:
+        return updates(
+            mtl.emtl(tasks, **options), gradients * scales[None, :, None], losses=losses * scales
+        )
+
+    for powers in ([-3.0, 3.0, 0.0], [3.0, 0.0, -3.0], [-1.0, -2.0, -3.0]):
+        scales = 10.0 ** jnp.asarray(powers[:tasks])
+        ones = jnp.ones(tasks)
+        np.testing.assert_allclose(updates_at(scales), updates_at(ones), rtol=1e-9, atol=1e-12)
+        for options in ({"epsilon": 0.1}, {"base": mtl.mgda(tasks)}):
+            changed = updates_at(scales, **options) - updates_at(ones, **options)
+            assert np.abs(changed).max() > 1e-3, options
+
+
+def test_emtl_by_its_formula() -> None:
+    """Two tasks: MGDA on unit gradients has weights of 1/2, and the ball holds p."""
+    gradients, losses = jnp.asarray([[3.0, 4.0], [-0.6, 0.8]]), jnp.asarray([2.0, 1.0])
+    rates = np.array([0.5 * 2 / 5, 0.5 * 1 / 1])
+    p = np.exp(0.5 * rates) / np.exp(0.5 * rates).sum()
+    units = np.array([[0.6, 0.8], [-0.6, 0.8]])
+    for epsilon in (0.0, 0.25):
+        tx = mtl.emtl(2, epsilon=epsilon)
+        update, _ = tx.update(gradients, tx.init(gradients[0]), losses=losses)
+        plain, own = gradients.sum(0) / 2, (p / 2) @ units
+        expected = (epsilon * plain + (1 - epsilon) * own) / 2
+        np.testing.assert_allclose(update, expected, rtol=1e-9)
+
+
+def test_emtl_with_epsilon_one_is_its_base() -> None:
+    gradients = draws(3)
+    for base in (mtl.mgda(3, normalize="l2"), mtl.imtl_g(3)):
+        found = updates(mtl.emtl(3, epsilon=1.0, base=base), gradients, losses=jnp.ones(3))
+        np.testing.assert_allclose(found, updates(base, gradients) / 3, rtol=1e-9, atol=1e-12)
+
+
 def test_cr_mogm_without_memory_is_its_weigher() -> None:
     gradients = draws(3)
     plain = updates(mtl.mgda(3), gradients)

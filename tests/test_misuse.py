@@ -671,11 +671,9 @@ def test_losses_joined_twice_move_the_state_once():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), total(2), total(1))
 
 
-def test_a_weigher_that_clips():
+def test_a_base_that_clips():
     expected = (
         "emtl: takes the weights of nash_mtl only, so its max_norm would be lost. Leave it out, and put "
         "optax.clip_by_global_norm after the whole method."
     )
-    assert (
-        message(ValueError, lambda: mtl.emtl(T, weigher=mtl.nash_mtl(T, max_norm=1.0))) == expected
-    )
+    assert message(ValueError, lambda: mtl.emtl(T, base=mtl.nash_mtl(T, max_norm=1.0))) == expected

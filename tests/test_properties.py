@@ -122,8 +122,9 @@ def scale(name):
 
 
 def task_scale(name):
-    factors = np.array([1e-2, 1.0, 1e2])[:, None]
-    return _difference(plain(name)[0], run(name, GRADIENTS * factors)[0])
+    factors = np.array([1e-2, 1.0, 1e3])
+    scaled = run(name, GRADIENTS * factors[:, None], LOSSES * factors)[0]
+    return _difference(plain(name)[0], scaled)
 
 
 def simplex(name):

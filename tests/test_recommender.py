@@ -440,6 +440,17 @@ def test_a_chain_keeps_the_task_axis_up_to_its_last_part():
     np.testing.assert_allclose(update, [3.0, 1.8], atol=1e-5)
 
 
+def test_a_method_that_another_one_is_built_on():
+    gradients, losses = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([1.0, 2.0])
+    texts = ('emtl(base="mgda", epsilon=1)', "mgda")
+    raw, plain = (parse_choice(text).method(2, optax.identity(), {}) for text in texts)
+    update, _ = raw.update(gradients, raw.init(jnp.zeros(2)), losses=losses)
+    expected, _ = plain.update(gradients, plain.init(jnp.zeros(2)))
+    np.testing.assert_allclose(update, expected / 2, rtol=1e-6)
+    with pytest.raises(UserError, match="unknown method 'mgdb'"):
+        parse_choice('emtl(base="mgdb")').method(2, optax.identity(), {})
+
+
 def test_known_methods_and_knobs():
     assert known_methods()[:2] == ("single", "sum") and "ntk" not in known_methods()
     assert set(known_methods()) - {"single", "sum"} == set(mtl.METHODS) - {"ntk"}

@@ -52,7 +52,8 @@ from examples.recommender.runner import Job, Runner
 from examples.recommender.training import Plan, Run, Setting
 
 SINGLE = "STL"
-# The paper's rows in its order; an epoch is a window of DWA.
+# The paper's rows in its order; an epoch is a window of DWA. The stored table has MGDA on raw gradients in
+# EMTL, where the library's default is unit gradients.
 ROWS = {
     SINGLE: "sum",
     "LS": "sum",
@@ -67,7 +68,7 @@ ROWS = {
     "GradDrop": "graddrop",
     "IMTL-G": "imtl_g",
     "Nash-MTL": "nash_mtl",
-    "EMTL": "emtl",
+    "EMTL": 'emtl(base="mgda", epsilon=0.3, rho=0.3)',
 }
 
 

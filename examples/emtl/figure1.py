@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +33,22 @@ ROWS = {
     "Nash-MTL": "nash_mtl",
     "EMTL": "emtl",
 }
-# EMTL's options, from the paper's grids. With two tasks every rho from 0.481 on is no constraint.
+# EMTL's options: the gradients on which MGDA runs, and the paper's grids. With two tasks every rho from
+# 0.481 on is no constraint.
+BASES = {"unit": "emtl", "raw": 'emtl(base="mgda")'}
 EPSILONS, RHOS = (0.0, 0.1, 0.3, 0.5), (0.1, 0.3, 0.5)
 SHIFTS = {"as they are": 0.0, "plus 21, so positive": 21.0}
 STEPS, LEARNING_RATE, KEPT = 35_000, 1e-3, 500  # Adam, as in Nash-MTL's program; positions kept
 NEAR = 0.1  # in unscaled losses, whose optimum is -20
+
+
+class Option(NamedTuple):
+    """Options of EMTL: a key of `BASES`, one of `SHIFTS`, and two numbers."""
+
+    base: str
+    shift: str
+    epsilon: float
+    rho: float
 
 
 class Ends(NamedTuple):
@@ -93,13 +105,16 @@ def ends_of(positions: jax.Array, front: np.ndarray) -> Ends:
     return Ends(np.asarray(positions[:, -1], float), found, distance, excess)
 
 
-def options_of_emtl(steps: int, front: np.ndarray) -> dict[tuple[str, float, float], Ends]:
-    """EMTL's ends by the losses' shift, epsilon and rho; all trained side by side."""
-    keys = [(sign, e, r) for sign in SHIFTS for e in EPSILONS for r in RHOS]
-    shifts = jnp.array([SHIFTS[sign] for sign, _, _ in keys])
-    knobs = {name: jnp.array([key[k] for key in keys]) for k, name in ((1, "epsilon"), (2, "rho"))}
-    found = jax.vmap(partial(paths, "emtl", steps))(shifts, knobs)
-    return {key: ends_of(positions, front) for key, positions in zip(keys, found, strict=True)}
+def options_of_emtl(steps: int, front: np.ndarray) -> dict[Option, Ends]:
+    """EMTL's ends by its options; those of a base are trained side by side."""
+    ends = {}
+    for base, choice in BASES.items():
+        grid = [Option(base, *rest) for rest in itertools.product(SHIFTS, EPSILONS, RHOS)]
+        shifts = jnp.array([SHIFTS[option.shift] for option in grid])
+        knobs = {key: jnp.array([getattr(o, key) for o in grid]) for key in ("epsilon", "rho")}
+        found = jax.vmap(partial(paths, choice, steps))(shifts, knobs)
+        ends |= {o: ends_of(positions, front) for o, positions in zip(grid, found, strict=True)}
+    return ends
 
 
 def method_cells(found: dict[str, Ends]) -> list[tuple[str, ...]]:
@@ -112,9 +127,10 @@ def method_cells(found: dict[str, Ends]) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-def option_cells(found: dict[tuple[str, float, float], Ends]) -> list[tuple[str, ...]]:
+def option_cells(found: dict[Option, Ends]) -> list[tuple[str, ...]]:
     """The table of EMTL's options, header first."""
     header = (
+        "MGDA on",
         "losses",
         "epsilon",
         "rho",
@@ -123,8 +139,15 @@ def option_cells(found: dict[tuple[str, float, float], Ends]) -> list[tuple[str,
         "first loss at the ends",
     )
     rows = [
-        (sign, f"{e:g}", f"{r:g}", *ends.counts(), ", ".join(f"{v:.1f}" for v in ends.losses[:, 0]))
-        for (sign, e, r), ends in found.items()
+        (
+            f"{option.base} gradients",
+            option.shift,
+            f"{option.epsilon:g}",
+            f"{option.rho:g}",
+            *ends.counts(),
+            ", ".join(f"{v:.1f}" for v in ends.losses[:, 0]),
+        )
+        for option, ends in found.items()
     ]
     return [header, *rows]
 
@@ -188,7 +211,8 @@ def _note(steps: int, front: np.ndarray) -> str:
         f"has its optimum at -20. On the front: of five starts, those that end less than {NEAR:g} from "
         "it in the plane of these losses. At the best mean: those whose mean loss ends less than "
         f"{NEAR:g} above {front.mean(axis=1).min():.2f}, the best; the paper says "
-        "that EMTL gets there from all five. Second table: EMTL over the paper's grids. The losses are "
+        "that EMTL gets there from all five. Second table: EMTL over the paper's grids, with MGDA on "
+        "unit gradients (the library's default) and on raw ones. The losses are "
         "negative near the front; a constant that makes them positive changes no gradient, but EMTL's "
         "weights depend on the losses. Both losses are 0 on the line y = 0, where the two halves of the "
         "plane meet. Near x = -7 the first loss has a minimum across this line, and a gradient of about "

@@ -86,6 +86,9 @@ def _factory(name: str, num_tasks: int, arguments: dict[str, Any]) -> mtl.Method
     if name == SINGLE:
         # The same batches as every other row: only the losses of the other tasks do not count.
         return mtl.fixed_weights(num_tasks, [1.0] + [0.0] * (num_tasks - 1))
+    if isinstance(arguments.get("base"), str):  # a method that another one is built on
+        base = parse_choice(arguments["base"])
+        arguments = arguments | {"base": base.method(num_tasks, optax.identity(), {})}
     return mtl.METHODS[name].factory(num_tasks, **arguments)
 
 
@@ -93,7 +96,7 @@ def parse_choice(text: str) -> Choice:
     """Read `metabalance`, `metabalance(relax_factor=1)` or `metabalance + grad_surgery`.
 
     The option `place=` puts a method on the "losses", the "representation" or the "parameters"; the others
-    go to the method's factory.
+    go to the method's factory. The method that `base=` asks for is a string: `emtl(base="mgda")`.
     """
     place, parts = None, []
     for part in _split_chain(text):

@@ -1,4 +1,4 @@
-"""EMTL: equal relative contributions of tasks, by variance regularisation on top of MGDA."""
+"""EMTL: equal relative rates of the tasks, by variance regularisation on top of MGDA."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class EMTLState(NamedTuple):
 
     Attributes:
       log_p: `[T]`, logarithm of the adversary's distribution over tasks.
-      weigher: the state of the underlying method.
+      base: the state of the base method.
     """
 
     log_p: jax.Array
-    weigher: Any
+    base: Any
 
 
 def emtl(
     num_tasks: Any,
     *,
-    epsilon: Any = 0.3,
-    rho: Any = 0.3,
+    epsilon: Any = 0.0,
+    rho: Any = 0.1,
     kl_radius: Any = None,
     step_size: Any = 0.5,
-    weigher: optax.GradientTransformation | None = None,
+    base: optax.GradientTransformation | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Equalises the ratio of weighted loss to gradient norm over the tasks.
@@ -48,7 +48,7 @@ def emtl(
     loss and little effect on the shared parameters. An adversary chooses a distribution p over tasks, in a
     KL ball around the uniform one, and follows large rates by mirror ascent. This bounds their variance.
 
-    With :math:`\alpha` the weights of ``weigher``, ``step_size`` :math:`\eta`, ``epsilon``
+    With :math:`\alpha` the weights of ``base``, ``step_size`` :math:`\eta`, ``epsilon``
     :math:`\epsilon`, and the smallest :math:`\mu \ge 0` for which :math:`KL(p\|u) \le` ``kl_radius``,
     u uniform:
 
@@ -57,16 +57,22 @@ def emtl(
         \qquad w_t = \tfrac1T \big(\epsilon\, \alpha_t + (1-\epsilon)\, p_t\, \alpha_t / |g_t|\big),
         \qquad update = \sum_t w_t g_t
 
-    with the new p. Scale: the method's own (the second part combines unit gradients). Equations 11 to 13
+    with the new p. Scale: the method's own; by default the update is
+    :math:`\tfrac1T \sum_t p_t \alpha_t\, g_t / |g_t|`, which is not longer than 1/T. Equations 11 to 13
     and algorithm 1 of the paper.
+
+    By default the scales of the losses do not matter: if a loss is multiplied by c, so are :math:`L_t` and
+    :math:`g_t`, while :math:`\alpha_t`, :math:`R_t`, p and :math:`w_t g_t` stay as they are. With
+    ``epsilon > 0``, or a ``base`` whose weights depend on the lengths of the gradients, they do matter.
 
     Args:
       num_tasks: T, or the task names.
-      epsilon: share of the plain `weigher` update, in [0, 1]; 1 is that update divided by T.
+      epsilon: share of the plain `base` update, in [0, 1]; 1 is that update divided by T.
       rho: strength of the regularisation; the radius of the ball is its square root.
       kl_radius: the radius of the ball; by default sqrt(rho).
       step_size: eta, the step size of the adversary.
-      weigher: any weighting method of this library; None is exact `mgda`.
+      base: the method that gives alpha, any weighting method of this library; None is exact MGDA on unit
+        gradients, `mgda(num_tasks, normalize="l2")`.
       **options: see `MethodOptions`.
 
     Returns:
@@ -74,13 +80,20 @@ def emtl(
       Gram matrix, one for the sum, and a scalar root search.
 
     Raises:
-      ValueError: for numbers outside their range, or a `weigher` for another number of tasks.
-      TypeError: for a `weigher` that is not a weighting method.
+      ValueError: for numbers outside their range, or a `base` for another number of tasks.
+      TypeError: for a `base` that is not a weighting method.
 
     Notes:
-      The paper has no public code. Norms and :math:`\alpha` are constants in the differentiation. The
-      paper weights the losses, so the heads are scaled too: see `split_value_and_grad`. The KL divergence
-      never exceeds log T: for ``rho`` >= (log T)^2 (T = 2: 0.481) the ball is no constraint.
+      The paper has no public code, and its text does not say on which gradients MGDA runs. It claims that
+      the method does not depend on the losses' scales. On raw gradients (``base=mgda(num_tasks)``) it does:
+      for nearly orthogonal gradients :math:`\alpha_t` is proportional to :math:`1/|g_t|^2`, and
+      :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the paper's Figure 1 reach the
+      best mean, as in the paper; on raw gradients none does (``python -m examples.emtl figure1``, where
+      ``epsilon`` > 0 costs one of the five).
+
+      Norms and :math:`\alpha` are constants in the differentiation. The paper weights the losses, so the
+      heads are scaled too: see `split_value_and_grad`. The KL divergence never exceeds log T: for ``rho``
+      >= (log T)^2 (T = 2: 0.481) the ball is no constraint.
 
       A zero gradient has rate 0 and no second part; MGDA gives it all the weight, and the update is 0.
       All zero: 0. T = 1: p = 1. An absent task keeps its share of p until it returns.
@@ -90,9 +103,12 @@ def emtl(
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
       >>> tx = mtl.emtl(2)
       >>> grads, losses = jnp.array([[2., 0.], [0., 1.]]), jnp.array([1., 3.])
-      >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
-      >>> print(np.asarray(jnp.exp(state.rule_state.log_p)).round(3))
-      [[0.24 0.76]]
+      >>> for scale in (jnp.array([1., 1.]), jnp.array([1., 1000.])):  # of the second loss
+      ...     state, scaled = tx.init(jnp.zeros(2)), grads * scale[:, None]
+      ...     update, state = tx.update(scaled, state, losses=losses * scale)
+      ...     print(np.asarray(update).round(3))
+      [0.087 0.163]
+      [0.087 0.163]
 
     References:
       Yuan and Zhang, Equitable Multi-task Learning, 2023, https://arxiv.org/abs/2306.09373
@@ -101,8 +117,8 @@ def emtl(
     check_range(
         "emtl", epsilon=(epsilon, 0, 1), rho=(rho, 0, math.inf), step_size=(step_size, 0, math.inf)
     )
-    weigher = mgda(tasks) if weigher is None else weigher
-    inner = rule_of("emtl", weigher, tasks.number)
+    base = mgda(tasks, normalize="l2") if base is None else base
+    inner = rule_of("emtl", base, tasks.number)
 
     def init(dtype: Any) -> EMTLState:
         log_p = jnp.full((tasks.number,), -math.log(tasks.number), dtype)
@@ -110,7 +126,7 @@ def emtl(
 
     def weigh(evidence: Evidence, state: EMTLState) -> tuple[jax.Array, EMTLState]:
         norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
-        alpha, weigher_state = inner.weigh(evidence, state.weigher)
+        alpha, base_state = inner.weigh(evidence, state.base)
         alpha = jnp.where(active, alpha, 0).astype(dtype)
         per_norm = safe_divide(alpha, norms)
         radius = jnp.sqrt(jnp.asarray(rho, dtype)) if kl_radius is None else kl_radius
@@ -122,7 +138,7 @@ def emtl(
         eps = jnp.asarray(epsilon, dtype)
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
         weights = (eps * alpha + (1 - eps) * p * per_norm) / count
-        return weights, EMTLState(kept, weigher_state)
+        return weights, EMTLState(kept, base_state)
 
     needs = inner.needs | {"losses", "norms"}
     rule = WeightRule(needs, weigh, init, inner.extra)
