@@ -325,6 +325,16 @@ def test_blocks_share_one_rule_and_carry_their_names():
     assert_close(read["cosines"]["matrix"], alone_state.cosine[0])
 
 
+def test_alignment_leaves_out_gradients_that_are_zero():
+    """2 |mean_t u_t|^2 - 1 over the unit gradients (1, 0) and (0, 1): 2 * 1/2 - 1."""
+    tx = mtl.mgda(T)
+    grads = jnp.zeros((T, 2)).at[0, 0].set(3.0).at[1, 1].set(5.0)
+    _, state = tx.update(grads, tx.init(jnp.zeros(2)))
+    assert float(mtl.diagnostics(state)["alignment"]) == pytest.approx(0.0, abs=1e-6)
+    _, state = tx.update(jnp.zeros((T, 2)).at[0].set(1.0), tx.init(jnp.zeros(2)))
+    assert float(mtl.diagnostics(state)["alignment"]) == pytest.approx(1.0, abs=1e-6)
+
+
 def test_reduce_false_keeps_the_task_axis():
     keep, total = mtl.metabalance(T, reduce=False), mtl.metabalance(T)
     scaled, _ = keep.update(gradients(0), keep.init(PARAMS), PARAMS)

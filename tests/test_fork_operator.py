@@ -26,7 +26,7 @@ from placement_problem import (
 )
 
 import mtl_optax as mtl
-from mtl_optax.placement.carrier import _decode, _encode
+from mtl_optax.placement.carrier import _decode, _encode, encode_state
 
 
 def forked(method, scale=1.0, active=None, joined=True):
@@ -103,6 +103,21 @@ def test_bf16_representation():
     assert_close(new.weights, state.weights)
 
 
+def test_the_update_has_the_dtype_of_the_representation():
+    """After a chain that computes in float32."""
+    widen = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.astype(float), updates))
+    method = optax.chain(mtl.sum_tasks(2), widen)
+    h = jnp.asarray([1.0, -2.0], jnp.bfloat16)
+
+    def loss_fn(h, carrier):
+        (first, second), token = mtl.fork(h, carrier, method)
+        return mtl.join(jnp.stack([jnp.sum(first**2), jnp.sum(second)]), token)
+
+    grad = jax.grad(loss_fn)(h, mtl.fork_init(method, h))
+    assert grad.dtype == jnp.bfloat16
+    assert grad.tolist() == [3.0, -3.0]
+
+
 def test_float64(x64):
     method = mtl.multibalance(2)
     h = jnp.asarray([1.0, 2.0], jnp.float64)
@@ -131,6 +146,25 @@ def test_losses_by_name():
     )
     assert (float(value), float(grad)) == (4.0, 1.0)  # L = h^2, its gradient 4, weighted by 1 / L
     assert mtl.diagnostics(carrier)["weights"].tolist() == [0.25, 0.0]
+
+
+def test_the_method_sees_losses_that_are_joined_twice_once():
+    """Two joins double the cotangents; the losses that reach the method stay what they are."""
+    method = inverse_losses(2)
+    h = jnp.asarray([1.0, 2.0])
+
+    def loss_fn(h, carrier, joins):
+        copies, token = mtl.fork(h, carrier, method)
+        losses = jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])])
+        return sum(mtl.join(losses, token) for _ in range(joins))
+
+    def step(joins):
+        return jax.grad(loss_fn, argnums=(0, 1))(h, mtl.fork_init(method, h), joins)
+
+    (grad, carrier), (twice, same) = step(1), step(2)
+    assert_close(carrier.weights, jnp.asarray([[1 / 5, 1 / 3]]))
+    assert_close(same, carrier)
+    assert_close(twice, 2 * grad)
 
 
 # --- what JAX does to a function ---------------------------------------------------------------------
@@ -371,6 +405,24 @@ def test_every_kind_of_state():
     for a, b in zip(got._replace(key=0), state._replace(key=0), strict=True):
         assert jnp.asarray(a).dtype == jnp.asarray(b).dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_counters_past_16_bits():
+    """They are counted on, and `diagnostics` reads them from the carrier."""
+    method = mtl.multibalance(2)
+    h = jnp.asarray([1.0, 2.0])
+    state = method.init(h)._replace(
+        balance_count=jnp.int32(2**16 - 1), skipped=jnp.asarray([2**16 - 1, 2**24 + 1], jnp.int32)
+    )
+
+    def loss_fn(h, carrier):
+        copies, token = mtl.fork(h, carrier, method)
+        return mtl.join(jnp.stack([jnp.sum(copies[0]) * jnp.nan, jnp.sum(copies[1])]), token)
+
+    carrier = jax.jit(jax.grad(loss_fn, argnums=1))(h, encode_state(state))
+    new, found = mtl.fork_state(method, carrier, h), mtl.diagnostics(carrier)
+    assert int(new.balance_count) == int(found["steps"]) == 2**16
+    assert new.skipped.tolist() == found["skipped"].tolist() == [2**16, 2**24 + 1]
 
 
 def test_complex_state_is_refused():

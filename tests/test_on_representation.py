@@ -129,6 +129,54 @@ def test_every_path_to_a_parameter_counts():
     assert_close(grad, expected(w))
 
 
+def with_penalty(params, fork, batch):
+    """A loss of the bottom's activations that does not pass through the fork."""
+    x, y = batch
+    h = encode(params["shared"], x)
+    losses = head_losses(params["heads"], fork(h), y)
+    return losses.at[1].add(jnp.mean(h**4))
+
+
+def test_a_loss_beside_the_fork_has_weight_1():
+    params, batch = make_problem()
+    method = mtl.multibalance(TASKS)
+    fn = jax.jit(mtl.fork_value_and_grad(with_penalty, method))
+    losses, (grads, state) = fn(params, method.init(LIKE), batch)
+    expected, expected_state = explicit_step(method, params, method.init(LIKE), batch)
+    past = jax.grad(lambda shared: jnp.mean(encode(shared, batch[0]) ** 4))(params["shared"])
+    assert_close(grads, {**expected, "shared": expected["shared"] + past})
+    assert_close(state.norms, expected_state.norms)
+    assert losses[1] > plain_losses(params, batch)[1]
+
+
+def test_each_task_has_inputs_of_its_own():
+    """One representation of the concatenated batch, or one per task with one block: the same."""
+    method, by_leaf = mtl.metabalance(2, blocks="all"), mtl.metabalance(2)
+    inputs = jax.random.normal(jax.random.key(0), (2, BATCH, 3))
+    w = jax.random.normal(jax.random.key(1), (3, WIDTH))
+
+    def losses_of(first, second):
+        return jnp.stack([jnp.mean(first**2), 30.0 * jnp.mean(jnp.sin(second))])
+
+    def together(w, fork):
+        first, second = fork(inputs.reshape(-1, 3) @ w)
+        return losses_of(first[:BATCH], second[BATCH:])
+
+    def apart(w, fork):
+        first, second = fork((inputs[0] @ w, inputs[1] @ w))
+        return losses_of(first[0], second[1])
+
+    def step(loss_fn, method, like):
+        return mtl.fork_value_and_grad(loss_fn, method)(w, method.init(like))[1][0]
+
+    one, two = jnp.zeros((2 * BATCH, WIDTH)), (jnp.zeros((BATCH, WIDTH)),) * 2
+    plain = jax.grad(lambda w: jnp.sum(losses_of(*(inputs @ w))))(w)
+    balanced = step(together, method, one)
+    assert_close(step(apart, method, two), balanced)
+    assert not np.allclose(balanced, plain, rtol=0.1)
+    assert_close(step(apart, by_leaf, two), plain)  # nothing is balanced, as the docstring warns
+
+
 def test_a_bottom_without_parameters():
     """Features that are fixed: only the heads have a gradient."""
     method = mtl.multibalance(TASKS)
@@ -258,6 +306,21 @@ def test_bf16_representation():
     assert_close(new.weights, expected_state.weights)
 
 
+def test_the_update_has_the_dtype_of_the_representation():
+    """After a chain that computes in float32."""
+    widen = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u.astype(float), updates))
+    method = optax.chain(mtl.sum_tasks(2), widen)
+    w, x = jnp.asarray([1.0, -2.0], jnp.bfloat16), jnp.asarray(3.0, jnp.bfloat16)
+
+    def loss_fn(w, fork):
+        first, second = fork(w * x)
+        return jnp.stack([jnp.sum(first**2), jnp.sum(second)]).astype(float)
+
+    _, (grad, _) = mtl.fork_value_and_grad(loss_fn, method)(w, method.init(w))
+    assert grad.dtype == jnp.bfloat16
+    assert grad.tolist() == [21.0, -33.0]  # 3 (2 * 3 w + 1)
+
+
 def test_float64(x64):
     method = mtl.multibalance(2)
     h = jnp.asarray([1.0, 2.0], jnp.float64)
@@ -354,6 +417,25 @@ def test_losses_by_name_without_names_in_the_method():
     assert_close(grads, expected)
 
 
+def test_arguments_of_the_loss_function_and_of_the_method():
+    params, batch = make_problem()
+    method = mtl.graddrop(TASKS)
+
+    def loss_fn(params, fork, x, *, targets):
+        return forked_losses()(params, fork, (x, targets))
+
+    @jax.jit
+    def step(params, state, noise):
+        fn = mtl.fork_value_and_grad(loss_fn, method)
+        x, y = batch
+        return fn(params, state, x, targets=y, extra_args={"noise": noise})[1][0]
+
+    # Noise 0 keeps every positive entry, and noise 1 every negative one.
+    for noise in (jnp.zeros(LIKE.shape), jnp.ones(LIKE.shape)):
+        expected, _ = explicit_step(method, params, method.init(LIKE), batch, noise=noise)
+        assert_close(step(params, method.init(LIKE), noise), expected)
+
+
 def test_names_for_a_transformation_that_has_none():
     params, batch = make_problem()
     chain = optax.chain(mtl.per_task(optax.trace(0.9), TASKS), mtl.sum_tasks(TASKS))
@@ -394,6 +476,47 @@ def test_nan_task_does_not_reach_the_bottom(name):
     assert_close(grads["heads"][:, ::2], expected["heads"][:, ::2])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new))
     assert new.skipped.tolist() == [0, 1, 0]
+
+
+def squares(copy, head, y, scale):
+    """The derivative of the square root is not finite where `scale` is 0."""
+    return jnp.sqrt(scale * jnp.sum((copy @ head - y) ** 2))
+
+
+def broken_losses(form):
+    """Three finite losses, of which the second has no finite derivative."""
+    scales = jnp.asarray([1.0, 0.0, 2.0])
+
+    def loss_fn(params, fork, batch):
+        x, y = batch
+        copies = fork(encode(params["shared"], x))
+        if form == "vmap":
+            return jax.vmap(squares)(jnp.stack(copies), params["heads"].T, y.T, scales)
+        each = [
+            squares(copy, params["heads"][:, t], y[:, t], scales[t])
+            for t, copy in enumerate(copies)
+        ]
+        return dict(zip("abc", each, strict=True)) if form == "dictionary" else jnp.stack(each)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("form", ["dictionary", "stack", "vmap"])
+@pytest.mark.parametrize("name", ["multibalance", "mgda"])
+def test_a_head_without_a_finite_derivative_is_left_out_alone(form, name):
+    params, batch = make_problem()
+    method = METHODS[name]
+    step = jax.jit(mtl.fork_value_and_grad(broken_losses(form), method))
+    losses, (grads, state) = step(params, method.init(LIKE), batch)
+    only = jnp.asarray([True, False, True])
+    _, (expected, absent) = step(params, method.init(LIKE), batch, active=only)
+    assert np.all(np.isfinite(jax.tree.leaves(losses)))
+    assert np.all(np.isfinite(grads["shared"])) and np.any(grads["shared"])
+    assert_close(grads["shared"], expected["shared"])
+    assert_close(grads["heads"][:, ::2], expected["heads"][:, ::2])
+    assert not np.any(np.isfinite(grads["heads"][:, 1]))
+    assert state.skipped.tolist() == [0, 1, 0]
+    assert absent.skipped.tolist() == [0, 0, 0]
 
 
 # --- what JAX does to a function ---------------------------------------------------------------------
@@ -488,6 +611,71 @@ def test_the_bottom_is_differentiated_once():
     assert products_of_the_bottom(each) == 1 + TASKS
 
 
+def layers(shared, x):
+    """The activations of two layers, and a loss of them."""
+    aux = 0.0
+    for w in shared["layers"]:
+        x = jnp.tanh(x @ w)
+        aux += jnp.mean(x**2)
+    return x, aux
+
+
+def scanned_layers(shared, x):
+    def layer(h, w):
+        h = jnp.tanh(h @ w)
+        return h, jnp.mean(h**2)
+
+    h, aux = lax.scan(layer, x, jnp.stack(shared["layers"]))
+    return h, jnp.sum(aux)
+
+
+def embedded(shared, ids):
+    return layers(shared, shared["table"][ids].reshape(ids.shape[0], -1))
+
+
+BOTTOMS = {
+    "layers": layers,
+    "scan": scanned_layers,
+    "checkpoint": jax.checkpoint(layers),
+    "embedding": embedded,
+}
+
+
+@pytest.mark.parametrize("bottom", BOTTOMS)
+def test_a_loss_beside_the_fork_costs_no_second_backward_pass(bottom):
+    """The compiled step has the plain one's operations, and its memory but for T cotangents."""
+    batch, width, tasks = 64, 128, 2
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {
+        "layers": [jax.random.normal(key, (width, width)) / 16 for key in keys[:2]],
+        "heads": [jax.random.normal(key, (width,)) for key in keys[2:4]],
+    }
+    x = jax.random.normal(keys[4], (batch, width))
+    if bottom == "embedding":
+        params["table"] = jax.random.normal(keys[5], (50, width // 4))
+        x = jax.random.randint(keys[4], (batch, 4), 0, 50)
+
+    def loss_fn(params, fork, x):
+        h, aux = BOTTOMS[bottom](params, x)
+        heads = zip(fork(h), params["heads"], strict=True)
+        first, second = (jnp.mean(jnp.sin(copy @ head)) for copy, head in heads)
+        return jnp.stack([first + 0.01 * aux, second])
+
+    def plain(params, x):
+        return jax.grad(lambda p: jnp.sum(loss_fn(p, lambda h: (h,) * tasks, x)))(params)
+
+    method = mtl.sum_tasks(tasks)
+    fork = mtl.fork_value_and_grad(loss_fn, method)
+    state = method.init(jnp.zeros((batch, width)))
+    expected = jax.jit(plain).lower(params, x).compile()
+    got = jax.jit(lambda params, x: fork(params, state, x)[1][0]).lower(params, x).compile()
+    assert_close(got(params, x), expected(params, x))
+    flops, least = (program.cost_analysis()["flops"] for program in (got, expected))
+    assert flops <= 1.03 * least
+    memory, least = (p.memory_analysis().temp_size_in_bytes for p in (got, expected))
+    assert memory <= least + tasks * batch * width * x.dtype.itemsize
+
+
 @pytest.mark.parametrize("names", [False, True])
 def test_cotangents_are_not_stacked(names):
     """No array of the T cotangents is left in the compiled step."""
@@ -572,7 +760,8 @@ def test_fork_is_called_once():
             mtl.fork_value_and_grad(loss_fn, method)(jnp.ones(2), method.init(jnp.ones(2)))
         assert str(caught.value) == (
             f"fork_value_and_grad: loss_fn must call fork exactly once, it called it {times} times. "
-            "For several representations pass fork a tuple of them."
+            "Where each task has inputs of its own, fork one representation of the concatenated batch; a "
+            'tuple of representations needs a method with blocks="all".'
         )
 
 

@@ -2,8 +2,10 @@
 
 Each head reads `stop_gradient(h) + z_t` with `z_t = 0`: the gradient with respect to `z_t` is that of
 task t with respect to the representation h. One linearisation of the loss function is transposed twice:
-first for the heads and these T gradients; then for the shared bottom with what the method made of them.
-The bottom is differentiated once, and the method's state is an ordinary optax state.
+for these T gradients, which the method combines; then for all parameters, with ones for the losses and
+the combination for h. So losses beside the fork, such as a penalty on the bottom's activations, share the
+one backward pass through the bottom. XLA merges what both transpositions have in common, the heads, and
+drops what only the first would pass on to the bottom. The method's state is an ordinary optax state.
 """
 
 from __future__ import annotations
@@ -43,18 +45,27 @@ def fork_value_and_grad(
 
     Let h be the representation and c_t the gradient of loss t with respect to task t's copy of h. The
     shared bottom receives `method.update([c_1, ..., c_T])` in place of `sum_t c_t`. Each head is
-    differentiated on its own copy with weight 1, and the bottom once.
+    differentiated on its own copy with weight 1, and the bottom once. What a loss takes from the bottom
+    past the fork (a penalty, a router's loss) is differentiated with weight 1 too, in the same pass.
 
     Notes:
-      `loss_fn` is traced twice, so it must be pure, as for `jax.grad`.
+      `loss_fn` is traced twice, so it must be pure, as for `jax.grad`. Call the function inside `jax.jit`:
+      the compiler removes what would be computed twice.
 
       On a representation `[batch, width]` every step has other examples: methods that keep an average
-      of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples there. Extra arguments
-      other than `losses` and `active` do not reach the method in this place.
+      of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples there.
+
+      Where each task has inputs of its own, fork the representation of the concatenated batch, and let each
+      head read its rows. A tuple of one representation per task needs a method with `blocks="all"`:
+      leaf by leaf (the default of `metabalance`) only one task has a gradient, and nothing is balanced.
+
+      A task whose c_t is not finite is left out of the update and counted in `skipped`; the bottom and the
+      other heads are differentiated as without it. The gradient of its own head stays NaN or inf: put
+      `optax.zero_nans()` before the optimizer, or `optax.apply_if_finite` around that of the heads.
 
     Args:
-      loss_fn: `loss_fn(params, fork, *args)` calls `copies = fork(representation)` exactly once and
-        returns the losses of the heads on their copies: `[T]` or a dictionary of scalars, or
+      loss_fn: `loss_fn(params, fork, *args, **kwargs)` calls `copies = fork(representation)` exactly once
+        and returns the losses of the heads on their copies: `[T]` or a dictionary of scalars, or
         `(losses, aux)` with `has_aux`. `copies` is a tuple of T representations, or a dictionary by
         task name for a method with named tasks.
       method: any optax transformation that removes the task axis. It sees the representation as
@@ -64,10 +75,12 @@ def fork_value_and_grad(
         wrapper), else `copies` is a tuple.
 
     Returns:
-      A function `fn(params, state, *args, active=None)` that returns `(losses, (grads, state))`, with
-      `(losses, aux)` for `losses` where `has_aux`. `state` starts from `method.init(representation)`.
-      The loss of a task that is not in `active` (bool `[T]` or a dictionary) is pulled back with the
-      cotangent 0: guard divisions such as `/ mask.sum()` in it, whose derivative is not finite.
+      A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns
+      `(losses, (grads, state))`, with `(losses, aux)` for `losses` where `has_aux`. `state` starts from
+      `method.init(representation)`. `extra_args` is a dictionary of further arguments for `method.update`
+      (`noise`, `order`, ...); all others go to `loss_fn`. The loss of a task that is not in `active`
+      (bool `[T]` or a dictionary) is pulled back with the cotangent 0: guard divisions such as
+      `/ mask.sum()` in it, whose derivative is not finite.
       Cost: the backward pass of the plain sum of losses, plus what the method does with T arrays of the
       representation's size; no stack of them is made.
 
@@ -94,7 +107,14 @@ def fork_value_and_grad(
       He et al., MultiBalance, 2024, algorithm 3, https://arxiv.org/abs/2411.11871
     """
 
-    def value_and_grad(params: Any, state: Any, *args: Any, active: Any = None) -> Any:
+    def value_and_grad(
+        params: Any,
+        state: Any,
+        *args: Any,
+        active: Any = None,
+        extra_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         tasks = tasks_of("fork_value_and_grad", method, state, num_tasks)
         check_differentiable("fork_value_and_grad", params)
         present = read_active("fork_value_and_grad", active, tasks)
@@ -115,11 +135,12 @@ def fork_value_and_grad(
                     copies if tasks.names is None else dict(zip(tasks.names, copies, strict=True))
                 )
 
-            losses, result = split_result(loss_fn(params, fork, *args), has_aux)
+            losses, result = split_result(loss_fn(params, fork, *args, **kwargs), has_aux)
             if len(seen) != 1:
                 raise ValueError(
-                    f"fork_value_and_grad: loss_fn must call fork exactly once, it called it {len(seen)} "
-                    "times. For several representations pass fork a tuple of them."
+                    "fork_value_and_grad: loss_fn must call fork exactly once, it called it "
+                    f"{len(seen)} times. Where each task has inputs of its own, fork one representation of "
+                    'the concatenated batch; a tuple of representations needs a method with blocks="all".'
                 )
             return (losses, seen[0]), result
 
@@ -131,15 +152,19 @@ def fork_value_and_grad(
         given = result[0] if has_aux else result
         task_vector("fork_value_and_grad", "the losses of loss_fn", given, tasks)
 
-        # A cotangent that is left out costs nothing, where one of zeros would go through the model.
-        pull_heads = jax.linear_transpose(lambda p, z: tangents(p, z)[0], params, zeros)
-        pull_bottom = jax.linear_transpose(lambda p, z: tangents(p, z)[1], params, zeros)
-        head_grads, cotangents = pull_heads(jnp.where(present, jnp.ones_like(losses), 0))
+        ones = jnp.where(present, jnp.ones_like(losses), 0)
+        pull_losses = jax.linear_transpose(lambda p, z: tangents(p, z)[0], params, zeros)
+        _, cotangents = pull_losses(ones)
         update, state = combine_cotangents(
-            method, cotangents, state, representation, losses=losses, active=present
+            method,
+            cotangents,
+            state,
+            representation,
+            losses=losses,
+            active=present,
+            **(extra_args or {}),
         )
-        bottom_grads, _ = pull_bottom(update)
-        grads = jax.tree.map(jnp.add, head_grads, bottom_grads)
+        grads, _ = jax.linear_transpose(tangents, params, zeros)((ones, update))
         return result, (grads, state)
 
     return value_and_grad
@@ -159,7 +184,7 @@ def combine_cotangents(
       cotangents: T trees shaped like the representation.
       state: the method's state.
       representation: the shared representation, which the method sees as `params`.
-      **extra_args: for the method: `losses`, `active`.
+      **extra_args: for the method: `losses`, `active`, and its own.
 
     Returns:
       `(update, state)`, the update in the dtypes of the representation.
@@ -175,8 +200,8 @@ def combine_cotangents(
       [3.0, 3.0, 3.0]
     """
     # A method reads the T cotangents where they are; any other transformation gets a stack of them.
-    join = (lambda *rows: TaskRows(rows)) if isinstance(method, Method) else _stack
-    updates = jax.tree.map(join, *cotangents)
+    gather = TaskRows if isinstance(method, Method) else jnp.stack
+    updates = jax.tree.map(lambda *rows: gather(rows), *cotangents)
     update, state = optax.with_extra_args_support(method).update(
         updates, state, representation, **extra_args
     )
@@ -249,7 +274,3 @@ def check_representation(representation: Any) -> None:
 def _copy(representation: Any, zeros: Any) -> Any:
     held = jax.lax.stop_gradient(representation)
     return held if zeros is None else jax.tree.map(jnp.add, held, zeros)
-
-
-def _stack(*rows: jax.Array) -> jax.Array:
-    return jnp.stack(rows)
