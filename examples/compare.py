@@ -22,18 +22,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 import mtl_optax as mtl
+from examples import tables
+from examples.command import OneLineParser, check_numbers, nearest, run_command, unknown
 from examples.recommender import report
 from examples.recommender.choices import SINGLE, SUM, Choice, known_methods, parse_choice
 from examples.recommender.data import Dataset, Split, make_dataset
 from examples.recommender.download import write_atomically
-from examples.recommender.errors import OneLineParser, UserError
+from examples.recommender.errors import UserError
 from examples.recommender.evaluation import TEST, VALIDATION, rank_by_item_scores
 from examples.recommender.network import NetworkConfig
 from examples.recommender.runner import Job, Runner
@@ -130,6 +130,7 @@ def parse(arguments: list[str] | None) -> CompareConfig:
     add("--resume", action="store_true", help="go on from what --out holds")
     add("--quick", action="store_true", help="two methods, one seed, one epoch")
     given = parser.parse_args(arguments)
+    check_numbers(given, ("seeds", "search_runs", "epochs"))
 
     config = CompareConfig(
         given.data, given.tasks, given.target, tune=given.tune, out=given.out, resume=given.resume
@@ -144,36 +145,27 @@ def parse(arguments: list[str] | None) -> CompareConfig:
             config = replace(config, **{name: getattr(given, name)})
     if given.epochs is not None:
         config = replace(config, train=replace(config.train, epochs=given.epochs))
-    _check(config)
+    for method in set(config.methods) - set(FIXED):
+        if nearest(method, FIXED):
+            raise UserError(unknown("method", method, FIXED))
+        parse_choice(method)
     return config
 
 
-def _check(config: CompareConfig) -> None:
-    for method in config.methods:
-        if method not in FIXED:
-            parse_choice(method)
-    if min(config.seeds, config.search_runs, config.train.epochs) < 1:
-        raise UserError("--seeds, --search-runs and --epochs must be at least 1")
-    if config.resume and config.out is None:
-        raise UserError("--resume needs --out DIR, where the finished runs are kept")
-    if config.out is not None and config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out}: is not a folder")
-
-
-def compare(config: CompareConfig, console: Console) -> list[report.Row]:
+def compare(config: CompareConfig) -> list[report.Row]:
     """Train everything, print the table, write the files; return the rows."""
     started = time.perf_counter()
     dataset = make_dataset(load_log(config.data, config.target, config.tasks), config.split)
-    console.print(_describe(dataset))
+    tables.say(_describe(dataset))
     trainer = Trainer(dataset, config.train, probe_norms=config.out is not None)
     fingerprint = {
         "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
         "train": asdict(config.train),
         "data": digest(dataset),
     }
-    runner = Runner(trainer, console, fingerprint, config.out, config.resume)
+    runner = Runner(trainer, fingerprint, config.out, config.resume)
     if config.tune:
-        _tune(runner, console)
+        _tune(runner)
         return []
     trained, search = _train(runner, config)
     rows = _rows(trainer, config, trained, search)
@@ -182,18 +174,19 @@ def compare(config: CompareConfig, console: Console) -> list[report.Row]:
     columns = report.headline_columns(dataset.tasks)
     title = f"{dataset.name} ({config.tasks})" if config.data == "movielens" else dataset.name
     note = f"{report.caption(columns, config.seeds, SUM if baseline else None)} {_settings(config, search)}"
-    console.print(report.rich_table(rows, columns, against, title, note))
-    verdict = _verdict(rows, dataset.tasks[0].name)
+    lines = report.lines_of(rows, columns, against)
+    note = f"{note}\n\n{_verdict(rows, dataset.tasks[0].name)}".strip()
+    usual = [column.title for column in columns if not column.metric.endswith("new")]
+    tables.show(lines, title, note, first=(usual[0], "step", "runs", *usual[1:]))
     if config.out is not None:
-        page = report.markdown_table(rows, columns, against, title, note) + f"\n{verdict}\n"
-        files = {"table.md": page, "metrics.csv": report.metrics_csv(rows, dataset.tasks)}
+        files = {"table.md": tables.markdown(lines, title, note)}
+        files |= {"metrics.csv": report.metrics_csv(rows, dataset.tasks)}
         files["settings.json"] = json.dumps({**fingerprint, "seeds": config.seeds}, indent=1) + "\n"
         for name, text in files.items():
             write_atomically(config.out / name, text.encode())
         report.draw(rows, dataset.tasks, config.out / "picture.png")
-        console.print(f"{', '.join(files)} and picture.png are in {config.out}")
-    console.print(f"total {time.perf_counter() - started:.0f} s")
-    console.print(verdict)
+        tables.say(f"{', '.join(files)} and picture.png are in {config.out}")
+    print(f"total {time.perf_counter() - started:.0f} s")
     return rows
 
 
@@ -351,7 +344,7 @@ def _verdict(rows: Sequence[report.Row], target: str) -> str:
     )
 
 
-def _tune(runner: Runner, console: Console) -> None:
+def _tune(runner: Runner) -> None:
     """Print the validation NDCG@10 of the plain sum for every setting of the grid."""
     grid = list(itertools.product(*GRID.values()))
     plans = [Plan(0, runner.trainer.default_setting()._replace(**dict(zip(GRID, values, strict=True))))
@@ -359,7 +352,7 @@ def _tune(runner: Runner, console: Console) -> None:
     (runs,) = runner.train([Job(parse_choice(SUM), plans, measure=False)])
     for values, run in zip(grid, runs, strict=True):
         named = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, values, strict=True))
-        console.print(f"{named}: validation NDCG@10 {run.best_value:.4f}")
+        print(f"{named}: validation NDCG@10 {run.best_value:.4f}")
 
 
 def digest(dataset: Dataset) -> str:
@@ -371,20 +364,8 @@ def digest(dataset: Dataset) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 when the user can mend what went wrong."""
-    try:
-        config = parse(arguments)
-        compare(config, Console())
-    except UserError as error:
-        print(f"examples.compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        given: list[Any] = sys.argv if arguments is None else arguments
-        kept = any(str(argument).split("=")[0] == "--out" for argument in given)
-        hint = "add --resume to go on" if kept else "nothing is kept without --out"
-        print(f"examples.compare: stopped; {hint}", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.compare", lambda: parse(arguments), compare)
 
 
 if __name__ == "__main__":

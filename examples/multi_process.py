@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
+from examples.command import OneLineParser, run_command
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,24 @@ def train(config: Config) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Starts two processes, or is one of them; prints what they found."""
-    parser = argparse.ArgumentParser(description="Two processes, one model.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.multi_process", lambda: parse(arguments), work)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = OneLineParser(
+        prog="python -m examples.multi_process", description="Two processes, one model."
+    )
     parser.add_argument("--steps", type=int, default=Config.steps)
     parser.add_argument("--process", type=int, help="number of this process (set by the launcher)")
     parser.add_argument("--address", help="the coordinator's address (set by the launcher)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Starts two processes, or is one of them; prints what they found."""
     config = Config(steps=options.steps)
     if options.process is not None:
         # Both must be set before jax first looks for devices.
@@ -166,4 +178,4 @@ def _my_share(config: Config, sharding: jax.NamedSharding) -> dict[str, jax.Arra
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,7 +39,7 @@ def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: A
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
-      The `Axes`.
+      The `Axes`. A single step is a point.
 
     Raises:
       ImportError: if matplotlib is not installed.
@@ -204,10 +204,13 @@ def _plot_lines(
         if positive:
             values = np.where(values > 0, values, np.nan)
         style = _STYLES[number % len(_STYLES)]
+        marker = "o" if len(values) == 1 else None  # a line needs two steps
         for task, name in enumerate(names):
             label = f"{name}, {block}" if block else name
             color = f"C{task % 10}"
-            drawn += ax.plot(values[:, task], linestyle=style, color=color, label=label)
+            drawn += ax.plot(
+                values[:, task], linestyle=style, marker=marker, color=color, label=label
+            )
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     if len(blocks) == 1:

@@ -10,7 +10,7 @@ import mtl_optax as mtl
 from examples.benchmarks import growth, hlo, methods, peers, places
 from examples.benchmarks.__main__ import SECTIONS, main
 from examples.benchmarks.problems import TINY
-from examples.benchmarks.report import Row, markdown
+from examples.benchmarks.report import Row
 from examples.benchmarks.steps import steps
 
 
@@ -34,15 +34,14 @@ def test_each_section_measures_something(section):
 
 def test_the_table_of_all_sections_is_written(tmp_path, capsys):
     out = tmp_path / "table.md"
-    rows = main(["--quick", "--only", "map", "solvers", "--out", str(out)])
-    assert out.read_text() == markdown(rows)
-    assert "map memory" in capsys.readouterr().out
+    assert main(["--quick", "--only", "map", "solvers", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == out.read_text() + "\n"
+    assert "| map memory |" in out.read_text()
 
 
 def test_peers_are_measured_where_they_are_installed():
     if not peers.installed():
-        with pytest.raises(SystemExit):
-            main(["--quick", "--only", "peers"])
+        assert main(["--quick", "--only", "peers"]) == 2
         return
     assert list(SECTIONS["peers"](True))
 

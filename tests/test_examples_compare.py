@@ -4,11 +4,13 @@ import csv
 import gzip
 import io
 import json
+import threading
 import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -269,7 +271,7 @@ def test_searched_weights_count_what_the_search_cost(trained, monkeypatch, capsy
     shown = capsys.readouterr().out
     told = "A row reaches the searched weights (7 runs)"
     assert told in page and told in shown
-    assert "eached by" in page and "the plain sum and 4 random draws" in page
+    assert "eached by" in page and "the plain sum and 4 random draws" in " ".join(page.split())
 
 
 def test_the_search_takes_the_weights_with_the_best_validation(trained, monkeypatch):
@@ -311,16 +313,61 @@ def test_a_stored_run_is_used_again_only_where_all_is_the_same(trained, monkeypa
     assert trains("--seeds", "3") == 3  # without --resume everything is trained
 
 
-def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path):
+def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path, capsys):
     arguments = ["--method", "sum", "--seeds", "1", "--out", str(tmp_path), "--resume"]
     assert run(monkeypatch, *arguments) == 0
     (stored,) = (tmp_path / "runs").iterdir()
     whole = stored.read_bytes()
-    for damaged in (b"", b"no archive", whole[: len(whole) // 2]):
+    with zipfile.ZipFile(stored) as archive:
+        arrays = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in arrays if name != "about.npy")
+    start = whole.index(name.encode()) + len(name) + 60  # in the compressed numbers
+    wrong_numbers = whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :]
+    wrong_header = zip_of(**arrays | {name: arrays[name].replace(b"{'descr'", b"{'descr(")})
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2], wrong_numbers, wrong_header):
         stored.write_bytes(damaged)
         trained.clear()
+        capsys.readouterr()
         assert run(monkeypatch, *arguments) == 0
         assert len(trained) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"{stored} is damaged (") and error.count("\n") == 1
+        trained.clear()
+        assert run(monkeypatch, *arguments) == 0
+        assert trained == []
+
+
+def test_stored_runs_are_read_on_the_main_thread(trained, monkeypatch, tmp_path):
+    """The parser of Python 3.11 that numpy reads headers with is not safe in several threads."""
+    load, threads = report.load_run, []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return load(*arguments)
+
+    monkeypatch.setattr(report, "load_run", noted)
+    arguments = ["--method", "sum", "mgda", "--seeds", "2", "--out", str(tmp_path)]
+    assert run(monkeypatch, *arguments) == 0
+    assert run(monkeypatch, *arguments, "--resume") == 0
+    assert threads == [threading.main_thread()] * 4
+    assert len(trained) == 4
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_one_epoch_draws_points(epochs):
+    figure, axes = plt.subplots()
+    report.curve(axes, np.ones(epochs), "buy")
+    (line,) = axes.get_lines()
+    assert (line.get_marker() == "o") == (epochs == 1)
+    assert line.get_xdata().tolist() == list(range(1, epochs + 1))
+    plt.close(figure)
+
+
+def test_the_output_of_a_file_is_the_table_for_a_page(trained, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "--method", "sum", "mgda", "--out", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in shown
+    assert max(len(line) for line in shown.splitlines() if line[:1] != "|") <= 82
 
 
 def test_tune_prints_the_grid_and_never_sees_the_test_set(trained, monkeypatch, capsys):
@@ -422,6 +469,20 @@ def test_other_settings_find_no_unfinished_run(tmp_path):
         np.testing.assert_array_equal(restored["step"], [0, 1, 2] if found else [0, 0, 0])
 
 
+def test_a_damaged_unfinished_run_starts_again(tmp_path, capsys):
+    carry = {"step": jnp.arange(3)}
+    with UnfinishedRun(tmp_path, {}) as unfinished:
+        unfinished.save(2, carry)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:5])
+    with UnfinishedRun(tmp_path, {}) as unfinished:
+        assert unfinished.restore(carry)[0] == 0
+        assert "is damaged (" in capsys.readouterr().err
+        unfinished.save(1, carry)
+        assert unfinished.restore(carry)[0] == 1
+
+
 def error_line(capsys, *arguments: str) -> str:
     assert compare.main(list(arguments)) == 2
     shown = capsys.readouterr()
@@ -452,7 +513,10 @@ def test_package_index_out_of_reach(cache, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--method", "magic"], "unknown method 'magic'"),
+        (["--method", "magic"], "unknown method 'magic'; choose from single, sum, "),
+        (["--method", "metabalence"], "unknown method 'metabalence'; did you mean 'metabalance'?"),
+        (["--method", "sum", "mgda + PCGard(x=1)"], "'PCGard'; did you mean 'pcgrad'?"),
+        (["--method", "standardized labels"], "did you mean 'standardised labels'?"),
         (["--epochs", "0"], "at least 1"),
         (["--seeds", "many"], "invalid int"),
         (["--resume"], "--out DIR"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
+from examples.physics import __main__ as command
 from examples.physics import problems, report, training
 from examples.physics.__main__ import SHORT, main
 from examples.physics.pointwise import residual_attention
@@ -113,12 +114,12 @@ def test_the_table_has_errors_and_ratios():
         ("helmholtz", "plain sum"): run([1.0, 2.0, 4.0], 0.5),
         ("helmholtz", "upgrad"): run([0.1, 0.3, 0.2], 1.0),
     }
-    rows = report.rows_of("helmholtz", runs)
-    assert rows[1] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
+    rows = report.lines_of("helmholtz", runs)
+    assert rows[2] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
     text = report.markdown(["helmholtz"], runs, SMALL, "python -m examples.physics")
     assert "| upgrad | 0.2000 | 0.1000 | 0.3000 | 1.00 | 2.00 |" in text
     assert "upgrad, 0.2000, 10.0 times below the plain sum's." in text
-    assert report.timing_rows({"plain sum": [1.0, 2.0, 4.0], "x": [2.0, 3.0, 6.0]}) == [
+    assert report.timing_lines({"plain sum": [1.0, 2.0, 4.0], "x": [2.0, 3.0, 6.0]})[1:] == [
         ("plain sum", "2.000", "1.00"),
         ("x", "3.000", "1.50"),
     ]
@@ -132,23 +133,52 @@ def test_one_gradient_takes_one_branch():
     assert "conditional(" in trainer.compiled_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--methods", "plain sums"], "unknown method 'plain sums'; did you mean 'plain sum'?"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--out", __file__], "is not a folder"),
+    ],
+)
+def test_bad_arguments(arguments, shown, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("examples.physics: error: ") and shown in error
+
+
+def test_ctrl_c_ends_the_other_trainings_with_their_chunk(monkeypatch, capsys):
+    chunks = []
+
+    def train(problem, name, config):
+        if name == "upgrad":
+            raise KeyboardInterrupt
+        while True:
+            chunks.append(name)
+            yield 1
+
+    monkeypatch.setattr(command, "train", train)
+    methods = ["plain sum", "upgrad", "mgda"]
+    assert main(["--jobs", "2", "--problems", "helmholtz", "--methods", *methods]) == 130
+    assert "mgda" not in chunks
+    assert capsys.readouterr().err.endswith("examples.physics: stopped\n")
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-    runs = main(
-        ["--quick", "--jobs", "2", "--problems", "helmholtz", "burgers", "--out", str(tmp_path)]
-    )
-    assert len(runs) == len(training.ROWS) + len(SHORT)
-    assert all(np.isfinite(run.errors).all() for run in runs.values())
+    arguments = ["--quick", "--jobs", "2", "--problems", "helmholtz", "burgers"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "helmholtz: the smallest median error is that of" in text
     rows = (tmp_path / "physics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * len(runs)
+    assert len(rows) == 1 + 2 * (len(training.ROWS) + len(SHORT))
+    assert all(np.isfinite(float(row.split(",")[-2])) for row in rows[1:])
     assert "python -m examples.physics --quick" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "helmholtz.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_the_command_that_times(tmp_path):
-    main(["--quick", "--time", "--problems", "helmholtz", "--out", str(tmp_path)])
+    assert main(["--quick", "--time", "--problems", "helmholtz", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "helmholtz_time.md").read_text()
     assert "| plain sum |" in text and "| config, one gradient |" in text

@@ -35,6 +35,12 @@ PARAMS = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
 GRADS = {"a": jnp.asarray([[1.0, 2.0], [-1.0, 2.0]]), "b": jnp.ones((2, 3))}
 
 
+def test_one_step_is_a_point() -> None:
+    assert plotting.plot_weights(HISTORY[:1]).get_lines()[0].get_marker() == "o"
+    assert plotting.plot_norms(HISTORY[:1]).get_lines()[1].get_marker() == "o"
+    assert plotting.plot_weights(HISTORY).get_lines()[0].get_marker() == "None"
+
+
 def read(tx: Any, entry: str, params: Any = None) -> Any:
     """An entry of `diagnostics` over two steps."""
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import stats
 
 import mtl_optax as mtl
@@ -451,17 +450,16 @@ def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
 def test_finished_runs_are_read_again(trainer, tmp_path, monkeypatch):
     jobs = [Job(parse_choice("sum"), [plan(trainer), plan(trainer, 1)])]
     fingerprint = {"data": trainer.dataset.digest()}
-    console = Console(quiet=True)
-    (first,) = Runner(trainer, console, fingerprint, tmp_path).train(jobs)
+    (first,) = Runner(trainer, fingerprint, tmp_path).train(jobs)
     monkeypatch.setattr(trainer, "_run", lambda *_: pytest.fail("trained again"))
-    (again,) = Runner(trainer, console, fingerprint, tmp_path, resume=True).train(jobs)
+    (again,) = Runner(trainer, fingerprint, tmp_path, resume=True).train(jobs)
     for one, other in zip(first, again, strict=True):
         assert one.test["CVR"] == pytest.approx(other.test["CVR"])
         assert np.array_equal(one.history["losses"], other.history["losses"])
     # Another method under the same label is another run.
     jobs = [replace(jobs[0], choice=replace(parse_choice("mgda"), label="sum"))]
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        Runner(trainer, console, fingerprint, tmp_path, resume=True).train(jobs)
+        Runner(trainer, fingerprint, tmp_path, resume=True).train(jobs)
 
 
 def test_wrong_options_are_said_before_training(trainer):
@@ -502,6 +500,8 @@ def test_gains_by_hand():
     assert first.p_value == pytest.approx(min(1, 6 * p_value), rel=1e-6)
     assert all(d.mean == 0 and d.p_value == 1 for d in found["y"])
     assert report.gain_cell(first) == "+1.333 ± 0.333"
+    assert report.gain_cell(first._replace(mean=np.nan, error=np.nan)) == "-"
+    assert report.mean_cell(np.array([0.5, np.nan])) == "-"
     assert report.gain_cell(first._replace(p_value=0.009)).endswith("**")
     text = report.metrics_csv(rows, tasks)
     assert "x,test,b,NE,1,0.88" in text and "sum,validation,a,AUC,0,0.5" in text

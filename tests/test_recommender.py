@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.metrics import ndcg_score
 
 import mtl_optax as mtl
+from examples import tables
 from examples.recommender import evaluation, report, sources, steps
 from examples.recommender.choices import known_methods, parse_choice
 from examples.recommender.data import (
@@ -788,5 +789,5 @@ def test_rows_are_compared_with_the_baseline_over_all_columns_of_the_target():
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    lines = report.pipe_table([("method", "Conv|imp: AUC"), ("sum", "0.9")]).splitlines()
+    lines = tables.pipe_table([("method", "Conv|imp: AUC"), ("sum", "0.9")]).splitlines()
     assert lines == [r"| method | Conv\|imp: AUC |", "| --- | ---: |", "| sum | 0.9 |"]

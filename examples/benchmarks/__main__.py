@@ -10,6 +10,7 @@ memory and floating-point operations are what XLA says of the compiled program.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.progress import track
 from examples.benchmarks import methods, peers, places
 from examples.benchmarks.report import Row, markdown, show
 from examples.benchmarks.vocabulary import vocabulary
+from examples.command import OneLineParser, check_writable, run_command
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
@@ -32,31 +34,44 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> list[Row]:
-    """Runs the chosen sections and returns what they measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.benchmarks", lambda: parse(arguments), work)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = OneLineParser(
+        prog="python -m examples.benchmarks", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
     parser.add_argument("--peers", action="store_true", help="compare with TorchJD and PyTorch")
-    parser.add_argument("--out", type=Path, help="write the table here as Markdown")
+    parser.add_argument(
+        "--out", type=Path, dest="file", metavar="FILE", help="write the table here as Markdown"
+    )
     options = parser.parse_args(arguments)
-
-    chosen = options.only or [name for name in SECTIONS if name != "peers"]
-    if options.peers and "peers" not in chosen:
-        chosen = [*chosen, "peers"]
-    if "peers" in chosen and not peers.installed():
+    options.only = options.only or [name for name in SECTIONS if name != "peers"]
+    if options.peers and "peers" not in options.only:
+        options.only = [*options.only, "peers"]
+    if "peers" in options.only and not peers.installed():
         parser.error("--peers needs TorchJD: pip install torch==2.13.0 torchjd")
-    console = Console()
+    if options.file:
+        check_writable(options.file.parent)
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measures the chosen sections, prints the table and writes it."""
     rows: list[Row] = []
-    for name in track(chosen, "measuring", console=console, transient=True):
+    for name in track(options.only, "measuring", console=Console(stderr=True), transient=True):
         rows += SECTIONS[name](options.quick)
     order = list(dict.fromkeys(row.section for row in rows))
     rows.sort(key=lambda row: order.index(row.section))
-    show(rows, console)
-    if options.out:
-        options.out.write_text(markdown(rows), encoding="utf-8")
-    return rows
+    show(rows)
+    if options.file:
+        options.file.write_text(markdown(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,17 +6,18 @@ python -m examples.benchmarks.growth --out growth.png
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-from rich.console import Console
-from rich.table import Table
 
+from examples import tables
 from examples.benchmarks.problems import DENSE, RECSYS, TINY, Problem
 from examples.benchmarks.steps import steps
 from examples.benchmarks.timing import interleaved_ratios
+from examples.command import OneLineParser, check_writable, run_command
 
 # Smaller than the problems of the table: there are many points, and each compiles three steps.
 _SMALL = DENSE._replace(bottom=(256, 256), dense=256, batch=1024)
@@ -67,13 +68,13 @@ def measure(quick: bool) -> Iterator[Point]:
                 yield Point(axis, size, place, ratios[place], memory)
 
 
-def table(points: list[Point]) -> Table:
-    """The points as a table."""
-    result = Table("grows", "to", "place", "time / plain", "memory beyond plain", title="Growth")
+def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
+    """The header and the rows of the table."""
+    lines = [("grows", "to", "place", "time / plain", "memory beyond plain")]
     for point in points:
         cells = f"{point.ratio:.3f} x", f"{point.memory:.1f} MiB"
-        result.add_row(point.axis, str(point.size), point.place, *cells)
-    return result
+        lines.append((point.axis, str(point.size), point.place, *cells))
+    return lines
 
 
 def plot(points: list[Point], path: Path) -> None:
@@ -95,17 +96,37 @@ def plot(points: list[Point], path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the picture here (PNG, PDF, SVG)")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = OneLineParser(
+        prog="python -m examples.benchmarks.growth", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        dest="file",
+        metavar="FILE",
+        help="write the picture here (PNG, PDF, SVG)",
+    )
     parser.add_argument("--quick", action="store_true", help="one tiny point, to see that it runs")
     options = parser.parse_args(arguments)
+    if options.file:
+        check_writable(options.file.parent)
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """Prints the table and writes the picture."""
     points = list(measure(options.quick))
-    Console().print(table(points))
-    if options.out:
-        plot(points, options.out)
+    tables.show(lines_of(points), "Growth")
+    if options.file:
+        plot(points, options.file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.benchmarks.growth", lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

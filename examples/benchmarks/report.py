@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from examples import tables
 
 
 class Row(NamedTuple):
@@ -39,23 +38,19 @@ class Row(NamedTuple):
         return self.section, self.case, f"{self.value:.3f} {self.unit}", target, self.verdict
 
 
-HEADER = ("section", "case", "measured", "target", "met")
+TITLE, HEADER = "mtl_optax: time and memory", ("section", "case", "measured", "target", "met")
 
 
-def show(rows: Iterable[Row], console: Console) -> None:
-    """Prints the table."""
-    table = Table(*HEADER, title="mtl_optax: time and memory")
-    previous = None
-    for row in rows:
-        section, *cells = row.cells()
-        if previous not in (None, section):
-            table.add_section()
-        table.add_row("" if section == previous else section, *cells)
-        previous = section
-    console.print(table)
+def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """The header and the rows of the table."""
+    return [HEADER, *(row.cells() for row in rows)]
 
 
 def markdown(rows: Iterable[Row]) -> str:
     """The table as Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *(row.cells() for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return tables.markdown(lines_of(rows), TITLE, left=2)
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Prints the table."""
+    tables.show(lines_of(rows), TITLE, left=2)

@@ -9,20 +9,22 @@ takes on every chip, and which collectives the chips exchange. Needs `libtpu`
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.table import Table
 
 import mtl_optax as mtl
+from examples import tables
 from examples.benchmarks.hlo import collectives
+from examples.command import OneLineParser, run_command
 
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
 
@@ -185,38 +187,38 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
     )
 
 
-def tpu_tables() -> Iterator[Table]:
-    """The tables of the recommender on 4 and 256 chips, and of one with 1e9 rows on 256."""
-    for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
-        yield _table(problem, chips)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    parser = OneLineParser(
+        prog="python -m examples.benchmarks.tpu", description=__doc__.splitlines()[0]
+    )
+
+    def work(_: argparse.Namespace) -> None:
+        # The recommender on 4 and 256 chips, and one with 1e9 rows on 256: each as soon as it is there.
+        for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
+            tables.show(_lines(problem, chips), _title(problem, chips))
+
+    return run_command("examples.benchmarks.tpu", lambda: parser.parse_args(arguments), work)
 
 
-def main() -> None:
-    """Prints the tables, each as soon as it is there."""
-    console = Console(width=max(Console().width, 110))  # a narrower table would cut numbers short
-    for table in tpu_tables():
-        console.print(table)
-
-
-def _table(problem: Problem, chips: int) -> Table:
-    title = (
+def _title(problem: Problem, chips: int) -> str:
+    return (
         f"TPU v5e, {chips} chips, compiled ahead of time: {problem.tables} x {problem.rows:,} x "
         f"{problem.width} embeddings, T = {problem.tasks}, batch {problem.batch} per chip"
     )
-    table = Table(title=title)
-    columns = ("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "step" else "right")
+
+
+def _lines(problem: Problem, chips: int) -> list[tuple[str, ...]]:
+    lines = [("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")]
     mesh = tpu_mesh(chips)
     plain = measure("plain", problem, mesh)
     for name in ("plain", "fork", "split", "per-task"):
         try:
             cost = plain if name == "plain" else measure(name, problem, mesh)
         except jax.errors.JaxRuntimeError as error:
-            table.add_row(name, *_reason(error))
+            lines.append((name, *_reason(error)))
             continue
-        table.add_row(
-            name,
+        cells = (
             f"{cost.flops / plain.flops:.4f} ({cost.flops:.3e})",
             f"{cost.bytes / plain.bytes:.4f} ({cost.bytes:.3e})",
             f"{(cost.temporary - plain.temporary) / 2**20:+.2f} MiB ({cost.temporary / 2**20:.1f})",
@@ -224,14 +226,15 @@ def _table(problem: Problem, chips: int) -> Table:
             "{} ({:,} numbers)".format(*cost.collectives),
             "{} ({:,} numbers)".format(*cost.waiting),
         )
-    return table
+        lines.append((name, *cells))
+    return lines
 
 
 def _reason(error: Exception) -> tuple[str, ...]:
     found = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
     if not found:
         raise error
-    return ("does not fit", "", f"{found[1]}B", f"of {found[2]}B")
+    return ("does not fit", "", f"{found[1]}B", f"of {found[2]}B", "", "")
 
 
 def _embed(tables: jax.Array, ids: jax.Array, problem: Problem, mesh: Any) -> jax.Array:
@@ -307,4 +310,4 @@ def _arguments(problem: Problem, mesh: jax.sharding.Mesh, *, forked: bool) -> tu
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

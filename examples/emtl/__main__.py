@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from examples.recommender.errors import OneLineParser, check_numbers, exit_code
+from examples.command import OneLineParser, check_numbers, run_command
 
 # A command is a function of its own name in a module that is imported when it is asked for.
 COMMANDS = {
@@ -67,14 +67,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 when the user can mend what went wrong."""
+    """Run the command; see `run_command` for what it returns."""
 
-    def work() -> None:
-        options = parse(arguments)
+    def work(options: argparse.Namespace) -> None:
         module = importlib.import_module(f"examples.emtl.{COMMANDS[options.command][0]}")
         getattr(module, options.command)(options)
 
-    return exit_code("examples.emtl", work)
+    return run_command("examples.emtl", lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":

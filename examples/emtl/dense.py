@@ -30,9 +30,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from rich.console import Console
 
 import mtl_optax as mtl
+from examples import tables
 from examples.benchmarks.timing import cores, machine
 from examples.emtl import dense_report
 from examples.emtl.dense_metrics import loss, measure
@@ -358,16 +358,13 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
     config = replace(config, **{name: value for name, value in given.items() if value})
     config = replace(config, parts=min(config.parts, config.steps))
     classes, train, test = _data(options.data, synthetic, config)
-    console = Console()
     trainer = DenseTrainer(classes, train, test, config)
     fingerprint = {
         "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
         "train": {**asdict(config), "seeds": None},
         "data": _digest(train, test),
     }
-    runner = Runner(
-        trainer, console, fingerprint, options.out, options.resume, workers=min(2, cores())
-    )
+    runner = Runner(trainer, fingerprint, options.out, options.resume, workers=min(2, cores()))
     epoch = len(trainer.train_part.images) // config.batch
     plans = [Plan(seed, Setting(config.learning_rate, 0.0, {})) for seed in range(config.seeds)]
     jobs = [
@@ -382,8 +379,8 @@ def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
         f"{len(trainer.train_part.images)} images to train on, {len(test.images)} to test on",
         machine(),
     )
-    console.print(dense_report.rich_table(runs, about))
-    console.print(dense_report.verdict(runs))
+    lines, note = dense_report.rows_of(runs), dense_report.verdict(runs)
+    tables.show(lines, dense_report.title(about), note, first=dense_report.FIRST)
     if options.out:
         dense_report.write(runs, about, options.out, test if synthetic else None)
     return runs

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from examples.emtl.dense_metrics import METRICS, delta_m
 from examples.emtl.scenes import CLASSES, Scenes
 from examples.recommender.download import write_atomically
-from examples.recommender.report import pipe_table
 from examples.recommender.training import Run
+from examples.tables import pipe_table
 
 Runs = Mapping[str, list[Run]]  # by row; the first row is the base of delta-m
 NOTE = """Arrows: higher (↑) or lower (↓) is better. Errors of depth are in units of the scene, angles in
@@ -27,6 +26,9 @@ row has the library's defaults (BanditMTL: kl_radius 0.3, since 1.2 is more than
 learning rate; nothing is tuned or selected. Methods on gradients stand on the shared parameters, the others
 on the losses."""
 BASE = "LS"
+LAST = ("delta-m ↓", f"less {BASE} ↓")
+# What a narrow terminal shows first: delta-m and one metric a task.
+FIRST = (*LAST, "mIoU ↑", "absolute error ↓", "mean angle ↓")
 
 
 class About(NamedTuple):
@@ -60,8 +62,9 @@ def deltas(runs: Runs) -> np.ndarray:
 
 def rows_of(runs: Runs) -> list[tuple[str, ...]]:
     """The header and the cells of the table."""
-    header = ("method", *(f"{m.name} {'↑' if m.higher_is_better else '↓'}" for m in METRICS))
-    lines = [(*header, "delta-m ↓", f"less {BASE} ↓")]
+    lines = [
+        ("method", *(f"{m.name} {'↑' if m.higher_is_better else '↓'}" for m in METRICS), *LAST)
+    ]
     found = dict(zip(runs, deltas(runs), strict=True))
     for (label, delta), row in zip(found.items(), table(runs), strict=True):
         means = row.mean(axis=0)
@@ -90,21 +93,6 @@ def title(about: About) -> str:
     )
 
 
-SHOWN = ("method", "mIoU", "absolute error", "mean angle", "delta-m", "less")  # in 80 characters
-
-
-def rich_table(runs: Runs, about: About) -> Table:
-    """One metric a task and delta-m, for the terminal; the files have all."""
-    header, *lines = rows_of(runs)
-    places = [place for place, name in enumerate(header) if name.startswith(SHOWN)]
-    made = Table(title=title(about), padding=(0, 0, 0, 1))
-    for place in places:
-        made.add_column(header[place], justify="right" if place else "left")
-    for line in lines:
-        made.add_row(*(line[place] for place in places))
-    return made
-
-
 def verdict(runs: Runs) -> str:
     """Which row is best in each column, and in delta-m."""
     labels, values = list(runs), table(runs).mean(axis=1)
@@ -115,7 +103,7 @@ def verdict(runs: Runs) -> str:
     means = deltas(runs).mean(axis=1).round(2) + 0
     ranked = ", ".join(f"{labels[k]} {means[k]:.2f}" for k in order)
     won = ", ".join(f"{label} {count}" for label, count in wins.items() if count)
-    return f"delta-m from the best: {ranked}.\nBest of the nine metrics: {won}."
+    return f"delta-m from the best: {ranked}. Best of the nine metrics: {won}."
 
 
 def progress(runs: Runs) -> str:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import track
 
 import mtl_optax as mtl
+from examples import tables
 from examples.emtl.toy import SCALE, STARTS, losses, pareto_front
 from examples.recommender.choices import parse_choice
 from examples.recommender.download import write_atomically
-from examples.recommender.report import pipe_table
 
 # The paper's text names five of its eight panels: BanditMTL, MGDA, NashMTL, IMTL and EMTL. The others here
 # are those of Nash-MTL's figure. All have the library's defaults.
@@ -182,22 +182,21 @@ def draw(positions: dict[str, jax.Array], front: np.ndarray, path: Path) -> None
 def figure1(options: argparse.Namespace) -> dict[str, Ends]:
     """Run the command."""
     steps = options.steps or (200 if options.quick else STEPS)
-    console, front = Console(), pareto_front()
+    front = pareto_front()
     positions = {
         name: jax.block_until_ready(paths(choice, steps))
-        for name, choice in track(ROWS.items(), "paths", console=console)
+        for name, choice in track(ROWS.items(), "paths", console=Console(stderr=True))
     }
     found = {name: ends_of(visited, front) for name, visited in positions.items()}
-    tables = [method_cells(found), option_cells(options_of_emtl(steps, front))]
-    parts = [
-        "# EMTL, Figure 1: a toy problem",
-        f"Made by `{options.line}`. {_note(steps, front)}",
-        *map(pipe_table, tables),
-    ]
-    console.print("\n\n".join(parts), markup=False, soft_wrap=True)
+    of_methods = method_cells(found), "EMTL, Figure 1: a toy problem"
+    of_emtl = option_cells(options_of_emtl(steps, front)), "EMTL over the paper's grids"
+    note = f"{_note(steps, front)}\n\nMade by `{options.line}`."
+    tables.show(*of_methods)
+    tables.show(*of_emtl, note)
     if options.out is not None:
-        parts.insert(2, "![The paths of the methods over the Pareto front](figure1.png)")
-        write_atomically(options.out / "figure1.md", ("\n\n".join(parts) + "\n").encode())
+        picture = "![The paths of the methods over the Pareto front](figure1.png)"
+        page = f"{tables.markdown(*of_methods, picture)}\n{tables.markdown(*of_emtl, note)}"
+        write_atomically(options.out / "figure1.md", page.encode())
         write_atomically(options.out / "figure1.csv", _csv(found).encode())
         draw(positions, front, options.out / "figure1.png")
     return found

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 import mtl_optax as mtl
+from examples import tables
 from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.ple import PLE
@@ -31,7 +31,6 @@ from examples.ranking.sources import CLICK, CONVERSION, load
 from examples.ranking.synthetic import LogConfig
 from examples.ranking.training import TrainConfig, Trainer
 from examples.recommender.download import write_atomically
-from examples.recommender.report import pipe_table
 from examples.recommender.runner import Runner
 from examples.recommender.search import Entry, Tuned, log_uniform, setting_in_words, tuned, uniform
 from examples.recommender.training import Run
@@ -93,7 +92,7 @@ class Study:
     """A table under way."""
 
     def __init__(self, options: argparse.Namespace, config: Config):
-        self.options, self.console = options, Console()
+        self.options = options
         given = {name: getattr(options, name) for name in ("examples", "seeds", "trials")}
         config = replace(config, **{k: v for k, v in given.items() if v is not None})
         if options.epochs is not None:
@@ -113,7 +112,7 @@ class Study:
             "network": name,
             "data": dataset.digest(),
         }
-        runner = Runner(trainer, self.console, fingerprint, self.options.out, self.options.resume)
+        runner = Runner(trainer, fingerprint, self.options.out, self.options.resume)
         found = tuned(runner, entries, config.trials, config.seeds)
         self.chosen += [f"{name}, {row.entry.label}: {setting_in_words(row.plan)}" for row in found]
         return found
@@ -153,14 +152,15 @@ class Study:
         self, lines: Sequence[Sequence[str]], runs: report.Runs, dataset: Dataset, text: str
     ) -> None:
         """Print the table, and write it with all metrics."""
-        title = f"# EMTL, {self.options.command.replace('table', 'Table ')}: {dataset.name}"
-        settings = f"Settings: {'; '.join(self.chosen)}."
-        parts = [title, f"Made by `{self.options.line}`.", pipe_table(lines), text, settings]
-        self.console.print("\n\n".join(parts), markup=False, soft_wrap=True)
+        title = f"EMTL, {self.options.command.replace('table', 'Table ')}: {dataset.name}"
+        made, settings = f"Made by `{self.options.line}`.", f"Settings: {'; '.join(self.chosen)}."
+        note = "\n\n".join([text, settings, made])
+        tables.show(lines, title, note)
         out = self.options.out
         if out is not None:
             file = out / self.options.command
-            write_atomically(file.with_suffix(".md"), ("\n\n".join(parts) + "\n").encode())
+            page = tables.markdown(lines, title, note)
+            write_atomically(file.with_suffix(".md"), page.encode())
             text = report.metrics_csv(runs, dataset.tasks)
             write_atomically(file.with_suffix(".csv"), text.encode())
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 import mtl_optax as mtl
-from examples.compare import OneLineParser, digest
+from examples import tables
+from examples.command import OneLineParser, check_numbers, run_command
+from examples.compare import digest
 from examples.metabalance import pictures
 from examples.metabalance.knn import item_knn_scores
 from examples.metabalance.readers import read_raw
@@ -44,7 +45,6 @@ from examples.recommender import report
 from examples.recommender.choices import parse_choice
 from examples.recommender.data import PAPER_SPLIT, Dataset, Log, make_dataset
 from examples.recommender.download import write_atomically
-from examples.recommender.errors import UserError, exit_code
 from examples.recommender.evaluation import COLUMNS, METRICS, rank_by_item_scores
 from examples.recommender.runner import Job, Runner
 from examples.recommender.search import Entry, setting_in_words, tuned
@@ -95,12 +95,10 @@ def parse(arguments: list[str] | None) -> StudyConfig:
     add("--batch-pairs", type=int, default=TRAIN.batch_pairs, help=f"default {TRAIN.batch_pairs}")
     add("--out", type=Path, help="folder for the CSV file, the Markdown table and the picture")
     add("--resume", action="store_true", help="go on from what --out holds")
-    given = vars(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    check_numbers(options, ("seeds", "trials", "epochs", "batch_pairs"))
+    given = vars(options)
     train = {name: given.pop(name) for name in ("epochs", "batch_pairs")}
-    if min(given["seeds"], given["trials"], *train.values()) < 1:
-        raise UserError("--seeds, --trials, --epochs and --batch-pairs must be at least 1")
-    if given["resume"] and given["out"] is None:
-        raise UserError("--resume needs --out DIR, where the finished runs are kept")
     return StudyConfig(**given, train=replace(TRAIN, **train))
 
 
@@ -123,7 +121,6 @@ class Study:
     """A command under way."""
 
     config: StudyConfig
-    console: Console
     dataset: Dataset
 
     def runner(self, **changes: Any) -> Runner:
@@ -138,7 +135,7 @@ class Study:
             "data": digest(self.dataset),
             "norms": probe,
         }
-        return Runner(trainer, self.console, fingerprint, self.config.out, self.config.resume)
+        return Runner(trainer, fingerprint, self.config.out, self.config.resume)
 
     def tuned(
         self, runner: Runner, entries: Sequence[Entry]
@@ -180,8 +177,9 @@ class Study:
         against = report.differences(rows, base, target) if base else {}
         title = f"{self.config.command}, {self.dataset.name}"
         text = f"{report.caption(columns, self.config.seeds, baseline)} {note}".strip()
-        self.console.print(report.rich_table(rows, columns, against, title, text))
-        self.write("table.md", report.markdown_table(rows, columns, against, title, text))
+        lines = report.lines_of(rows, columns, against)
+        tables.show(lines, title, text)
+        self.write("table.md", tables.markdown(lines, title, text))
         self.write("metrics.csv", report.metrics_csv(rows, self.dataset.tasks))
 
     def path(self, name: str) -> Path | None:
@@ -211,10 +209,10 @@ class Study:
         dataset = self.dataset
         cells = dataset.num_users * dataset.num_items
         parts = (dataset.train, dataset.validation, dataset.test)
-        self.console.print(f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items")
+        tables.say(f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items")
         for place, task in enumerate(dataset.tasks):
             counts = [len(part.positives(place)) for part in parts]
-            self.console.print(
+            tables.say(
                 f"{task.name}: {sum(counts)} pairs, density {sum(counts) / cells:.4%}; training "
                 f"{counts[0]}, validation {counts[1]}, test {counts[2]}"
             )
@@ -232,7 +230,7 @@ class Study:
         for values, run in zip(grid, runs, strict=True):
             named = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, values, strict=True))
             value = f"{run.best_value:.4f} in epoch {run.best_epoch}"
-            self.console.print(f"{named}: validation NDCG@10 {value}")
+            print(f"{named}: validation NDCG@10 {value}")
 
     def table(self) -> None:
         """Tables 1 to 4."""
@@ -331,14 +329,12 @@ class Study:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 when the user can mend what went wrong."""
+    """Run the command; see `run_command` for what it returns."""
 
-    def work() -> None:
-        config = parse(arguments)
-        dataset = make_dataset(load(config), PAPER_SPLIT)
-        Study(config, Console(), dataset).run()
+    def work(config: StudyConfig) -> None:
+        Study(config, make_dataset(load(config), PAPER_SPLIT)).run()
 
-    return exit_code("examples.metabalance", work)
+    return run_command("examples.metabalance", lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from examples.recommender.evaluation import COLUMNS
-from examples.recommender.report import Row
+from examples.recommender.report import Row, curve
 from examples.recommender.training import PARTS
 
 matplotlib.use("Agg")
@@ -67,7 +67,7 @@ def norms(rows: Sequence[Row], tasks: Sequence[str], path: Path | None) -> None:
         for part, name in enumerate(PARTS):
             axes = grid[part, column]
             for task, title in enumerate(tasks):
-                axes.plot(np.arange(1, len(values) + 1), values[:, task, part], label=title)
+                curve(axes, values[:, task, part], title)
             axes.set_yscale("log")
             if column == 0:
                 axes.set_ylabel(f"gradient norm,\n{name}")
@@ -81,8 +81,7 @@ def losses(rows: Sequence[Row], path: Path | None) -> None:
     """The target's training loss, epoch by epoch, of the first seed."""
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for row in rows:
-        values = row.history["losses"][:, 0]
-        axes.plot(np.arange(1, len(values) + 1), values, label=row.label)
+        curve(axes, row.history["losses"][:, 0], row.label)
     axes.set(xlabel="epoch", ylabel="training loss of the target")
     axes.legend()
     _save(figure, path)

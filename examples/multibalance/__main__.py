@@ -20,7 +20,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from examples.recommender.errors import OneLineParser, check_numbers, exit_code
+from examples.command import OneLineParser, check_numbers, run_command
 
 # In modules that are imported when they are asked for: the speed alone needs neither rich nor pandas.
 COMMANDS = {
@@ -68,14 +68,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 when the user can mend what went wrong."""
+    """Run the command; see `run_command` for what it returns."""
 
-    def work() -> None:
-        options = parse(arguments)
+    def work(options: argparse.Namespace) -> None:
         module = importlib.import_module(f"examples.multibalance.{COMMANDS[options.command]}")
         getattr(module, options.command)(options)
 
-    return exit_code("examples.multibalance", work)
+    return run_command("examples.multibalance", lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":

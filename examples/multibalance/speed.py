@@ -9,6 +9,7 @@ import argparse
 import csv
 import io
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import optax
 from flax import nnx
 
 import mtl_optax as mtl
+from examples import tables
 from examples.benchmarks.timing import interleaved, machine, ratio
 from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
@@ -183,6 +185,7 @@ def _replaced(params: Parameters, module: str, part: nnx.State) -> Parameters:
     return params._replace(shared=nnx.State(mapping))
 
 
+TITLE = "Table 2: training speed"
 HEADER = (
     "what is balanced",
     "examples / s",
@@ -206,12 +209,14 @@ def table2(options: argparse.Namespace) -> list[tuple[str, ...]]:
     batch = min(batch, dataset.train.size)
     model = QUICK_MODEL if options.quick else MODEL
     steps = Steps(dataset, batch, model)
-    print(f"{dataset.name}: compiling {2 + len(METHODS) * len(steps.modules)} steps", flush=True)
+    count = 2 + len(METHODS) * len(steps.modules)
+    print(f"{dataset.name}: compiling {count} steps", file=sys.stderr, flush=True)
     calls = steps.calls()
     rounds = options.rounds or (2 if options.quick else 15)
 
     def on_round(done: int) -> None:
-        print(f"\rround {done} of {rounds}", end="\n" if done == rounds else "", flush=True)
+        end = "\n" if done == rounds else ""
+        print(f"\rround {done} of {rounds}", end=end, file=sys.stderr, flush=True)
 
     seconds = interleaved(calls, rounds, on_round)
     lines = [_line(steps, seconds, name, batch) for name in calls]
@@ -222,11 +227,9 @@ def table2(options: argparse.Namespace) -> list[tuple[str, ...]]:
         "the ratio is the median over the rounds. operations and temporaries: of a compiled step, as XLA "
         "counts them; operations over those of the sum. MGDA and MoCo: one gradient a task for the named "
         "module, as far as the module, the plain sum's for all others. "
-        f"{machine()}, jax {jax.__version__}."
+        f"{machine()}, jax {jax.__version__}.\n\nMade by `{options.line}`."
     )
-    for line in (HEADER, *lines):
-        print(f"{line[0]:32}" + "".join(f"{cell:>20}" for cell in line[1:]))
-    print(note)
+    tables.show([HEADER, *lines], TITLE, note)
     if options.out is not None:
         _write(options, lines, note, seconds)
     return lines
@@ -248,10 +251,7 @@ def _line(
 
 def _write(options: argparse.Namespace, lines: Any, note: str, seconds: Any) -> None:
     out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    rule = ("---", *("---:" for _ in HEADER[1:]))
-    body = "\n".join("| " + " | ".join(line) + " |" for line in (HEADER, rule, *lines))
-    text = f"**Table 2: training speed**\n\n{body}\n\n{note}\n\nMade by `{options.line}`.\n"
+    text = tables.markdown([HEADER, *lines], TITLE, note)
     (out / "table2.md").write_text(text, encoding="utf-8")
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

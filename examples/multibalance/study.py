@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import mtl_optax as mtl
+from examples import tables
 from examples.benchmarks.timing import machine
 from examples.models.dcn_v2 import DCNv2
 from examples.multibalance import pictures
@@ -25,7 +24,6 @@ from examples.ranking.synthetic import LogConfig
 from examples.ranking.training import TrainConfig, Trainer
 from examples.recommender.choices import parse_choice
 from examples.recommender.download import write_atomically
-from examples.recommender.report import pipe_table
 from examples.recommender.runner import Job, Runner
 from examples.recommender.search import (
     Entry,
@@ -69,6 +67,8 @@ TRAIN = {
     BATCH: TrainConfig(learning_rate=3e-3, weight_decay=1.0, mean_over=BATCH),
     COUNTED: TrainConfig(learning_rate=1e-3, weight_decay=0.1, mean_over=COUNTED),
 }
+# So many positives that every metric of the few examples has a value.
+QUICK_LOG = LogConfig(impressions=600, ctr=0.4, ctcvr=0.1)
 QUICK = {"epochs": 2, "batch": 64}
 MEANS = {
     BATCH: "sums over the size of the batch, for CVR too",
@@ -83,9 +83,9 @@ class Study:
     """A command under way."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.console = options, Console()
-        size = options.size or (600 if options.quick else LogConfig.impressions)
-        dataset = load(options.data, LogConfig(impressions=size))
+        self.options = options
+        log = QUICK_LOG if options.quick else LogConfig()
+        dataset = load(options.data, replace(log, impressions=options.size or log.impressions))
         names = [task.name for task in dataset.tasks]
         if set(FUNNEL) <= set(names):
             dataset = dataset.only(FUNNEL)
@@ -104,10 +104,8 @@ class Study:
             "model": repr(self.model),
             "data": dataset.digest(),
         }
-        self.runner = Runner(
-            trainer, self.console, fingerprint, options.out, options.resume, options.jobs
-        )
-        self.console.print(dataset.describe())
+        self.runner = Runner(trainer, fingerprint, options.out, options.resume, options.jobs)
+        tables.say(dataset.describe())
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -168,16 +166,10 @@ class Study:
             )
             text += f" The true probabilities have: {said}."
         text += f" {note} {self.setup()}"
-        table = Table(title=self.title, caption=text, caption_justify="left")
-        for name in header:
-            table.add_column(name, justify="left" if name == "method" else "right")
-        for line in lines:
-            table.add_row(*line)
-        self.console.print(table)
-        body = pipe_table([header, *lines])
-        self.write(
-            ".md", f"**{self.title}**\n\n{body}\n\n{text}\n\nMade by `{self.options.line}`.\n"
-        )
+        text += f"\n\nMade by `{self.options.line}`."
+        lines = [header, *lines]
+        tables.show(lines, self.title, text, first=("average NE gain",))
+        self.write(".md", tables.markdown(lines, self.title, text))
         self.write(".csv", report.metrics_csv(rows, self.tasks))
         if self.options.out is not None:
             columns = [*names, "average"]
@@ -216,7 +208,7 @@ def tune(options: argparse.Namespace) -> None:
         found = (
             f"validation NE {-run.best_value:.4f} in epoch {run.best_epoch}, {run.seconds:.1f} s"
         )
-        study.console.print(f"{named}: {found}")
+        print(f"{named}: {found}")
 
 
 def table3(options: argparse.Namespace) -> None:
@@ -276,7 +268,7 @@ def figure2(options: argparse.Namespace) -> None:
         + "\n".join(said)
         + f"\n\n{study.setup()}\n\nMade by `{options.line}`.\n"
     )
-    study.console.print(text)
+    print(text)
     study.write(".md", text)
     if options.out is not None:
         pictures.magnitudes(steps, binned, names, study.path(".png"))

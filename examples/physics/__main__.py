@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from examples import tables
 from examples.benchmarks.timing import cores
+from examples.command import OneLineParser, check_numbers, in_threads, one_of, run_command
 from examples.physics import report
 from examples.physics.picture import draw
 from examples.physics.problems import PROBLEMS
@@ -49,35 +51,43 @@ TIMED = (
 )
 
 
-def main(arguments: list[str] | None = None) -> report.Runs:
-    """Runs the comparison and prints its tables; returns the runs by problem and method."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.physics", lambda: parse(arguments), work)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    command = shlex.join(["python", "-m", "examples.physics", *arguments])
+    counts = [name for name in SETTINGS if type(getattr(Config, name)) is int]
+    check_numbers(options, (*counts, "jobs"))
+    options.line = shlex.join(["python", "-m", "examples.physics", *arguments])
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """Runs the comparison, prints its tables and writes them."""
     config = Config(**{name: getattr(options, name) for name in SETTINGS})
     if options.quick:
         config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
     config = replace(config, chunk=min(config.chunk, config.steps))
-    out = Path(options.out) if options.out else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
+    out: Path | None = options.out
     if options.time:
-        _time(options, config, command, out)
-        return {}
-    console = Console()
+        _time(options, config, out)
+        return
     cells = [(problem, name) for problem in options.problems for name in _names(options, problem)]
-    runs = _train(cells, config, options.jobs, console)
+    runs = _train(cells, config, options.jobs)
     for problem in options.problems:
-        console.print(report.rich_table(problem, runs, config))
-    console.print(report.verdict(options.problems, runs))
+        tables.show(report.lines_of(problem, runs), report.title(problem, config))
+    print(report.verdict(options.problems, runs))
     if out:
         report.write_csv(runs, out / "physics.csv")
-        text = report.markdown(options.problems, runs, config, command)
+        text = report.markdown(options.problems, runs, config, options.line)
         (out / "table.md").write_text(text, encoding="utf-8")
         for problem in options.problems:
             chosen = {name: run for (where, name), run in runs.items() if where == problem}
             draw(PROBLEMS[problem], chosen, config, out / f"{problem}.png")
-    return runs
 
 
 def _names(options: argparse.Namespace, problem: str) -> list[str]:
@@ -86,38 +96,41 @@ def _names(options: argparse.Namespace, problem: str) -> list[str]:
     return list(ROWS) if options.methods == ["all"] else options.methods
 
 
-def _train(
-    cells: list[tuple[str, str]], config: Config, jobs: int, console: Console
-) -> report.Runs:
+def _train(cells: list[tuple[str, str]], config: Config, jobs: int) -> report.Runs:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with (
-        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+    console, stopping = Console(stderr=True), threading.Event()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
         bar = progress.add_task("", total=len(cells) * config.steps * config.seeds)
 
-        def run(cell: tuple[str, str]) -> Run:
+        def train_one(cell: tuple[str, str]) -> Run:
             problem, name = cell
             steps = train(PROBLEMS[problem], name, config)
             while isinstance(found := next(steps), int):
+                if stopping.is_set():
+                    raise KeyboardInterrupt
                 progress.update(bar, advance=found, description=f"{problem}: {name}")
             return found
 
-        return dict(zip(cells, pool.map(run, cells), strict=True))
+        names = [f"{problem}: {name}" for problem, name in cells]
+        runs = in_threads(train_one, cells, names, jobs, stopping)
+        return dict(zip(cells, runs, strict=True))
 
 
-def _time(options: argparse.Namespace, config: Config, command: str, out: Path | None) -> None:
+def _time(options: argparse.Namespace, config: Config, out: Path | None) -> None:
     names = list(ROWS) if options.methods == ["all"] else options.methods or list(TIMED)
     for problem in options.problems:
         times = time_steps(PROBLEMS[problem], names, config, rounds=3 if options.quick else 20)
-        Console().print(report.timing_table(problem, times))
+        lines, note = report.timing_lines(times), f"{report.TIMING}\n\nMade by `{options.line}`."
+        tables.show(lines, report.timing_title(problem), note)
         if out:
-            text = report.timing_markdown(problem, times, command)
+            text = tables.markdown(lines, report.timing_title(problem), note)
             (out / f"{problem}_time.md").write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m examples.physics",
         description=__doc__.splitlines()[0],
         epilog=f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other "
@@ -128,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         help=", ".join(PROBLEMS),
     )  # fmt: skip
     parser.add_argument(
-        "--methods", nargs="+", choices=["all", *ROWS], metavar="METHOD", help="see below, or all"
-    )
+        "--methods", nargs="+", type=one_of("method", ["all", *ROWS]), metavar="METHOD",
+        help="see below, or all",
+    )  # fmt: skip
     for name, text in SETTINGS.items():
         default = getattr(Config, name)
         parser.add_argument(
@@ -143,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         help="trainings at a time (default %(default)s)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="write the tables and a picture a problem here"
+        "--out", type=Path, metavar="DIR", help="write the tables and a picture a problem here"
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of tiny networks")
     parser.add_argument(
@@ -153,4 +167,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

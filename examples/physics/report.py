@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
+from examples import tables
 from examples.physics.training import Config, Run
 
 Runs = dict[tuple[str, str], Run]  # by problem and row
@@ -20,10 +20,10 @@ Step times are those of the moment: another load of the machine changes them. `-
 HEADER = ("method", "median", "best", "worst", "ms a step", "to the sum's")
 
 
-def rows_of(problem: str, runs: Runs) -> list[tuple[str, ...]]:
-    """The cells of a problem's table: relative L2 errors, and the time of a step."""
+def lines_of(problem: str, runs: Runs) -> list[tuple[str, ...]]:
+    """The header and the rows of a problem's table: relative L2 errors, and the time of a step."""
     base = runs.get((problem, BASE))
-    rows = []
+    rows = [HEADER]
     for (where, name), run in runs.items():
         if where == problem:
             errors = (np.median(run.errors), run.errors.min(), run.errors.max())
@@ -37,24 +37,12 @@ def title(problem: str, config: Config) -> str:
     return f"{problem}: relative L2 error after {config.steps} steps, {config.seeds} seeds"
 
 
-def rich_table(problem: str, runs: Runs, config: Config) -> Table:
-    """A problem's table for the terminal."""
-    table = Table(title=title(problem, config))
-    for column in HEADER:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows_of(problem, runs):
-        table.add_row(*row)
-    return table
-
-
 def markdown(problems: list[str], runs: Runs, config: Config, command: str) -> str:
     """All tables and the verdict for a page."""
     parts = ["# Physics-informed networks", f"Made by `{command}` with\n`{config}`.", LEGEND]
     parts += verdict(problems, runs).splitlines()
     for problem in problems:
-        lines = [HEADER, ("---",) + ("---:",) * (len(HEADER) - 1), *rows_of(problem, runs)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"**{title(problem, config)}**\n\n{body}")
+        parts.append(tables.markdown(lines_of(problem, runs), title(problem, config)).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -85,33 +73,20 @@ def write_csv(runs: Runs, path: Path) -> None:
                 writer.writerow([problem, name, seed, f"{error:.6g}", f"{run.step_ms:.4g}"])
 
 
-def timing_rows(times: dict[str, list[float]]) -> list[tuple[str, str, str]]:
-    """The median time of each row and the median ratio to the first one's time of the same round."""
-    base = np.array(next(iter(times.values())))
-    return [
-        (name, f"{np.median(taken):.3f}", f"{np.median(np.array(taken) / base):.2f}")
-        for name, taken in times.items()
-    ]
-
-
+TIMING = "Medians over rounds, of the times and of each round's ratio."
 TIMING_HEADER = ("method", "ms a step", "to the sum's")
 
 
-def timing_table(problem: str, times: dict[str, list[float]]) -> Table:
-    """The interleaved times for the terminal."""
-    table = Table(title=f"{problem}: milliseconds a step, all methods in turns")
-    for column in TIMING_HEADER:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in timing_rows(times):
-        table.add_row(*row)
-    return table
+def timing_title(problem: str) -> str:
+    """What the times are."""
+    return f"{problem}: milliseconds a step, all methods in turns"
 
 
-def timing_markdown(problem: str, times: dict[str, list[float]], command: str) -> str:
-    """The same for a page."""
-    lines = [TIMING_HEADER, ("---", "---:", "---:"), *timing_rows(times)]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        f"**{problem}: milliseconds a step, all methods in turns** (`{command}`)\n\n{body}\n\n"
-        "Medians over rounds, of the times and of each round's ratio.\n"
-    )
+def timing_lines(times: dict[str, list[float]]) -> list[tuple[str, str, str]]:
+    """The median time of each row and the median ratio to the first one's time of the same round."""
+    base = np.array(next(iter(times.values())))
+    rows = [
+        (name, f"{np.median(taken):.3f}", f"{np.median(np.array(taken) / base):.2f}")
+        for name, taken in times.items()
+    ]
+    return [TIMING_HEADER, *rows]

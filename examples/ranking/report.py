@@ -54,8 +54,9 @@ def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[D
         if label != baseline
     }
     p_values = np.array([[d.p_value for d in entry] for entry in found.values()])
-    if not found or np.isnan(p_values).any():  # one seed says nothing of differences
+    if not found:
         return found
+    p_values = np.nan_to_num(p_values, nan=1.0)  # one seed says nothing of differences
     return {
         label: [d._replace(p_value=float(p)) for d, p in zip(entry, corrected, strict=True)]
         for (label, entry), corrected in zip(found.items(), holm(p_values), strict=True)
@@ -63,7 +64,9 @@ def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[D
 
 
 def gain_cell(difference: Difference) -> str:
-    """A gain with its standard error and the mark of significance."""
+    """A gain with its standard error and the mark of significance; a dash where there is none."""
+    if np.isnan(difference.mean):
+        return "-"
     text = f"{difference.mean:+.3f}"
     if not np.isnan(difference.error):
         text += f" ± {difference.error:.3f}"
@@ -71,7 +74,12 @@ def gain_cell(difference: Difference) -> str:
 
 
 def mean_cell(values: np.ndarray, digits: int = 4) -> str:
-    """A mean over seeds, with its standard error where there are several."""
+    """A mean over seeds, with its standard error where there are several; a dash for NaN.
+
+    A metric may have no value: the AUC of a task without a positive in the test set.
+    """
+    if np.isnan(values.mean()):
+        return "-"
     text = f"{values.mean():.{digits}f}"
     if len(values) > 1:
         text += f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"

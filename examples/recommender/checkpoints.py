@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from examples.command import say_damaged
+
 # Orbax's managers share event loops: two threads must not use them at once.
 LOCK = threading.Lock()
 
@@ -33,14 +35,19 @@ class UnfinishedRun:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        """The last saved epoch and what was saved, or `(0, like)` where there is nothing yet."""
+        """The last saved epoch and what was saved, or `(0, like)` where there is nothing to go on from."""
         described = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         with LOCK:
             epoch = self._manager.latest_step()
             if epoch is None:
                 return 0, like
-            restored = self._manager.restore(epoch, args=self._ocp.args.StandardRestore(described))
-        return epoch, restored
+            try:
+                saved = self._ocp.args.StandardRestore(described)
+                return epoch, self._manager.restore(epoch, args=saved)
+            except Exception as error:
+                say_damaged(self._folder, error)
+                self._manager.delete(epoch)
+        return 0, like
 
     def save(self, epoch: int, carry: Any) -> None:
         """Keep an epoch in place of the one before."""

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 import mtl_optax as mtl
+from examples.command import unknown
 from examples.recommender.errors import UserError
 
 SINGLE, SUM = "single", "sum"
@@ -102,7 +103,7 @@ def parse_choice(text: str) -> Choice:
     for part in _split_chain(text):
         name, options = _read_call(part, text)
         if name not in known_methods():
-            raise UserError(f"unknown method {name!r}; choose from {', '.join(known_methods())}")
+            raise UserError(unknown("method", name, known_methods()))
         place = options.pop("place", place)
         parts.append((name, tuple(options.items())))
     if any(name in (SINGLE, SUM) for name, _ in parts[:-1]):

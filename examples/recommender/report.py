@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from examples.recommender.data import REGRESSION, Task
 from examples.recommender.download import write_atomically
@@ -125,7 +124,7 @@ def cells(
     result = []
     for column in columns:
         values = column.by_seed(row.test)
-        if values is None:
+        if values is None or np.isnan(values.mean()):  # nobody has anything held out
             result.append("-")
             continue
         digits = 2 if column.task.kind == REGRESSION else 4
@@ -144,34 +143,12 @@ def cells(
 EFFORT = ("step", "runs", "seconds")
 
 
-def rich_table(
-    rows: Sequence[Row], columns: Sequence[Column], against: Any, title: str, note: str
-) -> Table:
-    """The table for the terminal."""
-    table = Table(title=title, caption=note, caption_justify="left", padding=(0, 0, 0, 1))
-    table.add_column("method", overflow="fold", min_width=18)
-    for name in (*(column.title for column in columns), *EFFORT):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.label, *cells(row, columns, against))
-    return table
-
-
-def markdown_table(
-    rows: Sequence[Row], columns: Sequence[Column], against: Any, title: str, note: str
-) -> str:
-    """The same table for a page."""
+def lines_of(
+    rows: Sequence[Row], columns: Sequence[Column], against: Mapping[str, list[Difference]]
+) -> list[tuple[str, ...]]:
+    """The header and the rows of the table."""
     header = ("method", *(column.title for column in columns), *EFFORT)
-    body = pipe_table([header, *((row.label, *cells(row, columns, against)) for row in rows)])
-    return f"**{title}**\n\n{body}\n\n{note}\n"
-
-
-def pipe_table(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as Markdown, header first; every column but the first is aligned to the right."""
-    rule = ("---", *("---:" for _ in lines[0][1:]))
-    # The name of a task may hold a bar, which would end a cell.
-    escaped = [[cell.replace("|", r"\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+    return [header, *((row.label, *cells(row, columns, against)) for row in rows)]
 
 
 def metrics_csv(rows: Sequence[Row], tasks: Sequence[Task]) -> str:
@@ -213,6 +190,12 @@ def caption(columns: Sequence[Column], seeds: int, baseline: str | None) -> str:
     )
 
 
+def curve(axes: Any, values: np.ndarray, label: str) -> None:
+    """Draw values over the epochs 1, 2, ...; a single one is a point."""
+    marker = "o" if len(values) == 1 else None
+    axes.plot(np.arange(1, len(values) + 1), values, marker=marker, label=label)
+
+
 def draw(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
     """Gradient norms and, below them, task weights over training, for every method."""
     import matplotlib
@@ -239,7 +222,7 @@ def draw(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> None:
             for number, task in enumerate(tasks):
                 # A weight of 0 has no place on a logarithmic axis.
                 positive = np.where(values[:, number] > 0, values[:, number], np.nan)
-                axes.plot(np.arange(1, len(values) + 1), positive, label=task.name)
+                curve(axes, positive, task.name)
             axes.set(yscale="log", ylim=(1e-6, 1e4))
             if column == 0:
                 axes.set_ylabel(label, fontsize=8)
@@ -275,17 +258,28 @@ def store_run(run: Run, path: Path, fingerprint: dict[str, Any]) -> None:
 
 
 def load_run(path: Path, fingerprint: dict[str, Any]) -> Run | None:
-    """A stored run, or None where there is none that was trained in the same way."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            about = json.loads(str(stored["about"]))
-            if about.pop("fingerprint") != fingerprint:
-                return None
-            parts: dict[str, dict[str, np.ndarray]] = {"validation": {}, "test": {}, "history": {}}
-            for name in stored.files:
-                part, _, rest = name.partition("/")
-                if part in parts:
-                    parts[part][rest] = stored[name]
-            return Run(**about, **parts)
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError):
+    """A stored run, or None where there is none that was trained in the same way.
+
+    On the main thread only: numpy parses the header of an array with `ast.literal_eval`, which fails at
+    random in threads of Python 3.11.
+
+    Raises:
+      Exception: of any class for a damaged file, as zip, zlib, numpy and json all read from it.
+    """
+    if not path.exists():
         return None
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+    content.seek(0)
+    with np.load(content) as stored:
+        about = json.loads(str(stored["about"]))
+        if about.pop("fingerprint") != fingerprint:
+            return None
+        parts: dict[str, dict[str, np.ndarray]] = {"validation": {}, "test": {}, "history": {}}
+        for name in stored.files:
+            part, _, rest = name.partition("/")
+            if part in parts:
+                parts[part][rest] = stored[name]
+        return Run(**about, **parts)

@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from examples.command import in_threads, say_damaged
 from examples.recommender import report
 from examples.recommender.checkpoints import UnfinishedRun
 from examples.recommender.choices import Choice
@@ -82,7 +82,6 @@ class Runner(Generic[TrainerT]):
     """
 
     trainer: TrainerT
-    console: Console
     fingerprint: dict[str, Any]
     out: Path | None = None
     resume: bool = False
@@ -98,18 +97,19 @@ class Runner(Generic[TrainerT]):
         for job in jobs:
             self.trainer.check(job.choice, job.plans[0].setting)
         epochs = self.trainer.epochs
+        stored = [[self._stored(job, plan) for plan in job.plans] for job in jobs]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        with (
-            Progress(
-                *columns, *times, TextColumn("{task.fields[note]}"), console=self.console
-            ) as bars,
-            ThreadPoolExecutor(self.workers) as pool,
-        ):
+        # Standard output is for the results, which may go to a file.
+        console, note = Console(stderr=True), TextColumn("{task.fields[note]}")
+        with Progress(
+            *columns, *times, note, console=console, disable=not console.is_terminal
+        ) as bars:
             total = sum(len(job.plans) for job in jobs) * epochs
             whole = bars.add_task("all", total=total, note="epochs")
 
-            def work(job: Job) -> list[Run]:
+            def work(place: int) -> list[Run]:
+                job = jobs[place]
                 bar = bars.add_task(
                     job.choice.label, total=len(job.plans) * epochs, note="compiling"
                 )
@@ -118,29 +118,20 @@ class Runner(Generic[TrainerT]):
                     bars.update(bar, advance=count, note=f"validation {value:.4f}")
                     bars.update(whole, advance=count)
 
-                runs = self._train(job, advance)
+                runs = self._train(job, stored[place], advance)
                 bars.remove_task(bar)
                 return runs
 
-            futures = [pool.submit(work, job) for job in jobs]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException:
-                self._stopping.set()  # the workers end with their epoch
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
+            labels = [job.choice.label for job in jobs]
+            return in_threads(work, range(len(jobs)), labels, self.workers, self._stopping)
 
-    def _train(self, job: Job, advance: Callable[[int, float], None]) -> list[Run]:
+    def _train(
+        self, job: Job, stored: list[Run | None], advance: Callable[[int, float], None]
+    ) -> list[Run]:
         """Plan by plan, so that each can be stored when it is done, or all together."""
-        finished: dict[int, Run] = {}
-        for place, plan in enumerate(job.plans):
-            stored = self._stored(job, plan)
-            if stored is not None:
-                finished[place] = stored
-                advance(self.trainer.epochs, stored.best_value)
+        finished = {place: run for place, run in enumerate(stored) if run is not None}
+        for run in finished.values():
+            advance(self.trainer.epochs, run.best_value)
         missing = [place for place in range(len(job.plans)) if place not in finished]
         size = max(1, len(missing)) if self.trainer.side_by_side else 1
         for start in range(0, len(missing), size):
@@ -178,7 +169,12 @@ class Runner(Generic[TrainerT]):
     def _stored(self, job: Job, plan: Plan) -> Run | None:
         if self.out is None or not self.resume:
             return None
-        return report.load_run(self._path(job, plan), self._settings(job, plan))
+        path = self._path(job, plan)
+        try:
+            return report.load_run(path, self._settings(job, plan))
+        except Exception as error:
+            say_damaged(path, error)
+            return None
 
     def _settings(self, job: Job, plan: Plan) -> dict[str, Any]:
         setting = {
