@@ -83,9 +83,11 @@ VARIANTS = {
 CASES |= VARIANTS
 
 
-def updates_of(name, options, tasks, active):
-    """The updates and weights of a few steps, `[STEPS, N]` and `[STEPS, T]`, in one compiled program."""
-    tx = make(name, tasks, **options(tasks))
+@functools.cache
+def program(case, tasks):
+    """`(active [STEPS, T]) -> (updates [STEPS, N], weights [STEPS, T], states)`, compiled once."""
+    name = case if isinstance(case, str) else case[0]
+    tx = make(name, tasks, **CASES[case](tasks))
     rows = np.array([ALL.index(task) for task in tasks])
     # What a method draws depends on the number of tasks.
     extra = {"noise": in_order(tasks), "traces": by_name(tasks)}
@@ -98,28 +100,45 @@ def updates_of(name, options, tasks, active):
         return {"v": flat[..., :4], "w": flat[..., 4:]}
 
     def body(state, step):
-        gradients, losses = step
+        gradients, losses, active = step
         update, state = tx.update(
             tree(gradients), state, tree(jnp.zeros(N)), losses=losses, active=active, **extra
         )
         weights = jnp.mean(state.weights, axis=0)
-        return state, (jnp.concatenate([update["v"], update["w"]]), weights)
+        memory = (state.rule_state, state.averages)
+        return state, (jnp.concatenate([update["v"], update["w"]]), weights, memory)
 
-    run = jax.jit(lambda g, x: jax.lax.scan(body, tx.init(tree(jnp.zeros(N))), (g, x))[1])
-    return [
-        np.asarray(x) for x in run(jnp.asarray(GRADIENTS[:, rows]), jnp.asarray(LOSSES[:, rows]))
-    ]
+    run = jax.jit(lambda *steps: jax.lax.scan(body, tx.init(tree(jnp.zeros(N))), steps)[1])
+    return lambda active: jax.device_get(run(GRADIENTS[:, rows], LOSSES[:, rows], active))
+
+
+IDS = {"ids": lambda case: case if isinstance(case, str) else ", ".join(case)}
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c if isinstance(c, str) else ", ".join(c))
+@pytest.mark.parametrize("case", CASES, **IDS)
 def test_an_absent_task_is_no_task(case):
-    name = case if isinstance(case, str) else case[0]
-    updates, weights = updates_of(name, CASES[case], ALL, dict(zip(ALL, HERE, strict=True)))
-    expected, expected_weights = updates_of(name, CASES[case], PRESENT, None)
+    updates, weights, _ = program(case, ALL)(np.tile(HERE, (STEPS, 1)))
+    fewer = program(case, PRESENT)(np.ones((STEPS, len(PRESENT)), bool))
+    expected, expected_weights, _ = fewer
     np.testing.assert_allclose(weights[:, HERE], expected_weights, rtol=1e-6, atol=1e-9)
     np.testing.assert_array_equal(weights[:, ~HERE], 0)
     np.testing.assert_allclose(updates, expected, rtol=1e-6, atol=1e-7 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", CASES, **IDS)
+def test_what_is_remembered_of_a_task_stays_while_it_is_absent(case):
+    """Its slot in every array of the state with a task axis: nothing else has the size of T."""
+    active = np.ones((STEPS, len(ALL)), bool)
+    active[2] = HERE
+    _, _, memory = program(case, ALL)(active)
+    for leaf in jax.tree.leaves(memory):
+        before, after = leaf[1], leaf[2]
+        for axis in range(before.ndim):
+            if before.shape[axis] == len(ALL):
+                slots = functools.partial(np.compress, ~HERE, axis=axis)
+                np.testing.assert_array_equal(slots(after), slots(before))
 
 
 def test_rlw_alone_depends_on_the_draw_of_an_absent_task():
