@@ -11,7 +11,7 @@ from jax import lax
 
 from mtl_optax.core import checks, task_tree
 from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.method import Method
+from mtl_optax.core.method import Method, is_watched
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
 from mtl_optax.solvers.arithmetic import safe_divide
 
@@ -117,6 +117,8 @@ def accumulate(
             shapes, _ = jax.eval_shape(step, sums)
             return jax.tree.map(jnp.zeros_like, shapes), sums
 
+        if is_watched():
+            return step(sums)
         return lax.cond(sums.micro_count == every_k, step, wait, sums)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.checks import where
-from mtl_optax.core.method import BalanceState, Method, methods_updated, states_in
-from mtl_optax.core.tasks import Tasks, read_tasks
+from mtl_optax.core.checks import (
+    MissingLosses,
+    NotFloating,
+    WrongTaskAxis,
+    and_more,
+    difference,
+    where,
+)
+from mtl_optax.core.method import BalanceState, Method, states_in, update_calls
+from mtl_optax.core.tasks import Tasks, WrongEntries, read_tasks
+from mtl_optax.small_runs import (
+    fault_before_methods,
+    gradients_like,
+    leaves_in,
+    nodes_in,
+    rounded_hyperparameter,
+)
 
-_GUIDE = "See 'Composition with optax' in the README."
+_GUIDE = "See docs/composition.md."
 # Wrappers of optax that cannot stand around a method, known by their states.
 _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
     optax.MultiStepsState: (
         "optax.MultiSteps",
         "accumulates gradients shaped like the parameters, without the task axis. Use "
-        "mtl_optax.accumulate(inner, {num_tasks}, every_k=...) in its place.",
+        "mtl_optax.accumulate(inner, tasks, every_k=...) in its place.",
     ),
     optax.ApplyIfFiniteState: (
         "optax.apply_if_finite",
@@ -44,33 +61,33 @@ _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
 def check(
     tx: optax.GradientTransformation,
     params: Any,
-    num_tasks: Any,
+    tasks: Any = None,
     *,
     gradients: Any = None,
     **extra_args: Any,
 ) -> str:
-    """Checks that a whole optimizer removes the task axis and keeps the shapes of its state.
+    """Checks that a whole optimizer keeps tasks apart, removes the task axis, and keeps its state.
 
     Call it once, before training or in a test. It traces `tx.init` and `tx.update` on gradients of
-    shape `[T, *shape]` with `jax.eval_shape`: nothing is computed. It finds what shows in shapes: a
-    transformation with a state before the method, a wrapper that cannot stand around one, a part of
-    `optax.partition` or `optax.masked` that keeps the task axis, a wrong number of tasks or other names.
+    shape `[T, *shape]` with `jax.eval_shape`, and finds what shows in shapes: a transformation with a
+    state before the method, a wrapper that cannot stand around one, a part of `optax.partition` or
+    `optax.masked` that keeps the task axis, a wrong number of tasks or other names.
+
+    What stands before the first method it also runs, on leaves of at most two elements. There the
+    gradient of a task must not depend on those of other tasks (`clip_by_global_norm`, a norm over all
+    tasks), and no term of the parameters may be added to it (`add_decayed_weights`, once per task).
 
     Notes:
-      What no shape shows, it cannot find. These transformations of optax pass before a method, and mean
-      something else there: `clip_by_global_norm`, `contrib.normalize`, `normalize_by_update_norm` and
-      `scale_by_polyak` take one norm over all tasks; `clip_by_block_rms` and `scale_by_trust_ratio` take
-      one per tensor, over all tasks; `centralize` takes the task axis for the first axis of the
-      parameter; `add_decayed_weights` adds its term once per task. Put them after the method. All but
-      the last may also be lifted over the tasks: `mtl_optax.per_task(inner, num_tasks)`.
-
-      An order of the losses that is not that of the gradients shows in no shape either; named tasks rule
-      it out.
+      It cannot find three things. `centralize` before a method takes the task axis for the first axis
+      of the parameter: put it after the method, or inside `mtl_optax.per_task`. An optimizer that fails
+      on leaves of two elements, for example because its labels depend on shapes, is not run, and neither
+      is what stands inside a branch of `lax.cond`. An order of the losses that is not that of the
+      gradients shows nowhere; named tasks rule it out.
 
     Args:
       tx: the whole optimizer, for example `optax.chain(method, optax.adam(1e-3))`.
       params: the parameters; shapes are enough.
-      num_tasks: T, or the task names.
+      tasks: T, or the task names; left out, those of the methods inside.
       gradients: what `update` is given, where that is not one gradient per task for every parameter
         (heads from `split_value_and_grad`); shapes are enough.
       **extra_args: the extra arguments of `update`, such as those of a line search; for arrays, shapes
@@ -81,31 +98,38 @@ def check(
       its target, where it has one.
 
     Raises:
-      ValueError: if `init` or `update` raises, an update would not be shaped like the parameters, or a
-        state would change its shape or dtype. The message says where, and what to do.
+      ValueError: if `init` or `update` raises, an update would not be shaped like the parameters, a
+        state would change its shape or dtype, tasks mix before a method, methods disagree about the
+        tasks, or `optax.inject_hyperparams` rounds a number to another one. The message says where, and
+        what to do.
 
     Example:
 
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> params = {"w": jnp.zeros((3, 2))}
-      >>> tasks = ("click", "buy")
-      >>> tx = optax.chain(mtl.metabalance(tasks, target="click"), optax.adam(1e-3))
-      >>> print(mtl.check(tx, params, tasks))
+      >>> tx = optax.chain(mtl.metabalance(("click", "buy"), target="click"), optax.adam(1e-3))
+      >>> print(mtl.check(tx, params))
       metabalance: tasks 'buy', 'click' in this order, target 'click'
       >>> momentum_first = optax.chain(optax.trace(0.9), mtl.mgda(2), optax.sgd(1e-3))
-      >>> mtl.check(momentum_first, params, num_tasks=2)  # doctest: +ELLIPSIS
+      >>> mtl.check(momentum_first, params)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
         ...
       ValueError: check: state[0].trace['w'] changes its shape from (3, 2) to (2, 3, 2): ...
     """
-    tasks = read_tasks("check", num_tasks)
-    number = tasks.number
+    known = None if tasks is None else read_tasks("check", tasks)
     update_fn = optax.with_extra_args_support(tx).update
-    like = _shapes(params)
-    # The parameters of `optax.lookahead` are a pair, of which the gradients know one.
-    trained = like.fast if isinstance(like, optax.LookaheadParams) else like
+    given = _shapes(params)
+    try:
+        state = jax.eval_shape(tx.init, given)
+    except Exception as error:
+        raise ValueError(_about_init(error, tx, given)) from error
+    _refuse(rounded_hyperparameter(tx.init, given, state))
+    known = known or _tasks_inside(tx, state)
+    number = known.number
+    like, state = _arrays_of_variables((given, state))
     if gradients is None:
-        gradients = _with_tasks(trained, number)
+        gradients = _with_tasks(gradients_like(like), number)
+    gradients = _arrays_of_variables(_shapes(gradients))
     extra_args = {"losses": jax.ShapeDtypeStruct((number,), jnp.float32), **extra_args}
     arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
     # Functions and Python numbers stay what they are.
@@ -114,37 +138,88 @@ def check(
     def update(gradients: Any, state: Any, params: Any, arrays: Any) -> Any:
         return update_fn(gradients, state, params, **arrays, **others)
 
-    def step(state: Any) -> Any:
+    def step(state: Any, arrays: Any = arrays) -> Any:
         # A state that is broadcast over the tasks is reported with its path, not by the first operation.
         with jax.numpy_rank_promotion("allow"):
             return jax.eval_shape(update, gradients, state, like, arrays)
 
-    try:
-        state = jax.eval_shape(tx.init, like)
-    except Exception as error:
-        raise ValueError(_about_init(error, tx, like, number)) from error
-    with methods_updated() as methods:
+    with update_calls() as calls:
         try:
             updates, following = step(state)
         except Exception as error:
-            raise ValueError(_about_update(error, tx, state, number)) from error
+            without_losses = lambda: step(state, {k: v for k, v in arrays.items() if k != "losses"})  # noqa: E731
+            variables = jax.tree.structure(like) != jax.tree.structure(given)
+            about = _about_update(error, state, number, without_losses, variables)
+            raise ValueError(about) from error
+    methods = list({id(method): method for method, _ in calls}.values())
     _check_updates(updates, like, number, state)
     _check_state(state, following, number)
     if jax.tree.structure(state) != jax.tree.structure(following):
         # `optax.monitor` has no entries before its first step.
         _check_structure(following, step(following)[1])
-    _check_names(methods, tasks)
+    _check_names(methods, known)
+    run = functools.partial(update, arrays=_ones(arrays))
+    _refuse(fault_before_methods(tx.init, run, like, gradients, number))
     return "\n".join(map(_describe, methods))
+
+
+def _refuse(fault: str | None) -> None:
+    if fault:
+        raise ValueError(f"check: {fault}")
+
+
+# --- the tasks, and the methods ----------------------------------------------------------------------
+
+
+def _tasks_inside(tx: Any, state: Any) -> Tasks:
+    """The tasks of the methods in an optimizer. A chain hides their names, which `update` tells later."""
+    if isinstance(tx, Method):
+        return tx.tasks
+    made_for = {node.weights.shape[-1]: path for path, node in nodes_in(state, BalanceState)}
+    if not made_for:
+        raise ValueError(
+            "check: found no method of mtl_optax in this optimizer: put one, such as "
+            "mtl_optax.sum_tasks(tasks), before the optimizer. For a transformation of your own that "
+            "removes the task axis give check tasks=, their number or names."
+        )
+    if len(made_for) > 1:
+        found = ", ".join(f"state{path} for {count}" for count, path in made_for.items())
+        raise ValueError(
+            f"check: the methods are made for different numbers of tasks: {found}. Give all of them the "
+            "number of losses that loss_fn returns."
+        )
+    (number,) = made_for
+    return Tasks(number, None)
+
+
+def _check_names(methods: list[Method], tasks: Tasks) -> None:
+    owner, names = "check is given", tasks.names
+    for method in methods:
+        if None not in (method.task_names, names) and method.task_names != names:
+            raise ValueError(
+                f"check: {method.name} is made for the tasks {list(method.task_names or ())}, but {owner} "
+                f"{list(names or ())}. Give both the names of the losses that loss_fn returns."
+            )
+        if names is None:
+            owner, names = f"{method.name} for", method.task_names
+
+
+def _describe(method: Method) -> str:
+    tasks = f"{method.num_tasks} tasks"
+    if method.task_names is not None:
+        tasks = f"tasks {', '.join(map(repr, method.task_names))} in this order"
+    target = "" if method.target is None else f", target {method.target!r}"
+    return f"{method.name}: {tasks}{target}"
 
 
 # --- what an update returned -------------------------------------------------------------------------
 
 
 def _check_updates(updates: Any, params: Any, num_tasks: int, state: Any) -> None:
-    got, want = jax.tree.structure(updates), jax.tree.structure(params)
-    if got != want:
+    if jax.tree.structure(updates) != jax.tree.structure(params):
         raise ValueError(
-            f"check: the updates differ in structure from the parameters: {got} and {want}. {_GUIDE}"
+            "check: the updates differ in structure from the parameters: "
+            f"{difference('the updates', updates, 'the parameters', params)}. {_GUIDE}"
         )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     pairs = list(zip(leaves, jax.tree.leaves(updates), strict=True))
@@ -152,32 +227,30 @@ def _check_updates(updates: Any, params: Any, num_tasks: int, state: Any) -> Non
     if not wrong:
         return
     path, want, got = wrong[0]
-    more = f" (and {len(wrong) - 1} more leaves)" if len(wrong) > 1 else ""
-    found = f"the update of leaf {where(path)} has shape {got}, expected {want}{more}"
+    found = f"the update of leaf {where(path)} has shape {got}, expected {want}{and_more(wrong)}"
     if any(got != (num_tasks, *want) for _, want, got in wrong):
-        raise ValueError(f"check: {found}. {_stands_around(state, num_tasks) or _GUIDE}")
+        raise ValueError(f"check: {found}. {_stands_around(state) or _GUIDE}")
     if len(wrong) == len(pairs):
         raise ValueError(
             f"check: nothing removes the task axis: {found}. Put a method, such as "
-            f"mtl_optax.sum_tasks({num_tasks}), before the optimizer."
+            "mtl_optax.sum_tasks(tasks), before the optimizer."
         )
     raise ValueError(
-        f"check: {found}: the part of optax.partition, optax.masked or optax.selective_transform that "
-        "owns it keeps the task axis. Begin that part with a method, such as "
-        f"mtl_optax.sum_tasks({num_tasks}). To freeze parameters, put optax.transforms.freeze(mask) after "
-        "everything. Gradients that come without the task axis are given to check as gradients=."
+        f"check: {found}: its part of optax.partition, masked or selective_transform keeps the task axis. "
+        "Begin it with a method, such as mtl_optax.sum_tasks(tasks); to freeze, put "
+        "optax.transforms.freeze(mask) last. If update is given none there, give check gradients=."
     )
 
 
 def _check_state(old: Any, new: Any, num_tasks: int) -> None:
-    after = dict(_leaves(new))
-    for path, before in _leaves(old):
+    after = dict(leaves_in(new))
+    for path, before in leaves_in(old):
         now = after.get(path, before)
         if now.shape == (num_tasks, *before.shape):
             raise ValueError(
                 f"check: state{path} changes its shape from {before.shape} to {now.shape}: a "
                 "transformation before the method keeps one state for all tasks. Put it after the "
-                f"method, or lift it over the tasks: mtl_optax.per_task(inner, {num_tasks})."
+                "method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
             )
         for what in ("shape", "dtype"):
             was, is_now = getattr(before, what), getattr(now, what)
@@ -189,102 +262,118 @@ def _check_state(old: Any, new: Any, num_tasks: int) -> None:
 
 
 def _check_structure(old: Any, new: Any) -> None:
-    was, is_now = jax.tree.structure(old), jax.tree.structure(new)
-    if was != is_now:
+    if jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(
-            f"check: the state changes its structure at every update, from {was} to {is_now}, which "
-            f"jax.jit compiles anew each time. {_GUIDE}"
+            "check: the state changes its structure at every update, which jax.jit compiles anew each "
+            f"time: {difference('new states', new, 'old ones', old)}. {_GUIDE}"
         )
-
-
-def _check_names(methods: list[Method], tasks: Tasks) -> None:
-    for method in methods:
-        if None not in (method.task_names, tasks.names) and method.task_names != tasks.names:
-            raise ValueError(
-                f"check: the task names are {list(tasks.names or ())}, but {method.name} is made for "
-                f"{list(method.task_names or ())}. Give both the names of the losses that loss_fn returns."
-            )
-
-
-def _describe(method: Method) -> str:
-    tasks = f"{method.num_tasks} tasks"
-    if method.task_names is not None:
-        tasks = f"tasks {', '.join(map(repr, method.task_names))} in this order"
-    target = "" if method.target is None else f", target {method.target!r}"
-    return f"{method.name}: {tasks}{target}"
 
 
 # --- what was raised ---------------------------------------------------------------------------------
 
 
-def _about_init(error: Exception, tx: Any, params: Any, num_tasks: int) -> str:
-    found = f"check: init raises {_quote(error)}"
-    try:
-        jax.eval_shape(tx.init, _with_tasks(params, num_tasks))
-    except Exception:
-        return found
-    return (
-        f"{found}\nA transformation before the method looks at the task axis, which the parameters that "
-        f"init sees do not have. Lift it over the tasks: mtl_optax.per_task(inner, {num_tasks})."
+def _about_init(error: Exception, tx: Any, params: Any) -> str:
+    remedy = (
+        "A transformation before the method looks at the task axis, which the parameters that init sees do "
+        "not have. Lift it over the tasks: mtl_optax.per_task(inner, tasks)."
     )
+    try:
+        jax.eval_shape(tx.init, _with_tasks(params, 2))
+    except Exception:
+        remedy = ""
+    return _quote("init", error, remedy)
 
 
-def _about_update(error: Exception, tx: Any, state: Any, num_tasks: int) -> str:
-    for path, node in _nodes(state, BalanceState):
+def _about_update(
+    error: Exception,
+    state: Any,
+    num_tasks: int,
+    without_losses: Callable[[], Any],
+    variables: bool,
+) -> str:
+    for path, node in nodes_in(state, BalanceState):
         made_for = node.weights.shape[-1]
         if made_for != num_tasks:
             return (
-                f"check: num_tasks={num_tasks}, but the method of state{path} is made for {made_for} "
+                f"check: tasks={num_tasks}, but the method of state{path} is made for {made_for} "
                 f"task{'s' * (made_for > 1)}. Give both the number of losses that loss_fn returns."
             )
-    around = _stands_around(state, num_tasks)
+    around = _stands_around(state)
     if around:
         return f"check: {around}"
-    found = f"check: update raises {_quote(error)}"
-    if isinstance(error, TypeError) and "must be real floating point" in str(error):
-        return found
+    if isinstance(error, MissingLosses):
+        return (
+            f"check: {error} A transformation around the method hands no losses on: put it after the "
+            "method, or use a method that needs none."
+        )
+    if isinstance(error, WrongTaskAxis) and error.is_missing:
+        return (
+            f"check: {error.found} Something before or around it removes the task axis: give a method "
+            "before it reduce=False, or put what stands around it after it."
+        )
+    if isinstance(error, (NotFloating, WrongEntries, WrongTaskAxis)):
+        return f"check: {error}"
+    return _quote("update", error, _remedy(error, state, without_losses, variables))
+
+
+def _remedy(
+    error: Exception, state: Any, without_losses: Callable[[], Any], variables: bool
+) -> str:
+    """What to do about an error of somebody else's."""
+    # Python has no class for this one.
     if isinstance(error, TypeError) and "required keyword-only" in str(error):
         return (
-            f"{found}\nGive check the extra arguments that update is given, such as "
-            "mtl_optax.check(tx, params, num_tasks, value=...)."
+            "Give check the extra arguments that update is given, such as "
+            "mtl_optax.check(tx, params, value=...)."
         )
-    if isinstance(error, TypeError) and "'losses'" in str(error):
+    if isinstance(error, TypeError) and _passes(without_losses):
         return (
-            f"{found}\nA part of this optimizer refuses the extra argument losses. Wrap that part: "
+            "A part of this optimizer refuses the extra argument losses. Wrap that part: "
             "mtl_optax.drop_extra_args(inner, 'losses')."
         )
-    if "losses" in str(error) and not isinstance(tx, optax.GradientTransformationExtraArgs):
+    has_labels = nodes_in(state, (optax.PartitionState, optax.MaskedState))
+    if has_labels and variables:
         return (
-            f"{found}\nThe outermost transformation hands no extra arguments on, so that no losses reach a "
-            "method inside of it. Put it after the method, or use a method that needs no losses."
+            "nnx.Optimizer calls init on variables, and update on their arrays. Make labels and masks that "
+            "are trees from nnx.as_pure(params), or give functions of the paths."
         )
-    if _nodes(state, (optax.PartitionState, optax.MaskedState)):
+    if has_labels:
         return (
-            f"{found}\nA function for the labels or the mask is called on the parameters at init, and on "
-            "gradients with the task axis at update. Where it looks at ranks or shapes, call it once on "
-            f"the parameters, and give optax.partition or optax.masked the result. {_GUIDE}"
+            "A function for labels or a mask sees the parameters at init, and gradients with the task axis "
+            "at update. If it looks at ranks or shapes, give its result on the parameters instead."
         )
     return (
-        f"{found}\nWhat stands before or around a method is given gradients with a task axis. Put it after "
-        "the method, or, if it stands before, lift it over the tasks: "
-        f"mtl_optax.per_task(inner, {num_tasks}). {_GUIDE}"
+        "What stands before or around a method is given gradients with a task axis. Put it after the "
+        f"method; before it, lift it over the tasks: mtl_optax.per_task(inner, tasks). {_GUIDE}"
     )
 
 
-def _stands_around(state: Any, num_tasks: int) -> str | None:
+def _passes(update: Callable[[], Any]) -> bool:
+    """Whether an update runs, as far as a method that misses the losses."""
+    try:
+        update()
+    except MissingLosses:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _stands_around(state: Any) -> str | None:
     """What to do about a wrapper that holds a method and cannot, where the state shows one."""
-    for path, node in _nodes(state, tuple(_CANNOT_STAND_AROUND)):
+    for path, node in nodes_in(state, tuple(_CANNOT_STAND_AROUND)):
         if states_in(node):
             wrapper, why = _CANNOT_STAND_AROUND[type(node)]
-            return f"{wrapper}, found at state{path}, stands around a method: it " + why.format(
-                num_tasks=num_tasks
-            )
+            return f"{wrapper}, found at state{path}, stands around a method: it {why}"
     return None
 
 
-def _quote(error: Exception) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _quote(function: str, error: Exception, remedy: str) -> str:
+    """What a function raised, in one line, and the remedy; about 300 characters in all."""
+    text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    room = 275 - len(remedy)
+    text = text if len(text) <= room else f"{text[: room - 3]}..."
+    return f"check: {function} raises {text}\n{remedy}".rstrip()
 
 
 # --- trees of shapes ---------------------------------------------------------------------------------
@@ -294,22 +383,25 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
+def _arrays_of_variables(tree: Any) -> Any:
+    """A tree as `update` is given it by `nnx.Optimizer`: with arrays in place of Flax's variables."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+    # Flax 0.12.0 has it under its old name.
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
+
+
 def _with_tasks(tree: Any, num_tasks: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_tasks, *x.shape), x.dtype), tree)
+
+
+def _ones(tree: Any) -> Any:
+    """Numbers where only shapes are given."""
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) if is_shape(x) else x, tree)
 
 
 def _has_shapes(tree: Any) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-
-
-def _nodes(tree: Any, kinds: type | tuple[type, ...]) -> list[tuple[str, Any]]:
-    """The outermost nodes of these types in a tree, with their paths."""
-    is_one = lambda node: isinstance(node, kinds)  # noqa: E731
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one)
-    return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_one(node)]

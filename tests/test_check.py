@@ -22,16 +22,16 @@ PARAMS = {
 }
 BALANCE = mtl.sum_tasks(T)
 WHOLE = optax.chain(BALANCE, optax.sgd(1e-2))
-GUIDE = "See 'Composition with optax' in the README."
+GUIDE = "See docs/composition.md."
 REMEDY = (
-    "\nWhat stands before or around a method is given gradients with a task axis. Put it after the method, "
-    "or, if it stands before, lift it over the tasks: mtl_optax.per_task(inner, 3). " + GUIDE
+    "\nWhat stands before or around a method is given gradients with a task axis. Put it after the method; "
+    "before it, lift it over the tasks: mtl_optax.per_task(inner, tasks). " + GUIDE
 )
 
 
-def refusal(tx, params=PARAMS, num_tasks=T, **given):
+def refusal(tx, params=PARAMS, tasks=T, **given):
     with pytest.raises(ValueError) as raised:
-        mtl.check(tx, params, num_tasks, **given)
+        mtl.check(tx, params, tasks, **given)
     return str(raised.value)
 
 
@@ -104,7 +104,10 @@ def test_losses_and_active_tasks_may_be_given():
     tx = optax.chain(mtl.scale_invariant(names), optax.adam(1e-2))
     losses = dict.fromkeys(names, jax.ShapeDtypeStruct((), FLOAT))
     mtl.check(tx, PARAMS, names, losses=losses, active=dict.fromkeys(names, True))
-    assert "losses must have shape (3,)" in refusal(tx, losses=jnp.ones(2))
+    assert refusal(tx, losses=jnp.ones(2)) == (
+        "check: scale_invariant: losses must have shape (3,), one entry per task in the order ['buy', "
+        "'cart', 'click']; found (2,)."
+    )
 
 
 def test_a_method_on_a_representation():
@@ -156,13 +159,118 @@ def test_every_method_of_an_optimizer_is_listed():
     ]
 
 
+# --- the tasks it reads ------------------------------------------------------------------------------
+
+
+HIDDEN_TASKS = {
+    "a method": mtl.mgda(T),
+    "a chain": optax.chain(optax.scale(2.0), mtl.mgda(T), optax.adam(1e-2)),
+    "two methods": optax.chain(mtl.metabalance(T, reduce=False), mtl.mgda(T)),
+    "groups": optax.partition(
+        {"a": mtl.mgda(T), "b": optax.chain(mtl.moco(T), optax.adam(1e-2)), "c": mtl.imtl_g(T)},
+        {"head": "a", "shared": "b"},
+    ),
+    "a guard": mtl.skip_nonfinite(mtl.accumulate(WHOLE, T, 2)),
+    "injected": optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))(
+        T, c=0.3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_TASKS)
+def test_the_number_of_tasks_is_read_from_the_methods(name):
+    tx = HIDDEN_TASKS[name]
+    assert mtl.check(tx, PARAMS) == mtl.check(tx, PARAMS, T)
+
+
+def test_the_names_of_tasks_are_read_from_the_methods():
+    names = ("click", "buy", "cart")
+    losses = dict.fromkeys(names, jax.ShapeDtypeStruct((), FLOAT))
+    for tx in (
+        mtl.scale_invariant(names),
+        optax.chain(mtl.scale_invariant(names), optax.adam(1e-2)),
+    ):
+        assert "'buy', 'cart', 'click'" in mtl.check(tx, PARAMS, losses=losses)
+
+
+def test_methods_that_disagree_are_refused():
+    groups = {"a": mtl.mgda(2), "b": optax.chain(mtl.moco(4), optax.adam(1e-2))}
+    tx = optax.partition(groups, {"head": "a", "shared": "b"})
+    assert refusal(tx, tasks=None) == (
+        "check: the methods are made for different numbers of tasks: state.inner_states['a'].inner_state "
+        "for 2, state.inner_states['b'].inner_state[0] for 4. Give all of them the number of losses that "
+        "loss_fn returns."
+    )
+    tx = optax.chain(mtl.metabalance(("click", "buy"), reduce=False), mtl.mgda(("clik", "buy")))
+    assert refusal(tx, tasks=None) == (
+        "check: mgda is made for the tasks ['buy', 'clik'], but metabalance for ['buy', 'click']. Give "
+        "both the names of the losses that loss_fn returns."
+    )
+
+
+def test_without_a_method_the_tasks_are_needed():
+    expected = (
+        "check: found no method of mtl_optax in this optimizer: put one, such as "
+        "mtl_optax.sum_tasks(tasks), before the optimizer. For a transformation of your own that removes "
+        "the task axis give check tasks=, their number or names."
+    )
+    own = transformation(lambda u, state, params: (jax.tree.map(lambda x: x.sum(0), u), state))
+    for tx in (optax.adam(1e-2), own, mtl.per_task(optax.trace(0.9), T)):
+        assert refusal(tx, tasks=None) == expected
+    assert mtl.check(own, PARAMS, T) == ""
+
+
+# --- numbers in sixteen bits -------------------------------------------------------------------------
+
+HALF = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), PARAMS)
+
+
+def injected(factory, *args, static=(), dtype=None, **numbers):
+    return optax.inject_hyperparams(factory, static, dtype)(*args, **numbers)
+
+
+@pytest.mark.parametrize("decay", [0.999, lambda step: 0.999], ids=["a number", "a schedule"])
+def test_a_decay_that_is_rounded_to_one_is_refused(decay):
+    make_it = lambda **given: injected(  # noqa: E731
+        lambda decay: optax.chain(mtl.per_task(optax.ema(decay), T), BALANCE), **given
+    )
+    expected = (
+        "check: optax.inject_hyperparams, found at state, rounds decay from 0.999 to 1 in bfloat16, the "
+        "dtype of the parameters. Give it hyperparam_dtype=jnp.float32, or name this argument in "
+        "static_args."
+    )
+    assert refusal(make_it(decay=decay), HALF, None) == expected
+    mtl.check(make_it(decay=decay), PARAMS)
+    mtl.check(make_it(decay=0.9), HALF)
+
+
+def test_the_numbers_of_a_method_are_looked_at_too():
+    make_it = lambda **given: optax.chain(  # noqa: E731
+        injected(mtl.metabalance, T, static=("num_tasks", "target"), ema_decay=0.999, **given)
+    )
+    assert "found at state[0], rounds ema_decay from 0.999 to 1 in bfloat16" in refusal(
+        make_it(), HALF
+    )
+    mtl.check(make_it(dtype=FLOAT), HALF)
+
+
+def test_a_number_that_is_rounded_to_nothing_is_refused():
+    half = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float16), PARAMS)
+    tx = optax.chain(BALANCE, injected(optax.adam, 1e-3, static=("b1", "b2")))
+    assert "found at state[1], rounds eps from 1e-08 to 0 in float16" in refusal(tx, half)
+    # Adam counts its moments in the dtype of its numbers: for it the other remedy is the right one.
+    named = injected(optax.adam, 1e-3, static=("b1", "b2", "eps", "eps_root"))
+    mtl.check(optax.chain(BALANCE, named), half)
+
+
 # --- what it says ------------------------------------------------------------------------------------
 
 
 def test_nothing_removes_the_task_axis():
     expected = (
         "check: nothing removes the task axis: the update of leaf ['head'] has shape (3, 2, 3), expected "
-        "(2, 3) (and 2 more leaves). Put a method, such as mtl_optax.sum_tasks(3), before the optimizer."
+        "(2, 3) (and 2 more leaves). Put a method, such as mtl_optax.sum_tasks(tasks), before the "
+        "optimizer."
     )
     for tx in (
         optax.adam(1e-2),
@@ -192,16 +300,16 @@ WRONG_NUMBER = {
 def test_a_wrong_number_of_tasks(name):
     tx, where, number = WRONG_NUMBER[name]
     assert refusal(tx) == (
-        f"check: num_tasks=3, but the method of state{where} is made for {number}. Give both the number of "
+        f"check: tasks=3, but the method of state{where} is made for {number}. Give both the number of "
         "losses that loss_fn returns."
     )
 
 
 def test_other_names_of_tasks():
     tx = optax.chain(mtl.mgda(("click", "buy")), optax.sgd(1.0))
-    assert refusal(tx, num_tasks=("clik", "buy")) == (
-        "check: the task names are ['buy', 'clik'], but mgda is made for ['buy', 'click']. Give both the "
-        "names of the losses that loss_fn returns."
+    assert refusal(tx, tasks=("clik", "buy")) == (
+        "check: mgda is made for the tasks ['buy', 'click'], but check is given ['buy', 'clik']. Give both "
+        "the names of the losses that loss_fn returns."
     )
     mtl.check(tx, PARAMS, 2)
 
@@ -209,9 +317,9 @@ def test_other_names_of_tasks():
 def test_a_wrong_number_of_tasks_in_what_has_no_weights():
     tx = optax.chain(mtl.per_task(optax.trace(0.9), 2), BALANCE)
     assert refusal(tx, {"w": PARAMS["head"]}) == (
-        "check: update raises ValueError: per_task: updates must carry a leading task axis of size 2: leaf "
-        "['w'] has shape (3, 2, 3), expected (2, 2, 3). The task axis has size 3 but num_tasks=2: give the "
-        "number of losses that loss_fn returns." + REMEDY
+        "check: per_task: updates must carry a leading task axis of size 2: leaf ['w'] has shape "
+        "(3, 2, 3), expected (2, 2, 3). The task axis has size 3 but num_tasks=2: give the number of "
+        "losses that loss_fn returns."
     )
 
 
@@ -224,12 +332,9 @@ def test_a_wrapper_is_blamed_only_if_it_holds_a_method():
 def test_several_methods_one_after_the_other():
     found = refusal(optax.chain(BALANCE, mtl.mgda(T)), {"w": PARAMS["head"]})
     assert found == (
-        "check: update raises ValueError: mgda: updates must carry a leading task axis of size 3: leaf "
-        "['w'] has shape (2, 3), expected (3, 2, 3). These have no task axis. Where they were already "
-        "summed over tasks, or are one task's, take one gradient per task with "
-        "mtl_optax.per_task_value_and_grad and put this transformation before the optimizer. Where "
-        "optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another method is "
-        "before it, make that one with reduce=False." + REMEDY
+        "check: mgda: updates must carry a leading task axis of size 3: leaf ['w'] has shape (2, 3), "
+        "expected (3, 2, 3). Something before or around it removes the task axis: give a method before it "
+        "reduce=False, or put what stands around it after it."
     )
 
 
@@ -238,7 +343,7 @@ def test_extra_arguments_that_are_missing():
     assert found.startswith("check: update raises TypeError: ") and "'value'" in found
     assert found.endswith(
         "\nGive check the extra arguments that update is given, such as mtl_optax.check(tx, params, "
-        "num_tasks, value=...)."
+        "value=...)."
     )
 
 
@@ -252,6 +357,30 @@ def test_init_that_raises():
         "check: init raises TypeError: mgda: num_tasks must be a Python integer, found a JAX array. Under "
         "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."
     )
+
+
+def test_words_in_the_messages_of_others_decide_nothing():
+    for error in (
+        ValueError("no losses today"),
+        TypeError("must be real floating point: 'losses'"),
+    ):
+
+        def update(updates, state, params, error=error):
+            raise error
+
+        assert (
+            refusal(transformation(update))
+            == f"check: update raises {type(error).__name__}: {error}{REMEDY}"
+        )
+
+
+def test_a_long_message_of_others_is_cut():
+    def update(updates, state, params):
+        raise ValueError("shapes\n" + "(1, 2, 3) " * 100)
+
+    found = refusal(transformation(update))
+    assert found.startswith("check: update raises ValueError: shapes (1, 2, 3) (1, 2, 3)")
+    assert found.endswith("..." + REMEDY) and len(found) <= 300
 
 
 def test_an_error_without_a_text():
@@ -276,8 +405,8 @@ def test_updates_of_another_structure():
         return updates["head"], state
 
     assert refusal(optax.chain(BALANCE, transformation(update))) == (
-        f"check: the updates differ in structure from the parameters: {jax.tree.structure(0)} and "
-        f"{jax.tree.structure(PARAMS)}. {GUIDE}"
+        "check: the updates differ in structure from the parameters: the updates have leaf (the root), "
+        f"which the parameters do not have. {GUIDE}"
     )
 
 
@@ -308,8 +437,8 @@ def test_a_state_whose_structure_never_settles():
         return jax.tree.map(lambda u: u.sum(0), updates), (*state, jnp.zeros(()))
 
     assert refusal(transformation(update)) == (
-        "check: the state changes its structure at every update, from PyTreeDef((*,)) to "
-        f"PyTreeDef((*, *)), which jax.jit compiles anew each time. {GUIDE}"
+        "check: the state changes its structure at every update, which jax.jit compiles anew each time: "
+        f"new states have leaf [1], which old ones do not have. {GUIDE}"
     )
 
 
@@ -323,5 +452,5 @@ def test_its_example_raises_what_it_says():
     """A doctest whose `Traceback` did not match would be no example of a refusal."""
     module = importlib.import_module("mtl_optax.checking")
     examples = doctest.DocTestFinder().find(mtl.check, "check", module=module)[0].examples
-    assert [bool(example.exc_msg) for example in examples] == [False] * 6 + [True]
+    assert [bool(example.exc_msg) for example in examples] == [False] * 5 + [True]
     assert doctest.testmod(module).failed == 0

@@ -42,10 +42,8 @@ NO_INTEGERS = (
     "parameters that init and update are given."
 )
 NO_TASK_AXIS = (
-    "These have no task axis. Where they were already summed over tasks, or are one task's, take one "
-    "gradient per task with mtl_optax.per_task_value_and_grad and put this transformation before the "
-    "optimizer. Where optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another "
-    "method is before it, make that one with reduce=False."
+    "These have no task axis: take one gradient per task with mtl_optax.per_task_value_and_grad. A method "
+    "before this one needs reduce=False; in place of optax.MultiSteps around it use mtl_optax.accumulate."
 )
 
 
@@ -54,7 +52,7 @@ def test_gradients_that_were_already_summed(name):
     found = message(ValueError, lambda: update(make(name, T), PARAMS, losses=LOSSES))
     assert found == (
         f"{name}: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
-        "(3, 2); leaf ['w'] has shape (4, 2), expected (3, 4, 2). " + NO_TASK_AXIS
+        "(3, 2) (and 1 more leaf). " + NO_TASK_AXIS
     )
 
 
@@ -72,7 +70,7 @@ def test_multi_steps_around_a_method():
         found = message(ValueError, lambda: update(tx))
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
-        "(3, 2); leaf ['w'] has shape (4, 2), expected (3, 4, 2). " + NO_TASK_AXIS
+        "(3, 2) (and 1 more leaf). " + NO_TASK_AXIS
     )
 
 
@@ -87,9 +85,9 @@ def test_one_gradient_per_parameter_group_in_place_of_one_per_task():
     trees = [PARAMS, PARAMS, PARAMS]
     found = message(ValueError, lambda: update(mtl.mgda(T), trees))
     assert found == (
-        f"mgda: updates and params differ in structure: updates {jax.tree.structure(trees)}, params "
-        f"{jax.tree.structure(PARAMS)}. Give the gradients of the same tree as params (for a part of "
-        "it, optax.partition)."
+        "mgda: updates and params differ in structure: the updates have leaf [0]['b'] (and 5 more leaves), "
+        "which params do not have. Give the gradients of the same tree as params (for a part of it, "
+        "optax.partition)."
     )
 
 
@@ -106,8 +104,8 @@ def test_the_task_axis_last():
     found = message(ValueError, lambda: update(mtl.mgda(T), turned))
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2, 3), expected "
-        "(3, 2); leaf ['w'] has shape (4, 2, 3), expected (3, 4, 2). Stack one gradient per task along "
-        "axis 0 of every leaf, as mtl_optax.per_task_value_and_grad does."
+        "(3, 2) (and 1 more leaf). Stack one gradient per task along axis 0 of every leaf, as "
+        "mtl_optax.per_task_value_and_grad does."
     )
 
 
@@ -119,8 +117,8 @@ def test_a_wrong_number_of_tasks(given):
     )
     assert found == (
         "mgda: updates must carry a leading task axis of size 2: leaf ['b'] has shape (3, 2), expected "
-        "(2, 2); leaf ['w'] has shape (3, 4, 2), expected (2, 4, 2). The task axis has size 3 but "
-        "num_tasks=2: give the number of losses that loss_fn returns."
+        "(2, 2) (and 1 more leaf). The task axis has size 3 but num_tasks=2: give the number of losses "
+        "that loss_fn returns."
     )
 
 
@@ -151,8 +149,7 @@ def test_many_wrong_leaves_are_not_all_listed():
     found = message(ValueError, lambda: update(mtl.mgda(T), params, params))
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['a'] has shape (2,), expected "
-        "(3, 2); leaf ['b'] has shape (2,), expected (3, 2); leaf ['c'] has shape (2,), expected (3, 2) "
-        "(and 2 more leaves). " + NO_TASK_AXIS
+        "(3, 2) (and 4 more leaves). " + NO_TASK_AXIS
     )
 
 
@@ -165,9 +162,7 @@ def test_integer_parameters_are_found_by_check():
     """They are given gradients of their own dtype; the advice about the task axis is left out."""
     params = {"b": jnp.uint32(0), "w": PARAMS["w"]}
     found = message(ValueError, lambda: mtl.check(mtl.mgda(T), params, T))
-    assert (
-        found == f"check: update raises TypeError: mgda: {NO_INTEGERS.replace('int32', 'uint32')}"
-    )
+    assert found == f"check: mgda: {NO_INTEGERS.replace('int32', 'uint32')}"
 
 
 def test_gradients_and_parameters_in_the_wrong_order():
@@ -175,8 +170,8 @@ def test_gradients_and_parameters_in_the_wrong_order():
     found = message(ValueError, lambda: tx.update(PARAMS, tx.init(PARAMS), GRADS))
     assert found == (
         "mgda: updates must carry a leading task axis of size 3: leaf ['b'] has shape (2,), expected "
-        "(3, 3, 2); leaf ['w'] has shape (4, 2), expected (3, 3, 4, 2). The parameters have a task axis "
-        "and the gradients have none: call update(gradients, state, params) in this order."
+        "(3, 3, 2) (and 1 more leaf). The parameters have a task axis and the gradients have none: call "
+        "update(gradients, state, params) in this order."
     )
 
 

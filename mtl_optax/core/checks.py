@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,13 +13,31 @@ from mtl_optax.core.leaves import TaskRows, is_rows
 from mtl_optax.core.tasks import Tasks, task_vector
 
 _NO_TASK_AXIS = (
-    "These have no task axis. Where they were already summed over tasks, or are one task's, take one "
-    "gradient per task with mtl_optax.per_task_value_and_grad and put this transformation before the "
-    "optimizer. Where optax.MultiSteps is around it, use mtl_optax.accumulate in its place. Where another "
-    "method is before it, make that one with reduce=False."
+    "These have no task axis: take one gradient per task with mtl_optax.per_task_value_and_grad. A method "
+    "before this one needs reduce=False; in place of optax.MultiSteps around it use mtl_optax.accumulate."
 )
 
-_NO_INTEGERS = "Keep what is not trained out of the parameters that init and update are given."
+
+class MissingLosses(ValueError):
+    """A method that needs losses was given none."""
+
+
+class NotFloating(TypeError):
+    """Gradients that are not real floating point numbers."""
+
+
+class WrongTaskAxis(ValueError):
+    """Gradients of which some leaf is not `[T, *shape]`.
+
+    Attributes:
+      found: the shapes, in words.
+      is_missing: whether these leaves have the shapes of the parameters.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found} {remedy}")
+        self.found = found
+        self.is_missing = remedy == _NO_TASK_AXIS
 
 
 def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> None:
@@ -42,19 +60,17 @@ def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> 
     for path, leaf in leaves:
         dtype = leaf.dtype if isinstance(leaf, TaskRows) else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: gradients must be real floating point; leaf {where(path)} is {dtype}. "
-                + _NO_INTEGERS
+            raise NotFloating(
+                f"{name}: gradients must be real floating point; leaf {where(path)} is {dtype}. Keep what "
+                "is not trained out of the parameters that init and update are given."
             )
     if wrong:
-        found = "; ".join(
-            f"leaf {where(path)} has shape {got}, expected {want}" for path, got, want in wrong[:3]
+        path, got, want = wrong[0]
+        found = (
+            f"{name}: updates must carry a leading task axis of size {num_tasks}: leaf {where(path)} has "
+            f"shape {got}, expected {want}{and_more(wrong)}."
         )
-        more = f" (and {len(wrong) - 3} more leaves)" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"{name}: updates must carry a leading task axis of size {num_tasks}: {found}{more}. "
-            + _remedy(wrong, num_tasks)
-        )
+        raise WrongTaskAxis(found, _remedy(wrong, num_tasks))
 
 
 def read_losses(
@@ -63,7 +79,7 @@ def read_losses(
     """The losses `[T]` of a method that needs them."""
     if losses is None:
         vector = jnp.ndim(extra_args.get("value", 0.0)) == 1
-        raise ValueError(
+        raise MissingLosses(
             f"{name}: needs the losses of this step: update(..., losses=losses), an array "
             f"[{tasks.number}] in the order of the task axis, or a dictionary by task name."
             + (" Found a vector in value=, which optax keeps for one scalar." * vector)
@@ -81,6 +97,27 @@ def read_active(name: str, active: Any, tasks: Tasks) -> jax.Array:
 def where(path: Any) -> str:
     """A path in a tree, for messages."""
     return jax.tree_util.keystr(path) or "(the root)"
+
+
+def and_more(leaves: Collection[Any]) -> str:
+    """How many leaves there are besides the first, for messages."""
+    more = len(leaves) - 1
+    return f" (and {more} more {'leaf' if more == 1 else 'leaves'})" if more else ""
+
+
+def difference(name: str, tree: Any, other_name: str, other: Any) -> str:
+    """How two trees of different structure differ, for messages."""
+    paths, others = (
+        {where(path) for path, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_rows)}
+        for t in (tree, other)
+    )
+    for has, has_not, extra in (
+        (name, other_name, paths - others),
+        (other_name, name, others - paths),
+    ):
+        if extra:
+            return f"{has} have leaf {min(extra)}{and_more(extra)}, which {has_not} do not have"
+    return f"{name} and {other_name} have the same leaves in nodes of other types"
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
@@ -113,10 +150,9 @@ def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks
 
 
 def _check_structure(name: str, updates: Any, params: Any) -> None:
-    got = jax.tree.structure(updates, is_leaf=is_rows)
-    want = jax.tree.structure(params)
-    if got != want:
+    if jax.tree.structure(updates, is_leaf=is_rows) != jax.tree.structure(params):
         raise ValueError(
-            f"{name}: updates and params differ in structure: updates {got}, params {want}. Give "
-            "the gradients of the same tree as params (for a part of it, optax.partition)."
+            f"{name}: updates and params differ in structure: "
+            f"{difference('the updates', updates, 'params', params)}. Give the gradients of the same tree "
+            "as params (for a part of it, optax.partition)."
         )

@@ -98,7 +98,7 @@ def from_rule(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, BalanceState]:
-        tell_update(method)
+        tell_update(method, updates)
         checks.check_updates(name, updates, tasks, params)
         if "losses" in rule.needs:
             losses = checks.read_losses(name, losses, tasks, state.weights.dtype, extra_args)

@@ -159,23 +159,28 @@ def states_in(tree: Any) -> list[BalanceState]:
     return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
 
 
-# What is inside a chain shows in no attribute of it: while `check` traces one, its methods say so here.
-_UPDATED: ContextVar[list[Method] | None] = ContextVar("updated", default=None)
+# What is inside a chain shows in no attribute of it: while `check` calls its update, methods say so here.
+_CALLS: ContextVar[list[tuple[Method, Any]] | None] = ContextVar("calls", default=None)
 
 
 @contextmanager
-def methods_updated() -> Iterator[list[Method]]:
-    """A list that grows by each method whose `update` is called meanwhile."""
-    methods: list[Method] = []
-    token = _UPDATED.set(methods)
+def update_calls() -> Iterator[list[tuple[Method, Any]]]:
+    """A list that grows by each method whose `update` is called meanwhile, and the updates it is given."""
+    calls: list[tuple[Method, Any]] = []
+    token = _CALLS.set(calls)
     try:
-        yield methods
+        yield calls
     finally:
-        _UPDATED.reset(token)
+        _CALLS.reset(token)
 
 
-def tell_update(method: Method) -> None:
+def tell_update(method: Method, updates: Any) -> None:
     """Says that the `update` of a method is called."""
-    methods = _UPDATED.get()
-    if methods is not None and method not in methods:
-        methods.append(method)
+    calls = _CALLS.get()
+    if calls is not None:
+        calls.append((method, updates))
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see the calls; what a branch of `lax.cond` is given cannot be seen."""
+    return _CALLS.get() is not None

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 _NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}', ...)."
 
 
+class WrongEntries(ValueError):
+    """What should have one entry per task has others."""
+
+
 class Tasks(NamedTuple):
     """How many tasks there are, and their names.
 
@@ -104,7 +108,7 @@ def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tu
     wanted = tasks.names if tasks.names is not None else tuple(sorted(value))
     if set(value) != set(wanted) or len(wanted) != tasks.number:
         expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
-        raise ValueError(
+        raise WrongEntries(
             f"{name}: {what} must have one entry per task, {expected}; found {sorted(value)}."
         )
     return wanted
@@ -117,7 +121,7 @@ def task_vector(name: str, what: str, value: Any, tasks: Tasks, dtype: Any = Non
     if isinstance(value, (tuple, list)):
         value = jnp.stack([jnp.asarray(x) for x in value])
     if jnp.shape(value) != (tasks.number,):
-        raise ValueError(
+        raise WrongEntries(
             f"{name}: {what} must have shape ({tasks.number},), {tasks.describe()}; found "
             f"{jnp.shape(value)}."
         )
