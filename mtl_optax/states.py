@@ -1,4 +1,4 @@
-"""Reading the state of a method: weights, norms, cosines, counts of skipped tasks."""
+"""Reading the state of a method: weights, norms, cosines, counts of what went wrong."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.method import BalanceState, Method, states_in
 from mtl_optax.core.task_tree import assign_blocks
 
 
 def diagnostics(state: Any, method: Any = None, params: Any = None) -> dict[str, Any]:
-    """Reads weights, norms, cosines and skip counts from any state that holds a method's.
+    """Reads weights, norms, cosines and counts of skipped tasks from any state that holds a method's.
 
     Works on the state of a method, of a chain or wrapper around it, and on a fork's carrier, inside jit
     too. Names are not in the state: give the method for the names of tasks, and the parameters as well
@@ -27,10 +28,12 @@ def diagnostics(state: Any, method: Any = None, params: Any = None) -> dict[str,
       A dictionary with `weights` `[T]`, the weights used last, which multiply raw gradients; `norms`
       `[T]` and `cosines` `[T, T]` where the method computed them; with the cosines also `alignment`,
       `2 |mean_t g_t / |g_t||^2 - 1`, which is 1 where all gradients point one way; `skipped` `[T]`, how
-      often each task was excluded because it was not finite; and `steps`, updates done. With several
-      blocks the first four have a leading block axis, or are dictionaries by block name. With task names
-      each task axis becomes a dictionary. For several methods in one state: the entries of the first
-      one, and those of all in a list under `all`.
+      often each task was excluded because it was not finite; `fallback_count`, for methods that count
+      the steps in which they had no solution (`nash_mtl`, `fairgrad`, `pcd`, `gradnorm`, and what is
+      built on them); and `steps`, updates done. With several blocks all but `skipped` and `steps` have a
+      leading block axis, or are dictionaries by block name. With task names each task axis becomes a
+      dictionary. For several methods in one state: the entries of the first one, and those of all in a
+      list under `all`.
 
     Raises:
       ValueError: if there is no state of a method in `state`, or `method` or `params` do not fit it.
@@ -100,6 +103,7 @@ def _read(state: BalanceState, method: Any, params: Any) -> dict[str, Any]:
         ("norms", state.norms, 1),
         ("cosines", state.cosine, 2),
         ("alignment", _alignment(state.cosine), 0),
+        ("fallback_count", _fallback_count(state.rule_state), 0),
     ):
         if isinstance(array, tuple):
             continue
@@ -125,6 +129,13 @@ def _alignment(cosine: Any) -> Any:
     cosine = jnp.asarray(cosine)
     nonzero = jnp.sum(jnp.diagonal(cosine, axis1=-2, axis2=-1), axis=-1)
     return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
+
+
+def _fallback_count(rule_state: Any) -> Any:
+    """What the rule, or one that it is built on, counts of its fallbacks in each block, `[B]`."""
+    for _, count in optax.tree.get_all_with_path(rule_state, "fallback_count"):
+        return _integers(count)
+    return ()
 
 
 def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:

@@ -335,6 +335,27 @@ def test_alignment_leaves_out_gradients_that_are_zero():
     assert float(mtl.diagnostics(state)["alignment"]) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_fallbacks_are_counted_for_each_block_and_through_a_base():
+    """In block "b" two gradients oppose each other, and no weights make all tasks gain."""
+    grads = {"a": jnp.eye(2), "b": jnp.array([[1.0, 0.0], [-2.0, 0.0]])}
+    params = jax.tree.map(lambda g: g[0], grads)
+    nash = mtl.nash_mtl(2, blocks="leaf")
+    for tx in (nash, mtl.emtl(2, base=nash, blocks="leaf")):
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params, losses=jnp.ones(2))
+        read = mtl.diagnostics(state, tx, params)["fallback_count"]
+        assert {block: int(count) for block, count in read.items()} == {"['a']": 0, "['b']": 3}
+    whole = mtl.nash_mtl(2)
+    carrier = mtl.fork_init(whole, params["b"])
+    state = whole.init(params["b"])
+    assert mtl.diagnostics(carrier)["fallback_count"].tolist() == 0
+    for step in (1, 2):
+        _, state = whole.update(grads["b"], state)
+        assert mtl.diagnostics(state)["fallback_count"].tolist() == step
+    assert "fallback_count" not in mtl.diagnostics(mtl.mgda(2).init(params))
+
+
 def test_reduce_false_keeps_the_task_axis():
     keep, total = mtl.metabalance(T, reduce=False), mtl.metabalance(T)
     scaled, _ = keep.update(gradients(0), keep.init(PARAMS), PARAMS)
