@@ -334,10 +334,14 @@ def test_metabalance_leaves_the_head_of_an_auxiliary_alone(strategy):
         assert state.weights[0, 1] == 1 != state.weights[1, 1]
 
 
-def test_accumulate_passes_a_task_on_as_absent():
-    """A mean over the tasks shows it: of two there is one."""
+@pytest.mark.parametrize("second", [[False, False], [True, False]], ids=["in none", "in one"])
+def test_accumulate_over_micro_batches_that_a_task_is_not_in(second):
+    """A plain mean shows both: over how many tasks it is, and over how many micro-batches each task's is."""
     tx = mtl.accumulate(mtl.mean_tasks(2), 2, every_k=2)
     state = tx.init(jnp.zeros(4))
     for k in range(2):
-        update, state = tx.update(jnp.asarray(ROWS[k, :2]), state, active=jnp.array([True, False]))
-    np.testing.assert_allclose(update, (ROWS[0, 0] + ROWS[1, 0]) / 2, rtol=1e-6)
+        active = jnp.array([True, second[k]])
+        update, state = tx.update(jnp.asarray(ROWS[k, :2]), state, active=active)
+    first = (ROWS[0, 0] + ROWS[1, 0]) / 2
+    expected = (first + ROWS[0, 1]) / 2 if any(second) else first
+    np.testing.assert_allclose(update, expected, rtol=1e-5)

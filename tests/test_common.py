@@ -394,8 +394,15 @@ def test_a_state_can_be_donated(name):
 
 
 def test_fresh_states_can_be_donated():
-    """As `init` of a method makes them, without a wrapper that would copy them."""
-    states = {name: method(name).init(PARAMS) for name in mtl.METHODS}
+    """As `init` makes them, without a wrapper that would copy; also where a rule gives one array twice."""
+
+    def twice(params, num_tasks, dtype):
+        zeros = jnp.zeros((num_tasks,), dtype)
+        return zeros, zeros
+
+    rule = mtl.UpdateRule(frozenset({"gradients"}), lambda view, state: None, twice)
+    own = mtl.from_rule("own", T, rule)
+    states = [tx.init(PARAMS) for tx in (own, *map(method, mtl.METHODS))]
     given = [leaf for leaf in jax.tree.leaves(states) if leaf.size]
     jax.jit(lambda states: jax.tree.map(jnp.copy, states), donate_argnums=0)(states)
     assert all(leaf.is_deleted() for leaf in given)
