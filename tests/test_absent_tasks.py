@@ -336,7 +336,7 @@ def test_metabalance_leaves_the_head_of_an_auxiliary_alone(strategy):
 
 @pytest.mark.parametrize("second", [[False, False], [True, False]], ids=["in none", "in one"])
 def test_accumulate_over_micro_batches_that_a_task_is_not_in(second):
-    """A plain mean shows both: over how many tasks it is, and over how many micro-batches each task's is."""
+    """A plain mean shows over how many tasks it is, and over how many micro-batches each is."""
     tx = mtl.accumulate(mtl.mean_tasks(2), 2, every_k=2)
     state = tx.init(jnp.zeros(4))
     for k in range(2):
