@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from mtl_optax.core import checks, task_tree
-from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.arguments import check_decay, check_integer
 from mtl_optax.core.method import Method, is_watched
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
 from mtl_optax.solvers.arithmetic import safe_divide
@@ -191,11 +191,7 @@ def remember(
       2025, section 3.3, https://arxiv.org/abs/2408.11104
     """
     tasks = _tasks_of(inner, num_tasks)
-    check_range("remember", decay=(decay, 0, 1))
-    if isinstance(decay, (int, float)) and decay == 1:
-        raise ValueError(
-            "remember: decay must be below 1: an average that never moves learns nothing."
-        )
+    check_decay("remember", decay=decay)
     update_inner = optax.with_extra_args_support(inner).update
 
     def init_fn(params: Any) -> RememberState:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import checks, task_tree
-from mtl_optax.core.arguments import check_per_task
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.core.tasks import read_tasks, task_numbers
 
 
+@factory
 def fixed_weights(num_tasks: Any, weights: Any, **options: Unpack[MethodOptions]) -> Method:
     """Multiplies each task gradient by a given number.
 
@@ -47,17 +48,15 @@ def fixed_weights(num_tasks: Any, weights: Any, **options: Unpack[MethodOptions]
       https://arxiv.org/abs/2201.04122
     """
     tasks = read_tasks("fixed_weights", num_tasks)
-    if isinstance(weights, dict):
-        weights = task_vector("fixed_weights", "weights", weights, tasks)
-    weights = jnp.asarray(weights)
-    check_per_task("fixed_weights", "weights", weights, tasks.number)
+    weights = task_numbers("fixed_weights", "weights", weights, tasks)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        return weights, state
+        return jnp.asarray(weights), state
 
     return from_rule("fixed_weights", tasks, WeightRule(frozenset(), weigh), **options)
 
 
+@factory
 def sum_tasks(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     """Sums the task gradients: plain multi-task training.
 
@@ -89,6 +88,7 @@ def sum_tasks(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     return from_rule("sum_tasks", tasks, WeightRule(frozenset(), weigh), **options)
 
 
+@factory
 def mean_tasks(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     """Averages the task gradients.
 

@@ -349,10 +349,6 @@ def test_extra_arguments_that_are_missing():
 
 def test_init_that_raises():
     """By itself, not because of the task axis: then there is no advice about it."""
-    assert refusal(mtl.mgda(T, blocks="layer")) == (
-        'check: init raises ValueError: blocks must be "all", "leaf" or a callable (path, leaf) -> label; '
-        "found 'layer'."
-    )
     assert refusal(optax.inject_hyperparams(mtl.mgda)(num_tasks=T)) == (
         "check: init raises TypeError: mgda: num_tasks must be a Python integer, found a JAX array. Under "
         "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."

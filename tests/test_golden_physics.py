@@ -130,7 +130,7 @@ def test_lagrangian_meets_its_limit() -> None:
     ("limits", "message"),
     [
         ({"price": 1.0}, r"limits must name tasks of \['cost', 'goal'\]; found \['price'\]"),
-        ([1.0], "limits must have 2 entries, None for an objective; found 1"),
+        ([1.0], r"limits must have shape \(2,\), one entry per task .*; found \(1,\)"),
         ([1.0, 2.0], "at least one task must have no limit"),
     ],
 )

@@ -525,7 +525,6 @@ STATIC = {
     "grad_surgery": ("target", "integer"),
     "krum": ("num_byzantine", "integer from 0 to 0"),
     "metabalance": ("target", "integer"),
-    "nash_mtl": ("update_every", "integer >= 1"),
     "ol_aux": ("target", "integer"),
     "rotograd_scale": ("burn_in", "integer >= 0"),
     "stch": ("warmup_steps", "integer >= 0"),
@@ -576,9 +575,10 @@ def test_a_number_outside_its_range():
 
 
 def test_a_name_of_blocks_that_does_not_exist():
-    assert message(ValueError, lambda: mtl.mgda(T, blocks="layer").init(PARAMS)) == (
-        'blocks must be "all", "leaf" or a callable (path, leaf) -> label; found \'layer\'.'
-    )
+    for blocks, found in (("layer", "'layer'"), (3, "3")):
+        assert message(TypeError, functools.partial(mtl.mgda, T, blocks=blocks)) == (
+            f'mgda: blocks must be "all", "leaf" or a callable (path, leaf) -> label; found {found}.'
+        )
 
 
 def test_per_task_on_gradients_without_the_axis():

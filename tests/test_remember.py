@@ -153,7 +153,7 @@ def test_messages():
         mtl.remember(optax.chain(mtl.mgda(2)))
     with pytest.raises(ValueError, match="num_tasks=3 is not that of mgda, 2"):
         mtl.remember(mtl.mgda(2), num_tasks=3)
-    with pytest.raises(ValueError, match="decay must be below 1"):
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         mtl.remember(mtl.mgda(2), 1.0)
     with pytest.raises(ValueError, match=r"one entry per task, \['a', 'b', 'x'\]"):
         mtl.one_task_value_and_grad(loss_fn, ("a", "b", "x"))(0, PARAMS, X)

@@ -1,12 +1,15 @@
-"""Checks of a factory's static arguments."""
+"""Checks of a factory's arguments, and how they are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
+
+_NUMBER = (int, float, np.integer, np.floating)
 
 
 def check_integer(name: str, what: str, value: Any, low: int, high: int | None = None) -> None:
@@ -19,28 +22,101 @@ def check_integer(name: str, what: str, value: Any, low: int, high: int | None =
         )
     integer = isinstance(value, int) and not isinstance(value, bool)
     if not integer or value < low or (high is not None and value > high):
-        raise ValueError(f"{name}: {what} must be a Python integer {wanted}, found {value!r}.")
+        raise ValueError(
+            f"{name}: {what} must be a Python integer {wanted}, found {describe(value)}."
+        )
+
+
+def check_seed(name: str, seed: Any) -> None:
+    """Raises where a seed is no integer; arrays of one pass."""
+    dtype = getattr(seed, "dtype", type(seed))
+    if isinstance(seed, bool) or not jax.dtypes.issubdtype(dtype, np.integer) or np.shape(seed):
+        raise TypeError(f"{name}: seed must be an integer, found {describe(seed)}.")
 
 
 def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
-    """Raises where a Python number is outside its closed range; schedules and arrays pass."""
+    """Raises where a value is no number, or a Python number outside its closed range.
+
+    Scalar arrays pass whatever they hold, so that `optax.inject_hyperparams` can schedule any number.
+    """
     for what, (value, low, high) in ranges.items():
-        if isinstance(value, (int, float)) and not low <= value <= high:
+        _check_number(name, what, value)
+        if isinstance(value, _NUMBER) and not low <= value <= high:
             raise ValueError(f"{name}: {what} must be in [{low}, {high}], found {value}.")
+
+
+def check_decay(name: str, **decays: Any) -> None:
+    """Raises where the decay of an average is outside [0, 1): with 1 the average would never move."""
+    for what, value in decays.items():
+        _check_number(name, what, value)
+        if isinstance(value, _NUMBER) and not 0 <= value < 1:
+            raise ValueError(f"{name}: {what} must be in [0, 1), found {value}.")
+
+
+def check_bool(name: str, what: str, value: Any) -> None:
+    """Raises where `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {what} must be True or False, found {describe(value)}.")
 
 
 def check_choice(name: str, what: str, value: Any, choices: Sequence[str]) -> None:
     """Raises where `value` is none of the words in `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         quoted = [f'"{choice}"' for choice in choices]
         wanted = " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
-        raise ValueError(f"{name}: {what} must be {wanted}; found {value!r}.")
+        raise ValueError(f"{name}: {what} must be {wanted}; found {describe(value)}.")
 
 
-def check_per_task(name: str, what: str, value: Any, num_tasks: int) -> None:
-    """Raises where `value` is given and is not one number per task, `[T]`."""
-    if value is not None and np.shape(value) != (num_tasks,):
-        raise ValueError(
-            f"{name}: {what} must have shape ({num_tasks},), one number per task; found "
-            f"{np.shape(value)}."
+def check_transformation(name: str, what: str, value: Any) -> None:
+    """Raises where `value` is no optax transformation."""
+    if not hasattr(value, "init") or not hasattr(value, "update"):
+        raise TypeError(
+            f"{name}: {what} must be an optax transformation, such as optax.adam(1e-3); found "
+            f"{describe(value)}."
         )
+
+
+def check_blocks(name: str, blocks: Any) -> None:
+    """Raises where `blocks` is no granularity."""
+    if not callable(blocks) and not (isinstance(blocks, str) and blocks in ("all", "leaf")):
+        raise TypeError(
+            f'{name}: blocks must be "all", "leaf" or a callable (path, leaf) -> label; found '
+            f"{describe(blocks)}."
+        )
+
+
+def check_axis_name(name: str, axis_name: Any) -> None:
+    """Raises where `axis_name` is neither None nor the name of a mapped axis or several."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(one, str) for one in names):
+        raise TypeError(
+            f"{name}: axis_name must be the name of a mapped axis, or a tuple of names; found "
+            f"{describe(axis_name)}."
+        )
+
+
+def describe(value: Any) -> str:
+    """An argument as a reader knows it: numbers and strings as they are, functions by their names."""
+    if isinstance(value, Tracer):
+        return f"<traced {value.dtype}{list(value.shape)}>"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(describe, value)) + "]"
+    if type(value) is tuple:
+        return "(" + ", ".join(map(describe, value)) + "," * (len(value) == 1) + ")"
+    shown = repr(value)
+    return f"{type(value).__name__}(...)" if "0x" in shown else shown
+
+
+def _check_number(name: str, what: str, value: Any) -> None:
+    if callable(value):
+        raise TypeError(
+            f"{name}: {what} must be a number, found the function {describe(value)}. For a schedule give "
+            f"{name} to optax.inject_hyperparams, and the schedule to what that returns."
+        )
+    is_array = isinstance(value, (jax.Array, np.ndarray)) and np.shape(value) == ()
+    if isinstance(value, bool) or not (isinstance(value, _NUMBER) or is_array):
+        raise TypeError(f"{name}: {what} must be a number, found {describe(value)}.")

@@ -6,6 +6,7 @@ the state, compilation. See `rule.py` for what a rule may rely on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
@@ -15,13 +16,15 @@ import numpy as np
 from jax import lax
 
 from mtl_optax.core import checks, task_tree
-from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.arguments import check_axis_name, check_blocks, check_bool, check_integer
+from mtl_optax.core.first_state import check_fields, check_state, first_state
 from mtl_optax.core.method import (
     BalanceState,
-    GradientsState,
     Method,
     MethodOptions,
     Options,
+    Origin,
+    flat_options,
     tell_update,
 )
 from mtl_optax.core.rule import Evidence, TaskGradients, UpdateRule, WeightRule
@@ -58,13 +61,22 @@ def from_rule(
       [1.0, 1.0]
     """
     tasks = read_tasks(name, num_tasks)
-    options = _read_options(name, rule, given)
+    arguments: Any = flat_options(dict(given))
+    options = _read_options(name, rule, arguments)
     axis_name = options.axis_name
     on_gradients = isinstance(rule, UpdateRule) or rule.average is not None
     advance: Callable[..., Any] = _by_update if isinstance(rule, UpdateRule) else _by_weights
 
-    def init_fn(params: Any) -> BalanceState:
-        state = _first_state(rule, options, tasks.number, params)
+    def init(params: Any) -> BalanceState:
+        """The first state of the method.
+
+        Args:
+          params: the parameters or, on a fork, the representation. Shapes are enough.
+
+        Returns:
+          A `BalanceState`.
+        """
+        state = first_state(rule, options, tasks.number, params)
         # Equal zeros may share a buffer, and a shared buffer cannot be donated.
         return jax.tree.map(jnp.copy, state)
 
@@ -73,6 +85,7 @@ def from_rule(
     def balance(
         updates: Any, state: BalanceState, params: Any, losses: Any, present: jax.Array, extra: Any
     ) -> tuple[Any, BalanceState]:
+        check_fields(name, rule, options, state, updates)
         keep = present if losses is None else present & jnp.isfinite(losses)
         if on_gradients:
             updates = task_tree.stacked(updates)
@@ -89,7 +102,7 @@ def from_rule(
         result, state, keep = advance(rule, options, view, state, present)
         return task_tree.narrow_like(result, updates), _count(state, present & ~keep)
 
-    def update_fn(
+    def update(
         updates: Any,
         state: Any,
         params: Any = None,
@@ -98,7 +111,22 @@ def from_rule(
         active: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, BalanceState]:
+        """Balances the gradients of the tasks.
+
+        Args:
+          updates: one gradient per task, leaves `[T, *shape]`.
+          state: from `init`, or from the last update.
+          params: the parameters, to which the shapes of `updates` are compared.
+          losses: the raw losses of this step, `[T]` or a dictionary by task name; for methods that need
+            them.
+          active: the tasks that are in this batch, bool `[T]` or a dictionary by task name; None is all.
+          **extra_args: those that the documentation of the method names; others are ignored.
+
+        Returns:
+          `(update, state)`: leaves `[*shape]`, with `reduce=False` `[T, *shape]`, and the new state.
+        """
         tell_update(method, updates)
+        check_state(name, state, tasks)
         checks.check_updates(name, updates, tasks, params)
         if "losses" in rule.needs:
             losses = checks.read_losses(name, losses, tasks, state.weights.dtype, extra_args)
@@ -110,7 +138,8 @@ def from_rule(
         extra = {key: extra_args.get(key) for key in rule.extra}
         return balance(updates, state, params if on_gradients else None, losses, present, extra)
 
-    method = Method(init_fn, update_fn, name, tasks, rule, options)
+    origin = Origin(functools.partial(from_rule, name, rule=rule), arguments, {"rule": rule})
+    method = Method.of(init, update, name, tasks, rule, options, origin)
     return method
 
 
@@ -120,6 +149,8 @@ def weigh_by_losses(
     """The weights `[T]` of a method that looks at losses alone, at O(T), and its new state."""
     name, tasks, rule = method.name, method.tasks, method.rule
     assert isinstance(rule, WeightRule)
+    check_state(name, state, tasks)
+    check_fields(name, rule, method.options, state, ())
     losses = checks.read_losses(name, losses, tasks, state.weights.dtype, extra_args)
     present = checks.read_active(name, active, tasks)
     keep = present & jnp.isfinite(losses)
@@ -308,51 +339,13 @@ def _over_blocks(
 # --- state and options -------------------------------------------------------------------------------
 
 
-def _first_state(
-    rule: WeightRule | UpdateRule, options: Options, num_tasks: int, params: Any
-) -> BalanceState:
-    dtype = task_tree.statistics_dtype(params)
-    norms: Any = ()
-    cosine: Any = ()
-    averages: Any = ()
-    if isinstance(rule, UpdateRule):
-        kind, num_blocks = GradientsState, 1
-        rule_state = rule.init(params, num_tasks, dtype)
-    else:
-        num_blocks = task_tree.assign_blocks(params, options.blocks).count
-        rule_state = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (num_blocks, *jnp.shape(x))), rule.init(dtype)
-        )
-        if rule.needs & {"norms", "gram"}:
-            norms = jnp.zeros((num_blocks, num_tasks), dtype)
-        if "gram" in rule.needs:
-            cosine = jnp.zeros((num_blocks, num_tasks, num_tasks), dtype)
-        if rule.average is not None:
-            averages = rule.average.init(params, num_tasks, dtype)
-        kind = BalanceState
-    return kind(
-        balance_count=jnp.zeros((), jnp.int32),
-        weights=jnp.zeros((num_blocks, num_tasks), dtype),
-        norms=norms,
-        cosine=cosine,
-        skipped=jnp.zeros((num_tasks,), jnp.int32),
-        weighed=jnp.zeros((num_tasks,), bool),
-        averages=averages,
-        rule_state=rule_state,
-    )
-
-
 def _count(state: BalanceState, broken: jax.Array) -> BalanceState:
     return state._replace(
         balance_count=next_count(state.balance_count), skipped=next_count(state.skipped, broken)
     )
 
 
-def _read_options(name: str, rule: WeightRule | UpdateRule, given: Any) -> Options:
-    # `optax.inject_hyperparams` hands a factory's `**options` on as one argument of that name; what
-    # stands beside it is the factory's default.
-    nested = given.pop("options", {})
-    given = {**given, **nested}
+def _read_options(name: str, rule: WeightRule | UpdateRule, given: dict[str, Any]) -> Options:
     on_updates = isinstance(rule, UpdateRule)
     wrong = sorted(given.keys() - ({"axis_name"} if on_updates else set(Options._fields)))
     if wrong:
@@ -364,7 +357,10 @@ def _read_options(name: str, rule: WeightRule | UpdateRule, given: Any) -> Optio
             f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}."
         )
     options = Options(**given)
+    check_blocks(name, options.blocks)
+    check_bool(name, "reduce", options.reduce)
     check_integer(name, "update_every", options.update_every, 1)
+    check_axis_name(name, options.axis_name)
     return options
 
 

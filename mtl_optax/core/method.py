@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypedDict
 
 import jax
+import numpy as np
 import optax
+from jax.core import Tracer
 
+from mtl_optax.core.arguments import describe
 from mtl_optax.core.rule import UpdateRule, WeightRule
 from mtl_optax.core.tasks import Tasks
 
@@ -74,6 +78,20 @@ class GradientsState(BalanceState):
     """The state of a method that works on the gradients element by element: the same fields."""
 
 
+class Origin(NamedTuple):
+    """What made a method, and of what.
+
+    Attributes:
+      make: `make(tasks, **given)` makes an equal method.
+      given: the arguments after the tasks, as they were given.
+      arguments: these and the defaults of the others: what methods are compared by.
+    """
+
+    make: Callable[..., Method]
+    given: dict[str, Any]
+    arguments: dict[str, Any]
+
+
 class Method(optax.GradientTransformationExtraArgs):
     """A multi-task balancing method: an optax transformation that removes the task axis.
 
@@ -81,6 +99,11 @@ class Method(optax.GradientTransformationExtraArgs):
     any optax transformation, so it unpacks, chains and lifts as usual. `updates` has leaves
     `[T, *shape]` and the result leaves `[*shape]`. `losses` and `active` are arrays `[T]` or
     dictionaries by task name; unknown extra arguments are ignored.
+
+    A method is a constant: to JAX it is a tree without leaves, so that it can be an argument of a
+    compiled function or a field of a module. Two are equal if the same factory made them of equal
+    arguments: numbers, strings and arrays by value, functions and optimizers by identity. `repr` shows
+    the tasks and the arguments that were given.
 
     Attributes:
       name: the factory's name.
@@ -95,8 +118,12 @@ class Method(optax.GradientTransformationExtraArgs):
 
       >>> import mtl_optax as mtl
       >>> method = mtl.metabalance(("click", "buy"), target="buy")
+      >>> method
+      metabalance(('buy', 'click'), target='buy')
       >>> method.num_tasks, method.task_names, method.target, sorted(method.needs)
       (2, ('buy', 'click'), 'buy', ['norms'])
+      >>> method == mtl.metabalance({"buy", "click"}, target="buy", relax_factor=0.7)  # the default
+      True
     """
 
     init: Callable[..., Any]
@@ -105,31 +132,69 @@ class Method(optax.GradientTransformationExtraArgs):
     tasks: Tasks
     rule: WeightRule | UpdateRule
     options: Options
+    origin: Origin
 
-    def __new__(
+    def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Any:
+        """The method whose own functions these are; of others, another transformation.
+
+        So it comes back from whatever takes a named tuple apart and puts it together again.
+        """
+        owner = getattr(update, "method", None)
+        if owner is not None and tuple(owner) == (init, update):
+            return owner
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    @classmethod
+    def of(
         cls,
         init: Callable[..., Any],
         update: Callable[..., Any],
-        name: str | None = None,
-        tasks: Tasks | None = None,
-        rule: WeightRule | UpdateRule | None = None,
-        options: Options | None = None,
-    ) -> Any:
+        name: str,
+        tasks: Tasks,
+        rule: WeightRule | UpdateRule,
+        options: Options,
+        origin: Origin,
+    ) -> Method:
         """A pair of functions, and what the library asks of a method as attributes."""
-        if name is None or tasks is None or rule is None or options is None:
-            return cls._make((init, update))
-        method = super().__new__(cls, init, update)
+        method = tuple.__new__(cls, (init, update))
         method.name, method.tasks, method.rule, method.options = name, tasks, rule, options
+        method.origin = origin
+        setattr(update, "method", method)  # noqa: B010
         return method
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        """What a copy is made of."""
-        return (self.init, self.update, self.name, self.tasks, self.rule, self.options)
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Method) and self._value == other._value)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        tasks = self.tasks.number if self.tasks.names is None else self.tasks.names
+        given = (f"{name}={describe(value)}" for name, value in self.origin.given.items())
+        return f"{self.name}({', '.join([repr(tasks), *given])})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made by the factory."""
+        return functools.partial(self.origin.make, self.tasks, **self.origin.given), ()
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Any:
-        """Other functions make another transformation (`_replace`, a tree map), which is no `Method`."""
-        return optax.GradientTransformationExtraArgs(*iterable)
+        return cls(*iterable)
+
+    @functools.cached_property
+    def _value(self) -> tuple[Any, ...]:
+        """What methods are compared by, hashable."""
+        made_of = (self.options, self.origin.arguments)
+        leaves, structure = jax.tree.flatten(made_of, is_leaf=is_method)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            raise TypeError(
+                f"{self!r} depends on a traced value, so that it is no constant and cannot be an argument "
+                "of a compiled function. Make it inside of that function."
+            )
+        return self.name, self.tasks, structure, tuple(map(_by_value, leaves))
 
     @property
     def num_tasks(self) -> int:
@@ -151,6 +216,38 @@ class Method(optax.GradientTransformationExtraArgs):
     def needs(self) -> frozenset[str]:
         """What it looks at."""
         return self.rule.needs
+
+
+def is_method(node: Any) -> bool:
+    """Whether a node of a tree is a method; as a leaf, one with a traced option passes."""
+    return isinstance(node, Method)
+
+
+def _flatten(method: Method) -> tuple[tuple[()], Method]:
+    hash(method)  # raises for a traced one: JAX compares what a node holds, and does not hash it
+    return (), method
+
+
+jax.tree_util.register_pytree_node(Method, _flatten, lambda method, _: method)
+
+
+def flat_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a factory, with those that came in one argument `options` among them.
+
+    So `optax.inject_hyperparams` hands a factory's `**options` on. What stands beside them is a default.
+    """
+    nested = given.get("options")
+    if not isinstance(nested, Mapping):
+        return given
+    return {name: value for name, value in given.items() if name != "options"} | dict(nested)
+
+
+def _by_value(leaf: Any) -> Any:
+    """A hashable stand-in: arrays by their numbers, all else as it is."""
+    if not isinstance(leaf, (jax.Array, np.ndarray)):
+        return leaf
+    array = np.asarray(leaf)
+    return array.shape, array.dtype, array.tobytes()
 
 
 def states_in(tree: Any) -> list[BalanceState]:

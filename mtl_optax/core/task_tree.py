@@ -41,16 +41,12 @@ class Blocks(NamedTuple):
 def assign_blocks(tree: Any, blocks: Any) -> Blocks:
     """Groups the leaves of `tree`, which is shaped like the parameters, by the option `blocks`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if isinstance(blocks, str) and blocks == "all":
+    if blocks == "all":
         return Blocks((0,) * len(leaves), ("all",))
-    if isinstance(blocks, str) and blocks == "leaf":
+    if blocks == "leaf":
         labels = [jax.tree_util.keystr(path) for path, _ in leaves]
-    elif callable(blocks):
-        labels = [str(blocks(path, leaf)) for path, leaf in leaves]
     else:
-        raise ValueError(
-            f'blocks must be "all", "leaf" or a callable (path, leaf) -> label; found {blocks!r}.'
-        )
+        labels = [str(blocks(path, leaf)) for path, leaf in leaves]
     names = tuple(dict.fromkeys(labels))
     return Blocks(tuple(names.index(label) for label in labels), names)
 

@@ -6,11 +6,15 @@ sorted, whatever order they were given in. Every array `[T]` and every task axis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.core.arguments import check_range, describe
 
 _NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}', ...)."
 
@@ -94,8 +98,8 @@ def task_index(name: str, what: str, task: Any, tasks: Tasks) -> int:
             )
             raise ValueError(f"{name}: {what} must be a task; {known}, found {task!r}.")
         return tasks.names.index(task)
-    if isinstance(task, bool) or not hasattr(task, "__index__"):
-        raise TypeError(f"{name}: {what} must be a task's index or name, found {task!r}.")
+    if isinstance(task, bool) or not isinstance(task, (int, np.integer)):
+        raise TypeError(f"{name}: {what} must be a task's index or name, found {describe(task)}.")
     if not 0 <= int(task) < tasks.number:
         raise ValueError(
             f"{name}: {what} must be the index of a task, 0 to {tasks.number - 1}; found {task}."
@@ -105,11 +109,11 @@ def task_index(name: str, what: str, task: Any, tasks: Tasks) -> int:
 
 def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tuple[Any, ...]:
     """The keys of a dictionary with one entry per task, in the order of the task axis."""
-    wanted = tasks.names if tasks.names is not None else tuple(sorted(value))
+    wanted = tasks.names if tasks.names is not None else tuple(sorted(value, key=str))
     if set(value) != set(wanted) or len(wanted) != tasks.number:
         expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
         raise WrongEntries(
-            f"{name}: {what} must have one entry per task, {expected}; found {sorted(value)}."
+            f"{name}: {what} must have one entry per task, {expected}; found {sorted(value, key=str)}."
         )
     return wanted
 
@@ -126,6 +130,58 @@ def task_vector(name: str, what: str, value: Any, tasks: Tasks, dtype: Any = Non
             f"{jnp.shape(value)}."
         )
     return jnp.asarray(value, dtype)
+
+
+def task_numbers(
+    name: str,
+    what: str,
+    value: Any,
+    tasks: Tasks,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    or_one: bool = False,
+) -> Any:
+    """A factory's argument of which there is one number per task.
+
+    Args:
+      name: the factory's name, for messages.
+      what: the argument's name.
+      value: an array or a sequence `[T]`, or a dictionary by task name.
+      tasks: the tasks.
+      low: the smallest number allowed.
+      high: the largest number allowed.
+      or_one: whether one number for all tasks may be given too.
+
+    Returns:
+      `[T]`, or the one number. What holds no JAX array is a NumPy array of its own.
+
+    Raises:
+      TypeError, ValueError: for a wrong number of them, other names, or what is no number in the range.
+
+    Example:
+
+      >>> task_numbers("pcd", "tau", {"b": 0.2, "a": 0.1}, Tasks(2, ("a", "b"))).tolist()
+      [0.1, 0.2]
+    """
+    if isinstance(value, Mapping):
+        value = [value[task] for task in names_of(name, what, value, tasks)]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (tuple, list)):
+        for entry in value:
+            check_range(name, **{what: (entry, low, high)})
+        traced = any(isinstance(entry, jax.Array) for entry in value)
+        value = jnp.stack(list(map(jnp.asarray, value))) if traced else np.array(value)
+    elif np.ndim(value) == 0:
+        check_range(name, **{what: (value, low, high)})
+    shape = np.shape(value)
+    if shape != (tasks.number,) and not (or_one and shape == ()):
+        one = "be a number or " * or_one
+        raise ValueError(
+            f"{name}: {what} must {one}have shape ({tasks.number},), {tasks.describe()}; found {shape}."
+        )
+    return value
 
 
 def _named(name: str, names: Collection[Any]) -> Tasks:

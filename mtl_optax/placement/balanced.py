@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.core.checks import read_active
+from mtl_optax.core.first_state import check_state
 from mtl_optax.core.lift import from_rule, is_due, next_count
 from mtl_optax.core.method import BalanceState, Method
 from mtl_optax.core.rule import WeightRule
@@ -80,6 +81,7 @@ def balanced_value_and_grad(
 
     def value_and_grad(params: Any, state: BalanceState, *args: Any, active: Any = None) -> Any:
         check_differentiable("balanced_value_and_grad", params)
+        check_state(method.name, state, tasks)
         losses, pullback, result = vjp_of_losses(
             lambda params: split_result(loss_fn(params, *args), has_aux), params
         )

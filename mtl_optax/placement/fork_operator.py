@@ -87,7 +87,8 @@ def fork(
     tasks = tasks_of("fork", method, carrier, num_tasks)
     check_representation(representation)
     fork_state(method, carrier, representation)  # raises here, where the caller can see it
-    copies, slots = _fork(method, tasks.number, representation, carrier)
+    # In a function, which JAX does not look into: one with a traced option is refused as an argument.
+    copies, slots = _fork(lambda: method, tasks.number, representation, carrier)
     return copies, ForkToken(slots)
 
 
@@ -135,7 +136,7 @@ def join(losses: Any, token: ForkToken, *, active: Any = None) -> jax.Array:
 
 
 def _fork_forward(
-    method: Any, num_tasks: int, representation: Any, carrier: Any
+    held: Any, num_tasks: int, representation: Any, carrier: Any
 ) -> tuple[tuple[Any, ...], jax.Array]:
     leaves = jax.tree.leaves(representation)
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
@@ -146,14 +147,15 @@ def _fork_forward(
 _fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
 
 
-def _fork_fwd(method: Any, num_tasks: int, representation: Any, carrier: Any) -> Any:
+def _fork_fwd(held: Any, num_tasks: int, representation: Any, carrier: Any) -> Any:
     value = lambda tree: jax.tree.map(lambda primal: primal.value, tree)  # noqa: E731
     representation, carrier = value(representation), value(carrier)
-    outputs = _fork_forward(method, num_tasks, representation, carrier)
+    outputs = _fork_forward(held, num_tasks, representation, carrier)
     return outputs, (representation, carrier)
 
 
-def _fork_bwd(method: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any:
+def _fork_bwd(held: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any:
+    method = held()
     representation, carrier = residuals
     copies, slots = cotangents
     is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731

@@ -10,12 +10,15 @@ import optax
 
 from mtl_optax.combinators import init_each, update_each
 from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_transformation
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import TaskGradients, UpdateRule
 from mtl_optax.core.tasks import read_tasks
 
 
+@factory
 def adatask(
     num_tasks: Any, inner: optax.GradientTransformation, *, axis_name: Any = None
 ) -> Method:
@@ -64,6 +67,7 @@ def adatask(
       Approach to Multi-Task Learning, 2023, https://arxiv.org/abs/2211.15055
     """
     tasks = read_tasks("adatask", num_tasks)
+    check_transformation("adatask", "inner", inner)
 
     def init(params: Any, num_tasks: int, dtype: Any) -> Any:
         # Inside `init_each`, which makes arrays of parameters that are given by shape only.

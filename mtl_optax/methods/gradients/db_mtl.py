@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.arguments import check_bool, check_choice, check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
@@ -18,6 +20,7 @@ from mtl_optax.core.tasks import read_tasks
 _EPS = 1e-8
 
 
+@factory
 def db_mtl(
     num_tasks: Any,
     *,
@@ -44,7 +47,7 @@ def db_mtl(
 
     Args:
       num_tasks: T, or the task names.
-      beta: EMA decay of the gradients, in [0, 1]; 0 disables the average.
+      beta: EMA decay of the gradients, in [0, 1); 0 disables the average.
       beta_sigma: exponent of the decrease of that decay over the steps.
       log_losses: True uses gradients of log losses, and `update` requires `losses=`; False uses the raw
         gradients.
@@ -88,7 +91,9 @@ def db_mtl(
       Recommendation System, 2024, https://arxiv.org/abs/2411.11871
     """
     tasks = read_tasks("db_mtl", num_tasks)
-    check_range("db_mtl", beta=(beta, 0, 1))
+    check_decay("db_mtl", beta=beta)
+    check_range("db_mtl", beta_sigma=(beta_sigma, -math.inf, math.inf))
+    check_bool("db_mtl", "log_losses", log_losses)
     check_choice("db_mtl", "norm", norm, tuple(_COMMON))
 
     def average(view: TaskGradients, averages: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
@@ -32,6 +33,7 @@ class ExcessMTLState(NamedTuple):
     seen: jax.Array
 
 
+@factory
 def excess_mtl(
     num_tasks: Any,
     *,

@@ -6,17 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.arguments import check_seed
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import TaskGradients, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
+@factory
 def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any = None) -> Method:
     r"""Keeps the gradients of one randomly drawn sign at every coordinate.
 
@@ -35,7 +36,8 @@ def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any =
 
     Args:
       num_tasks: T, or the task names.
-      leak: share of a dropped gradient that is kept, in [0, 1]; a number or `[T]`.
+      leak: share of a dropped gradient that is kept, in [0, 1]; a number, `[T]`, or a dictionary by
+        task name.
       seed: seed of the random numbers, which also depend on the step and the leaf.
       axis_name: see `MethodOptions`.
 
@@ -74,9 +76,8 @@ def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any =
       Multitask Models with Gradient Sign Dropout, 2020, https://arxiv.org/abs/2010.06808
     """
     tasks = read_tasks("graddrop", num_tasks)
-    check_range("graddrop", leak=(leak, 0, 1))
-    if np.ndim(leak):
-        check_per_task("graddrop", "leak", leak, tasks.number)
+    leak = task_numbers("graddrop", "leak", leak, tasks, 0, 1, or_one=True)
+    check_seed("graddrop", seed)
 
     def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
         leaves, treedef = jax.tree.flatten(view.updates)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_decay
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import TaskGradients, UpdateRule
@@ -28,6 +29,7 @@ class LRAnnealingState(NamedTuple):
     weight_ema: jax.Array
 
 
+@factory
 def lr_annealing(
     num_tasks: Any, *, target: int | str = 0, ema_decay: Any = 0.9, axis_name: Any = None
 ) -> Method:
@@ -83,7 +85,7 @@ def lr_annealing(
     """
     tasks = read_tasks("lr_annealing", num_tasks)
     target = task_index("lr_annealing", "target", target, tasks)
-    check_range("lr_annealing", ema_decay=(ema_decay, 0, 1))
+    check_decay("lr_annealing", ema_decay=ema_decay)
 
     def init(params: Any, num_tasks: int, dtype: Any) -> LRAnnealingState:
         return LRAnnealingState(jnp.ones((num_tasks,), dtype))

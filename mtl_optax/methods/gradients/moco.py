@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
@@ -27,6 +29,7 @@ class MoCoState(NamedTuple):
     simplex_weights: jax.Array
 
 
+@factory
 def moco(
     num_tasks: Any,
     *,
@@ -93,7 +96,8 @@ def moco(
       Learning: A Provably Convergent Stochastic Approach, 2023, https://arxiv.org/abs/2210.12624
     """
     tasks = read_tasks("moco", num_tasks)
-    check_range("moco", beta=(beta, 0, 1))
+    any_number = (-math.inf, math.inf)
+    check_range("moco", beta=(beta, 0, 1), gamma=(gamma, *any_number), rho=(rho, *any_number))
 
     def init(dtype: Any) -> MoCoState:
         return MoCoState(jnp.full((tasks.number,), 1 / tasks.number, dtype))

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.arguments import check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import TaskGradients, UpdateRule
 from mtl_optax.core.task_tree import along_tasks
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
@@ -40,6 +41,7 @@ class _Decays(NamedTuple):
     eps: jax.Array
 
 
+@factory
 def scale_by_mtadam(
     num_tasks: Any,
     *,
@@ -74,7 +76,8 @@ def scale_by_mtadam(
       b2: decay of the second moments.
       b3: decay of the norm averages.
       eps: added to the root of the second moments, as in Adam.
-      ranks: `[T]`, relative gradient norms of the tasks after rescaling; None is one each.
+      ranks: relative gradient norms of the tasks after rescaling, `[T]` or a dictionary by task name;
+        None is one each.
       axis_name: see `MethodOptions`.
 
     Returns:
@@ -111,9 +114,10 @@ def scale_by_mtadam(
       https://arxiv.org/abs/2006.14683
     """
     tasks = read_tasks("scale_by_mtadam", num_tasks)
-    decay_range = {"b1": (b1, 0, 1), "b2": (b2, 0, 1), "b3": (b3, 0, 1)}
-    check_range("scale_by_mtadam", **decay_range, eps=(eps, 0, float("inf")))
-    check_per_task("scale_by_mtadam", "ranks", ranks, tasks.number)
+    check_decay("scale_by_mtadam", b1=b1, b2=b2, b3=b3)
+    check_range("scale_by_mtadam", eps=(eps, 0, float("inf")))
+    if ranks is not None:
+        ranks = task_numbers("scale_by_mtadam", "ranks", ranks, tasks, 0)
 
     def init(params: Any, num_tasks: int, dtype: Any) -> MTAdamState:
         return MTAdamState(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import TaskGradients, UpdateRule
@@ -15,6 +16,7 @@ from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
 from mtl_optax.core.tasks import read_tasks
 
 
+@factory
 def trimmed_mean(num_tasks: Any, *, trim_number: int = 1, axis_name: Any = None) -> Method:
     r"""Averages every coordinate without its largest and smallest gradients.
 

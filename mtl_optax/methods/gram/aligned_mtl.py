@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 import jax
 
 from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -14,6 +15,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.aligned import SCALES, aligned_weights
 
 
+@factory
 def aligned_mtl(
     num_tasks: Any,
     *,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -16,6 +17,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 
 
+@factory
 def cagrad(
     num_tasks: Any,
     *,

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import jax
 
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -13,6 +14,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.equal_projection import config_weights
 
 
+@factory
 def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     r"""Takes the direction that has the same cosine with every gradient.
 

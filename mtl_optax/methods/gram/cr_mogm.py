@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_decay
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -30,6 +31,7 @@ class CRMOGMState(NamedTuple):
     weigher: Any
 
 
+@factory
 def cr_mogm(
     num_tasks: Any,
     *,
@@ -53,7 +55,7 @@ def cr_mogm(
     Args:
       num_tasks: T, or the task names.
       weigher: any weighting method of this library; None is exact `mgda`.
-      alpha: decay of the EMA, in [0, 1]; with 0 the weights are those of `weigher`.
+      alpha: decay of the EMA, in [0, 1); with 0 the weights are those of `weigher`.
       **options: see `MethodOptions`.
 
     Returns:
@@ -83,7 +85,7 @@ def cr_mogm(
       https://papers.neurips.cc/paper_files/paper/2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html
     """
     tasks = read_tasks("cr_mogm", num_tasks)
-    check_range("cr_mogm", alpha=(alpha, 0, 1))
+    check_decay("cr_mogm", alpha=alpha)
     weigher = mgda(tasks) if weigher is None else weigher
     inner = rule_of("cr_mogm", weigher, tasks.number)
 

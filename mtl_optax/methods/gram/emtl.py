@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -32,6 +33,7 @@ class EMTLState(NamedTuple):
     base: Any
 
 
+@factory
 def emtl(
     num_tasks: Any,
     *,
@@ -117,6 +119,8 @@ def emtl(
     check_range(
         "emtl", epsilon=(epsilon, 0, 1), rho=(rho, 0, math.inf), step_size=(step_size, 0, math.inf)
     )
+    if kl_radius is not None:
+        check_range("emtl", kl_radius=(kl_radius, 0, math.inf))
     base = mgda(tasks, normalize="l2") if base is None else base
     inner = rule_of("emtl", base, tasks.number)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -26,6 +27,7 @@ class BargainingState(NamedTuple):
     fallback_count: jax.Array
 
 
+@factory
 def fairgrad(num_tasks: Any, *, alpha: Any = 1.0, **options: Unpack[MethodOptions]) -> Method:
     r"""Allocates progress between tasks by alpha-fairness.
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_index
 
 
+@factory
 def grad_similarity(
     num_tasks: Any,
     *,

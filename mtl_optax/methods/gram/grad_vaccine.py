@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.arguments import check_choice, check_range, check_seed
 from mtl_optax.core.extra_args import projection_order
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -45,6 +46,7 @@ class _ScanState(NamedTuple):
     similarity_ema: jax.Array
 
 
+@factory
 def grad_vaccine(
     num_tasks: Any,
     *,
@@ -117,6 +119,7 @@ def grad_vaccine(
     """
     tasks = read_tasks("grad_vaccine", num_tasks)
     check_choice("grad_vaccine", "order", order, ("random", "cyclic"))
+    check_seed("grad_vaccine", seed)
     check_range("grad_vaccine", beta=(beta, 0, 1), eps=(eps, 0, math.inf))
     own = jnp.arange(tasks.number, dtype=jnp.int32)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.core.arguments import check_transformation
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -17,6 +19,7 @@ from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 
 
+@factory
 def imtl(
     num_tasks: Any,
     *,
@@ -64,6 +67,7 @@ def imtl(
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
     tasks = read_tasks("imtl", num_tasks)
+    check_transformation("imtl", "optimizer", optimizer)
     scales = rule_of("imtl", imtl_l(tasks, optimizer=optimizer), tasks.number)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:

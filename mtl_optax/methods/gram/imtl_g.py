@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import jax
 
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -13,6 +14,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 
 
+@factory
 def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     r"""Finds weights of sum 1 whose update has the same projection on every unit gradient.
 

@@ -7,7 +7,8 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.arguments import check_bool, check_integer
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -15,6 +16,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
+@factory
 def krum(
     num_tasks: Any,
     *,
@@ -69,6 +71,7 @@ def krum(
       https://papers.nips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html
     """
     tasks = read_tasks("krum", num_tasks)
+    check_bool("krum", "squared", squared)
     check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, tasks.number - 3))
     check_integer("krum", "num_selected", num_selected, 1, tasks.number)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -16,6 +17,7 @@ from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.min_norm import min_norm_weights
 
 
+@factory
 def mgda(
     num_tasks: Any,
     *,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.extra_args import given_gram
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -27,6 +28,7 @@ class MoDoState(NamedTuple):
     simplex_weights: jax.Array
 
 
+@factory
 def modo(
     num_tasks: Any,
     *,

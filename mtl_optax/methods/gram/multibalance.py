@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_per_task, check_range
+from mtl_optax.core.arguments import check_choice, check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -31,6 +33,7 @@ class MultiBalanceState(NamedTuple):
     simplex_weights: jax.Array
 
 
+@factory
 def multibalance(
     num_tasks: Any,
     *,
@@ -62,9 +65,9 @@ def multibalance(
     Args:
       num_tasks: T, or the task names.
       weight_lr: beta, the step size of the weights.
-      prior: lambda_0, `[T]`; None is 1/T each.
+      prior: lambda_0, `[T]` or a dictionary by task name; None is 1/T each.
       prior_strength: rho; the prior affects the step of the weights, not the update directly.
-      ema_decay: 1 - gamma, in [0, 1]; 0 uses the current norm, so that v = g.
+      ema_decay: 1 - gamma, in [0, 1); 0 uses the current norm, so that v = g.
       direction: "gradient" is the inner product of equation 12; "cosine" is the form used in production
         (section 5), with learning rates of 1 (ads) to 5 (feeds).
       ema_init: how u starts, which the paper leaves open: "first" at the first norm, "zeros" at 0, "debias"
@@ -99,9 +102,14 @@ def multibalance(
     tasks = read_tasks("multibalance", num_tasks)
     check_choice("multibalance", "direction", direction, ("cosine", "gradient"))
     check_choice("multibalance", "ema_init", ema_init, ("first", "zeros", "debias"))
-    prior = None if prior is None else jnp.asarray(prior)
-    check_per_task("multibalance", "prior", prior, tasks.number)
-    check_range("multibalance", ema_decay=(ema_decay, 0, 1))
+    if prior is not None:
+        prior = task_numbers("multibalance", "prior", prior, tasks, 0)
+    check_decay("multibalance", ema_decay=ema_decay)
+    check_range(
+        "multibalance",
+        weight_lr=(weight_lr, 0, math.inf),
+        prior_strength=(prior_strength, 0, math.inf),
+    )
 
     def init(dtype: Any) -> MultiBalanceState:
         zeros = jnp.zeros((tasks.number,), dtype)
@@ -114,7 +122,7 @@ def multibalance(
         if prior is None:
             prior_weights = uniform_weights(active, dtype)
         else:
-            prior_weights = jnp.where(active, prior.astype(dtype), 0)
+            prior_weights = jnp.where(active, jnp.asarray(prior, dtype), 0)
         # In units of the largest smoothed norm the squares cannot overflow.
         unit = jnp.max(smooth)
         lengths = safe_divide(smooth, unit)

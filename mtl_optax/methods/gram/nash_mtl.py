@@ -12,6 +12,7 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions, Options
 from mtl_optax.core.tasks import read_tasks
@@ -19,12 +20,12 @@ from mtl_optax.methods.gram.fairgrad import fairgrad
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
+@factory
 def nash_mtl(
     num_tasks: Any,
     *,
     max_norm: Any = None,
-    update_every: int = 1,  # one of the options; named here because the paper has it as a parameter
-    **options: Unpack[MethodOptions],  # pyright: ignore[reportGeneralTypeIssues]
+    **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Takes the Nash bargaining solution: the direction with the largest product of progresses.
 
@@ -41,8 +42,7 @@ def nash_mtl(
       num_tasks: T, or the task names.
       max_norm: the global norm to which the update is clipped (1 in the authors' code), or None. The
         weights in the state are those before clipping.
-      update_every: k, static: new weights on every k-th update, reused in between.
-      **options: see `MethodOptions`.
+      **options: see `MethodOptions`; `update_every` is the paper's interval between new weights.
 
     Returns:
       A `Method` with the state `BargainingState`. Cost: one pass over the gradients for the Gram matrix,
@@ -78,11 +78,12 @@ def nash_mtl(
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
     tasks = read_tasks("nash_mtl", num_tasks)
-    check_range("nash_mtl", max_norm=(max_norm, 0, math.inf))
+    if max_norm is not None:
+        check_range("nash_mtl", max_norm=(max_norm, 0, math.inf))
     rule = fairgrad(tasks, alpha=1.0).rule
     if max_norm is not None:
         rule = rule._replace(finish=functools.partial(_clip, max_norm))
-    return from_rule("nash_mtl", tasks, rule, **{**options, "update_every": update_every})
+    return from_rule("nash_mtl", tasks, rule, **options)
 
 
 def _clip(max_norm: Any, update: Any, options: Options, dtype: Any) -> Any:

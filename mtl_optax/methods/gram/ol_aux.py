@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.arguments import check_bool, check_integer, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
@@ -43,6 +45,7 @@ class OLAuxWindow(NamedTuple):
     filled: jax.Array
 
 
+@factory  # pyright: ignore[reportArgumentType]
 def ol_aux(
     num_tasks: Any,
     *,
@@ -109,6 +112,8 @@ def ol_aux(
     """
     tasks = read_tasks("ol_aux", num_tasks)
     target = task_index("ol_aux", "target", target, tasks)
+    check_range("ol_aux", weight_lr=(weight_lr, 0, math.inf))
+    check_bool("ol_aux", "nonnegative", nonnegative)
     check_integer("ol_aux", "update_every", update_every, 1)
     check_integer("ol_aux", "filter_window", filter_window, 1)
 

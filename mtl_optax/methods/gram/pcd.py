@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.tasks import read_tasks, task_index, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
 
@@ -32,6 +32,7 @@ class PCDState(NamedTuple):
     fallback_count: jax.Array
 
 
+@factory
 def pcd(
     num_tasks: Any,
     *,
@@ -59,8 +60,9 @@ def pcd(
     Args:
       num_tasks: T, or the task names.
       target: name or index of the target task; 0 is the first name in sorted order.
-      tau: guaranteed fraction in [0, 1], a number or `[T]` (the target's entry is not used).
-      beta: decay of the averages of the squared norms, in [0, 1].
+      tau: guaranteed fraction in [0, 1]: a number, `[T]`, or a dictionary by task name (the target's
+        entry is not used).
+      beta: decay of the averages of the squared norms, in [0, 1).
       eps: added to these averages, in units of a squared norm; not negative.
       **options: see `MethodOptions`.
 
@@ -94,11 +96,9 @@ def pcd(
     """
     tasks = read_tasks("pcd", num_tasks)
     target = task_index("pcd", "target", target, tasks)
-    check_range("pcd", tau=(tau, 0, 1), beta=(beta, 0, 1), eps=(eps, 0, math.inf))
-    if np.shape(tau) not in ((), (tasks.number,)):
-        raise ValueError(
-            f"pcd: tau must be a number or have shape ({tasks.number},); found {np.shape(tau)}."
-        )
+    tau = task_numbers("pcd", "tau", tau, tasks, 0, 1, or_one=True)
+    check_decay("pcd", beta=beta)
+    check_range("pcd", eps=(eps, 0, math.inf))
 
     def init(dtype: Any) -> PCDState:
         zeros = jnp.zeros((tasks.number,), dtype)

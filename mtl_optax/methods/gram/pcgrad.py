@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.arguments import check_choice, check_seed
 from mtl_optax.core.extra_args import projection_order
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -17,6 +18,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.projections import projected_sum_weights
 
 
+@factory
 def pcgrad(
     num_tasks: Any,
     *,
@@ -73,6 +75,7 @@ def pcgrad(
     """
     tasks = read_tasks("pcgrad", num_tasks)
     check_choice("pcgrad", "order", order, ("random", "cyclic"))
+    check_seed("pcgrad", seed)
     own = jnp.arange(tasks.number, dtype=jnp.int32)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.extra_args import given_gram
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -30,6 +31,7 @@ class SDMGradState(NamedTuple):
     simplex_weights: jax.Array
 
 
+@factory
 def sdmgrad(
     num_tasks: Any,
     *,
@@ -97,10 +99,10 @@ def sdmgrad(
       Algorithms, 2023, https://arxiv.org/abs/2305.18409
     """
     tasks = read_tasks("sdmgrad", num_tasks)
+    check_integer("sdmgrad", "num_steps", num_steps, 0)
     check_range(
         "sdmgrad",
         lam=(lam, 0, math.inf),
-        num_steps=(num_steps, 0, math.inf),
         step_size=(step_size, 0, math.inf),
         momentum=(momentum, 0, 1),
     )

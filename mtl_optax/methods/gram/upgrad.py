@@ -8,14 +8,15 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_per_task
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 
 
+@factory
 def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOptions]) -> Method:
     r"""Projects each gradient onto the cone of directions that conflict with no task, then averages.
 
@@ -29,7 +30,7 @@ def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOp
 
     Args:
       num_tasks: T, or the task names.
-      preference: u, `[T]`, not negative; None is 1/T over the tasks present.
+      preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
       **options: see `MethodOptions`.
 
     Returns:
@@ -62,6 +63,7 @@ def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOp
     return _dual_cone("upgrad", upgrad_weights, num_tasks, preference, options)
 
 
+@factory
 def dualproj(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOptions]) -> Method:
     r"""Projects the mean gradient onto the cone of directions that conflict with no task.
 
@@ -75,7 +77,7 @@ def dualproj(num_tasks: Any, *, preference: Any = None, **options: Unpack[Method
 
     Args:
       num_tasks: T, or the task names.
-      preference: u, `[T]`; None is 1/T over the tasks present.
+      preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
       **options: see `MethodOptions`.
 
     Returns:
@@ -112,7 +114,8 @@ def _dual_cone(
     options: MethodOptions,
 ) -> Method:
     tasks = read_tasks(name, num_tasks)
-    check_per_task(name, "preference", preference, tasks.number)
+    if preference is not None:
+        preference = task_numbers(name, "preference", preference, tasks, 0)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         norms = evidence.norms

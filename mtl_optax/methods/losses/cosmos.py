@@ -8,15 +8,17 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.log_weights import largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
 
 
+@factory
 def cosmos(
     num_tasks: Any,
     *,
@@ -37,7 +39,8 @@ def cosmos(
 
     Args:
       num_tasks: T, or the task names.
-      preference: r, `[T]`, nonnegative; None is 1 over the number of tasks present.
+      preference: r, `[T]` or a dictionary by task name, nonnegative; None is 1 over the number of
+        tasks present.
       lam: weight of the angle, >= 0; 0.01 to 8 in the paper. 0 is `fixed_weights(preference)`.
       **options: see `MethodOptions`.
 
@@ -70,7 +73,8 @@ def cosmos(
     """
     tasks = read_tasks("cosmos", num_tasks)
     check_range("cosmos", lam=(lam, 0, math.inf))
-    check_per_task("cosmos", "preference", preference, tasks.number)
+    if preference is not None:
+        preference = task_numbers("cosmos", "preference", preference, tasks, 0)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         losses = evidence.losses

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -35,6 +36,7 @@ class DWAState(NamedTuple):
     windows: jax.Array
 
 
+@factory
 def dwa(
     num_tasks: Any,
     *,

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.core.tasks import read_tasks, task_numbers, task_vector
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -36,6 +36,7 @@ class FAMOState(NamedTuple):
     last_step: jax.Array
 
 
+@factory
 def famo(
     num_tasks: Any,
     *,
@@ -104,13 +105,11 @@ def famo(
       https://arxiv.org/abs/2306.03792
     """
     tasks = read_tasks("famo", num_tasks)
-    check_range("famo", gamma=(gamma, 0, math.inf), weight_lr=(weight_lr, 0, math.inf))
-    if isinstance(min_losses, dict):
-        min_losses = task_vector("famo", "min_losses", min_losses, tasks)
-    if np.shape(min_losses) not in ((), (tasks.number,)):
-        raise ValueError(
-            f"famo: min_losses must be a scalar or [{tasks.number}]; found {np.shape(min_losses)}."
-        )
+    check_range("famo", gamma=(gamma, 0, math.inf))
+    is_schedule = callable(weight_lr)
+    if not is_schedule:
+        check_range("famo", weight_lr=(weight_lr, 0, math.inf))
+    min_losses = task_numbers("famo", "min_losses", min_losses, tasks, or_one=True)
     optimizer = optax.adam(weight_lr)
 
     def init(dtype: Any) -> FAMOState:

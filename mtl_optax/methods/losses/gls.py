@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -14,6 +15,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.log_weights import exp_weights, magnitudes
 
 
+@factory
 def gls(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     r"""Minimises the geometric mean of the losses.
 

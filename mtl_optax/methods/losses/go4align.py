@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -27,6 +28,7 @@ class GO4AlignState(NamedTuple):
     log_q: jax.Array
 
 
+@factory
 def go4align(
     num_tasks: Any,
     *,

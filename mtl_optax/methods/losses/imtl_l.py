@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.core.arguments import check_transformation
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -17,6 +19,7 @@ from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.solvers.log_weights import largest_weight
 
 
+@factory
 def imtl_l(
     num_tasks: Any,
     *,
@@ -61,6 +64,7 @@ def imtl_l(
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
     tasks = read_tasks("imtl_l", num_tasks)
+    check_transformation("imtl_l", "optimizer", optimizer)
 
     def init(dtype: Any) -> TrainedState:
         return start(optimizer, jnp.zeros((tasks.number,), dtype))

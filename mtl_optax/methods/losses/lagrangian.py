@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import Tasks, read_tasks
+from mtl_optax.core.tasks import Tasks, read_tasks, task_numbers
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -28,6 +29,7 @@ class LagrangianState(NamedTuple):
     multipliers: jax.Array
 
 
+@factory
 def lagrangian(
     num_tasks: Any,
     *,
@@ -118,12 +120,9 @@ def _read_limits(limits: Any, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
                 f"lagrangian: limits must name tasks of {list(names)}; found {unknown}."
             )
         limits = [limits.get(name) for name in names]
-    if len(limits) != tasks.number:
-        raise ValueError(
-            f"lagrangian: limits must have {tasks.number} entries, None for an objective; found "
-            f"{len(limits)}."
-        )
-    values = np.array([math.inf if limit is None else float(limit) for limit in limits])
+    if isinstance(limits, Sequence):
+        limits = [math.inf if limit is None else limit for limit in limits]
+    values = np.asarray(task_numbers("lagrangian", "limits", limits, tasks), float)
     constrained = np.isfinite(values)
     if constrained.all():
         raise ValueError("lagrangian: at least one task must have no limit: the objective.")

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.arguments import check_choice, check_decay
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -27,6 +28,7 @@ class NTKState(NamedTuple):
     weight_ema: jax.Array
 
 
+@factory
 def ntk(
     num_tasks: Any,
     *,
@@ -79,7 +81,7 @@ def ntk(
     """
     tasks = read_tasks("ntk", num_tasks)
     check_choice("ntk", "reference", reference, ("sum", "mean"))
-    check_range("ntk", ema_decay=(ema_decay, 0, 1))
+    check_decay("ntk", ema_decay=ema_decay)
 
     def init(dtype: Any) -> NTKState:
         return NTKState(jnp.ones((tasks.number,), dtype))

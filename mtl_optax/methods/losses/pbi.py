@@ -7,16 +7,17 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtl_optax.core.arguments import check_per_task, check_range
+from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.preference import active_preference, unit
 
 
+@factory
 def pbi(
     num_tasks: Any,
     *,
@@ -39,9 +40,9 @@ def pbi(
 
     Args:
       num_tasks: T, or the task names.
-      preference: r, `[T]`, nonnegative, not all 0; None is equal preference.
+      preference: r, `[T]` or a dictionary by task name, nonnegative, not all 0; None is equal preference.
       theta: penalty, >= 0; the paper uses 5.
-      reference: z, a lower bound of the losses, a scalar or `[T]`.
+      reference: z, a lower bound of the losses, a scalar, `[T]`, or a dictionary by task name.
       **options: see `MethodOptions`.
 
     Returns:
@@ -71,11 +72,9 @@ def pbi(
     """
     tasks = read_tasks("pbi", num_tasks)
     check_range("pbi", theta=(theta, 0, math.inf))
-    check_per_task("pbi", "preference", preference, tasks.number)
-    if np.shape(reference) not in ((), (tasks.number,)):
-        raise ValueError(
-            f"pbi: reference must be a scalar or [{tasks.number}]; found {np.shape(reference)}."
-        )
+    if preference is not None:
+        preference = task_numbers("pbi", "preference", preference, tasks, 0)
+    reference = task_numbers("pbi", "reference", reference, tasks, or_one=True)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         active, dtype = evidence.active, evidence.losses.dtype

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_decay, check_range, check_seed
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -33,6 +34,7 @@ class ReLoBRaLoState(NamedTuple):
     seen: jax.Array
 
 
+@factory
 def relobralo(
     num_tasks: Any,
     *,
@@ -56,7 +58,7 @@ def relobralo(
 
     Args:
       num_tasks: T, or the task names.
-      alpha: weight of the past, in [0, 1].
+      alpha: weight of the past, in [0, 1).
       rho: probability of using the past weights instead of looking back at the first losses, in [0, 1].
       temperature: tau > 0; larger values make the weights more equal.
       seed: of the random stream, an integer.
@@ -91,9 +93,10 @@ def relobralo(
       https://arxiv.org/abs/2110.09813
     """
     tasks = read_tasks("relobralo", num_tasks)
+    check_decay("relobralo", alpha=alpha)
+    check_seed("relobralo", seed)
     check_range(
         "relobralo",
-        alpha=(alpha, 0, 1),
         rho=(rho, 0, 1),
         temperature=(temperature, 1e-6, float("inf")),
     )

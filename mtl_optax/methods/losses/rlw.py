@@ -7,14 +7,16 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_per_task
+from mtl_optax.core.arguments import check_seed
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_vector
 from mtl_optax.solvers.log_weights import log_softmax
 
 
+@factory
 def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> Method:
     r"""Draws random weights at every step.
 
@@ -54,14 +56,15 @@ def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> M
       Multi-Task Learning, 2022, https://arxiv.org/abs/2111.10603
     """
     tasks = read_tasks("rlw", num_tasks)
+    check_seed("rlw", seed)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         noise = evidence.extra["noise"]
-        check_per_task("rlw", "noise", noise, tasks.number)
         if noise is None:
             key = jax.random.fold_in(jax.random.key(seed), evidence.step)
             noise = jax.random.normal(key, (tasks.number,), jnp.float32)
-        return jnp.exp(log_softmax(jnp.asarray(noise), evidence.active)), state
+        noise = task_vector("rlw", "noise", noise, tasks)
+        return jnp.exp(log_softmax(noise, evidence.active)), state
 
     rule = WeightRule(frozenset(), weigh, extra=("noise",))
     return from_rule("rlw", tasks, rule, **options)

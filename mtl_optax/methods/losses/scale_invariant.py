@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -16,6 +17,7 @@ from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.log_weights import largest_weight
 
 
+@factory
 def scale_invariant(num_tasks: Any, *, eps: Any = 0.0, **options: Unpack[MethodOptions]) -> Method:
     r"""Minimises the sum of the logarithms of the losses.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -29,6 +30,7 @@ class SoftAdaptState(NamedTuple):
     seen: jax.Array
 
 
+@factory
 def softadapt(
     num_tasks: Any,
     *,

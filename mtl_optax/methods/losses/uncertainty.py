@@ -7,17 +7,20 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.arguments import check_choice, check_transformation
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.solvers.log_weights import largest_weight
 
 
+@factory
 def uncertainty(
     num_tasks: Any,
     *,
@@ -45,7 +48,8 @@ def uncertainty(
     Args:
       num_tasks: T, or the task names.
       form: the objective, see above.
-      init: first value of s, or of sigma (positive; 1 is neutral).
+      init: first value of s, or of sigma (positive; 1 is neutral): a number, `[T]`, or a dictionary by task
+        name.
       optimizer: trains s or sigma; any optax optimizer.
       **options: see `MethodOptions`.
 
@@ -77,9 +81,11 @@ def uncertainty(
       and Semantics, 2018, https://arxiv.org/abs/1705.07115
     """
     tasks = read_tasks("uncertainty", num_tasks)
+    check_transformation("uncertainty", "optimizer", optimizer)
     check_choice("uncertainty", "form", form, ("half_logvar", "logvar", "sigma", "half_sigma"))
     logarithmic = form in ("half_logvar", "logvar")
-    if not logarithmic and isinstance(init, (int, float)) and init <= 0:
+    init = task_numbers("uncertainty", "init", init, tasks, or_one=True)
+    if not logarithmic and not isinstance(init, jax.Array) and np.any(np.less_equal(init, 0)):
         raise ValueError(
             f"uncertainty: the form {form!r} trains a standard deviation, which must start positive; "
             f"found init={init}. init=1.0 is neutral."

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_range, check_transformation
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -35,6 +36,7 @@ class GradNormState(NamedTuple):
     fallback_count: jax.Array
 
 
+@factory
 def gradnorm(
     num_tasks: Any,
     *,
@@ -96,6 +98,7 @@ def gradnorm(
       Balancing in Deep Multitask Networks, 2018, https://arxiv.org/abs/1711.02257
     """
     tasks = read_tasks("gradnorm", num_tasks)
+    check_transformation("gradnorm", "optimizer", optimizer)
     check_range("gradnorm", alpha=(alpha, 0, math.inf))
 
     def init(dtype: Any) -> GradNormState:

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.arguments import check_choice, check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -27,6 +28,7 @@ class InverseNormState(NamedTuple):
     weight_ema: jax.Array
 
 
+@factory
 def inverse_norm(
     num_tasks: Any,
     *,
@@ -91,10 +93,10 @@ def inverse_norm(
     """
     tasks = read_tasks("inverse_norm", num_tasks)
     check_choice("inverse_norm", "reference", reference, ("mean", "rms"))
+    check_decay("inverse_norm", ema_decay=ema_decay)
     check_range(
         "inverse_norm",
         power=(power, 0, math.inf),
-        ema_decay=(ema_decay, 0, 1),
         eps=(eps, 0, math.inf),
     )
 

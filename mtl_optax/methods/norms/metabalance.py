@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_range
+from mtl_optax.core.arguments import check_choice, check_decay, check_range
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -27,6 +28,7 @@ class MetaBalanceState(NamedTuple):
     seen: jax.Array
 
 
+@factory
 def metabalance(
     num_tasks: Any,
     *,
@@ -106,7 +108,8 @@ def metabalance(
     tasks = read_tasks("metabalance", num_tasks)
     target = task_index("metabalance", "target", target, tasks)
     check_choice("metabalance", "strategy", strategy, ("shrink", "enlarge", "both"))
-    check_range("metabalance", relax_factor=(relax_factor, 0, 1), ema_decay=(ema_decay, 0, 1))
+    check_range("metabalance", relax_factor=(relax_factor, 0, 1))
+    check_decay("metabalance", ema_decay=ema_decay)
 
     def init(dtype: Any) -> MetaBalanceState:
         return MetaBalanceState(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.factory import factory
 from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, WeightRule
@@ -25,6 +26,7 @@ class RotoGradState(NamedTuple):
     initial_norms: jax.Array
 
 
+@factory
 def rotograd_scale(
     num_tasks: Any, *, burn_in: int = 20, **options: Unpack[MethodOptions]
 ) -> Method:

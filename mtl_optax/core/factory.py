@@ -1,0 +1,73 @@
+"""What all factories of methods have in common: unknown options, and methods that know their arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, ParamSpec
+
+import jax
+import numpy as np
+
+from mtl_optax.core.method import Method, Options, Origin, flat_options, is_method
+
+P = ParamSpec("P")
+
+
+def factory(make: Callable[P, Method]) -> Callable[P, Method]:
+    """Decorates a factory, a function of the tasks and of options that returns a `Method`.
+
+    The methods that it returns know the arguments that they were made of. An option that the factory does
+    not know raises a TypeError that names the nearest one that it does.
+
+    Args:
+      make: the factory; its first parameter is the tasks.
+
+    Returns:
+      The factory with the same signature and docstring.
+    """
+    signature = inspect.signature(make)
+    tasks, *own = signature.parameters
+    common = Options._fields if "options" in own else ()
+    own = [name for name in own if name != "options"]
+    known = list(dict.fromkeys([tasks, *own, *common]))
+
+    call: Callable[..., Method] = make
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Method:
+        options = flat_options(kwargs)
+        _refuse_unknown(make.__name__, options, known)
+        method = call(*args, **options)
+        bound = signature.bind(*args, **options)
+        given = _after_tasks(bound)
+        bound.apply_defaults()
+        # The common options are compared as the method has them.
+        arguments = {name: value for name, value in _after_tasks(bound).items() if name in own}
+        method.origin = Origin(made, given, arguments)
+        return method
+
+    return made
+
+
+def _after_tasks(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments after the tasks; arrays that could be written to are copied."""
+    _, *arguments = bound.arguments.items()
+    return {name: _own(value) for name, value in flat_options(dict(arguments)).items()}
+
+
+def _own(value: Any) -> Any:
+    def copied(leaf: Any) -> Any:
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return jax.tree.map(copied, value, is_leaf=is_method)
+
+
+def _refuse_unknown(name: str, given: dict[str, Any], known: list[str]) -> None:
+    for option in given:
+        if option not in known:
+            near = get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
+            raise TypeError(f"{name}: takes no argument {option}. {hint}")
