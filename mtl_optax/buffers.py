@@ -117,6 +117,7 @@ def accumulate(
             shapes, _ = jax.eval_shape(step, sums)
             return jax.tree.map(jnp.zeros_like, shapes), sums
 
+        # `check` wants to see what reaches the methods inside, which a branch would hide.
         if is_watched():
             return step(sums)
         return lax.cond(sums.micro_count == every_k, step, wait, sums)

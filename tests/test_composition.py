@@ -1,12 +1,14 @@
 """Which optax transformations and wrappers go before, after and around a method, row by row.
 
 What works is traced through `scan`, which refuses a state whose shapes or dtypes drift, and passes
-`check`; what a shape can show is refused by `check` with a message that is pinned word for word; what no
-shape shows passes `check`, and numbers show what it does. The table of docs/composition.md says the
-same, and every name in it is one of these cases. An optax release that changes a row is seen here.
+`check`; what a shape or a run on small leaves can show is refused by `check` with a message that is
+pinned word for word; what neither shows passes `check`, and numbers show what it does. The table of
+docs/composition.md says the same, and every name in it is one of these cases. An optax release that
+changes a row is seen here.
 """
 
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -481,9 +483,9 @@ def test_one_task_cannot_be_mixed():
     mtl.check(optax.chain(CLIP, mtl.sum_tasks(1)), shapes(PARAMS))
 
 
-@pytest.mark.parametrize("task", range(T))
-def test_one_task_that_looks_at_another_is_seen(task):
-    looks = lambda updates, _: jax.tree.map(lambda u: u.at[task].add(u[task - 1]), updates)  # noqa: E731
+@pytest.mark.parametrize(("task", "other"), list(itertools.permutations(range(T), 2)))
+def test_one_task_that_looks_at_another_is_seen(task, other):
+    looks = lambda updates, _: jax.tree.map(lambda u: u.at[task].add(u[other]), updates)  # noqa: E731
     assert refusal(optax.chain(optax.stateless(looks), BALANCE)) == mixed()
 
 
@@ -560,7 +562,7 @@ def test_a_term_of_the_parameters_before_a_method_is_refused(name):
 
 # --- what `check` cannot see -------------------------------------------------------------------------
 
-# For shapes these are right, and for `check`, which cannot know what they are meant to do.
+# It keeps the tasks apart, and `check` cannot know what it is meant to do within each of them.
 SILENT = {("before", "centralize"): before(optax.centralize())}
 
 

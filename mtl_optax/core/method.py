@@ -279,5 +279,5 @@ def tell_update(method: Method, updates: Any) -> None:
 
 
 def is_watched() -> bool:
-    """Whether somebody wants to see the calls; what a branch of `lax.cond` is given cannot be seen."""
+    """Whether `check` looks on."""
     return _CALLS.get() is not None
