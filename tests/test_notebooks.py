@@ -27,6 +27,7 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 # Losses after hundreds of steps in float32, printed with few digits: rounding differs between
 # processors and releases of XLA, and training amplifies it.
 TOLERANCE = {"rel": 0.03, "abs": 0.003}
+WIDE_TOLERANCE = {"rel": 0.3, "abs": 0.003}
 # What a reader has: the pictures in the page, one device. The stored outputs are those of a CPU.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -38,6 +39,8 @@ ENVIRONMENT = {
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 # The tag of cells whose text is not the same everywhere: times, and results on data that is fetched.
 VARIES = "varies"
+# The tag of cells whose page says that the second digit differs between processors.
+LAST_DIGITS = "last-digits"
 MAX_BYTES = 400_000
 
 
@@ -80,12 +83,12 @@ def shown(cell: Any) -> tuple[str, list[str]]:
     return text, kinds
 
 
-def differs(found: str, stored: str) -> bool:
+def differs(found: str, stored: str, tolerance: dict[str, float]) -> bool:
     """Whether two texts differ in more than the last digits of numbers."""
     if NUMBER.split(found) != NUMBER.split(stored):
         return True
     pairs = zip(NUMBER.findall(found), NUMBER.findall(stored), strict=True)
-    return any(float(a) != pytest.approx(float(b), **TOLERANCE) for a, b in pairs)
+    return any(float(a) != pytest.approx(float(b), **tolerance) for a, b in pairs)
 
 
 def python_of(cell: Any) -> str:
@@ -195,8 +198,10 @@ def test_a_run_shows_what_is_stored(
     for before, after in zip(code_cells(stored), code_cells(found), strict=True):
         (old_text, old_kinds), (text, kinds) = shown(before), shown(after)
         assert kinds == old_kinds, after.source
-        if VARIES not in after.metadata.get("tags", []):
-            assert not differs(text, old_text), f"stored:\n{old_text}\nfound:\n{text}"
+        tags = after.metadata.get("tags", [])
+        if VARIES not in tags:
+            tolerance = WIDE_TOLERANCE if LAST_DIGITS in tags else TOLERANCE
+            assert not differs(text, old_text, tolerance), f"stored:\n{old_text}\nfound:\n{text}"
 
 
 @pytest.mark.slow
@@ -231,7 +236,7 @@ def test_tables_are_split_over_all_devices(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_what_counts_as_different(found: str, different: bool) -> None:
-    assert differs(found, "click 0.401, spend 128.0") == different
+    assert differs(found, "click 0.401, spend 128.0", TOLERANCE) == different
 
 
 if __name__ == "__main__":
