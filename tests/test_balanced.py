@@ -69,14 +69,90 @@ def test_steps_between_use_the_cached_weights_and_one_backward_pass():
     )
 
 
-def test_a_non_finite_task_cannot_poison_a_single_pass():
+# --- tasks whose derivative is not finite ------------------------------------------------------------
+
+
+def one_by_one(params, ids, scale):
+    """The losses as a tuple; a scale of 0 stands for an empty batch, whose mean is 0/0."""
+    hidden = jnp.tanh(params["table"][ids] @ params["dense"]["w"] + params["dense"]["b"][None])
+    totals = (hidden**2).sum(), (hidden[:, 0] - 1).sum(), hidden[:, 1].sum()
+    return tuple(total * s / s for total, s in zip(totals, scale, strict=True))
+
+
+def steps(method, scales, active=None, **options):
+    """The last update and state of `balanced_value_and_grad`, one step for every row of `scales`."""
+    fn = jax.jit(mtl.balanced_value_and_grad(one_by_one, method, **options))
+    state = method.init(PARAMS)
+    for scale in jnp.asarray(scales):
+        _, (update, state) = fn(PARAMS, state, IDS, scale, active=active)
+    return update, state
+
+
+EMPTY = [1.0, 0.0, 1.0]
+WITHOUT_ONE = jnp.array([True, False, True])
+
+
+@pytest.mark.parametrize("options", [{}, {"evidence": DENSE}], ids=["all", "evidence"])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("absent", [True, False])
+def test_an_empty_batch_of_one_task_leaves_the_others_training(every, options, absent):
+    """With new weights and with old ones; an absent task is not counted, a present one is."""
+    method = mtl.inverse_norm(T, update_every=every)
+    active = WITHOUT_ONE if absent else None
+    update, state = steps(method, [EMPTY] * 2, active, **options)
+    assert state.skipped.tolist() == [0, 0 if absent else 2, 0]
+    assert int(state.balance_count) == 2
+    # The same as with finite gradients of a task that is absent.
+    expected, _ = steps(method, [[1.0] * T] * 2, WITHOUT_ONE, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7), update, expected)
+
+
+def test_a_task_that_breaks_on_a_step_between_is_left_out_and_counted():
+    method = mtl.inverse_norm(T, update_every=3)
+    update, state = steps(method, [[1.0] * T, EMPTY])
+    assert state.skipped.tolist() == [0, 1, 0]
+    _, grads = mtl.per_task_value_and_grad(one_by_one)(PARAMS, IDS, jnp.ones(T))
+    weights = np.asarray(state.weights[0]) * np.asarray(WITHOUT_ONE)
+    want = jax.tree.map(lambda g: np.tensordot(weights, g, 1), grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), update, want)
+
+
+def test_a_task_that_is_broken_outside_the_evidence_is_left_out_there_and_counted():
+    def losses_of(params):
+        a, b = params["dense"] ** 2, params["dense"] * 3
+        return a + params["table"].sum(), b + jnp.sqrt(0.0 * params["table"].sum())
+
+    params, method = {"dense": jnp.asarray(2.0), "table": jnp.ones(3)}, mtl.sum_tasks(2)
+    fn = mtl.balanced_value_and_grad(losses_of, method, evidence={"dense": True, "table": False})
+    _, (update, state) = jax.jit(fn)(params, method.init(params))
+    assert update["dense"] == 7.0 and update["table"].tolist() == [1.0] * 3
+    assert state.skipped.tolist() == [0, 1]
+
+
+def test_an_array_of_losses_skips_all_tasks_of_a_single_pass():
     method = mtl.mgda(T, update_every=2)
     fn = mtl.balanced_value_and_grad(loss_fn, method)
     _, _, state = run(fn, method.init(PARAMS))
     _, update, state = run(fn, state, jnp.array([1.0, jnp.nan, 1.0]))
-    for leaf in jax.tree.leaves((update, state)):
-        assert np.isfinite(np.asarray(leaf)).all()
-    assert state.skipped.tolist() == [0, 1, 0]
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(update))
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+    assert state.skipped.tolist() == [1, 1, 1]
+
+
+# --- arguments ---------------------------------------------------------------------------------------
+
+
+def test_extra_arguments_reach_the_method():
+    """`traces=` of `ntk`, on the steps with new weights."""
+    method = mtl.ntk(("a", "b"), update_every=2)
+    fn = mtl.balanced_value_and_grad(lambda w: {"a": w * w, "b": 3 * w}, method)
+    w = jnp.asarray(2.0)
+    given = {"a": 1.0, "b": 3.0}
+    _, (update, state) = fn(w, method.init(w), extra_args={"traces": given})
+    want, alone = method.update(jnp.array([4.0, 3.0]), method.init(w), w, traces=given)
+    assert update == want and state.weights.tolist() == alone.weights.tolist()
+    _, (_, state) = fn(w, state)
+    assert state.weights.tolist() == alone.weights.tolist()
 
 
 NAMES = ("view", "buy", "click")

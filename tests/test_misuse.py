@@ -595,7 +595,7 @@ def test_parameters_without_a_gradient():
 
     params = {"w": jnp.ones(3), "count": jnp.uint32(0)}
     expected = (
-        "per_task_value_and_grad: cannot differentiate by the leaf [0]['count'] of uint32. Pass what is no "
+        "per_task_value_and_grad: cannot differentiate by the leaf ['count'] of uint32. Pass what is no "
         "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, nnx.Param, ...)."
     )
     assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == expected
@@ -603,7 +603,7 @@ def test_parameters_without_a_gradient():
     state = mtl.mgda(3).init({"w": jnp.ones(3)})
     assert "leaf ['count'] of uint32" in message(TypeError, lambda: balanced(params, state))
     split = mtl.split_value_and_grad(lambda p: p["w"], lambda heads, h: heads * h)
-    assert "leaf [0]['count'] of uint32" in message(TypeError, lambda: split(params, jnp.ones(3)))
+    assert "leaf ['count'] of uint32" in message(TypeError, lambda: split(params, jnp.ones(3)))
 
 
 WRAPPERS = {

@@ -1,5 +1,6 @@
 """Methods on the parameters: `per_task_value_and_grad`, `split_value_and_grad`, `stack_tasks`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,13 @@ import mtl_optax as mtl
 
 NAMES = ("click", "cart", "buy")
 ORDER = sorted(NAMES)
+METHOD = mtl.sum_tasks(2)
+
+
+@dataclasses.dataclass
+class Losses:
+    buy: jax.Array
+    click: jax.Array
 
 
 # --- per_task_value_and_grad -------------------------------------------------------------------------
@@ -87,19 +95,50 @@ def test_negative_argnum():
 
 
 MISTAKES = {
-    "a tuple": (
-        lambda w: (w, w),
+    "losses and aux without has_aux": (
+        lambda w: ((w, w), {"batch": w}),
         TypeError,
-        "loss_fn must return one array [T] or a dictionary of scalars, found a tuple of 2: return "
-        "jnp.stack([...]) of the losses, or a dictionary of them by task name (and pass has_aux=True where "
-        "the second output is auxiliary).",
+        "a tuple of losses must hold one scalar per task; found a tuple for entry 0. Make it one "
+        "number, or pass has_aux=True if one output is auxiliary.",
+    ),
+    "a tuple of vectors": (
+        lambda w: [w, jnp.stack([w, w])],
+        ValueError,
+        "a list of losses must hold one scalar per task; found shape (2,) for entry 1. Make it one number, "
+        "or pass has_aux=True if one output is auxiliary.",
     ),
     "a scalar": (
         lambda w: w,
         ValueError,
-        "loss_fn must return one loss per task, an array [T] or a dictionary of scalars; found shape (). "
-        "Return jnp.stack([...]) of the losses, or a dictionary of them by task name, instead of their "
-        "sum.",
+        "losses must be a tuple or dictionary of one scalar per task, or an array [T]; found shape (). "
+        "Return the loss of every task instead of their sum, and with has_aux=True (losses, aux).",
+    ),
+    "None": (
+        lambda w: None,
+        TypeError,
+        "losses must be a tuple or dictionary of one scalar per task, or an array [T]; found None.",
+    ),
+    "a dataclass": (
+        lambda w: Losses(w, w),
+        TypeError,
+        "losses must be a tuple or dictionary of one scalar per task, or an array [T]; found a Losses.",
+    ),
+    "a dictionary in a dictionary": (
+        lambda w: {"buy": w, "click": {"x": w, "y": w}},
+        TypeError,
+        "a dictionary of losses must hold one scalar per task; found a dict for 'click'. Give every loss a "
+        "name of its own, or add them up to one number.",
+    ),
+    "None in a dictionary": (
+        lambda w: {"buy": w, "click": None},
+        TypeError,
+        "a dictionary of losses must hold one scalar per task; found None for 'click'. For a task that is "
+        "absent from this batch return 0.0, and pass active=.",
+    ),
+    "complex numbers": (
+        lambda w: {"buy": w, "click": w + 1j},
+        TypeError,
+        "losses must be real floating point, found complex64.",
     ),
     "integers": (
         lambda w: jnp.ones(2, jnp.int32),
@@ -109,7 +148,8 @@ MISTAKES = {
     "a dictionary of vectors": (
         lambda w: {"buy": w, "click": jnp.stack([w, w])},
         ValueError,
-        "a dictionary of losses must hold one scalar per task; found shape (2,) for 'click'.",
+        "a dictionary of losses must hold one scalar per task; found shape (2,) for 'click'. Give every "
+        "loss a name of its own, or add them up to one number.",
     ),
     "an empty dictionary": (
         lambda w: {},
@@ -130,14 +170,111 @@ def test_losses_of_the_wrong_kind_are_refused(name):
     for place in places:
         with pytest.raises(error) as caught:
             place(jnp.asarray(1.0))
-        assert str(caught.value) == message
+        assert str(caught.value).replace("complex128", "complex64") == message
+        assert len(message) <= 300
+
+
+@pytest.mark.parametrize("result", [{"buy": 1.0, "click": 2.0}, (1.0, 2.0, 3.0), jnp.ones(2)])
+def test_has_aux_without_aux_is_refused(result):
+    found = {dict: "a dict of 2", tuple: "a tuple of 3"}.get(type(result), "an array of shape (2,)")
+    for place in (
+        mtl.per_task_value_and_grad(lambda w: result, has_aux=True),
+        lambda w: mtl.split_value_and_grad(lambda w: w, lambda _, w: result, True)(w, w),
+        lambda w: mtl.balanced_value_and_grad(lambda w: result, METHOD, True)(w, METHOD.init(w)),
+    ):
+        with pytest.raises(TypeError) as caught:
+            place(jnp.asarray(1.0))
+        assert str(caught.value) == (
+            f"has_aux=True: loss_fn must return (losses, aux); found {found}. Leave has_aux "
+            "out if it returns the losses alone."
+        )
+
+
+@pytest.mark.parametrize(
+    ("leaf", "words"),
+    [
+        (
+            jnp.tanh,
+            r"the leaf \['f'\] of the parameters is a .*, no array.* eqx.partition.* nnx.split",
+        ),
+        ("relu", r"the leaf \['f'\] of the parameters is a str, no array"),
+        (1j * jnp.ones(2), r"the leaf \['f'\] of the parameters is complex.* two leaves"),
+        (jnp.arange(2), r"cannot differentiate by the leaf \['f'\] of int"),
+    ],
+)
+def test_parameters_without_a_real_gradient_are_refused(leaf, words):
+    params = {"w": jnp.ones(2), "f": leaf}
+    loss_fn = lambda params: (params["w"].sum(), params["w"].sum())  # noqa: E731
+    for place in (
+        mtl.per_task_value_and_grad(loss_fn),
+        lambda params: mtl.split_value_and_grad(lambda p: p, lambda *_: loss_fn(params))(
+            params, {}
+        ),
+        lambda params: mtl.balanced_value_and_grad(loss_fn, METHOD)(
+            params, METHOD.init(jnp.ones(2))
+        ),
+        lambda params: mtl.one_task_value_and_grad(loss_fn, 2)(0, params),
+    ):
+        with pytest.raises(TypeError, match=words) as caught:
+            place(params)
+        assert len(str(caught.value)) <= 300
+
+
+def test_python_floats_are_parameters():
+    loss_fn = lambda params: (params["w"] * 2.0, params["w"] ** 2)  # noqa: E731
+    params, state = {"w": 1.5}, METHOD.init({"w": 1.5})
+    _, grads = mtl.per_task_value_and_grad(loss_fn)(params)
+    _, (shared, heads) = mtl.split_value_and_grad(lambda w: w, lambda v, w: (2 * w, v * w))(
+        1.5, 3.0
+    )
+    _, (update, _) = mtl.balanced_value_and_grad(loss_fn, METHOD)(params, state)
+    _, (row, active) = mtl.one_task_value_and_grad(loss_fn, 2)(1, params)
+    assert grads["w"].tolist() == [2.0, 3.0] and update["w"] == 5.0
+    assert shared.tolist() == [2.0, 3.0] and heads == 1.5
+    assert row["w"].tolist() == [0.0, 3.0] and active.tolist() == [False, True]
+    assert METHOD.update(grads, state, params)[0]["w"] == 5.0
+
+
+def test_all_gradient_functions_pass_arguments_on():
+    def loss_fn(w, x, *, power):
+        return (w * x) ** power, w * x
+
+    w, x = jnp.asarray(3.0), jnp.asarray(2.0)
+    want = [24.0, 2.0]
+    assert mtl.per_task_value_and_grad(loss_fn)(w, x, power=2)[1].tolist() == want
+    encode, decode = (lambda w, x, *, power: w * x), (lambda v, h, x, *, power: (h**power, v * h))
+    _, (shared, _) = mtl.split_value_and_grad(encode, decode)(w, jnp.asarray(1.0), x, power=2)
+    assert shared.tolist() == want
+    _, (update, _) = mtl.balanced_value_and_grad(loss_fn, METHOD)(w, METHOD.init(w), x, power=2)
+    assert update == sum(want)
+    _, (row, _) = mtl.one_task_value_and_grad(loss_fn, 2)(0, w, x, power=2)
+    assert row.tolist() == [24.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["auto", "vmap", "unroll", "map"])
+def test_a_representation_may_hold_integers(mode):
+    def encode(w):
+        return {"h": jnp.stack([w, 2 * w]), "ids": jnp.array([1, 0])}
+
+    def decode(v, r):
+        h = r["h"][r["ids"]]
+        return v * h[0], v * h[1] ** 2
+
+    w = jnp.asarray(3.0)
+    _, (shared, heads) = mtl.split_value_and_grad(encode, decode, mode=mode)(w, jnp.asarray(1.0))
+    assert shared.tolist() == [2.0, 6.0] and heads == 15.0
 
 
 def test_unknown_mode_is_refused():
     message = 'mode must be "auto", "vmap", "unroll" or "map"; found \'fast\'.'
-    for place, functions in ((mtl.per_task_value_and_grad, 1), (mtl.split_value_and_grad, 2)):
+    places = (
+        (mtl.per_task_value_and_grad, [plain_losses]),
+        (mtl.split_value_and_grad, [plain_losses] * 2),
+        (mtl.balanced_value_and_grad, [plain_losses, METHOD]),
+    )
+    for place, arguments in places:
         with pytest.raises(ValueError) as caught:
-            place(*[plain_losses] * functions, mode="fast")
+            place(*arguments, mode="fast")
         assert str(caught.value) == f"{place.__name__}: {message}"
 
 

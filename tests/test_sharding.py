@@ -467,14 +467,15 @@ def test_a_model_a_device_under_shard_map(family):
         assert update.shape == (8, 5)
 
 
+@pytest.mark.parametrize("form", [jnp.stack, tuple])
 @pytest.mark.parametrize("mode", ["vmap", "unroll", "map"])
-def test_local_losses_inside_shard_map(mode):
+def test_local_losses_inside_shard_map(mode, form):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
     w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
 
     def losses_of(w, x):
         h = jnp.tanh(x @ w)
-        return jnp.stack([jnp.mean(h**2), jnp.mean(h - 1)])
+        return form([jnp.mean(h**2), jnp.mean(h - 1)])
 
     def local(w, x):
         w = w + jnp.zeros_like(x[0, 0])  # from here on each device has its own
@@ -484,6 +485,36 @@ def test_local_losses_inside_shard_map(mode):
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
     expected = mtl.per_task_value_and_grad(losses_of)(w, x)
     chex.assert_trees_all_close(run(w, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_balanced_gradients_inside_shard_map(broken):
+    """Steps with new weights and with old ones, of one pass and of T, equal those on one device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
+    w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
+    method = mtl.inverse_norm(2, update_every=2)
+
+    def two_steps(w, x, mean):
+        def losses_of(w):
+            h = jnp.tanh(x @ w)
+            a, b = mean((jnp.mean(h**2), jnp.mean(h - 1)))
+            return a, jnp.sqrt(0.0 * b) if broken else b
+
+        fn, state = mtl.balanced_value_and_grad(losses_of, method), method.init(w)
+        for _ in range(2):
+            losses, (update, state) = fn(w, state)
+        return losses, update, state
+
+    sharded = jax.shard_map(
+        lambda w, x: two_steps(w, x, lambda losses: jax.lax.pmean(losses, "data")),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    got = jax.jit(sharded)(w, x)
+    expected = jax.jit(lambda w, x: two_steps(w, x, lambda losses: losses))(w, x)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert got[2].skipped.tolist() == [0, 2 * broken] and bool(jnp.any(got[1] != 0))
 
 
 def test_accumulate_on_an_explicit_mesh():

@@ -65,7 +65,7 @@ def stacked(updates: Any) -> Any:
 
 def statistics_dtype(tree: Any) -> Any:
     """float64 where a leaf is float64, else float32: the dtype of every statistic and weight."""
-    wide = any(jnp.dtype(leaf.dtype) == jnp.float64 for leaf in jax.tree.leaves(tree))
+    wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""What a user's loss function returns: an array `[T]`, or a dictionary of scalars by task name."""
+"""What a user's loss function returns: an array `[T]`, or a tuple or dictionary of T scalars."""
 
 from __future__ import annotations
 
@@ -8,19 +8,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.core.checks import where
 
-def loss_vector(losses: Any) -> jax.Array:
-    """The losses as one floating array `[T]`; those of a dictionary in the order of its sorted names.
+
+def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
+    """The losses as a tuple of floating scalars of one dtype, or as the array `[T]` that they were.
 
     Args:
-      losses: what the user's function returned.
+      losses: a tuple or list of scalars, a dictionary of scalars (taken in the order of its sorted names),
+        or an array `[T]`.
+
+    Returns:
+      T scalars, which can be differentiated one by one, or the array `[T]`.
+
+    Raises:
+      TypeError: for anything but real floating-point numbers.
+      ValueError: for entries that are not scalar, an array that is not one-dimensional, or no losses.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> [float(loss) for loss in loss_terms({"click": jnp.array(1.0), "buy": 2.0})]
+      [2.0, 1.0]
+    """
+    if isinstance(losses, Mapping):
+        entries: dict[str, Any] = {repr(name): losses[name] for name in sorted(losses)}
+        kind = "dictionary"
+        remedy = "Give every loss a name of its own, or add them up to one number."
+    elif isinstance(losses, (tuple, list)):
+        entries = {f"entry {t}": loss for t, loss in enumerate(losses)}
+        kind = type(losses).__name__
+        remedy = "Make it one number, or pass has_aux=True if one output is auxiliary."
+    else:
+        return _array_of_losses(losses)
+    rule = f"a {kind} of losses must hold one scalar per task; found "
+    if not entries:
+        raise ValueError(rule + "none.")
+    for name, loss in entries.items():
+        if not _is_array(loss):
+            if loss is None and kind == "dictionary":
+                remedy = "For a task that is absent from this batch return 0.0, and pass active=."
+            raise TypeError(f"{rule}{_described(loss)} for {name}. {remedy}")
+        if jnp.shape(loss) != ():
+            raise ValueError(f"{rule}shape {jnp.shape(loss)} for {name}. {remedy}")
+    dtype = jnp.result_type(*entries.values())
+    _check_floating(dtype)
+    return tuple(jnp.asarray(loss, dtype) for loss in entries.values())
+
+
+def loss_vector(losses: Any) -> jax.Array:
+    """The losses as one floating array `[T]`.
+
+    Args:
+      losses: as for `loss_terms`.
 
     Returns:
       The losses `[T]`.
 
     Raises:
-      TypeError: for a tuple or list, or numbers that are not real floating point.
-      ValueError: for losses that are not one-dimensional, or a dictionary of more than scalars.
+      As `loss_terms`.
 
     Example:
 
@@ -28,46 +74,22 @@ def loss_vector(losses: Any) -> jax.Array:
       >>> loss_vector({"click": jnp.array(1.0), "buy": jnp.array(2.0)}).tolist()
       [2.0, 1.0]
     """
-    if isinstance(losses, Mapping):
-        wrong = {name: jnp.shape(loss) for name, loss in losses.items() if jnp.shape(loss) != ()}
-        if wrong:
-            name, shape = next(iter(wrong.items()))
-            raise ValueError(
-                "a dictionary of losses must hold one scalar per task; found shape "
-                f"{shape} for {name!r}."
-            )
-        if not losses:
-            raise ValueError("a dictionary of losses must hold one scalar per task; found none.")
-        losses = jnp.stack([jnp.asarray(losses[name]) for name in sorted(losses)])
-    if isinstance(losses, (tuple, list)):
-        raise TypeError(
-            f"loss_fn must return one array [T] or a dictionary of scalars, found a "
-            f"{type(losses).__name__} of {len(losses)}: return jnp.stack([...]) of the losses, or a "
-            "dictionary of them by task name (and pass has_aux=True where the second output is auxiliary)."
-        )
-    if jnp.ndim(losses) != 1:
-        raise ValueError(
-            "loss_fn must return one loss per task, an array [T] or a dictionary of scalars; found shape "
-            f"{jnp.shape(losses)}. Return jnp.stack([...]) of the losses, or a dictionary of them by task "
-            "name, instead of their sum."
-        )
-    if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
-        raise TypeError(f"losses must be real floating point, found {jnp.result_type(losses)}.")
-    return jnp.asarray(losses)
+    terms = loss_terms(losses)
+    return jnp.stack(terms) if isinstance(terms, tuple) else terms
 
 
-def split_result(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
-    """The loss vector of what a user's function returned, and what to return in its place.
+def split_result(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The losses in what a user's function returned, and what to return in its place.
 
     Args:
       result: losses, or `(losses, aux)` with `has_aux`.
       has_aux: as in `jax.value_and_grad`.
 
     Returns:
-      `(losses [T], result)`.
+      `(losses, result)`, the losses as `loss_terms` gives them.
 
     Raises:
-      As `loss_vector`.
+      TypeError: if `has_aux` and the result is no pair. Else as `loss_terms`.
 
     Example:
 
@@ -75,7 +97,13 @@ def split_result(result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
       >>> split_result((jnp.ones(2), "aux"), has_aux=True)[0].tolist()
       [1.0, 1.0]
     """
-    return loss_vector(result[0] if has_aux else result), result
+    if has_aux and not (isinstance(result, (tuple, list)) and len(result) == 2):
+        found = f"a {type(result).__name__} of {len(result)}" if _sized(result) else None
+        raise TypeError(
+            f"has_aux=True: loss_fn must return (losses, aux); found {found or _described(result)}. Leave "
+            "has_aux out if it returns the losses alone."
+        )
+    return loss_terms(result[0] if has_aux else result), result
 
 
 def check_differentiable(name: str, params: Any) -> None:
@@ -95,9 +123,54 @@ def check_differentiable(name: str, params: Any) -> None:
       >>> check_differentiable("per_task_value_and_grad", {"w": jnp.ones(2)})
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if not _is_array(leaf):
             raise TypeError(
-                f"{name}: cannot differentiate by the leaf {jax.tree_util.keystr(path)} of "
-                f"{jnp.result_type(leaf)}. Pass what is no parameter as another argument; of an nnx.Module "
-                "differentiate by nnx.split(model, nnx.Param, ...)."
+                f"{name}: the leaf {where(path)} of the parameters is {_described(leaf)}, no array. "
+                "Differentiate by the arrays alone: eqx.partition(model, eqx.is_inexact_array), or "
+                "nnx.split(model, nnx.Param, ...)."
             )
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{name}: the leaf {where(path)} of the parameters is {dtype}, and methods compare real "
+                "gradients. Keep its real and imaginary part as two leaves."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: cannot differentiate by the leaf {where(path)} of {dtype}. Pass what is no "
+                "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, "
+                "nnx.Param, ...)."
+            )
+
+
+def _array_of_losses(losses: Any) -> jax.Array:
+    rule = "losses must be a tuple or dictionary of one scalar per task, or an array [T]; found "
+    if not _is_array(losses):
+        raise TypeError(f"{rule}{_described(losses)}.")
+    if jnp.ndim(losses) != 1:
+        raise ValueError(
+            f"{rule}shape {jnp.shape(losses)}. Return the loss of every task instead of their sum, and "
+            "with has_aux=True (losses, aux)."
+        )
+    _check_floating(jnp.result_type(losses))
+    return jnp.asarray(losses)
+
+
+def _check_floating(dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"losses must be real floating point, found {dtype}.")
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") or isinstance(value, (int, float, complex))
+
+
+def _sized(value: Any) -> bool:
+    return isinstance(value, (Mapping, tuple, list))
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    return f"an array of shape {jnp.shape(value)}" if _is_array(value) else f"a {kind}"

@@ -34,14 +34,16 @@ def weigh_losses(
 
     Notes:
       The loss of a task with weight 0 does not reach the sum, not even as NaN; but where its derivative
-      is NaN, 0 times it is NaN too. `skip_nonfinite` around the optimizer, or a method on gradients,
-      keeps that from the parameters.
+      is NaN, 0 times it is NaN in the gradient of all tasks: one backward pass of one sum cannot leave a
+      task out. Guard the division in the loss of an absent task, or put a method on the gradients;
+      `skip_nonfinite` around the optimizer leaves out the whole step.
 
       The cost is O(T) for a `Method`. A transformation that only contains one (a chain,
       `optax.inject_hyperparams`) is called on a `[T, T]` identity matrix instead.
 
     Args:
-      losses: `[T]`, or a dictionary of scalars; the raw losses inside the differentiated function.
+      losses: a dictionary or tuple of scalars, or an array `[T]`; the raw losses inside the differentiated
+        function.
       state: the method's optax state, from `method.init(params)`.
       method: a `Method` with `needs` of nothing but losses, or a chain that holds one.
       active: bool `[T]` or a dictionary, the tasks present in this batch; all by default.

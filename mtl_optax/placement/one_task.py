@@ -33,15 +33,16 @@ def one_task_value_and_grad(
       grows with T.
 
     Args:
-      loss_fn: `loss_fn(params, *args)` returns losses `[T]` or a dictionary of scalars.
+      loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
+        `[T]`; in an array a task whose derivative is not finite reaches the gradients of the others.
       num_tasks: T, or the task names.
       order: "cyclic" takes task `step % T`; "random" draws the task of each step.
       seed: of the draws, an integer.
 
     Returns:
-      A function `fn(step, params, *args)` that returns `(losses, (updates, active))`: `losses` `[T]` and
-      the leaves `[T, *shape]` of `updates` hold zeros for the other tasks, and `active`, bool `[T]`, marks
-      the one. `step` is an integer, traced or not, such as an optimizer's count.
+      A function `fn(step, params, *args, **kwargs)` that returns `(losses, (updates, active))`: `losses`
+      `[T]` and the leaves `[T, *shape]` of `updates` hold zeros for the other tasks, and `active`, bool
+      `[T]`, marks the one. `step` is an integer, traced or not, such as an optimizer's count.
 
     Raises:
       ValueError: if `loss_fn` does not return one loss per task.
@@ -51,7 +52,7 @@ def one_task_value_and_grad(
 
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> def loss_fn(w):
-      ...     return jnp.stack([(w ** 2).sum(), 3 * w.sum()])
+      ...     return (w ** 2).sum(), 3 * w.sum()
       >>> tx = mtl.remember(mtl.config(2), decay=0.9)
       >>> w, grad_fn = jnp.ones(2), mtl.one_task_value_and_grad(loss_fn, 2)
       >>> state = tx.init(w)
@@ -68,12 +69,12 @@ def one_task_value_and_grad(
     tasks = read_tasks("one_task_value_and_grad", num_tasks)
     check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))
 
-    def value_and_grad(step: Any, params: Any, *args: Any) -> Any:
+    def value_and_grad(step: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         check_differentiable("one_task_value_and_grad", params)
 
         def only(t: int, params: Any) -> tuple[jax.Array, Any]:
             losses, pullback, given = vjp_of_losses(
-                lambda params: split_result(loss_fn(params, *args), False), params
+                lambda params: split_result(loss_fn(params, *args, **kwargs), False), params
             )
             if losses.shape != (tasks.number,):
                 raise ValueError(

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
-from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
+from mtl_optax.placement.pull_back import Mode, check_mode, pull_each, vjp_of_losses
 
 
 def per_task_value_and_grad(
@@ -23,20 +22,31 @@ def per_task_value_and_grad(
 ) -> Callable[..., Any]:
     """Differentiates a function that returns one loss per task.
 
-    The counterpart of `jax.value_and_grad` for a `loss_fn` that returns an array `[T]` or a dictionary of
-    scalars: row t of every gradient leaf is the gradient of loss t. Rows stand in the order of the array,
-    or of the sorted names. One forward pass, T backward passes.
+    The counterpart of `jax.value_and_grad` for a `loss_fn` that returns a dictionary or tuple of scalars,
+    or an array `[T]`: row t of every gradient leaf is the gradient of loss t. Rows stand in the order of
+    the sorted names, of the tuple or of the array. One forward pass, T backward passes.
+
+    Notes:
+      From a dictionary or tuple every loss is differentiated alone, by "unroll" (and so by "auto" up to 64
+      tasks): a backward pass runs through the head of its own task only, and a task whose derivative is
+      not finite does not reach the rows of the others, so that the method skips it alone.
+
+      An array that `loss_fn` makes itself (`jnp.stack`, a `vmap` over heads), and the modes "vmap" and
+      "map", cannot keep the tasks apart. There the cotangents of the other losses are zeros that go
+      through all T heads in each of the T backward passes; where the derivative of one head is not
+      finite, 0 times it is NaN in every row, and the method skips all tasks. `diagnostics` shows the
+      counts under `skipped`. The same holds for heads inside one `custom_vjp`.
 
     Args:
-      loss_fn: returns the losses, or `(losses, aux)` with `has_aux`.
+      loss_fn: returns the losses, or `(losses, aux)` with `has_aux`. A dictionary or tuple is better than
+        an array.
       argnums: which positional arguments to differentiate, as in `jax.grad`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      mode: how the T backward passes run. "vmap": batched, T times the memory of the cotangents.
-        "unroll": one after the other in one program, which XLA may overlap; the fastest on a CPU.
-        "map": a loop with the memory of one backward pass beyond the result. "auto": "unroll" on a CPU
-        for T <= 64 (at T = 32 it took 0.3 of the time of "map" and compiled no slower), "map" there for
-        more tasks, "vmap" on accelerators. It looks at the backend of the tracing host: name the mode
-        when you compile ahead of time for another one.
+      mode: how the T backward passes run. "unroll": one after the other in one program; the fastest and
+        the one that keeps tasks apart, but tracing time grows with the square of T. "vmap": batched, T
+        times the memory of the cotangents. "map": a loop with the memory of one backward pass beyond
+        the result. "auto": "unroll" for T <= 64, and for T <= 8 where the losses are an array, which
+        takes T x T heads; "map" for more tasks.
 
     Returns:
       A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`; the
@@ -44,22 +54,22 @@ def per_task_value_and_grad(
 
     Raises:
       TypeError, ValueError: if `loss_fn` does not return one scalar per task, for parameters that have no
-        gradient (integers, keys), or for an unknown mode.
+        real gradient (integers, keys, functions), or for an unknown mode.
 
     Example:
 
       >>> import jax.numpy as jnp, mtl_optax as mtl
       >>> def loss_fn(w):
-      ...     return jnp.stack([w @ w, 3 * w[0]])
+      ...     return {"square": w @ w, "line": 3 * w[0]}
       >>> losses, grads = mtl.per_task_value_and_grad(loss_fn)(jnp.array([1., 2.]))
-      >>> losses.tolist(), grads.tolist()
-      ([5.0, 3.0], [[2.0, 4.0], [3.0, 0.0]])
+      >>> float(losses["line"]), grads.tolist()
+      (3.0, [[3.0, 0.0], [2.0, 4.0]])
 
     References:
       The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1,
       https://arxiv.org/abs/2203.06801
     """
-    check_choice("per_task_value_and_grad", "mode", mode, ("auto", "vmap", "unroll", "map"))
+    check_mode("per_task_value_and_grad", mode)
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -71,7 +81,8 @@ def per_task_value_and_grad(
             return split_result(loss_fn(*whole, **kwargs), has_aux)
 
         chosen = [args[n] for n in numbers]
-        check_differentiable("per_task_value_and_grad", chosen)
+        for value in chosen:
+            check_differentiable("per_task_value_and_grad", value)
         losses, pullback, result = vjp_of_losses(of_chosen, *chosen)
         grads = pull_each(pullback, losses, mode)
         return result, grads[0] if isinstance(argnums, int) else grads
@@ -93,21 +104,26 @@ def split_value_and_grad(
     MetaBalance and MultiBalance, from one backward pass.
 
     Notes:
+      Where `decode` returns a dictionary or tuple, modes "unroll" and "auto" (up to 64 tasks) keep a task
+      whose derivative is not finite out of the other tasks' rows of `shared_grads`; an array `[T]`, "vmap"
+      and "map" cannot, see `per_task_value_and_grad`. The gradient of that task's own head is not
+      finite: `skip_nonfinite` around the heads' optimizer leaves out such a step.
+
       Papers that weigh the losses themselves (EMTL eq. 13, MGDA, Nash-MTL) scale the heads too. Where
       every head belongs to one task, multiply: `jax.tree.map(lambda g: w[t] * g, head_grads[t])` with
       `w = mtl.head_weights(state)` from the state after `update`.
 
     Args:
       encode: `encode(shared, *args) -> representation`, any pytree.
-      decode: `decode(heads, representation, *args)` returns losses `[T]` or a dictionary of scalars, or
-        `(losses, aux)` with `has_aux`.
+      decode: `decode(heads, representation, *args)` returns a dictionary or tuple of scalars, or an array
+        `[T]`; `(losses, aux)` with `has_aux`.
       has_aux: whether `decode` returns auxiliary data as well.
       mode: as in `per_task_value_and_grad`.
 
     Returns:
-      A function `fn(shared, heads, *args)` that returns `(losses, (shared_grads, head_grads))`, with
-      `(losses, aux)` for `losses` where `has_aux`. Leaves of `shared_grads` are `[T, *shape]`, those of
-      `head_grads` as in `heads`.
+      A function `fn(shared, heads, *args, **kwargs)` that returns `(losses, (shared_grads, head_grads))`,
+      with `(losses, aux)` for `losses` where `has_aux`. `args` and `kwargs` go to `encode` and `decode`.
+      Leaves of `shared_grads` are `[T, *shape]`, those of `head_grads` as in `heads`.
 
     Raises:
       TypeError, ValueError: as `per_task_value_and_grad`.
@@ -116,24 +132,25 @@ def split_value_and_grad(
 
       >>> import jax.numpy as jnp, mtl_optax as mtl
       >>> encode = lambda shared, x: x * shared
-      >>> decode = lambda heads, h, x: jnp.stack([heads[0] * h, heads[1] * h ** 2])
+      >>> decode = lambda heads, h, x: (heads[0] * h, heads[1] * h ** 2)
       >>> fn = mtl.split_value_and_grad(encode, decode)
       >>> losses, (shared, heads) = fn(jnp.asarray(2.0), [jnp.asarray(1.0)] * 2, 3.0)
-      >>> losses.tolist(), shared.tolist(), [float(h) for h in heads]
-      ([6.0, 36.0], [3.0, 36.0], [6.0, 36.0])
+      >>> float(losses[1]), shared.tolist(), [float(h) for h in heads]
+      (36.0, [3.0, 36.0], [6.0, 36.0])
 
     References:
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3,
       https://arxiv.org/abs/1810.04650
     """
-    check_choice("split_value_and_grad", "mode", mode, ("auto", "vmap", "unroll", "map"))
+    check_mode("split_value_and_grad", mode)
 
-    def value_and_grad(shared: Any, heads: Any, *args: Any) -> Any:
-        check_differentiable("split_value_and_grad", (shared, heads))
-        representation, pull_shared = jax.vjp(lambda s: encode(s, *args), shared)
+    def value_and_grad(shared: Any, heads: Any, *args: Any, **kwargs: Any) -> Any:
+        for part in (shared, heads):
+            check_differentiable("split_value_and_grad", part)
+        representation, pull_shared = jax.vjp(lambda s: encode(s, *args, **kwargs), shared)
 
         def losses_of(heads: Any, representation: Any) -> Any:
-            return split_result(decode(heads, representation, *args), has_aux)
+            return split_result(decode(heads, representation, *args, **kwargs), has_aux)
 
         losses, pull_heads, result = vjp_of_losses(losses_of, heads, representation)
         head_grads = pull_heads.whole(jnp.ones_like(losses))[0]

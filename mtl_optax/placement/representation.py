@@ -21,7 +21,7 @@ from mtl_optax.core.checks import read_active
 from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method, states_in
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
-from mtl_optax.placement.loss_vector import check_differentiable, split_result
+from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, split_result
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -142,7 +142,7 @@ def fork_value_and_grad(
                     f"{len(seen)} times. Where each task has inputs of its own, fork one representation of "
                     'the concatenated batch; a tuple of representations needs a method with blocks="all".'
                 )
-            return (losses, seen[0]), result
+            return (loss_vector(losses), seen[0]), result
 
         _, like = jax.eval_shape(lambda params: run(params, None)[0], params)
         check_representation(like)
