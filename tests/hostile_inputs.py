@@ -22,8 +22,14 @@ PARAMS = {
     "vector": jnp.zeros((1,), jnp.bfloat16),
 }
 N = 6
+# Where the leaves lie among the N numbers, and what their dtypes hold.
+SHAPES = {"matrix": (0, 4, (2, 2)), "scalar": (4, 5, ()), "vector": (5, 6, (1,))}
+LIMITS = np.array([3e38] * 4 + [6e4, 3e38])
 JUNK = (0.0, 1e9, np.nan, np.inf, -np.inf, 3e38)
 BAD = (np.nan, np.inf, -np.inf)
+# The norm whose square overflows in float32, and exponents next to it and to the smallest norm.
+TOO_LARGE = 1.8e19
+EDGES = (-19.5, -19, -18.7, 18, 18.7)
 
 
 class Batch(NamedTuple):
@@ -42,6 +48,7 @@ def draw(seed: int, tasks: int = 4) -> tuple[Batch, Batch, np.ndarray]:
     active = rng.random(shape) > rng.choice([0.0, 0.3, 0.9], size=(CASES, 1, 1))
     # In a third of the cases fewer tasks take part from the first step to the last.
     active &= np.arange(tasks) < rng.choice([tasks, tasks, 1, 2, 3], size=(CASES, 1, 1))
+    too_large = active & (np.linalg.norm(gradients.astype(np.float64), axis=-1) > TOO_LARGE)
     broken = active & (rng.random(shape) < rng.choice([0.0, 0.2], size=(CASES, 1, 1)))
     first_g, first_l = np.where(active[..., None], gradients, 0), np.where(active, losses, 1)
     second_g, second_l = first_g.copy(), first_l.copy()
@@ -51,6 +58,7 @@ def draw(seed: int, tasks: int = 4) -> tuple[Batch, Batch, np.ndarray]:
         first_g[where] = rng.choice(BAD)
         if rng.random() < 0.5:
             first_l[tuple(event)] = rng.choice(BAD)
+    broken |= too_large
     absent = ~active | broken
     second_g[absent] = rng.choice(JUNK, size=(absent.sum(), 1))
     second_l[absent] = rng.choice(JUNK, size=absent.sum())
@@ -59,7 +67,11 @@ def draw(seed: int, tasks: int = 4) -> tuple[Batch, Batch, np.ndarray]:
 
 
 def _gradients(rng: np.random.Generator, tasks: int) -> np.ndarray:
-    """Norms of 1e-18 to 1e18, spread over up to twelve decades, and every degenerate position."""
+    """Norms over the whole range of float32, and every degenerate position.
+
+    In half of the cases the norms are 1e-18 to 1e18 and spread over up to twelve decades, in the others
+    each is anything from 1e-38 to 3e38.
+    """
     base = rng.normal(size=(CASES, STEPS, tasks, N))
     kinds = rng.integers(len(_KINDS), size=CASES)
     for case, kind in enumerate(kinds):
@@ -70,9 +82,16 @@ def _gradients(rng: np.random.Generator, tasks: int) -> np.ndarray:
     middle = rng.uniform(-18 + spread, 18 - spread)
     middle = np.where(rng.random((CASES, 1, 1)) < 0.5, 0, middle)
     exponents = middle + rng.uniform(-1, 1, size=(CASES, STEPS, tasks)) * spread
-    scaled = base * 10.0 ** exponents[..., None]
-    limits = np.array([1e18] * 4 + [6e4, 1e18])  # what the leaves' dtypes hold
-    return np.clip(scaled, -limits, limits).astype(np.float32)
+    anything = rng.uniform(-38, 38.4, size=exponents.shape)
+    anything = np.where(
+        rng.random(exponents.shape) < 0.2, rng.choice(EDGES, anything.shape), anything
+    )
+    exponents = np.where(rng.random((CASES, 1, 1)) < 0.5, exponents, anything)
+    scaled = np.clip(base * 10.0 ** exponents[..., None], -LIMITS, LIMITS)
+    # A method may look at all leaves together or at each: none should overflow in one view only.
+    norms = np.linalg.norm(scaled, axis=-1, keepdims=True)
+    unclear = (norms > TOO_LARGE / 2) & (norms < TOO_LARGE * 4)
+    return np.where(unclear, scaled / 16, scaled).astype(np.float32)
 
 
 def _zero_rows(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -117,18 +136,17 @@ def _losses(rng: np.random.Generator, tasks: int) -> np.ndarray:
 
 def tree(flat):
     """The gradient tree of `[..., N]` numbers."""
-    shapes = {"matrix": (0, 4, (2, 2)), "scalar": (4, 5, ()), "vector": (5, 6, (1,))}
     leaves = {
         name: flat[..., low:high].reshape(*flat.shape[:-1], *tail).astype(PARAMS[name].dtype)
-        for name, (low, high, tail) in shapes.items()
+        for name, (low, high, tail) in SHAPES.items()
     }
     return {**leaves, "none": None}
 
 
 @functools.cache
-def program(name, tasks):
-    """`Batch -> (updates, last state)` of a method, compiled once."""
-    tx = make(name, tasks)
+def program(name, tasks, options=()):
+    """`Batch -> (updates, last state)` of a method with `options`, pairs, compiled once."""
+    tx = make(name, tasks, **dict(options))
 
     @jax.jit
     @jax.vmap
@@ -148,10 +166,12 @@ def without_counts(state):
     return state._replace(skipped=())
 
 
-def failures(name, seed, tasks=4):
+def failures(name, seed, tasks=4, options=()):
     """`what went wrong -> cases` for one method on one batch; empty where all held."""
     first, second, broken = draw(seed, tasks)
-    outputs = [jax.tree.map(np.asarray, program(name, tasks)(batch)) for batch in (first, second)]
+    outputs = [
+        jax.tree.map(np.asarray, program(name, tasks, options)(batch)) for batch in (first, second)
+    ]
     found = {}
     for label, output in zip(("not finite", "not finite, junk"), outputs, strict=True):
         found[label] = _where(output, lambda x: ~np.isfinite(x.astype(np.float64)))

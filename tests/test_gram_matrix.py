@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.core.gram import finiteness, gram_matrices, squared_norms
+from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.gram_cpu import _LARGE
 from mtl_optax.core.leaves import TaskRows
 
@@ -143,51 +143,24 @@ def test_a_branch_does_not_copy_its_operands():
     assert jax.jit(branch).lower(x).compile().memory_analysis().temp_size_in_bytes < 2**20
 
 
-@pytest.mark.parametrize("num_tasks", [2, 6])
-@pytest.mark.parametrize("products", [gram_matrices, squared_norms])
-def test_scales_are_applied_as_the_gradients_are_read(products, num_tasks, num_devices):
-    if OLD_XLA and num_devices > 1:
-        pytest.skip("a plain product of jaxlib 0.8 on a CPU is inexact")
-    leaves = _random([(_LARGE + 77,), (9,), (4, 5)], num_tasks)
-    scales = 2.0 ** jnp.arange(2 * num_tasks, dtype=jnp.float32).reshape(2, num_tasks)
-    blocks = (0, 1, 0)
-    scaled = [
-        TaskRows(tuple(row * scales[block, t] for t, row in enumerate(leaf.rows)))
-        for leaf, block in zip(leaves, blocks, strict=True)
-    ]
-    want = products(scaled, blocks, 2)
-    for form in (leaves, [jnp.stack(leaf.rows) for leaf in leaves]):
-        got = products(form, blocks, 2, scales)
-        np.testing.assert_allclose(got, want, 1e-5, 1e-5 * want.max())
-
-    if num_devices > 1 or OLD_XLA:
-        return  # There XLA decides what is fused: a CPU's plain product is given a scaled copy.
-    large = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
-    one = jax.ShapeDtypeStruct((1, 6), jnp.float32)
-    rows = TaskRows((jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6)
-    for form in ([large], [rows]):
-        compiled = jax.jit(lambda x, s: products(x, (0,), 1, s)).lower(form, one).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_one_number_that_is_not_finite_is_found(bad, dtype):
     big, small = (leaf.rows for leaf in _random([(_LARGE + 77,), (9,)], 3, dtype))
-    largest = jnp.full_like(big[2], jnp.finfo(dtype).max)
-    big = TaskRows((big[0], big[1].at[_LARGE + 5].set(bad), largest))
+    large = jnp.full_like(big[2], min(float(jnp.finfo(dtype).max), 1e16))
+    big = TaskRows((big[0], big[1].at[_LARGE + 5].set(bad), large))
     small = TaskRows((small[0].at[0].set(bad), *small[1:]))
     for leaf, want in ((big, [True, False, True]), (small, [False, True, True])):
         for form in (leaf, jnp.stack(leaf.rows)):
-            np.testing.assert_array_equal(jax.jit(lambda x: finiteness(x))([form]) == 0, want)
-    np.testing.assert_array_equal(finiteness([big, small]) == 0, [False, False, True])
+            found = jax.jit(lambda x: jnp.isfinite(squared_norms([x], (0,), 1)[0]))(form)
+            np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.skipif(OLD_XLA, reason="fused by later releases")
-def test_looking_for_what_is_not_finite_copies_nothing():
+def test_the_norms_alone_copy_nothing():
     rows = TaskRows((jax.ShapeDtypeStruct((4 * _LARGE,), jnp.float32),) * 6)
     for form in (rows, jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)):
-        compiled = jax.jit(lambda x: finiteness(x)).lower([form]).compile()
+        compiled = jax.jit(lambda x: squared_norms([x], (0,), 1)).lower(form).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**16
 
 

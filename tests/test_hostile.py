@@ -39,6 +39,63 @@ def test_hostile_input(name, seed):
     assert hostile_inputs.failures(name, seed) == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["metabalance", "multibalance", "db_mtl", "inverse_norm", "config", "mgda", "gls"]
+)
+@settings(max_examples=4, derandomize=True, **COMMON)
+@given(seed=SEEDS)
+def test_hostile_input_in_blocks_with_kept_weights(name, seed):
+    options = (("blocks", "leaf"), ("update_every", 3))
+    failures = hostile_inputs.failures(name, seed, options=options)
+    # A task that breaks where it is not covered makes new weights due, and an absent one does not.
+    assert {what: cases for what, cases in failures.items() if "differs" not in what} == {}
+
+
+# Norms in float32: what counts as zero, what is used, what is left out.
+ZERO, SMALLEST, LARGEST, TOO_LARGE = 1.05e-19, 1.12e-19, 1.8e19, 1.9e19
+
+
+@pytest.mark.parametrize("name", ["mgda", "inverse_norm", "sum_tasks", "graddrop", "moco"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_norm_whose_square_overflows_is_not_finite(name, wide):
+    with jax.enable_x64(wide):
+        large, larger = (1.3e154, 1.4e154) if wide else (LARGEST, TOO_LARGE)
+        tx, params = make(name, 2), jnp.zeros(2)
+        for size, skipped in ((large, [0, 0]), (larger, [0, 1])):
+            grads = jnp.array([[1.0, 0.0], [0.0, 1.0]]).at[1].multiply(size)
+            update, state = tx.update(grads, tx.init(params), params)
+            assert state.skipped.tolist() == skipped
+            chex.assert_tree_all_finite((update, state))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_norm_whose_square_is_not_normal_is_zero(wide):
+    with jax.enable_x64(wide):
+        zero, small = (1.4e-154, 1.6e-154) if wide else (ZERO, SMALLEST)
+        for name in ("pcgrad", "inverse_norm"):
+            tx, params = make(name, 2), jnp.zeros(2)
+            for size, counts in ((zero, False), (small, True)):
+                grads = jnp.array([[1.0, 0.0], [0.0, size]])
+                update, state = tx.update(grads, tx.init(params), params)
+                assert bool(state.norms[0, 1] > 0) == bool(update[1] != 0) == counts
+        # Without norms a small gradient is used as it is.
+        tx = mtl.sum_tasks(2)
+        update, _ = tx.update(jnp.eye(2) * zero, tx.init(params))
+        assert (update == jnp.asarray(zero)).all()
+
+
+@pytest.mark.parametrize("name", ["mgda", "inverse_norm", "sum_tasks", "graddrop"])
+def test_the_sums_over_devices_decide(name):
+    tx = make(name, 2, axis_name="i")
+    state = tx.init(jnp.zeros(1))
+    # Two devices, each with a part of the gradients.
+    for size, skipped in ((LARGEST / 2, 0), (TOO_LARGE / 1.4, 1)):
+        grads = jnp.stack([jnp.array([[size], [1.0]])] * 2)
+        update, after = jax.vmap(lambda g: tx.update(g, state), axis_name="i")(grads)
+        assert after.skipped.tolist() == [[skipped, 0]] * 2
+        chex.assert_tree_all_finite(update)
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", NAMES)

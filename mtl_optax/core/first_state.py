@@ -36,6 +36,7 @@ def first_state(
     norms: Any = ()
     cosine: Any = ()
     averages: Any = ()
+    kept_weights: Any = ()
     if isinstance(rule, UpdateRule):
         kind, num_blocks = GradientsState, 1
         rule_state = rule.init(params, num_tasks, dtype)
@@ -51,10 +52,13 @@ def first_state(
             cosine = jnp.zeros((num_blocks, num_tasks, num_tasks), dtype)
         if rule.average is not None:
             averages = rule.average.init(params, num_tasks, dtype)
+        if rule.bound is not None:
+            kept_weights = jnp.zeros((num_blocks, num_tasks), dtype)
         kind = BalanceState
     return kind(
         balance_count=jnp.zeros((), jnp.int32),
         weights=jnp.zeros((num_blocks, num_tasks), dtype),
+        kept_weights=kept_weights,
         norms=norms,
         cosine=cosine,
         skipped=jnp.zeros((num_tasks,), jnp.int32),

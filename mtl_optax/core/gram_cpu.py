@@ -13,12 +13,12 @@ from jax import lax
 
 from mtl_optax.core.leaves import (
     Leaf,
-    Reader,
     TaskRows,
     pair_index,
     row_products,
     rows_of,
     size_of,
+    stack_of,
 )
 
 # The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
@@ -34,18 +34,18 @@ _ROWS, _LANES = 8, 256
 _TASKS_IN_REGISTERS = 5
 
 
-def gram(leaf: Leaf, reader: Reader, own_kernel: bool) -> jax.Array:
+def gram(leaf: Leaf, dtype: Any, own_kernel: bool) -> jax.Array:
     """The products of all pairs of rows of one leaf, `[T, T]`."""
     num_tasks, size = leaf.shape[0], size_of(leaf)
     if not own_kernel:
-        return row_products(reader.stack(leaf).reshape(num_tasks, size))
+        return row_products(stack_of(leaf).astype(dtype).reshape(num_tasks, size))
     if num_tasks <= _TASKS_IN_REGISTERS:
-        return _sums_in_registers(_flat_rows(leaf), reader)
+        return _sums_in_registers(_flat_rows(leaf), dtype)
     # An odd multiple of 16: rows a power of two apart would all fall on the same cache lines.
     block = 16 * (_LOOP_BLOCK // max(num_tasks, 16) // 16 | 1)
     if isinstance(leaf, TaskRows):
-        return _loop_over_rows(_flat_rows(leaf), block, reader)
-    return _loop_over_stack(leaf.reshape(num_tasks, size), block, reader)
+        return _loop_over_rows(_flat_rows(leaf), block, dtype)
+    return _loop_over_stack(leaf.reshape(num_tasks, size), block, dtype)
 
 
 def has_kernel(place: int, leaf: Leaf) -> bool:
@@ -78,48 +78,48 @@ def merge_small(
     return sorted(merged, key=lambda pair: -size_of(pair[0]))
 
 
-def _sums_in_registers(rows: list[jax.Array], reader: Reader) -> jax.Array:
+def _sums_in_registers(rows: list[jax.Array], dtype: Any) -> jax.Array:
     """The products of all pairs of rows, from one fused pass over them."""
     pairs = list(combinations_with_replacement(range(len(rows)), 2))
     whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
-    tiles = [reader.row(row[:whole].reshape(-1, _ROWS, _LANES), t) for t, row in enumerate(rows)]
+    tiles = [row[:whole].reshape(-1, _ROWS, _LANES).astype(dtype) for row in rows]
     sums = lax.reduce(
         tuple(tiles[s] * tiles[t] for s, t in pairs),
-        (np.zeros((), reader.dtype),) * len(pairs),
+        (np.zeros((), dtype),) * len(pairs),
         lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
         (1,),
     )
-    rest = [reader.row(row[whole:], t) for t, row in enumerate(rows)]
+    rest = [row[whole:].astype(dtype) for row in rows]
     parts = [
         jnp.sum(part) + jnp.sum(rest[s] * rest[t]) for part, (s, t) in zip(sums, pairs, strict=True)
     ]
     return jnp.stack(parts)[pair_index(len(rows))]
 
 
-def _loop_over_stack(stack: jax.Array, block: int, reader: Reader) -> jax.Array:
+def _loop_over_stack(stack: jax.Array, block: int, dtype: Any) -> jax.Array:
     num_tasks, size = stack.shape
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
         part = lax.dynamic_slice(stack, (0, i * block), (num_tasks, block))
-        return total + row_products(reader.stack(part))
+        return total + row_products(part.astype(dtype))
 
-    rest = reader.stack(stack[:, size - size % block :])
+    rest = stack[:, size - size % block :].astype(dtype)
     return lax.fori_loop(0, size // block, add_block, row_products(rest))
 
 
-def _loop_over_rows(rows: list[jax.Array], block: int, reader: Reader) -> jax.Array:
+def _loop_over_rows(rows: list[jax.Array], block: int, dtype: Any) -> jax.Array:
     size = rows[0].size
 
     def add_block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, buffer = carry
         # Row by row into one small buffer: a concatenation would read with all rows interleaved.
         for t, row in enumerate(rows):
-            part = reader.row(lax.dynamic_slice(row, (i * block,), (block,)), t)
+            part = lax.dynamic_slice(row, (i * block,), (block,)).astype(dtype)
             buffer = lax.dynamic_update_slice(buffer, part[None], (t, 0))
         return total + row_products(buffer), buffer
 
-    rest = jnp.stack([reader.row(row[size - size % block :], t) for t, row in enumerate(rows)])
-    buffer = jnp.stack([row[:block].astype(reader.dtype) for row in rows])
+    rest = jnp.stack([row[size - size % block :].astype(dtype) for row in rows])
+    buffer = jnp.stack([row[:block].astype(dtype) for row in rows])
     return lax.fori_loop(0, size // block, add_block, (row_products(rest), buffer))[0]
 
 

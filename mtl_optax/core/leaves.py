@@ -62,34 +62,6 @@ def size_of(leaf: Leaf) -> int:
     return math.prod(leaf.shape[1:])
 
 
-class Reader(NamedTuple):
-    """How a gradient is read: in the accumulator's dtype, and times its task's scale.
-
-    Attributes:
-      dtype: that of the accumulator.
-      scale: `[T]`, or None for ones.
-    """
-
-    dtype: Any
-    scale: jax.Array | None
-
-    def row(self, row: jax.Array, t: int) -> jax.Array:
-        """The row of task t."""
-        row = row.astype(self.dtype)
-        return row if self.scale is None else row * self.scale[t]
-
-    def rows(self, leaf: Leaf) -> list[jax.Array]:
-        """All rows of a leaf."""
-        return [self.row(row, t) for t, row in enumerate(rows_of(leaf))]
-
-    def stack(self, leaf: Leaf) -> jax.Array:
-        """A leaf in the stacked form."""
-        stack = stack_of(leaf).astype(self.dtype)
-        if self.scale is None:
-            return stack
-        return stack * self.scale.reshape((-1,) + (1,) * (stack.ndim - 1))
-
-
 def row_products(stack: jax.Array) -> jax.Array:
     """The products of all rows of `[T, ...]`, without a reshape of a sharded axis."""
     axes = tuple(range(1, stack.ndim))

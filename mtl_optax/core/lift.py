@@ -160,7 +160,7 @@ def weigh_by_losses(
         losses=jnp.where(keep, losses, 0),
         extra={key: extra_args.get(key) for key in rule.extra},
     )
-    state, keep = _weigh(rule, method.options.update_every, evidence, state, lambda e: e)
+    state, keep = _weigh(rule, method.options.update_every, evidence, state, lambda e, _: e)
     # Every block saw the same losses.
     weights = jnp.where(keep, jnp.mean(state.weights, axis=0), 0)
     return weights, _count(state, present & ~keep)
@@ -240,39 +240,34 @@ def _by_weights(
         updates, averages = rule.average.apply(view, averages)
         weighted = updates if rule.average.weighted else weighted
 
-    def look(evidence: Evidence) -> Evidence:
+    looks_at_norms = bool(rule.needs & {"norms", "gram"})
+
+    def look(evidence: Evidence, with_cosines: bool) -> Evidence:
         """Adds what the rule needs, and takes non-finite tasks out of the active ones."""
-        norms = cosine = None
+        cosine = None
         seen = (updates, blocks, evidence.active, state.weights.dtype, axis_name)
-        if "gram" in rule.needs:
+        if with_cosines:
             cosine, norms, finite = task_tree.gram(*seen)
-        elif "norms" in rule.needs:
-            norms, finite = task_tree.norms(*seen)
         else:
-            finite = task_tree.finite(updates, evidence.active.shape[0], axis_name)
+            norms, finite = task_tree.norms(*seen)
         keep = evidence.active & finite
         losses = None if evidence.losses is None else jnp.where(keep, evidence.losses, 0)
+        norms = norms if looks_at_norms else None
         return evidence._replace(active=keep, losses=losses, norms=norms, cosine=cosine)
-
-    def look_at_finiteness(evidence: Evidence) -> jax.Array:
-        return task_tree.finite(updates, evidence.active.shape[0], axis_name)
 
     evidence = Evidence(view.active, view.step, view.losses, extra=view.extra)
     # The averages are as large as the gradients: they stay out of the `cond` over the weights.
-    state, keep = _weigh(
-        rule,
-        options.update_every,
-        evidence,
-        state._replace(averages=()),
-        look,
-        look_at_finiteness,
-    )
+    state, keep = _weigh(rule, options.update_every, evidence, state._replace(averages=()), look)
+    weights = state.weights
+    if looks_at_norms and weighted is updates:
+        # What counts as a zero gradient adds nothing, however large its weight.
+        weights = jnp.where(state.norms > 0, weights, 0)
     if options.reduce:
-        result = task_tree.combine(weighted, state.weights, keep, blocks)
+        result = task_tree.combine(weighted, weights, keep, blocks)
     else:
-        result = task_tree.scale(weighted, state.weights, keep, present & ~keep, blocks)
+        result = task_tree.scale(weighted, weights, keep, present & ~keep, blocks)
     if rule.finish is not None:
-        result = rule.finish(result, options, state.weights.dtype)
+        result = rule.finish(result, options, weights.dtype)
     return result, state._replace(averages=averages), keep
 
 
@@ -290,16 +285,19 @@ def _weigh(
     update_every: int,
     evidence: Evidence,
     state: BalanceState,
-    look: Callable[[Evidence], Evidence],
-    look_at_finiteness: Callable[[Evidence], jax.Array] = lambda evidence: evidence.active,
+    look: Callable[[Evidence, bool], Evidence],
 ) -> tuple[BalanceState, jax.Array]:
     """The state with new weights, where they are due, and which tasks to keep."""
+    num_blocks, dtype = state.weights.shape[0], state.weights.dtype
+    largest = float(jnp.finfo(dtype).max)
 
     def fresh(state: BalanceState) -> tuple[BalanceState, jax.Array]:
-        seen = look(evidence)
-        weights, rule_state = _over_blocks(rule, seen, state.rule_state, state.weights.shape[0])
+        seen = look(evidence, "gram" in rule.needs)
+        weights, rule_state = _over_blocks(rule.weigh, seen, state.rule_state, num_blocks)
+        weights = jnp.where(seen.active, jnp.clip(weights, -largest, largest), 0).astype(dtype)
         return state._replace(
-            weights=jnp.where(seen.active, weights, 0).astype(state.weights.dtype),
+            weights=weights,
+            kept_weights=jax.tree.map(lambda _: weights, state.kept_weights),
             weighed=seen.active,
             norms=() if seen.norms is None else seen.norms,
             cosine=() if seen.cosine is None else seen.cosine,
@@ -307,7 +305,12 @@ def _weigh(
         ), seen.active
 
     def kept(state: BalanceState) -> tuple[BalanceState, jax.Array]:
-        return state, evidence.active & look_at_finiteness(evidence)
+        seen = look(evidence, False)
+        if rule.bound is not None:
+            limits = _over_blocks(rule.bound, seen, state.rule_state, num_blocks)
+            weights = jnp.minimum(state.kept_weights, limits).astype(dtype)
+            state = state._replace(weights=weights)
+        return state._replace(norms=() if seen.norms is None else seen.norms), seen.active
 
     if update_every == 1:
         return fresh(state)
@@ -315,9 +318,9 @@ def _weigh(
 
 
 def _over_blocks(
-    rule: WeightRule, evidence: Evidence, rule_state: Any, num_blocks: int
-) -> tuple[jax.Array, Any]:
-    """One call of the rule, vmapped over the blocks."""
+    function: Callable[[Evidence, Any], Any], evidence: Evidence, rule_state: Any, num_blocks: int
+) -> Any:
+    """One call of a rule's `weigh` or `bound`, vmapped over the blocks."""
     mapped: Any = Evidence(
         active=None,  # type: ignore[arg-type]
         step=None,  # type: ignore[arg-type]
@@ -325,14 +328,14 @@ def _over_blocks(
         cosine=None if evidence.cosine is None else 0,
     )
     if num_blocks > 1:
-        weigh = jax.vmap(rule.weigh, in_axes=(mapped, 0), axis_size=num_blocks)
-        return weigh(evidence, rule_state)
+        mapped_function = jax.vmap(function, in_axes=(mapped, 0), axis_size=num_blocks)
+        return mapped_function(evidence, rule_state)
     # For one block without vmap, which would turn a solver's `cond` into both of its branches.
     only = evidence._replace(
         norms=None if evidence.norms is None else evidence.norms[0],
         cosine=None if evidence.cosine is None else evidence.cosine[0],
     )
-    result = rule.weigh(only, jax.tree.map(lambda x: x[0], rule_state))
+    result = function(only, jax.tree.map(lambda x: x[0], rule_state))
     return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
 

@@ -28,8 +28,9 @@ class MethodOptions(TypedDict, total=False):
       reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain. The
         slot of a task that is not finite is passed on as NaN, so that the next method excludes it too.
       update_every: k > 1 computes new weights only on every k-th update and reuses them in between; the
-        steps between only test that gradients are finite. A task that the stored weights do not cover,
-        because it was absent or not finite then, causes new weights at once.
+        steps between take the norms only, for the tasks that are not finite, and to limit weights that
+        come from averages of norms. A task that the stored weights do not cover, because it was absent
+        or not finite then, causes new weights at once.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients
         are split. Inner products are summed over them, so that all devices find the same weights.
         `losses` and `active` must be equal on all devices already: `lax.pmean` local losses first.
@@ -56,9 +57,12 @@ class BalanceState(NamedTuple):
     Attributes:
       balance_count: int32 scalar, updates done.
       weights: `[B, T]`, the weights used last.
+      kept_weights: `[B, T]`, the weights computed last, for methods that use smaller ones where
+        `update_every` keeps them for gradients that have grown too much; `()` for others.
       norms: `[B, T]`, the gradient norms seen last; `()` where the method needs none.
       cosine: `[B, T, T]`, the cosines seen last; `()` where the method needs none.
-      skipped: int32 `[T]`, how often each task was excluded because its numbers were not finite.
+      skipped: int32 `[T]`, how often each task was excluded because it was not finite: a number in its
+        gradient or its loss, or the sum of its squared numbers (a norm above 1.8e19 in float32).
       weighed: bool `[T]`, the tasks for which `weights` were computed.
       averages: what the method keeps of the gradients themselves; `()` for most methods.
       rule_state: what the rule remembers; with a block axis for methods that give weights.
@@ -66,6 +70,7 @@ class BalanceState(NamedTuple):
 
     balance_count: jax.Array
     weights: jax.Array
+    kept_weights: Any
     norms: Any
     cosine: Any
     skipped: jax.Array

@@ -102,6 +102,8 @@ class WeightRule(NamedTuple):
       finish: `(update, options, dtype) -> update`, what is done to the update after, if anything.
       target: the index of the task that counts more than the others, where there is one; `Method.target`
         and `check` say it.
+      bound: `(Evidence, rule_state) -> limits [T]`, for weights that come from averages of norms: what a
+        kept weight must not exceed between the steps of `update_every`. Of the gradients it sees norms.
     """
 
     needs: frozenset[str]
@@ -111,6 +113,7 @@ class WeightRule(NamedTuple):
     average: GradientAverage | None = None
     finish: Callable[[Any, Any, Any], Any] | None = None
     target: int | None = None
+    bound: Callable[[Evidence, Any], jax.Array] | None = None
 
 
 class UpdateRule(NamedTuple):

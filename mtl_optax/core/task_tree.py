@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.core.gram import finiteness, gram_matrices, squared_norms
+from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
 from mtl_optax.solvers.cosine import cosine_matrix
 
@@ -72,6 +72,11 @@ def statistics_dtype(tree: Any) -> Any:
 # --- what methods look at ----------------------------------------------------------------------------
 
 
+# A gradient whose squared norm, as accumulated, is below the smallest normal number of the accumulator's
+# dtype counts as zero, and one whose squared norm overflows as not finite. The norms that remain are far
+# enough inside the range of the dtype that no quotient of two of them overflows.
+
+
 def gram(
     updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,28 +85,26 @@ def gram(
     Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
     `axis_name` the inner products are summed over those mapped axes first.
     """
-    products, scales = _in_range(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
-    diagonal = jnp.diagonal(products, axis1=1, axis2=2)
-    norms, keep = _norms(diagonal, scales, active)
-    cosine, _ = jax.vmap(cosine_matrix)(products, keep & (norms > 0))
-    return cosine.astype(dtype), norms.astype(dtype), jnp.all(keep | ~active[None], axis=0)
+    products = _in_blocks(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
+    norms, finite = _norms(jnp.diagonal(products, axis1=1, axis2=2), active)
+    cosine, _ = jax.vmap(cosine_matrix)(products, norms > 0)
+    return cosine.astype(dtype), norms.astype(dtype), finite
 
 
 def norms(
     updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
-    squares, scales = _in_range(squared_norms, 1, updates, blocks, active, dtype, axis_name)
-    result, keep = _norms(squares, scales, active)
-    return result.astype(dtype), jnp.all(keep | ~active[None], axis=0)
+    squares = _in_blocks(squared_norms, 1, updates, blocks, active, dtype, axis_name)
+    norms, finite = _norms(squares, active)
+    return norms.astype(dtype), finite
 
 
 def finite(updates: Any, num_tasks: int, axis_name: Any = None) -> jax.Array:
-    """Which tasks hold only finite numbers, bool `[T]`: one pass, for methods that need no norms."""
-    leaves = leaves_of(updates)
-    if not leaves:
-        return jnp.ones((num_tasks,), bool)
-    return sum_over(finiteness(leaves), axis_name) == 0
+    """Which tasks are finite, bool `[T]`, for methods that need no norms: in the same sense, one pass."""
+    whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
+    everyone = jnp.ones((num_tasks,), bool)
+    return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]
 
 
 def sum_over(x: jax.Array, axis_name: Any) -> jax.Array:
@@ -109,15 +112,7 @@ def sum_over(x: jax.Array, axis_name: Any) -> jax.Array:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
-def _norms(squares: jax.Array, scales: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    result = jnp.sqrt(jnp.where(squares > 0, squares, 0)) / scales
-    keep = active[None] & jnp.isfinite(squares) & jnp.isfinite(result)
-    # A task that is not finite in one block is excluded from all of them.
-    keep = keep & jnp.all(keep | ~active[None], axis=0, keepdims=True)
-    return jnp.where(keep, result, 0), keep
-
-
-def _in_range(
+def _in_blocks(
     products: Callable[..., jax.Array],
     rank: int,
     updates: Any,
@@ -125,41 +120,23 @@ def _in_range(
     active: jax.Array,
     dtype: Any,
     axis_name: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Inner products of `rows * scales` and the `scales` `[B, T]`, normally ones.
-
-    Squares leave the range of float32 for norms below 1e-19 or above 1e19. That is rare, so a second
-    pass waits behind a `cond`. It multiplies by a power of two, which is exact, and which the first
-    pass has chosen: the gradients are read once more and the devices exchange one matrix more.
-    """
-    leaves, num_tasks = leaves_of(updates), active.shape[0]
+) -> jax.Array:
+    """Inner products in every block, summed over mapped axes; zeros for a tree without leaves."""
+    leaves = leaves_of(updates)
     if not leaves:
-        shape = (blocks.count, *(num_tasks,) * rank)
-        return jnp.zeros(shape, dtype), jnp.ones((blocks.count, num_tasks), dtype)
+        return jnp.zeros((blocks.count, *active.shape * rank), dtype)
+    return sum_over(products(leaves, blocks.of_leaf, blocks.count), axis_name)
 
-    def of(leaves: Any, scales: jax.Array | None = None) -> jax.Array:
-        return sum_over(products(leaves, blocks.of_leaf, blocks.count, scales), axis_name)
 
-    plain = of(leaves)
-    diagonal = jnp.diagonal(plain, axis1=1, axis2=2) if rank == 2 else plain
-    info = jnp.finfo(plain.dtype)
-    # 2**60 of headroom: entries whose squares vanish are then negligible in the sum.
-    small = ~(diagonal > float(info.tiny) * 2.0**60)
-    large = ~(diagonal < float(info.max) * 2.0**-60)
-    # From anywhere in the dtype these lead to where squares, and sums of 2**30 of them, are normal.
-    up, down = 2.0 ** (info.maxexp * 11 // 16), 2.0 ** -(info.maxexp * 9 // 16)
-    scales = jnp.where(large, down, jnp.where(small, up, 1)).astype(plain.dtype)
-
-    def rescaled(leaves: Any) -> jax.Array:
-        result = of(leaves, scales)
-        # What fits stays bit for bit what it is, whatever the other tasks hold.
-        ordinary = scales == 1
-        if rank == 2:
-            ordinary = ordinary[:, :, None] & ordinary[:, None, :]
-        return jnp.where(ordinary, plain, result)
-
-    fits = jnp.all(~(small | large) | ~active[None])
-    return lax.cond(fits, lambda _: plain, rescaled, leaves), scales
+def _norms(squares: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norms `[B, T]`, 0 for tasks that are not finite or not active, and which are finite `[T]`."""
+    # Everything is read off the root: XLA would compute the sum of squares again in every operation that
+    # reads a cheap function of it, one per leaf, and a root counts as expensive.
+    roots = jnp.sqrt(squares)
+    # A task that is not finite in one block is excluded from all of them.
+    finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
+    smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
+    return jnp.where((active & finite)[None] & (roots >= smallest), roots, 0), finite
 
 
 # --- what methods return -----------------------------------------------------------------------------
@@ -199,7 +176,7 @@ def scale(
 def _weighted(
     updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks
 ) -> Iterator[tuple[Any, list[jax.Array]]]:
-    """Every leaf with its T weighted rows, in a dtype that holds both."""
+    """Every leaf with its T weighted rows, in a dtype that holds both and the sum of all."""
     # Indexed once: with hundreds of leaves this is most of what there is to trace.
     kept = [keep[t] for t in range(keep.shape[0])]
     parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
@@ -207,11 +184,12 @@ def _weighted(
         # Beside a float64 leaf a weight may be beyond what the others' float32 holds.
         wide = jnp.promote_types(statistics_dtype(leaf), weights.dtype)
         zero = jnp.zeros((), wide)
+        limit = float(jnp.finfo(wide).max) / len(kept)
         # A select, not a product with 0: an excluded task may hold NaN.
         yield (
             leaf,
             [
-                jnp.where(k, row.astype(wide) * weight.astype(wide), zero)
+                jnp.where(k, jnp.clip(row.astype(wide) * weight.astype(wide), -limit, limit), zero)
                 for row, weight, k in zip(rows_of(leaf), parts[b], kept, strict=True)
             ],
         )

@@ -48,6 +48,9 @@ def balanced_value_and_grad(
     in the loss of a task that is often absent. An array `[T]`, "vmap" and "map" cannot keep tasks apart
     (see `per_task_value_and_grad`): there the update of such a step is 0, and all tasks are counted.
 
+    Nor has a single pass the norms of the tasks, to limit kept weights by: where gradients are zero in most
+    steps, or their norms jump, leave `update_every` at 1 (docs/recipes/update_every.md).
+
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
         `[T]`; `(losses, aux)` with `has_aux`.

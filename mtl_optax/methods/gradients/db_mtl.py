@@ -15,6 +15,7 @@ from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.
 _EPS = 1e-8
@@ -70,6 +71,9 @@ def db_mtl(
       over all parameters. The authors train the task heads on the plain sum of log losses. The other
       choices of `norm` are those compared in the MultiBalance paper.
 
+      With ``update_every`` a kept weight is at most :math:`1 / (1 - \beta k^{-\sigma})` times that of the
+      present averages.
+
       A zero average contributes 0, and with "min" makes the update 0. Norms of about 1e-8 or less are not
       raised to the full common norm. A negative loss counts as 0. All zero: the update is 0. An absent
       task keeps its average. T = 1: the averaged gradient.
@@ -100,25 +104,39 @@ def db_mtl(
         updates = view.updates
         if log_losses:
             updates = _divide(updates, jnp.maximum(view.losses, 0) + _EPS)
-        count = (view.step + 1).astype(view.dtype)
-        decay = jnp.asarray(beta, view.dtype) * count ** -jnp.asarray(beta_sigma, view.dtype)
-        averages = task_tree.move_towards(averages, updates, 1 - decay, view.active)
+        step = new_share(view.step, view.dtype)
+        averages = task_tree.move_towards(averages, updates, step, view.active)
         return averages, averages
+
+    def new_share(step: jax.Array, dtype: Any) -> jax.Array:
+        count = (step + 1).astype(dtype)
+        return 1 - jnp.asarray(beta, dtype) * count ** -jnp.asarray(beta_sigma, dtype)
 
     def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
         common = _COMMON[norm](evidence.norms, evidence.active)
         return common / (evidence.norms + _EPS), state
 
+    def bound(evidence: Evidence, state: Any) -> jax.Array:
+        """The weights of the present averages, over the share of the present gradient in them."""
+        weights, _ = weigh(evidence, state)
+        return safe_divide(weights, new_share(evidence.step, weights.dtype), jnp.inf)
+
     needs = frozenset({"losses", "norms"} if log_losses else {"norms"})
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
-    return from_rule("db_mtl", tasks, WeightRule(needs, weigh, average=moving_average), **options)
+    return from_rule(
+        "db_mtl", tasks, WeightRule(needs, weigh, average=moving_average, bound=bound), **options
+    )
 
 
 def _divide(updates: Any, divisors: jax.Array) -> Any:
     """Divides each task's gradient by its entry of `divisors`, in the dtype of `divisors`."""
+    size = sum(leaf[0].size for leaf in jax.tree.leaves(updates))
+    # A loss near 0 must not leave an average whose squared norm overflows, on up to 2**16 devices.
+    limit = 2.0**-8 * (float(jnp.finfo(divisors.dtype).max) / max(size, 1)) ** 0.5
 
     def one(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(divisors.dtype) / task_tree.along_tasks(divisors, leaf.ndim)
+        divided = leaf.astype(divisors.dtype) / task_tree.along_tasks(divisors, leaf.ndim)
+        return jnp.clip(divided, -limit, limit)
 
     return jax.tree.map(one, updates)
 

@@ -16,6 +16,7 @@ from mtl_optax.core.rule import TaskGradients, UpdateRule
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight
 
 
 class MTAdamState(NamedTuple):
@@ -134,6 +135,7 @@ def scale_by_mtadam(
         counts = next_count(state.task_counts, active)
         norm_ema = _norm_averages(view, state, decays.b3, axis_name)
         largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
+        longest = largest_weight(dtype) / 2  # whose square is finite
         leaves, treedef = jax.tree.flatten(view.updates)
         steps, mus, nus, weights = [], [], [], jnp.zeros((tasks.number,), dtype)
         for leaf, ema, mu, nu in zip(
@@ -143,7 +145,8 @@ def scale_by_mtadam(
             wide = leaf.astype(dtype)
             # Divided first: the ratio of the two averages alone may overflow.
             unit = safe_divide(wide, along_tasks(ema, leaf.ndim), wide)
-            scaled = unit * along_tasks(target, leaf.ndim)
+            # What counts as a zero gradient can be large beside an average that has decayed.
+            scaled = jnp.clip(unit * along_tasks(target, leaf.ndim), -longest, longest)
             present = along_tasks(active, leaf.ndim)
             mus.append(jnp.where(present, decays.b1 * mu + (1 - decays.b1) * scaled, mu))
             nus.append(jnp.where(present, decays.b2 * nu + (1 - decays.b2) * scaled**2, nu))

@@ -83,6 +83,9 @@ def multibalance(
         outside its range.
 
     Notes:
+      With ``update_every`` a kept weight is at most :math:`1/\gamma` times that of the present norms with
+      the kept :math:`\lambda`.
+
       A zero gradient has :math:`v_t = 0` and cosine 0. All zero: the update is 0 and lambda stays. An
       absent task keeps its average and its weight. T = 1: the gradient rescaled to its EMA.
 
@@ -140,7 +143,15 @@ def multibalance(
         kept = keep_shares(new, state.simplex_weights, active)
         return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
 
-    rule = WeightRule(frozenset({"gram"}), weigh, init)
+    def bound(evidence: Evidence, state: MultiBalanceState) -> jax.Array:
+        """The stored lambda times what v would be of these norms, over `1 - ema_decay`."""
+        norms, active = evidence.norms, evidence.active
+        _, _, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
+        least = (1 - jnp.asarray(ema_decay, norms.dtype)) * norms
+        shares = renormalize(state.simplex_weights, active)
+        return safe_divide(shares * smooth, least, jnp.inf)
+
+    rule = WeightRule(frozenset({"gram"}), weigh, init, bound=bound)
     return from_rule("multibalance", tasks, rule, **options)
 
 

@@ -75,7 +75,8 @@ def inverse_norm(
       them in the step that computes them. ``reference="rms"`` with a power below 1 is the rule of NTK-based
       multi-task learning, applied to gradients.
 
-      A zero gradient says nothing about its weight, which stays as it was. All zero: the update is 0. An
+      Weights are at most 1.8e19 (float32). A zero gradient says nothing about its weight, which stays as it
+      was. All zero: the update is 0. An
       absent task keeps its weight. T = 1: the gradient itself.
 
     Example:

@@ -89,6 +89,10 @@ def metabalance(
       without a gradient counts as a zero gradient (the code leaves every later tensor unbalanced); where
       :math:`m_t = 0` the weight is 1 (the code divides by zero).
 
+      With ``update_every`` a kept weight is limited to that of the least average these norms could leave,
+      :math:`r\, m_{target} / ((1-\beta) n_t) + (1 - r)`: a weight computed from the zeros of rare gradients
+      would enlarge the next one without limit.
+
       A zero gradient moves its average towards 0 and adds nothing. All zero: the update is 0. T = 1: the
       gradient itself.
 
@@ -116,24 +120,43 @@ def metabalance(
             jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), dtype)
         )
 
-    def weigh(evidence: Evidence, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
-        norms, dtype = evidence.norms, evidence.norms.dtype
-        decay, relax = jnp.asarray(ema_decay, dtype), jnp.asarray(relax_factor, dtype)
+    def average(
+        evidence: Evidence, state: MetaBalanceState
+    ) -> tuple[MetaBalanceState, jax.Array, jax.Array]:
+        """The new averages, the target's to compare each of them with, and which weights may change."""
+        decay = jnp.asarray(ema_decay, evidence.norms.dtype)
 
-        def average(old: jax.Array, new: Any) -> jax.Array:
+        def move(old: jax.Array, new: Any) -> jax.Array:
             return jnp.where(evidence.active, decay * old + (1 - decay) * new, old)
 
-        ema, seen = average(state.norm_ema, norms), average(state.seen, 1)
+        ema, seen = move(state.norm_ema, evidence.norms), move(state.seen, 1)
         known = (seen > 0) & (ema[target] > 0)
         share = safe_divide(
             seen, seen[target], seen, where=known
         )  # exactly 1 where all are present
-        reference = ema[target] * share
-        ratio = safe_divide(reference, ema, 1)
-        rescaled = relax * ratio + (1 - relax)
-        applies = {"shrink": ema > reference, "enlarge": ema < reference, "both": ema > 0}[strategy]
-        balanced = applies & known & (jnp.arange(tasks.number) != target)
-        return jnp.where(balanced, rescaled, 1), MetaBalanceState(ema, seen)
+        balanced = known & (jnp.arange(tasks.number) != target)
+        return MetaBalanceState(ema, seen), ema[target] * share, balanced
 
-    rule = WeightRule(frozenset({"norms"}), weigh, init, target=target)
+    def rescaled(reference: jax.Array, norms: jax.Array) -> jax.Array:
+        relax = jnp.asarray(relax_factor, norms.dtype)
+        # An average decays below the smallest norm, and the ratio alone may then overflow.
+        return safe_divide(relax * reference, norms, relax) + (1 - relax)
+
+    def weigh(evidence: Evidence, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
+        state, reference, balanced = average(evidence, state)
+        ema = state.norm_ema
+        applies = {"shrink": ema > reference, "enlarge": ema < reference, "both": ema > 0}[strategy]
+        return jnp.where(balanced & applies, rescaled(reference, ema), 1), state
+
+    def bound(evidence: Evidence, state: MetaBalanceState) -> jax.Array:
+        """The weights with the least average that these norms could leave, `(1 - ema_decay) * norms`."""
+        moved, reference, balanced = average(evidence, state)
+        # As `reference`, it is taken for the share of this task's average that is data.
+        least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.seen * evidence.norms
+        limits = rescaled(reference, least)
+        if strategy == "enlarge":  # no weight is below 1
+            limits = jnp.maximum(limits, 1)
+        return jnp.where(balanced & (least > 0), limits, jnp.inf)
+
+    rule = WeightRule(frozenset({"norms"}), weigh, init, target=target, bound=bound)
     return from_rule("metabalance", tasks, rule, **{"blocks": "leaf", **options})
