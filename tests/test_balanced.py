@@ -230,8 +230,8 @@ def test_a_task_that_was_absent_makes_new_weights_due():
     assert state.weighed.all() and int(state.balance_count) == 2
 
 
-def test_a_task_that_stays_non_finite_costs_no_backward_passes():
-    """Its new weights would be due in every step, with T backward passes, and it would never get them."""
+def test_a_task_that_stays_non_finite_makes_no_new_weights_due():
+    """They would be due in every step, and it would never get any."""
 
     def by_name(params, ids, scale):
         losses = loss_fn(params, ids, 1.0)
