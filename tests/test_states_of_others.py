@@ -56,6 +56,15 @@ def test_states_that_are_not_of_this_method(name):
     assert refusal(tx, turned).split(": ")[2].startswith("balance_count is float32[], not int32[]")
 
 
+def test_the_message_names_what_differs():
+    for other, difference in (
+        ("inverse_norm", "rule_state is InverseNormState, not FAMOState"),
+        ("mgda", "rule_state is empty, not FAMOState"),
+    ):
+        assert difference in refusal(mtl.famo(T), make(other, T).init(PARAMS))
+    assert "cosine is empty, not an array" in refusal(mtl.mgda(T), mtl.sum_tasks(T).init(PARAMS))
+
+
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "scale_by_mtadam"])
 def test_a_state_of_other_parameters(name):
     tx = make(name, T)

@@ -107,8 +107,9 @@ def check_fields(
         raise ValueError(
             _foreign(name, f"it is a {type(state).__name__}, not a {type(wanted).__name__}")
         )
-    for field, found, want in zip(BalanceState._fields, state, wanted, strict=True):
-        difference = _difference(found, want)
+    # The state of the rule is the last field, and its type says the most.
+    for field in reversed(BalanceState._fields):
+        difference = _difference(getattr(state, field), getattr(wanted, field))
         if difference:
             raise ValueError(_foreign(name, f"{field}{difference}"))
 
@@ -135,10 +136,9 @@ def _difference(found: Any, want: Any) -> str | None:
 
 
 def _container(tree: Any) -> str:
-    structure = jax.tree.structure(tree)
-    if jax.tree_util.treedef_is_leaf(structure):
+    if jax.tree_util.all_leaves([tree]):
         return "an array"
-    return type(tree).__name__ if structure.num_leaves else "empty"
+    return type(tree).__name__ if jax.tree.leaves(tree) else "empty"
 
 
 def _kind(dtype: Any) -> Any:
