@@ -3,8 +3,8 @@
 A `WeightRule` gives one weight per task and sees only small arrays; what it does not need is not
 computed. An `UpdateRule` gives the update itself, for methods that are no weighted sum of gradients.
 
-**Absent tasks.** A task is *active* in a step if the caller says that it is present (`active=`), all
-numbers of its gradient are finite, and so is its loss where the method needs losses. The lift
+**Absent tasks.** A task is *active* in a step if the caller says that it is present (`active=`), its
+gradient's squared norm is finite, and so is its loss where the method needs losses. The lift
 (`lift.py`) decides this once on the way in, and applies it once on the way out:
 
 * in: the slots of inactive tasks hold 0 in losses, norms, cosines and task trees;
