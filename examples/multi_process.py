@@ -59,12 +59,12 @@ def train(config: Config) -> dict[str, Any]:
         h = jnp.zeros((config.examples, config.hidden))
         return params, optimizer.init(params), method.init(h)
 
-    def losses_of(params: Any, fork: Any, batch: Any) -> jax.Array:
+    def losses_of(params: Any, fork: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         h = jnp.tanh(batch["x"] @ params["shared"])
         first, second = (copy @ head for copy, head in zip(fork(h), params["heads"], strict=True))
         mean_square = jnp.mean((first[:, 0] - batch["y"][:, 0]) ** 2)
         cross_entropy = optax.sigmoid_binary_cross_entropy(second[:, 0], batch["y"][:, 1]).mean()
-        return jnp.stack([mean_square, cross_entropy])
+        return mean_square, cross_entropy
 
     @partial(jax.jit, out_shardings=everywhere)
     def step(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
@@ -77,7 +77,7 @@ def train(config: Config) -> dict[str, Any]:
     history = []
     for _ in range(config.steps):
         params, opt_state, balance, losses = step(params, opt_state, balance, batch)
-        history.append(losses.tolist())
+        history.append([loss.item() for loss in losses])
     return {
         "processes": jax.process_count(),
         "weights": mtl.head_weights(balance).tolist(),

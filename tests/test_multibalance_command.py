@@ -153,7 +153,7 @@ def test_only_the_named_module_is_balanced(steps, module):
     assert np.asarray(losses) == pytest.approx(np.asarray(expected_losses), rel=1e-6)
 
     def weighted(params):
-        return jnp.vdot(jnp.array([2.0, 0.0, 0.5]), steps._losses(params, steps.batch))
+        return jnp.vdot(jnp.array([2.0, 0.0, 0.5]), jnp.stack(steps._losses(params, steps.batch)))
 
     weighted_grads = jax.jit(jax.grad(weighted))(steps.params)
     for name in speed.MODULES:

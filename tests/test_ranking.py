@@ -287,7 +287,7 @@ def test_the_mean_completion_is_that_of_the_noise():
 
 
 def losses_of(network, params, batch):
-    return network.decode(params.heads, network.encode(params.shared, batch), batch)
+    return jnp.stack(network.decode(params.heads, network.encode(params.shared, batch), batch))
 
 
 def test_losses_by_hand(log):

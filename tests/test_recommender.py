@@ -537,6 +537,15 @@ def test_the_plain_sum_is_the_same_in_every_place(trainer, params, batch):
         tree_allclose(other[2:], found[0][2:], rtol=1e-5)
 
 
+def test_each_loss_is_differentiated_through_its_own_tower(trainer, params, batch):
+    network = trainer.network
+    broken = batch._replace(labels=batch.labels.at[1].set(jnp.nan))
+    fn = jax.jit(mtl.split_value_and_grad(network.encode, network.decode))
+    _, (grads, _) = fn(params.shared, params.heads, broken)
+    finite = [np.isfinite(leaf).reshape(3, -1).all(axis=1) for leaf in jax.tree.leaves(grads)]
+    np.testing.assert_array_equal(np.all(finite, axis=0), [True, False, True])
+
+
 def test_towers_get_the_sum_of_losses_unless_the_method_weighs_them(trainer, params, batch):
     methods = ("sum(place='parameters')", "metabalance(relax_factor=1)", "mgda")
     made = [step_of(method, trainer.network) for method in methods]

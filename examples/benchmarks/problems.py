@@ -74,13 +74,11 @@ def encode(shared: Any, batch: Any) -> jax.Array:
     return inputs
 
 
-def decode(heads: Any, copies: Any, batch: Any) -> jax.Array:
-    """The losses `[T]` of the heads, each on its copy of the representation."""
-    return jnp.stack(
-        [
-            optax.sigmoid_binary_cross_entropy(_head(head, copy), labels).mean()
-            for head, copy, labels in zip(heads, copies, batch["labels"], strict=True)
-        ]
+def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
+    """The T losses of the heads, each on its copy of the representation."""
+    return tuple(
+        optax.sigmoid_binary_cross_entropy(_head(head, copy), labels).mean()
+        for head, copy, labels in zip(heads, copies, batch["labels"], strict=True)
     )
 
 

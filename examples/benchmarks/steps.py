@@ -32,13 +32,13 @@ def steps(
         def loss(params: Any) -> Any:
             h = encode(params["shared"], batch)
             losses = decode(params["heads"], (h,) * num_tasks, batch)
-            return losses.sum(), losses
+            return sum(losses), losses
 
         grads, losses = jax.grad(loss, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
     def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any, fork: Any) -> jax.Array:
+        def losses_of(params: Any, fork: Any) -> tuple[jax.Array, ...]:
             return decode(params["heads"], fork(encode(params["shared"], batch)), batch)
 
         step = mtl.fork_value_and_grad(losses_of, method)
@@ -46,7 +46,7 @@ def steps(
         return *descend(params, opt_state, grads), balance, losses
 
     def split(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def heads_of(heads: Any, h: jax.Array, batch: Any) -> jax.Array:
+        def heads_of(heads: Any, h: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
             return decode(heads, (h,) * num_tasks, batch)
 
         step = mtl.split_value_and_grad(encode, heads_of, mode=mode)
@@ -54,7 +54,7 @@ def steps(
         shared, balance = method.update(shared, balance, params["shared"], losses=losses)
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
 
-    def losses_of(params: Any, batch: Any) -> jax.Array:
+    def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
         h = encode(params["shared"], batch)
         return decode(params["heads"], (h,) * num_tasks, batch)
 

@@ -118,10 +118,10 @@ def steps(problem: Problem, mesh: jax.sharding.Mesh) -> dict[str, Callable[..., 
         x = jnp.concatenate([embedded, batch["x"]], axis=-1)
         return _mlp(shared["bottom"], x, last=False)
 
-    def decode(heads: Any, copies: Any, batch: Any) -> jax.Array:
+    def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
         logits = [_mlp(head, copy)[:, 0] for head, copy in zip(heads, copies, strict=True)]
         pairs = zip(logits, batch["labels"], strict=True)
-        return jnp.stack([optax.sigmoid_binary_cross_entropy(x, y).mean() for x, y in pairs])
+        return tuple(optax.sigmoid_binary_cross_entropy(x, y).mean() for x, y in pairs)
 
     def descend(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -133,33 +133,32 @@ def steps(problem: Problem, mesh: jax.sharding.Mesh) -> dict[str, Callable[..., 
     def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         def total(params: Any) -> Any:
             losses = decode(params["heads"], same(encode(params["shared"], batch)), batch)
-            return losses.sum(), losses
+            return sum(losses), losses
 
         grads, losses = jax.grad(total, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
     def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any, fork: Any, batch: Any) -> jax.Array:
+        def losses_of(params: Any, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
             return decode(params["heads"], fork(encode(params["shared"], batch)), batch)
 
         step = mtl.fork_value_and_grad(losses_of, method)
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
-    # On the host that compiles, mode="auto" would choose for a CPU.
     def split(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         step = mtl.split_value_and_grad(
-            encode, lambda heads, h, batch: decode(heads, same(h), batch), mode="vmap"
+            encode, lambda heads, h, batch: decode(heads, same(h), batch)
         )
         losses, (shared, heads) = step(params["shared"], params["heads"], batch)
         shared, balance = method.update(shared, balance, params["shared"], losses=losses)
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
 
     def per_task(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any) -> jax.Array:
+        def losses_of(params: Any) -> tuple[jax.Array, ...]:
             return decode(params["heads"], same(encode(params["shared"], batch)), batch)
 
-        losses, grads = mtl.per_task_value_and_grad(losses_of, mode="vmap")(params)
+        losses, grads = mtl.per_task_value_and_grad(losses_of)(params)
         shared, balance = method.update(grads["shared"], balance, params["shared"], losses=losses)
         heads = jax.tree.map(lambda g: g.sum(0), grads["heads"])
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses

@@ -152,16 +152,17 @@ class DenseNetwork:
         """The representation of a batch."""
         return self._module(0, shared)(batch.images)
 
-    def decode(self, heads: Any, representation: Any, batch: Scenes) -> jax.Array:
-        """The losses `[T]`."""
-        return jnp.stack(
-            [loss(t, self._predict(heads, t, representation), batch) for t in range(len(TASKS))]
+    def decode(self, heads: Any, representation: Any, batch: Scenes) -> tuple[jax.Array, ...]:
+        """The T losses."""
+        return tuple(
+            loss(t, self._predict(heads, t, representation), batch) for t in range(len(TASKS))
         )
 
     def _losses_and_grads(self, params: Parameters, batch: Scenes, flips: jax.Array) -> Any:
         """The losses `[T]`, and the gradients of the trunk `[T, P]` and of the heads."""
         value_and_grad = mtl.split_value_and_grad(self.encode, self.decode)
-        return value_and_grad(*params, mirror(batch, flips))
+        losses, grads = value_and_grad(*params, mirror(batch, flips))
+        return jnp.stack(losses), grads
 
     def _predict_all(self, params: Parameters, images: jax.Array) -> Predictions:
         """The predictions of all tasks."""

@@ -9,10 +9,10 @@ click. Both are of the logits, never of a probability that has been rounded to 0
 
 On the copies of a `fork` the loss of conversions reads both towers on its own copy:
 
-    losses = jnp.stack([
+    losses = (
         esmm.click_loss(model.head(0, copies[0], features), clicks),
         esmm.conversion_loss(*(model.head(t, copies[1], features) for t in (0, 1)), conversions),
-    ])
+    )
 """
 
 from typing import NamedTuple
@@ -64,12 +64,14 @@ def conversion_loss(
     return -jnp.mean(conversions * logs.click_and_conversion + (1 - conversions) * logs.neither)
 
 
-def losses(logits: jax.Array, clicks: jax.Array, conversions: jax.Array) -> jax.Array:
-    """The losses `[2]` of clicks and of conversions.
+def losses(
+    logits: jax.Array, clicks: jax.Array, conversions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The losses of clicks and of conversions.
 
     Args:
       logits: `[2, batch]`, of CTR and CVR.
       clicks: `[batch]`, 1 for a click.
       conversions: `[batch]`, 1 for a click with a conversion.
     """
-    return jnp.stack([click_loss(logits[0], clicks), conversion_loss(*logits, conversions)])
+    return click_loss(logits[0], clicks), conversion_loss(*logits, conversions)

@@ -138,20 +138,20 @@ class Steps:
 
         return call
 
-    def _losses(self, params: Parameters, batch: Examples) -> jax.Array:
+    def _losses(self, params: Parameters, batch: Examples) -> tuple[jax.Array, ...]:
         representation = self.network.encode(params.shared, batch)
         return self.network.decode(params.heads, representation, batch)
 
-    def _sum_and_losses(self, params: Parameters, batch: Examples) -> tuple[jax.Array, jax.Array]:
+    def _sum_and_losses(self, params: Parameters, batch: Examples) -> Any:
         losses = self._losses(params, batch)
-        return losses.sum(), losses
+        return sum(losses), losses
 
     def _plain(self, params: Parameters, state: Any, batch: Examples) -> Any:
         grads, losses = jax.grad(self._sum_and_losses, has_aux=True)(params, batch)
         return losses, grads, state
 
     def _forked(self, method: Any) -> Any:
-        def losses_of(params: Parameters, fork: Any, batch: Examples) -> jax.Array:
+        def losses_of(params: Parameters, fork: Any, batch: Examples) -> tuple[jax.Array, ...]:
             copies = fork(self.network.encode(params.shared, batch))
             return self.network.losses(params.heads, copies, batch)
 
@@ -165,14 +165,14 @@ class Steps:
 
     def _on_module(self, method: Any, module: str) -> Any:
         def gradients(params: Parameters, state: Any, batch: Examples) -> Any:
-            def losses_of(target: Any) -> jax.Array:
+            def losses_of(target: Any) -> tuple[jax.Array, ...]:
                 return self._losses(_replaced(params, module, target), batch)
 
             target = params.shared[module]
             losses, per_task = mtl.per_task_value_and_grad(losses_of)(target)
             update, state = method.update(per_task, state, target, losses=losses)
             # XLA finds the forward pass that both have in common, and leaves out what is replaced here.
-            grads = jax.grad(lambda params: self._losses(params, batch).sum())(params)
+            grads = jax.grad(lambda params: sum(self._losses(params, batch)))(params)
             return losses, _replaced(grads, module, update), state
 
         return gradients

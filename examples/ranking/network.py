@@ -62,8 +62,8 @@ class Network:
         """The shared representation."""
         return self._bottom(shared).represent(batch.features)
 
-    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Examples) -> jax.Array:
-        """The losses `[T]`: the mean over the examples that count for the task, or over the batch."""
+    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Examples) -> tuple[jax.Array, ...]:
+        """The T losses: the mean over the examples that count for the task, or over the batch."""
         model, losses = self._towers(heads), []
         for place, (task, copy) in enumerate(zip(self._tasks, copies, strict=True)):
             found = model.head(place, copy, batch.features) + self._starts[place]
@@ -74,10 +74,10 @@ class Network:
                 each = optax.squared_error(found, labels)
             count = len(labels) if self._over_batch else jnp.maximum(jnp.sum(mask), 1)
             losses.append(jnp.sum(each * mask) / count)
-        return jnp.stack(losses)
+        return tuple(losses)
 
-    def decode(self, heads: Any, representation: Any, batch: Examples) -> jax.Array:
-        """The losses `[T]` with one representation for all towers."""
+    def decode(self, heads: Any, representation: Any, batch: Examples) -> tuple[jax.Array, ...]:
+        """The T losses with one representation for all towers."""
         return self.losses(heads, (representation,) * self.num_tasks, batch)
 
     def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:

@@ -151,11 +151,13 @@ class Network:
         """The shape of one pair's representation: no method here keeps gradients of a whole batch."""
         return jax.ShapeDtypeStruct((1, self.config.representation), jnp.float32)
 
-    def losses(self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch) -> jax.Array:
-        """The losses `[T]`: cross-entropy, or squared error in the unit of the data.
+    def losses(
+        self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch
+    ) -> tuple[jax.Array, ...]:
+        """The T losses: cross-entropy, or squared error in the unit of the data.
 
-        One task after the other, and stacked at the end: a tower's gradient is then found without a pass
-        through the other towers, which a `vmap` over the towers would force on it.
+        A tuple of scalars, one task after the other: the gradient of a loss is then found without a pass
+        through the other towers, which an array `[T]` would force on it.
         """
         losses = []
         for place, (task, copy) in enumerate(zip(self._tasks, copies, strict=True)):
@@ -167,10 +169,12 @@ class Network:
             else:
                 each = optax.sigmoid_binary_cross_entropy(found, labels)
             losses.append(jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1))
-        return jnp.stack(losses)
+        return tuple(losses)
 
-    def decode(self, heads: nnx.State, representation: jax.Array, batch: Batch) -> jax.Array:
-        """The losses `[T]` with one representation for all towers."""
+    def decode(
+        self, heads: nnx.State, representation: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, ...]:
+        """The T losses with one representation for all towers."""
         return self.losses(heads, (representation,) * self.num_tasks, batch)
 
     def weigh_heads(self, head_grads: nnx.State, weights: jax.Array) -> nnx.State:

@@ -43,12 +43,12 @@ class Network(Protocol):
     def encode(self, shared: Any, batch: Any) -> Any:
         """The shared representation."""
 
-    def decode(self, heads: Any, representation: Any, batch: Any) -> jax.Array:
-        """The losses `[T]` with one representation for all towers."""
+    def decode(self, heads: Any, representation: Any, batch: Any) -> tuple[jax.Array, ...]:
+        """The T losses with one representation for all towers."""
         ...
 
-    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Any) -> jax.Array:
-        """The losses `[T]`, each tower on its copy of the representation."""
+    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Any) -> tuple[jax.Array, ...]:
+        """The T losses, each tower on its copy of the representation."""
         ...
 
     def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:
@@ -112,7 +112,8 @@ def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
         grads, (losses, method_state) = jax.grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return params, (method_state, opt_state), losses, mtl.head_weights(method_state)
+        weights = mtl.head_weights(method_state)
+        return params, (method_state, opt_state), jnp.stack(losses), weights
 
     return Step(init, update)
 
@@ -120,7 +121,7 @@ def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
 def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
     """One backward pass; the method combines the tasks' gradients of the representation."""
 
-    def loss_fn(params: Parameters, fork: Any, batch: Any) -> jax.Array:
+    def loss_fn(params: Parameters, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
         copies = fork(network.encode(params.shared, batch))
         return network.losses(params.heads, copies, batch)
 
@@ -134,7 +135,8 @@ def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
         losses, (grads, method_state) = value_and_grad(params, method_state, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return params, (method_state, opt_state), losses, mtl.head_weights(method_state)
+        weights = mtl.head_weights(method_state)
+        return params, (method_state, opt_state), jnp.stack(losses), weights
 
     return Step(init, update)
 
@@ -181,7 +183,7 @@ def _on_parameters(
         )
         head_updates, head_state = head_optimizer.update(head_grads, head_state, params.heads)
         params = optax.apply_updates(params, Parameters(shared_updates, head_updates))
-        return params, (method_state, shared_state, head_state), losses, weights
+        return params, (method_state, shared_state, head_state), jnp.stack(losses), weights
 
     return Step(init, update)
 
