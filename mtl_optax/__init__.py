@@ -1,19 +1,11 @@
 """Multi-task gradient balancing for JAX, as optax transformations that remove the task axis."""
 
-from mtl_optax.buffers import AccumulateState, RememberState, accumulate, remember
 from mtl_optax.checking import check
-from mtl_optax.combinators import (
-    SkipNonfiniteState,
-    drop_extra_args,
-    fixed_weights,
-    mean_tasks,
-    per_task,
-    skip_nonfinite,
-    sum_tasks,
-)
-from mtl_optax.core.lift import from_rule
-from mtl_optax.core.method import BalanceState, GradientsState, Method, MethodOptions
-from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, UpdateRule, WeightRule
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import GradientAverage, StepInputs, UpdateRule, WeightRule
+from mtl_optax.core.shared_rules import BargainingState
+from mtl_optax.core.state import BalanceState
 from mtl_optax.core.trained_values import TrainedState
 from mtl_optax.methods.gradients.adatask import adatask
 from mtl_optax.methods.gradients.db_mtl import db_mtl
@@ -25,10 +17,10 @@ from mtl_optax.methods.gradients.scale_by_mtadam import MTAdamState, scale_by_mt
 from mtl_optax.methods.gradients.trimmed_mean import trimmed_mean
 from mtl_optax.methods.gram.aligned_mtl import aligned_mtl
 from mtl_optax.methods.gram.cagrad import cagrad
-from mtl_optax.methods.gram.config import config
+from mtl_optax.methods.gram.conflict_free import conflict_free
 from mtl_optax.methods.gram.cr_mogm import CRMOGMState, cr_mogm
 from mtl_optax.methods.gram.emtl import EMTLState, emtl
-from mtl_optax.methods.gram.fairgrad import BargainingState, fairgrad
+from mtl_optax.methods.gram.fairgrad import fairgrad
 from mtl_optax.methods.gram.grad_similarity import grad_similarity
 from mtl_optax.methods.gram.grad_surgery import grad_surgery
 from mtl_optax.methods.gram.grad_vaccine import GradVaccineState, grad_vaccine
@@ -48,10 +40,12 @@ from mtl_optax.methods.losses.bandit_mtl import BanditMTLState, bandit_mtl
 from mtl_optax.methods.losses.cosmos import cosmos
 from mtl_optax.methods.losses.dwa import DWAState, dwa
 from mtl_optax.methods.losses.famo import FAMOState, famo
+from mtl_optax.methods.losses.fixed_weights import fixed_weights
 from mtl_optax.methods.losses.gls import gls
 from mtl_optax.methods.losses.go4align import GO4AlignState, go4align
 from mtl_optax.methods.losses.imtl_l import imtl_l
 from mtl_optax.methods.losses.lagrangian import LagrangianState, lagrangian
+from mtl_optax.methods.losses.mean_tasks import mean_tasks
 from mtl_optax.methods.losses.ntk import NTKState, ntk, ntk_trace
 from mtl_optax.methods.losses.pbi import pbi
 from mtl_optax.methods.losses.relobralo import ReLoBRaLoState, relobralo
@@ -59,15 +53,15 @@ from mtl_optax.methods.losses.rlw import rlw
 from mtl_optax.methods.losses.scale_invariant import scale_invariant
 from mtl_optax.methods.losses.softadapt import SoftAdaptState, softadapt
 from mtl_optax.methods.losses.stch import STCHState, stch
+from mtl_optax.methods.losses.sum_tasks import sum_tasks
 from mtl_optax.methods.losses.uncertainty import uncertainty
 from mtl_optax.methods.norms.gradnorm import GradNormState, gradnorm
 from mtl_optax.methods.norms.inverse_norm import InverseNormState, inverse_norm
 from mtl_optax.methods.norms.metabalance import MetaBalanceState, metabalance
 from mtl_optax.methods.norms.rotograd_scale import RotoGradState, rotograd_scale
 from mtl_optax.methods.table import METHODS, MethodRow
-from mtl_optax.placement.balanced import balanced_value_and_grad
-from mtl_optax.placement.carrier import fork_init, fork_state
-from mtl_optax.placement.fork_operator import ForkToken, fork, join
+from mtl_optax.placement.fork.carrier import fork_init, fork_state
+from mtl_optax.placement.fork.operator import ForkToken, fork, join
 from mtl_optax.placement.losses import weigh_losses
 from mtl_optax.placement.one_task import one_task_value_and_grad
 from mtl_optax.placement.parameters import (
@@ -76,7 +70,13 @@ from mtl_optax.placement.parameters import (
     stack_tasks,
 )
 from mtl_optax.placement.representation import fork_value_and_grad
+from mtl_optax.placement.weighted import weighted_value_and_grad
 from mtl_optax.states import diagnostics, head_weights
+from mtl_optax.wrappers.accumulate import AccumulateState, accumulate
+from mtl_optax.wrappers.drop_extra_args import drop_extra_args
+from mtl_optax.wrappers.per_task import per_task
+from mtl_optax.wrappers.remember import RememberState, remember
+from mtl_optax.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 
 __version__ = "0.1.0"
 
@@ -117,7 +117,7 @@ __all__ = [  # noqa: RUF022
     # Methods on the Gram matrix.
     "aligned_mtl",
     "cagrad",
-    "config",
+    "conflict_free",
     "cr_mogm",
     "dualproj",
     "emtl",
@@ -149,7 +149,7 @@ __all__ = [  # noqa: RUF022
     # Placement: parameters, losses, representation.
     "per_task_value_and_grad",
     "split_value_and_grad",
-    "balanced_value_and_grad",
+    "weighted_value_and_grad",
     "stack_tasks",
     "one_task_value_and_grad",
     "weigh_losses",
@@ -175,8 +175,7 @@ __all__ = [  # noqa: RUF022
     "WeightRule",
     "UpdateRule",
     "GradientAverage",
-    "Evidence",
-    "TaskGradients",
+    "StepInputs",
     # States.
     "AccumulateState",
     "RememberState",
@@ -197,7 +196,6 @@ __all__ = [  # noqa: RUF022
     "LRAnnealingState",
     "InverseNormState",
     "GradVaccineState",
-    "GradientsState",
     "MTAdamState",
     "MetaBalanceState",
     "MoCoState",

@@ -19,7 +19,8 @@ from mtl_optax.core.checks import (
     difference,
     where,
 )
-from mtl_optax.core.method import BalanceState, Method, states_in, update_calls
+from mtl_optax.core.method import Method, update_calls
+from mtl_optax.core.state import BalanceState, states_in
 from mtl_optax.core.tasks import Tasks, WrongEntries, read_tasks
 from mtl_optax.small_runs import (
     fault_before_methods,
@@ -151,7 +152,7 @@ def check(
             variables = jax.tree.structure(like) != jax.tree.structure(given)
             about = _about_update(error, state, number, without_losses, variables)
             raise ValueError(about) from error
-    methods = list({id(method): method for method, _ in calls}.values())
+    methods = list({id(method.definition): method for method, _ in calls}.values())
     _check_updates(updates, like, number, state)
     _check_state(state, following, number)
     if jax.tree.structure(state) != jax.tree.structure(following):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.method import BalanceState, Method, states_in
+from mtl_optax.core.method import Method
+from mtl_optax.core.state import BalanceState, states_in
 from mtl_optax.core.task_tree import assign_blocks
 
 

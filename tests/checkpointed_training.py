@@ -84,7 +84,7 @@ def by_value_and_grad(method):
 
 def by_operator(method):
     def loss_fn(params, carrier, x, target):
-        copies, token = mtl.fork(encode(params["shared"], x), carrier, method)
+        copies, token = mtl.fork(method, carrier, encode(params["shared"], x))
         return mtl.join(losses_of(params["heads"], copies, target), token)
 
     return on_representation(lambda h: mtl.fork_init(method, h), jax.grad(loss_fn, argnums=(0, 1)))

@@ -14,7 +14,7 @@ PROPERTIES = {
     "aligned_mtl": {"permutation", "scale", "split"},
     "bandit_mtl": {"permutation", "scale", "split"},
     "cagrad": {"permutation", "scale", "split"},
-    "config": {"permutation", "scale", "split"},
+    "conflict_free": {"permutation", "scale", "split"},
     "cosmos": {"permutation", "scale", "split"},
     "cr_mogm": {"permutation", "scale", "simplex", "split"},
     "db_mtl": {"permutation", "split", "task_scale"},

@@ -84,12 +84,12 @@ def _explicit_step(method, model, params, state, batch, extra):
     return grads, state
 
 
-def inverse_losses(num_tasks=TASKS):
+def inverse_losses(tasks=TASKS):
     """A method that needs losses: weights 1 / L."""
 
-    def weigh(evidence, state):
-        positive = evidence.losses > 0
-        return jnp.where(positive, 1 / jnp.where(positive, evidence.losses, 1), 0), state
+    def weigh(inputs, state):
+        positive = inputs.losses > 0
+        return jnp.where(positive, 1 / jnp.where(positive, inputs.losses, 1), 0), state
 
     return mtl.from_rule("inverse", num_tasks, mtl.WeightRule(frozenset({"losses"}), weigh))
 

@@ -44,7 +44,7 @@ CASES = {name: lambda tasks: {} for name in mtl.METHODS} | {
     "go4align": lambda tasks: {"num_groups": 2},
     "grad_similarity": lambda tasks: _TARGET,
     "grad_surgery": lambda tasks: _TARGET,
-    "grad_vaccine": lambda tasks: {"order": "cyclic", "beta": 0.5},
+    "grad_vaccine": lambda tasks: {"order": "cyclic", "ema_decay": 0.5},
     "lagrangian": lambda tasks: {
         "limits": {name: NUMBERS[name] for name in tasks if name != "d"},
         "step_size": 0.1,
@@ -54,7 +54,7 @@ CASES = {name: lambda tasks: {} for name in mtl.METHODS} | {
     "ol_aux": lambda tasks: {**_TARGET, "update_every": 2, "weight_lr": 0.1},
     "pcd": lambda tasks: _TARGET,
     "pcgrad": lambda tasks: {"order": "cyclic"},
-    "relobralo": lambda tasks: {"alpha": 0.5, "rho": 0.5},
+    "relobralo": lambda tasks: {"ema_decay": 0.5, "rho": 0.5},
     "trimmed_mean": lambda tasks: {"trim_number": 1},
 }
 VARIANTS = {
@@ -191,8 +191,8 @@ def losses_after(step):
 TAKEN = {
     "gradnorm": (mtl.gradnorm(T, alpha=0.5, optimizer=optax.sgd(0.05)), lambda k: {}),
     "scale_by_mtadam": (mtl.scale_by_mtadam(T, b3=0.5, eps=0.0), lambda k: {}),
-    "grad_vaccine": (mtl.grad_vaccine(T, beta=0.5, order="cyclic", eps=0.0), lambda k: {}),
-    "cr_mogm": (mtl.cr_mogm(T, weigher=mtl.scale_invariant(T), alpha=0.75), lambda k: {}),
+    "grad_vaccine": (mtl.grad_vaccine(T, ema_decay=0.5, order="cyclic", eps=0.0), lambda k: {}),
+    "cr_mogm": (mtl.cr_mogm(T, base=mtl.scale_invariant(T), ema_decay=0.75), lambda k: {}),
     "famo": (
         mtl.famo(T, gamma=0.1, weight_lr=0.2),
         lambda k: {"losses_after": jnp.asarray(losses_after(k))} if k else {},

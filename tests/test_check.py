@@ -318,7 +318,7 @@ def test_a_wrong_number_of_tasks_in_what_has_no_weights():
     tx = optax.chain(mtl.per_task(optax.trace(0.9), 2), BALANCE)
     assert refusal(tx, {"w": PARAMS["head"]}) == (
         "check: per_task: updates must carry a leading task axis of size 2: leaf ['w'] has shape "
-        "(3, 2, 3), expected (2, 2, 3). The task axis has size 3 but num_tasks=2: give the number of "
+        "(3, 2, 3), expected (2, 2, 3). The task axis has size 3 but tasks=2: give the number of "
         "losses that loss_fn returns."
     )
 
@@ -349,7 +349,7 @@ def test_extra_arguments_that_are_missing():
 
 def test_init_that_raises():
     """By itself, not because of the task axis: then there is no advice about it."""
-    assert refusal(optax.inject_hyperparams(mtl.mgda)(num_tasks=T)) == (
+    assert refusal(optax.inject_hyperparams(mtl.mgda)(tasks=T)) == (
         "check: init raises TypeError: mgda: num_tasks must be a Python integer, found a JAX array. Under "
         "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."
     )

@@ -23,7 +23,7 @@ PARAMS = {"a": jnp.ones((2, 3)), "b": {"scale": jnp.ones(()), "none": None, "w":
 LOSSES = jnp.array([0.7, 1.3, 0.2])
 
 
-def gradients(seed, params=PARAMS, num_tasks=T):
+def gradients(seed, params=PARAMS, tasks=T):
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     return jax.tree.map(
         lambda p: jax.random.normal(next(keys), (num_tasks, *p.shape), p.dtype), params
@@ -31,7 +31,7 @@ def gradients(seed, params=PARAMS, num_tasks=T):
 
 
 @functools.cache
-def method(name, num_tasks=T):
+def method(name, tasks=T):
     return make(name, num_tasks)
 
 
@@ -257,8 +257,8 @@ def test_updates_without_the_task_axis_are_refused(name):
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="These have no task axis"):
         tx.update(PARAMS, state, PARAMS, losses=LOSSES)
-    with pytest.raises(ValueError, match=r"task axis has size 2 but num_tasks=3"):
-        tx.update(gradients(0, num_tasks=2), state, PARAMS, losses=LOSSES)
+    with pytest.raises(ValueError, match=r"task axis has size 2 but tasks=3"):
+        tx.update(gradients(0, tasks=2), state, PARAMS, losses=LOSSES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -494,7 +494,7 @@ def test_cached_weights_are_for_those_who_were_there():
 )
 def test_config_finds_no_direction_where_there_is_none(rows):
     grads = jnp.asarray(np.asarray(rows, np.float32) / 3)
-    tx = mtl.config(len(rows))
+    tx = mtl.conflict_free(len(rows))
     update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
     assert update.tolist() == [0, 0]
 

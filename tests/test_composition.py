@@ -182,7 +182,7 @@ WORKS = {
     ("around", "chain"): Works(optax.chain(optax.chain(optax.chain(BALANCE), optax.adam(1e-2)))),
     ("around", "inject_hyperparams"): Works(
         optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))(
-            num_tasks=T, c=lambda step: 0.1 + 0.1 * step
+            tasks=T, c=lambda step: 0.1 + 0.1 * step
         )
     ),
     ("around", "lookahead"): Works(optax.lookahead(WHOLE, 2, 0.5), {}, PAIR),
@@ -971,10 +971,10 @@ def test_inject_hyperparams_with_static_num_tasks():
 
 def test_inject_hyperparams_hands_options_on():
     inject = optax.inject_hyperparams(mtl.metabalance, static_args=("num_tasks", "target"))
-    tx = inject(num_tasks=T, relax_factor=0.5, blocks="all")
+    tx = inject(tasks=T, relax_factor=0.5, blocks="all")
     assert tx.init(PARAMS).inner_state.weights.shape == (1, T)
     inject = optax.inject_hyperparams(mtl.mgda, static_args=("num_tasks",))
-    update, _ = jax.eval_shape(lambda: run(inject(num_tasks=T, reduce=False)))
+    update, _ = jax.eval_shape(lambda: run(inject(tasks=T, reduce=False)))
     assert shape_of(update) == shape_of(GRADS)
 
 
@@ -996,7 +996,7 @@ def test_inject_hyperparams_other_ways(name):
 
 # The argument is in the signature still, so it is traced all the same.
 NOT_STATIC = {
-    "num_tasks": lambda: optax.inject_hyperparams(functools.partial(mtl.mgda, num_tasks=T))(),
+    "num_tasks": lambda: optax.inject_hyperparams(functools.partial(mtl.mgda, tasks=T))(),
     "rescale": lambda: optax.inject_hyperparams(functools.partial(mtl.cagrad, T, rescale=0))(c=0.3),
 }
 

@@ -46,7 +46,7 @@ class Balanced(Model):
         self.balance = Balance(mtl.fork_init(METHOD, LIKE))
 
     def loss(self, x: jax.Array, y: jax.Array) -> Any:
-        copies, token = mtl.fork(self.encode(x), self.balance.get_value(), METHOD)
+        copies, token = mtl.fork(METHOD, self.balance.get_value(), self.encode(x))
         losses = self.losses(copies, y)
         return mtl.join(losses, token), losses
 

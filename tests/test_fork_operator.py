@@ -26,7 +26,7 @@ from placement_problem import (
 )
 
 import mtl_optax as mtl
-from mtl_optax.placement.carrier import _decode, _encode, encode_state
+from mtl_optax.placement.fork.carrier import _decode, _encode, encode_state
 
 
 def forked(method, scale=1.0, active=None, joined=True):
@@ -34,7 +34,7 @@ def forked(method, scale=1.0, active=None, joined=True):
 
     def loss_fn(params, carrier, batch):
         x, y = batch
-        copies, token = mtl.fork(encode(params["shared"], x), carrier, method, num_tasks=TASKS)
+        copies, token = mtl.fork(method, carrier, encode(params["shared"], x), tasks=TASKS)
         losses = head_losses(params["heads"], copies, y)
         total = mtl.join(losses, token, active=active) if joined else jnp.sum(losses)
         return scale * total, losses
@@ -74,7 +74,7 @@ def test_tree_of_representations():
         return jnp.stack([jnp.sum(first["user"] ** 2), jnp.sum(second["user"]) * second["item"][0]])
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         return mtl.join(losses_of(*copies), token)
 
     grad, carrier = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))(h, mtl.fork_init(method, h))
@@ -89,7 +89,7 @@ def test_bf16_representation():
     h = jnp.asarray([1.0, -2.0, 0.5], jnp.bfloat16)
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         wide = [copy.astype(jnp.float32) for copy in copies]
         return mtl.join(jnp.stack([jnp.sum(wide[0] ** 2), jnp.sum(wide[1])]), token)
 
@@ -110,7 +110,7 @@ def test_the_update_has_the_dtype_of_the_representation():
     h = jnp.asarray([1.0, -2.0], jnp.bfloat16)
 
     def loss_fn(h, carrier):
-        (first, second), token = mtl.fork(h, carrier, method)
+        (first, second), token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([jnp.sum(first**2), jnp.sum(second)]), token)
 
     grad = jax.grad(loss_fn)(h, mtl.fork_init(method, h))
@@ -123,7 +123,7 @@ def test_float64(x64):
     h = jnp.asarray([1.0, 2.0], jnp.float64)
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([jnp.sum(copies[0] ** 3), jnp.sum(copies[1])]), token)
 
     grad, carrier = jax.grad(loss_fn, argnums=(0, 1))(h, mtl.fork_init(method, h))
@@ -137,7 +137,7 @@ def test_losses_by_name():
     method = inverse_losses(2)
 
     def loss_fn(h, carrier):
-        (a, b), token = mtl.fork(h, carrier, method)
+        (a, b), token = mtl.fork(method, carrier, h)
         return mtl.join({"b": 3 * b, "a": a**2}, token, active={"a": True, "b": False})
 
     h = jnp.asarray(2.0)
@@ -154,7 +154,7 @@ def test_the_method_sees_losses_that_are_joined_twice_once():
     h = jnp.asarray([1.0, 2.0])
 
     def loss_fn(h, carrier, joins):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         losses = jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])])
         return sum(mtl.join(losses, token) for _ in range(joins))
 
@@ -187,7 +187,7 @@ def test_a_fork_inside_a_scan_over_layers():
     carriers = jax.tree.map(lambda x: jnp.stack([x] * 3), mtl.fork_init(method, h))
 
     def turn(h, carrier):
-        copies, token = mtl.fork(jnp.sin(h), carrier, method)
+        copies, token = mtl.fork(method, carrier, jnp.sin(h))
         return mtl.join(jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])]), token)
 
     def scanned(h, carriers):
@@ -251,7 +251,7 @@ def test_loss_of_an_absent_task_does_not_enter_the_sum():
     method = mtl.sum_tasks(2)
 
     def loss_fn(h, active):
-        copies, token = mtl.fork(h, mtl.fork_init(method, h), method)
+        copies, token = mtl.fork(method, mtl.fork_init(method, h), h)
         return mtl.join(jnp.stack([copies[0] ** 2, jnp.log(-copies[1])]), token, active=active)
 
     value, grad = jax.value_and_grad(loss_fn)(jnp.asarray(3.0), jnp.asarray([True, False]))
@@ -288,7 +288,7 @@ def test_a_head_that_ignores_its_copy():
     method = mtl.multibalance(2)
 
     def loss_fn(h, bias, carrier):
-        (copy, _), token = mtl.fork(h, carrier, method)
+        (copy, _), token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([jnp.sum(copy**2), bias**2]), token)
 
     h = jnp.asarray([1.0, 2.0])
@@ -304,7 +304,7 @@ def test_no_task_is_differentiated():
     method = mtl.multibalance(2)
 
     def loss_fn(h, carrier):
-        return jnp.sum(mtl.fork(h, carrier, method)[0][0]) * 0.0 + jnp.sum(h**2)
+        return jnp.sum(mtl.fork(method, carrier, h)[0][0]) * 0.0 + jnp.sum(h**2)
 
     h = jnp.asarray([1.0, 2.0])
     assert jax.grad(loss_fn)(h, mtl.fork_init(method, h)).tolist() == [2.0, 4.0]
@@ -390,7 +390,7 @@ def test_every_kind_of_state():
     h = jnp.asarray([1.0, 2.0])
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method, num_tasks=2)
+        copies, token = mtl.fork(method, carrier, h, tasks=2)
         return mtl.join(jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])]), token)
 
     grad_fn = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))
@@ -416,7 +416,7 @@ def test_counters_past_16_bits():
     )
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([jnp.sum(copies[0]) * jnp.nan, jnp.sum(copies[1])]), token)
 
     carrier = jax.jit(jax.grad(loss_fn, argnums=1))(h, encode_state(state))
@@ -478,10 +478,10 @@ def test_unknown_number_of_tasks_is_refused():
     h = jnp.ones(2)
     message = (
         "fork: cannot tell the number of tasks, because this transformation holds no method of mtl_optax. "
-        "Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of your own."
+        "Give one, such as mtl_optax.multibalance(num_tasks), or pass tasks= for one of your own."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        mtl.fork(h, mtl.fork_init(method, h), method)
+        mtl.fork(method, mtl.fork_init(method, h), h)
 
 
 def test_integer_representation_is_refused():
@@ -492,13 +492,13 @@ def test_integer_representation_is_refused():
         "to the heads directly."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-        mtl.fork(h, mtl.fork_init(method, h), method)
+        mtl.fork(method, mtl.fork_init(method, h), h)
 
 
 def test_wrong_number_of_losses_is_refused():
     method = mtl.sum_tasks(2)
     h = jnp.ones(2)
-    _, token = mtl.fork(h, mtl.fork_init(method, h), method)
+    _, token = mtl.fork(method, mtl.fork_init(method, h), h)
     with pytest.raises(ValueError, match=r"^join: the fork has 2 tasks, found 3 losses\.$"):
         mtl.join(jnp.ones(3), token)
     message = (

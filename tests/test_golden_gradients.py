@@ -125,7 +125,8 @@ def test_golden_graddrop(x64, dtype, tolerance):
 def test_golden_moco(x64, dtype, tolerance):
     cases = sequences("gradient/moco", lambda step: step["author"]["update"])
     cases = [{**case, **case["author_hyperparameters"]} for case in cases]
-    results = run(mtl.moco, cases, dtype, ["beta", "gamma", "rho"])
+    cases = [{**c, "ema_decay": 1 - c["beta"], "weight_lr": c["gamma"]} for c in cases]
+    results = run(mtl.moco, cases, dtype, ["ema_decay", "weight_lr", "rho"])
     check("moco", results, tolerance)
     for case, _, weights in results:
         want = [step["author"]["lambda"] for step in case["steps"]]
@@ -136,7 +137,7 @@ def test_golden_moco(x64, dtype, tolerance):
 @pytest.mark.parametrize("norm", ["max", "min", "median", "mean"])
 def test_golden_db_mtl_norms(x64, norm, dtype, tolerance):
     cases = static("gradient/db_mtl", lambda case: case.get(norm, {}).get("update"))
-    make = functools.partial(mtl.db_mtl, beta=0.0, log_losses=False, norm=norm)
+    make = functools.partial(mtl.db_mtl, ema_decay=0.0, log_losses=False, norm=norm)
     check(f"db_mtl {norm}", run(make, cases, dtype), tolerance)
 
 
@@ -144,7 +145,8 @@ def test_golden_db_mtl_norms(x64, norm, dtype, tolerance):
 def test_golden_db_mtl_sequences(x64, dtype, tolerance):
     cases = sequences("gradient/db_mtl", lambda step: step["update"], "grads_of_raw_losses")
     cases = [{**case, "losses": [s["losses"] for s in case["steps"]]} for case in cases]
-    results = run(mtl.db_mtl, cases, dtype, ["beta", "beta_sigma"], ["losses"])
+    cases = [{**case, "ema_decay": case["beta"]} for case in cases]
+    results = run(mtl.db_mtl, cases, dtype, ["ema_decay", "beta_sigma"], ["losses"])
     check("db_mtl sequences", results, tolerance)
 
 

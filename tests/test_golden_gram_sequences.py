@@ -66,7 +66,7 @@ def test_golden_nash_mtl_sequence(every: int) -> None:
     cases = load("gradient/nash_mtl")
     cases = [c for c in cases if "steps" in c and c["update_weights_every"] == every]
     gradients, active = pad_sequences([[s["G"] for s in c["steps"]] for c in cases])
-    make = functools.partial(mtl.nash_mtl, max_norm=1.0, update_every=every)
+    make = functools.partial(mtl.nash_mtl, update_every=every)
     found = run_sequence(make, gradients, active)
     assert np.isfinite(found.updates).all()
     compared = 0
@@ -92,8 +92,8 @@ def test_golden_gradvac() -> None:
     gradients, active = pad_sequences([[s["G"] for s in c["steps"]] for c in cases])
     size = gradients.shape[2]
     order = pad_steps(cases, lambda s: pad_order(s["orders"], size), (size, size)).astype(int)
-    beta = {"beta": np.asarray([c["beta"] for c in cases])}
-    found = run_sequence(mtl.grad_vaccine, gradients, active, beta, {"order": order})
+    decay = {"ema_decay": np.asarray([1 - c["beta"] for c in cases])}
+    found = run_sequence(mtl.grad_vaccine, gradients, active, decay, {"order": order})
     for i, k, step in each_step(cases, "gradvac"):
         g = np.asarray(step["G"])
         largest = np.linalg.norm(g, axis=1).max()
@@ -111,7 +111,7 @@ def test_golden_gradvac_without_eps() -> None:
     gradients, active = pad_sequences([[s["G"] for s in c["steps"]] for c in cases])
     size = gradients.shape[2]
     order = pad_steps(cases, lambda s: pad_order(s["orders"], size), (size, size)).astype(int)
-    make = functools.partial(mtl.grad_vaccine, beta=0.5, eps=0.0)
+    make = functools.partial(mtl.grad_vaccine, ema_decay=0.5, eps=0.0)
     found = run_sequence(make, gradients, active, extra={"order": order})
     for i, k, step in each_step(cases, "gradvac without eps", lambda s: "update_eps0" in s):
         assert error(found.updates[i, k], step["update_eps0"]) <= TOLERANCE, k
@@ -125,7 +125,10 @@ def test_golden_modo() -> None:
     second, _ = pad_sequences([[s["G2"] for s in c["steps"]] for c in cases])
     size = third.shape[2]
     gram = pad_steps(cases, lambda s: products(s["G1"], s["G2"], size), (size, size))
-    keywords = {key: np.asarray([c[key] for c in cases]) for key in ("gamma", "rho")}
+    keywords = {
+        "weight_lr": np.asarray([c["gamma"] for c in cases]),
+        "rho": np.asarray([c["rho"] for c in cases]),
+    }
     for gradients, key in ((third, "update_third_sample"), (first + second, "update_sum_of_two")):
         found = run_sequence(mtl.modo, gradients, active, keywords, {"gram": gram})
         for i, k, step in each_step(cases, "modo"):

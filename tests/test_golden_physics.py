@@ -76,7 +76,7 @@ def test_jaxpi_in_ten_lines() -> None:
         return {"res": jnp.mean((jnp.tanh(x @ w) - 1) ** 2), "ics": 50 * jnp.mean((w - 2) ** 2)}
 
     method = mtl.inverse_norm(("res", "ics"), eps=1e-5, update_every=3)
-    step = jax.jit(mtl.balanced_value_and_grad(loss_fn, method))
+    step = jax.jit(mtl.weighted_value_and_grad(loss_fn, method))
     w, expected_w, weights = jnp.zeros(3), jnp.zeros(3), {"res": 1.0, "ics": 1.0}
     state = method.init(w)
     for k in range(7):

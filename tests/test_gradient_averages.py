@@ -17,7 +17,7 @@ LOSSES = jnp.array([0.7, 1.3, 0.2])
 METHODS = {
     "db_mtl": functools.partial(mtl.db_mtl, T),
     "excess_mtl": functools.partial(mtl.excess_mtl, T, step_size=0.05),
-    "moco": functools.partial(mtl.moco, T, beta=0.5, gamma=0.01),
+    "moco": functools.partial(mtl.moco, T, ema_decay=0.5, weight_lr=0.01),
     "ol_aux": functools.partial(mtl.ol_aux, T, weight_lr=0.01, update_every=2, filter_window=3),
 }
 WEIGH_AVERAGES = ("db_mtl", "moco")  # the weights of the others multiply the raw gradients

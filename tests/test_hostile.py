@@ -113,7 +113,7 @@ def heads(copies, gradients, losses):
 
 def through_operator(method, h, carrier, gradients, losses, active):
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         return mtl.join(heads(copies, gradients, losses), token, active=active)
 
     return jax.grad(loss_fn, argnums=(0, 1))(h, carrier)

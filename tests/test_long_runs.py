@@ -10,8 +10,8 @@ import pytest
 from method_properties import PROPERTIES, make
 
 import mtl_optax as mtl
-from mtl_optax.core.lift import next_count
-from mtl_optax.placement.carrier import encode_state
+from mtl_optax.core.pipeline import next_count
+from mtl_optax.placement.fork.carrier import encode_state
 
 T, N = 2, 4
 PARAMS = {"w": jnp.zeros(N)}
@@ -44,7 +44,7 @@ def carried():
     method = mtl.rlw(T)
 
     def loss_fn(h, carrier):
-        copies, token = mtl.fork(h, carrier, method)
+        copies, token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([copies[0] @ GRADS[0], copies[1] @ GRADS[1]]), token)
 
     return jax.jit(jax.grad(loss_fn, argnums=(0, 1)))

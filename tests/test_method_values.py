@@ -75,15 +75,15 @@ def test_arguments_are_compared_by_value_and_functions_by_identity():
 
     assert mtl.metabalance(T) == mtl.metabalance(T, blocks="leaf", ema_decay=0.9)
     assert mtl.metabalance(NAMED) == mtl.metabalance(set(NAMED))
-    assert mtl.cr_mogm(T, weigher=mtl.mgda(T)) == mtl.cr_mogm(T, weigher=mtl.mgda(T))
-    assert mtl.cr_mogm(T, weigher=mtl.mgda(T)) != mtl.cr_mogm(T, weigher=mtl.imtl_g(T))
+    assert mtl.cr_mogm(T, base=mtl.mgda(T)) == mtl.cr_mogm(T, base=mtl.mgda(T))
+    assert mtl.cr_mogm(T, base=mtl.mgda(T)) != mtl.cr_mogm(T, base=mtl.imtl_g(T))
     sgd = optax.sgd(0.1)
     assert mtl.gradnorm(T, optimizer=sgd) == mtl.gradnorm(T, optimizer=sgd) != mtl.gradnorm(T)
     assert mtl.gradnorm(T, optimizer=sgd) != mtl.gradnorm(T, optimizer=optax.sgd(0.1))
 
 
 def test_methods_of_ones_own_rule():
-    rule = mtl.WeightRule(frozenset(), lambda evidence, state: (jnp.ones(T), state))
+    rule = mtl.WeightRule(frozenset(), lambda inputs, state: (jnp.ones(T), state))
     tx = mtl.from_rule("mine", NAMED, rule, update_every=2)
     assert repr(tx) == "mine(('buy', 'cart', 'click'), update_every=2)"
     assert tx == mtl.from_rule("mine", NAMED, rule, update_every=2) == copy.deepcopy(tx)
@@ -92,7 +92,7 @@ def test_methods_of_ones_own_rule():
         mtl.from_rule("yours", NAMED, rule, update_every=2),
         mtl.from_rule("mine", T, rule, update_every=2),
         mtl.from_rule("mine", NAMED, rule),
-        mtl.from_rule("mine", NAMED, rule._replace(weigh=lambda evidence, state: None)),
+        mtl.from_rule("mine", NAMED, rule._replace(weigh=lambda inputs, state: None)),
     ):
         assert other != tx
 
@@ -105,8 +105,8 @@ def test_repr_shows_what_was_given():
     assert repr(mtl.pcd(("a", "b"), tau={"a": 0.1, "b": 0.2}, blocks=jnp.shape)) == (
         "pcd(('a', 'b'), tau={'a': 0.1, 'b': 0.2}, blocks=shape)"
     )
-    shown = repr(mtl.cr_mogm(2, weigher=mtl.mgda(2, normalize="l2"), alpha=jnp.float32(0.5)))
-    assert shown == "cr_mogm(2, weigher=mgda(2, normalize='l2'), alpha=Array(0.5, dtype=float32))"
+    shown = repr(mtl.cr_mogm(2, base=mtl.mgda(2, normalize="l2"), ema_decay=jnp.float32(0.5)))
+    assert shown == "cr_mogm(2, base=mgda(2, normalize='l2'), ema_decay=Array(0.5, dtype=float32))"
     assert repr(mtl.gradnorm(2, optimizer=optax.sgd(0.1))) == (
         "gradnorm(2, optimizer=GradientTransformationExtraArgs(...))"
     )
@@ -144,11 +144,11 @@ def test_a_method_with_a_traced_option_is_no_constant():
             assert message(TypeError, functools.partial(use, other)) == expected
 
         def loss_fn(h, carrier):
-            copies, token = mtl.fork(h, carrier, method)
+            copies, token = mtl.fork(method, carrier, h)
             return mtl.join(jnp.stack([copies[0].sum(), 2 * copies[1].sum()]), token)
 
-        mtl.cr_mogm(2, weigher=method).init(jnp.ones(2))
-        assert message(TypeError, lambda: hash(mtl.cr_mogm(2, weigher=method))) == expected
+        mtl.cr_mogm(2, base=method).init(jnp.ones(2))
+        assert message(TypeError, lambda: hash(mtl.cr_mogm(2, base=method))) == expected
         through_fork = jax.grad(loss_fn)(jnp.ones(2), mtl.fork_init(method, jnp.ones(2)))
         return weigh(method), through_fork
 
@@ -209,14 +209,15 @@ def test_a_method_is_a_static_argument_and_a_key():
 
 # What takes a function, and what is a method itself.
 TAKES_FUNCTIONS = {("famo", "weight_lr")}
-METHODS_INSIDE = {"weigher", "base"}
+METHODS_INSIDE = {"base"}
 DECAYS = [
     *(
         (name, "ema_decay")
-        for name in ("inverse_norm", "lr_annealing", "metabalance", "multibalance")
+        for name in (
+            *("cr_mogm", "db_mtl", "grad_vaccine", "inverse_norm", "lr_annealing", "metabalance"),
+            *("moco", "multibalance", "ntk", "pcd", "relobralo"),
+        )
     ),
-    *(("ntk", "ema_decay"), ("cr_mogm", "alpha"), ("relobralo", "alpha")),
-    *(("db_mtl", "beta"), ("pcd", "beta")),
     *(("scale_by_mtadam", which) for which in ("b1", "b2", "b3")),
 ]
 

@@ -117,7 +117,7 @@ def test_a_wrong_number_of_tasks(given):
     )
     assert found == (
         "mgda: updates must carry a leading task axis of size 2: leaf ['b'] has shape (3, 2), expected "
-        "(2, 2) (and 1 more leaf). The task axis has size 3 but num_tasks=2: give the number of losses "
+        "(2, 2) (and 1 more leaf). The task axis has size 3 but tasks=2: give the number of losses "
         "that loss_fn returns."
     )
 
@@ -460,7 +460,7 @@ def test_a_method_on_losses_inside_of_another_transformation_weighs_them():
 
 # --- options of methods ------------------------------------------------------------------------------
 
-WEIGHTS = mtl.WeightRule(frozenset(), lambda evidence, state: (jnp.ones(T), state))
+WEIGHTS = mtl.WeightRule(frozenset(), lambda inputs, state: (jnp.ones(T), state))
 UPDATES = mtl.UpdateRule(frozenset({"gradients"}), lambda view, state: (PARAMS, jnp.ones(T), state))
 OPTIONS = {
     "blocks of an update rule": (
@@ -511,7 +511,7 @@ def test_the_option_that_both_kinds_of_rule_take():
 
 
 def test_inject_hyperparams_on_num_tasks():
-    tx = optax.inject_hyperparams(mtl.mgda)(num_tasks=T)
+    tx = optax.inject_hyperparams(mtl.mgda)(tasks=T)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
         "mgda: num_tasks must be a Python integer, found a JAX array. Under optax.inject_hyperparams "
         "name it static: static_args=('num_tasks', ...)."
@@ -535,7 +535,7 @@ STATIC = {
 @pytest.mark.parametrize("name", STATIC)
 def test_inject_hyperparams_on_other_integers(name):
     what, wanted = STATIC[name]
-    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="num_tasks")(num_tasks=T)
+    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="num_tasks")(tasks=T)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
         f"{name}: {what} must be a Python {wanted}, found a JAX array. Under optax.inject_hyperparams "
         f"name it static: static_args=('{what}', ...)."
@@ -599,7 +599,7 @@ def test_parameters_without_a_gradient():
         "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, nnx.Param, ...)."
     )
     assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == expected
-    balanced = mtl.balanced_value_and_grad(loss_fn, mtl.mgda(3))
+    balanced = mtl.weighted_value_and_grad(loss_fn, mtl.mgda(3))
     state = mtl.mgda(3).init({"w": jnp.ones(3)})
     assert "leaf ['count'] of uint32" in message(TypeError, lambda: balanced(params, state))
     split = mtl.split_value_and_grad(lambda p: p["w"], lambda heads, h: heads * h)
@@ -640,7 +640,7 @@ def test_the_remedy_for_it():
     def total(wrap):
         def loss_fn(w, carrier, x):
             def block(w, carrier, x):
-                copies, token = mtl.fork(jnp.tanh(x @ w), carrier, method)
+                copies, token = mtl.fork(method, carrier, jnp.tanh(x @ w))
                 return jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1] - 1)]), token
 
             return mtl.join(*wrap(block)(w, carrier, x))
@@ -657,18 +657,10 @@ def test_losses_joined_twice_move_the_state_once():
 
     def total(times):
         def loss_fn(h, carrier):
-            copies, token = mtl.fork(h, carrier, method)
+            copies, token = mtl.fork(method, carrier, h)
             losses = jnp.stack([jnp.sum(copies[0] ** 2), jnp.sum(copies[1])])
             return sum(mtl.join(losses, token) for _ in range(times)) / times
 
         return jax.grad(loss_fn, argnums=(0, 1))(h, mtl.fork_init(method, h))
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), total(2), total(1))
-
-
-def test_a_base_that_clips():
-    expected = (
-        "emtl: takes the weights of nash_mtl only, so its max_norm would be lost. Leave it out, and put "
-        "optax.clip_by_global_norm after the whole method."
-    )
-    assert message(ValueError, lambda: mtl.emtl(T, base=mtl.nash_mtl(T, max_norm=1.0))) == expected

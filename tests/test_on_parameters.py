@@ -180,7 +180,7 @@ def test_has_aux_without_aux_is_refused(result):
     for place in (
         mtl.per_task_value_and_grad(lambda w: result, has_aux=True),
         lambda w: mtl.split_value_and_grad(lambda w: w, lambda _, w: result, True)(w, w),
-        lambda w: mtl.balanced_value_and_grad(lambda w: result, METHOD, True)(w, METHOD.init(w)),
+        lambda w: mtl.weighted_value_and_grad(lambda w: result, METHOD, True)(w, METHOD.init(w)),
     ):
         with pytest.raises(TypeError) as caught:
             place(jnp.asarray(1.0))
@@ -210,7 +210,7 @@ def test_parameters_without_a_real_gradient_are_refused(leaf, words):
         lambda params: mtl.split_value_and_grad(lambda p: p, lambda *_: loss_fn(params))(
             params, {}
         ),
-        lambda params: mtl.balanced_value_and_grad(loss_fn, METHOD)(
+        lambda params: mtl.weighted_value_and_grad(loss_fn, METHOD)(
             params, METHOD.init(jnp.ones(2))
         ),
         lambda params: mtl.one_task_value_and_grad(loss_fn, 2)(0, params),
@@ -227,7 +227,7 @@ def test_python_floats_are_parameters():
     _, (shared, heads) = mtl.split_value_and_grad(lambda w: w, lambda v, w: (2 * w, v * w))(
         1.5, 3.0
     )
-    _, (update, _) = mtl.balanced_value_and_grad(loss_fn, METHOD)(params, state)
+    _, (update, _) = mtl.weighted_value_and_grad(loss_fn, METHOD)(params, state)
     _, (row, active) = mtl.one_task_value_and_grad(loss_fn, 2)(1, params)
     assert grads["w"].tolist() == [2.0, 3.0] and update["w"] == 5.0
     assert shared.tolist() == [2.0, 3.0] and heads == 1.5
@@ -245,7 +245,7 @@ def test_all_gradient_functions_pass_arguments_on():
     encode, decode = (lambda w, x, *, power: w * x), (lambda v, h, x, *, power: (h**power, v * h))
     _, (shared, _) = mtl.split_value_and_grad(encode, decode)(w, jnp.asarray(1.0), x, power=2)
     assert shared.tolist() == want
-    _, (update, _) = mtl.balanced_value_and_grad(loss_fn, METHOD)(w, METHOD.init(w), x, power=2)
+    _, (update, _) = mtl.weighted_value_and_grad(loss_fn, METHOD)(w, METHOD.init(w), x, power=2)
     assert update == sum(want)
     _, (row, _) = mtl.one_task_value_and_grad(loss_fn, 2)(0, w, x, power=2)
     assert row.tolist() == [24.0, 0.0]
@@ -270,7 +270,7 @@ def test_unknown_mode_is_refused():
     places = (
         (mtl.per_task_value_and_grad, [plain_losses]),
         (mtl.split_value_and_grad, [plain_losses] * 2),
-        (mtl.balanced_value_and_grad, [plain_losses, METHOD]),
+        (mtl.weighted_value_and_grad, [plain_losses, METHOD]),
     )
     for place, arguments in places:
         with pytest.raises(ValueError) as caught:

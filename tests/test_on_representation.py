@@ -38,7 +38,7 @@ ORDER = sorted(NAMES)
 def fork_step(method, model=PLAIN):
     """`fn(params, state, batch, active=None) -> (losses, (grads, state))`."""
     return mtl.fork_value_and_grad(
-        forked_losses(model), method, num_tasks=TASKS if method is METHODS["optax"] else None
+        forked_losses(model), method, tasks=TASKS if method is METHODS["optax"] else None
     )
 
 
@@ -73,7 +73,7 @@ def test_equals_fork_and_join(name):
 
     def joined(params, carrier):
         x, y = batch
-        copies, token = mtl.fork(encode(params["shared"], x), carrier, method, num_tasks=TASKS)
+        copies, token = mtl.fork(method, carrier, encode(params["shared"], x), tasks=TASKS)
         losses = head_losses(params["heads"], copies, y)
         return mtl.join(losses, token, active=active), losses
 
@@ -439,7 +439,7 @@ def test_arguments_of_the_loss_function_and_of_the_method():
 def test_names_for_a_transformation_that_has_none():
     params, batch = make_problem()
     chain = optax.chain(mtl.per_task(optax.trace(0.9), TASKS), mtl.sum_tasks(TASKS))
-    fn = mtl.fork_value_and_grad(named_losses, chain, num_tasks=NAMES)
+    fn = mtl.fork_value_and_grad(named_losses, chain, tasks=NAMES)
     losses, (grads, _) = jax.jit(fn)(params, chain.init(jnp.zeros(LIKE.shape)), batch)
     assert losses.keys() == set(NAMES)
     assert_close(grads, jax.grad(lambda p: plain_losses(p, batch).sum())(params))
@@ -781,7 +781,7 @@ def test_unknown_number_of_tasks_is_refused():
     method = aggregating.average_per_element_updates()
     message = (
         "fork_value_and_grad: cannot tell the number of tasks, because this transformation holds no method "
-        "of mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of "
+        "of mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass tasks= for one of "
         "your own."
     )
     fn = mtl.fork_value_and_grad(lambda w, fork: jnp.stack(fork(w)), method)

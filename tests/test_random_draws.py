@@ -13,7 +13,7 @@ GRADIENTS = jnp.asarray(np.random.default_rng(0).normal(size=(T, 6)), jnp.float3
 # Pairs conflict, so that the order of projections shows.
 GRADIENTS = GRADIENTS - 0.9 * jnp.mean(GRADIENTS, axis=0, keepdims=True)
 LOSSES = jnp.array([0.7, 1.3, 0.2, 2.0])
-OPTIONS = {"relobralo": {"rho": 0.5, "alpha": 0.5}}
+OPTIONS = {"relobralo": {"rho": 0.5, "ema_decay": 0.5}}
 
 
 @pytest.mark.parametrize("name", sorted(RANDOM))

@@ -59,7 +59,7 @@ def test_one_branch_runs():
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize(
-    "method", [mtl.config, mtl.mgda, mtl.metabalance, mtl.emtl], ids=lambda f: f.__name__
+    "method", [mtl.conflict_free, mtl.mgda, mtl.metabalance, mtl.emtl], ids=lambda f: f.__name__
 )
 def test_the_method_sees_averages_of_all_tasks(method, decay):
     """Written out: an average per task, corrected for its start, then the method on all of them."""
@@ -108,7 +108,7 @@ def test_a_non_finite_task_keeps_its_old_gradient():
 
 def test_a_subset_of_tasks_a_step_with_stack_tasks_in_a_chain():
     names = ("a", "b", "c")
-    tx = optax.chain(mtl.remember(mtl.config(names), decay=0.9), optax.adam(1e-2))
+    tx = optax.chain(mtl.remember(mtl.conflict_free(names), decay=0.9), optax.adam(1e-2))
     mtl.check(tx, PARAMS, names)
     state = tx.init(PARAMS)
     _, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, X)
@@ -151,8 +151,8 @@ def test_it_trains_like_the_method_on_all_gradients():
 def test_messages():
     with pytest.raises(ValueError, match="give num_tasks for a transformation"):
         mtl.remember(optax.chain(mtl.mgda(2)))
-    with pytest.raises(ValueError, match="num_tasks=3 is not that of mgda, 2"):
-        mtl.remember(mtl.mgda(2), num_tasks=3)
+    with pytest.raises(ValueError, match="tasks=3 is not that of mgda, 2"):
+        mtl.remember(mtl.mgda(2), tasks=3)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         mtl.remember(mtl.mgda(2), 1.0)
     with pytest.raises(ValueError, match=r"one entry per task, \['a', 'b', 'x'\]"):

@@ -258,25 +258,9 @@ def test_axis_name_sums_over_shards_of_parameters():
         assert_close(actual[name], result)
 
 
-def test_a_clip_by_norm_is_by_the_norm_of_the_whole():
-    """Each device has an eighth of the update; its own norm would clip less, and each by another factor."""
-    grads = draw(6, {"w": (16, 3)}, (T,))["w"]
-    alone = mtl.nash_mtl(T, max_norm=0.1)
-    expected, _ = alone.update(grads, alone.init(jnp.zeros((16, 3))))
-    assert np.linalg.norm(expected) == pytest.approx(0.1)
-    method = mtl.nash_mtl(T, max_norm=0.1, axis_name=AXES)
-    local = jax.shard_map(
-        lambda grads: method.update(grads, method.init(grads[0]))[0],
-        mesh=make_mesh("auto"),
-        in_specs=P(None, AXES),
-        out_specs=P(AXES),
-    )
-    assert_close(jax.jit(local)(grads), expected)
-
-
 def that_exclude(axis_name):
     """Transformations that exclude a task or skip a step by what they find on the devices."""
-    method = functools.partial(make, num_tasks=T, axis_name=axis_name)
+    method = functools.partial(make, tasks=T, axis_name=axis_name)
     return {
         **{name: method(name) for name in ("adatask", "graddrop", "mgda", "moco", "sum_tasks")},
         **{name: method(name) for name in ("scale_by_mtadam", "trimmed_mean")},
@@ -495,7 +479,7 @@ def test_balanced_gradients_inside_shard_map(broken):
             a, b = mean((jnp.mean(h**2), jnp.mean(h - 1)))
             return a, jnp.sqrt(0.0 * b) if broken else b
 
-        fn, state = mtl.balanced_value_and_grad(losses_of, method), method.init(w)
+        fn, state = mtl.weighted_value_and_grad(losses_of, method), method.init(w)
         for _ in range(2):
             losses, (update, state) = fn(w, state)
         return losses, update, state

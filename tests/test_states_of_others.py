@@ -83,7 +83,7 @@ def through_fork(params, fork):
 
 PLACES = {
     "weigh_losses": lambda tx, state: mtl.weigh_losses(LOSSES, state, tx),
-    "balanced_value_and_grad": lambda tx, state: mtl.balanced_value_and_grad(losses_of, tx)(
+    "weighted_value_and_grad": lambda tx, state: mtl.weighted_value_and_grad(losses_of, tx)(
         PARAMS, state
     ),
     "fork_value_and_grad": lambda tx, state: mtl.fork_value_and_grad(through_fork, tx)(

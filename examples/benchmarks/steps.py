@@ -67,7 +67,7 @@ def steps(
     def balanced(
         params: Any, opt_state: Any, balance: Any, batch: Any, evidence: Any = None
     ) -> Any:
-        step = mtl.balanced_value_and_grad(losses_of, method, evidence=evidence, mode=mode)
+        step = mtl.weighted_value_and_grad(losses_of, method, weights_from=evidence, mode=mode)
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 

@@ -52,7 +52,7 @@ TABLE3 = (
     Entry("GradDrop", f"graddrop({REPRESENTATION})", {"leak": uniform(0.0, 0.5)}, {"leak": 0.0}),
     # The median is the norm that the paper found the most stable. An average over steps would mix the
     # gradients of unrelated examples here.
-    Entry("DB-MTL", f"db_mtl(beta=0.0, norm='median', {REPRESENTATION})"),
+    Entry("DB-MTL", f"db_mtl(ema_decay=0.0, norm='median', {REPRESENTATION})"),
     Entry("IMTL-G", f"imtl_g({REPRESENTATION})"),
     Entry(
         "MultiBalance without EMA", f"multibalance(ema_decay=0.0, {REPRESENTATION})", **WEIGHT_LR

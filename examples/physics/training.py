@@ -90,7 +90,7 @@ def every_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
 
 def kept_weights(problem: Problem, method: mtl.Method, config: Config) -> Any:
     """T backward passes where weights are due (`update_every`), and one in between: jaxpi's scheme."""
-    value_and_grad = mtl.balanced_value_and_grad(_losses(problem), method)
+    value_and_grad = mtl.weighted_value_and_grad(_losses(problem), method)
 
     def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
         return value_and_grad(params, state, *points)[1]
@@ -215,8 +215,8 @@ ROWS = {
         lambda names, _: mtl.metabalance(names, target="equation", relax_factor=1.0, blocks="all")
     ),
     "upgrad": Row(lambda names, _: mtl.upgrad(names)),
-    "config": Row(lambda names, _: mtl.config(names)),
-    "config, one gradient": Row(lambda names, _: mtl.config(names), one_gradient),
+    "config": Row(lambda names, _: mtl.conflict_free(names)),
+    "config, one gradient": Row(lambda names, _: mtl.conflict_free(names), one_gradient),
     "mgda": Row(lambda names, _: mtl.mgda(names)),
     "imtl_g": Row(lambda names, _: mtl.imtl_g(names)),
     "multibalance": Row(lambda names, _: mtl.multibalance(names)),

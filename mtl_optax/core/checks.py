@@ -135,7 +135,7 @@ def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks
     if all(got[1:] == want[1:] and got for _, got, want in wrong):
         sizes = sorted({got[0] for _, got, _ in wrong})
         return (
-            f"The task axis has size {', '.join(map(str, sizes))} but num_tasks={num_tasks}: give "
+            f"The task axis has size {', '.join(map(str, sizes))} but tasks={num_tasks}: give "
             "the number of losses that loss_fn returns."
         )
     if all(got == (math.prod(want),) for _, got, want in wrong):

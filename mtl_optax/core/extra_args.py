@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.core.rule import Evidence
+from mtl_optax.core.rule import StepInputs
 
 
-def given_gram(name: str, num_tasks: int, evidence: Evidence) -> jax.Array | None:
+def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | None:
     """The extra argument `gram` of `update`, `[T, T]`, without absent tasks; None where not given.
 
     Entry (s, t) is the inner product of task s's gradient on one batch and task t's on another, so that
     it need not be symmetric, and its diagonal can be negative.
     """
-    gram = evidence.extra["gram"]
+    gram = inputs.extra["gram"]
     if gram is None:
         return None
     if np.shape(gram) != (num_tasks, num_tasks):
@@ -25,19 +25,19 @@ def given_gram(name: str, num_tasks: int, evidence: Evidence) -> jax.Array | Non
             f"{name}: gram= must have shape ({num_tasks}, {num_tasks}): inner products of the task "
             f"gradients of one batch (rows) with those of another; found {np.shape(gram)}."
         )
-    both = evidence.active[:, None] & evidence.active[None, :]
-    return jnp.where(both, jnp.asarray(gram), 0).astype(evidence.norms.dtype)
+    both = inputs.active[:, None] & inputs.active[None, :]
+    return jnp.where(both, jnp.asarray(gram), 0).astype(inputs.norms.dtype)
 
 
 def projection_order(
-    name: str, num_tasks: int, order: str, seed: int, evidence: Evidence
+    name: str, num_tasks: int, order: str, seed: int, inputs: StepInputs
 ) -> jax.Array:
     """`[T, T]` integers: row i lists the tasks in the order in which gradient i is projected on theirs.
 
     The extra argument `order` of `update` overrides the choice. "cyclic" starts with the next task;
     "random" shuffles every row anew each step. A task's own number may stand anywhere: it is skipped.
     """
-    given: Any = evidence.extra["order"]
+    given: Any = inputs.extra["order"]
     if given is not None:
         if np.shape(given) != (num_tasks, num_tasks) or not jnp.issubdtype(
             jnp.result_type(given), jnp.integer
@@ -51,6 +51,6 @@ def projection_order(
     ascending = jnp.arange(num_tasks, dtype=jnp.int32)
     if order == "cyclic":
         return (ascending[:, None] + 1 + ascending[None, :]) % num_tasks
-    key = jax.random.fold_in(jax.random.key(seed), evidence.step)
+    key = jax.random.fold_in(jax.random.key(seed), inputs.step)
     rows = jnp.broadcast_to(ascending[None, :], (num_tasks, num_tasks))
     return jax.random.permutation(key, rows, axis=1, independent=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -46,8 +47,9 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
         bound.apply_defaults()
         # The common options are compared as the method has them.
         arguments = {name: value for name, value in _after_tasks(bound).items() if name in own}
-        method.origin = Origin(made, given, arguments)
-        return method
+        origin = Origin(made, given, arguments)
+        definition = dataclasses.replace(method.definition, origin=origin)
+        return Method(definition.init, definition.update)
 
     return made
 

@@ -1,7 +1,8 @@
-"""The type of every method, its options, and its state."""
+"""The type of every method, and its options."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,38 +52,6 @@ class Options(NamedTuple):
     axis_name: Any = None
 
 
-class BalanceState(NamedTuple):
-    """The state of every method. B is the number of blocks, 1 with `blocks="all"`.
-
-    Attributes:
-      balance_count: int32 scalar, updates done.
-      weights: `[B, T]`, the weights used last.
-      kept_weights: `[B, T]`, the weights computed last, for methods that use smaller ones where
-        `update_every` keeps them for gradients that have grown too much; `()` for others.
-      norms: `[B, T]`, the gradient norms seen last; `()` where the method needs none.
-      cosine: `[B, T, T]`, the cosines seen last; `()` where the method needs none.
-      skipped: int32 `[T]`, how often each task was excluded because it was not finite: a number in its
-        gradient or its loss, or the sum of its squared numbers (a norm above 1.8e19 in float32).
-      weighed: bool `[T]`, the tasks for which `weights` were computed.
-      averages: what the method keeps of the gradients themselves; `()` for most methods.
-      rule_state: what the rule remembers; with a block axis for methods that give weights.
-    """
-
-    balance_count: jax.Array
-    weights: jax.Array
-    kept_weights: Any
-    norms: Any
-    cosine: Any
-    skipped: jax.Array
-    weighed: jax.Array
-    averages: Any
-    rule_state: Any
-
-
-class GradientsState(BalanceState):
-    """The state of a method that works on the gradients element by element: the same fields."""
-
-
 class Origin(NamedTuple):
     """What made a method, and of what.
 
@@ -95,6 +64,25 @@ class Origin(NamedTuple):
     make: Callable[..., Method]
     given: dict[str, Any]
     arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """What a method is made of.
+
+    Attributes:
+      name: the factory's name.
+      tasks: how many tasks there are, and their names.
+      rule: the mathematics.
+      options: what was given of `MethodOptions`, and defaults.
+      origin: the factory and its arguments.
+    """
+
+    name: str
+    tasks: Tasks
+    rule: WeightRule | UpdateRule
+    options: Options
+    origin: Origin
 
 
 class Method(optax.GradientTransformationExtraArgs):
@@ -131,41 +119,15 @@ class Method(optax.GradientTransformationExtraArgs):
       True
     """
 
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-    name: str
-    tasks: Tasks
-    rule: WeightRule | UpdateRule
-    options: Options
-    origin: Origin
-
     def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Any:
-        """The method whose own functions these are; of others, another transformation.
+        """The method whose two functions these are; of others, another transformation.
 
         So it comes back from whatever takes a named tuple apart and puts it together again.
         """
-        owner = getattr(update, "method", None)
-        if owner is not None and tuple(owner) == (init, update):
-            return owner
+        owner = getattr(update, "__self__", None)
+        if isinstance(owner, Definition) and getattr(init, "__self__", None) is owner:
+            return tuple.__new__(cls, (init, update))
         return optax.GradientTransformationExtraArgs(init, update)
-
-    @classmethod
-    def of(
-        cls,
-        init: Callable[..., Any],
-        update: Callable[..., Any],
-        name: str,
-        tasks: Tasks,
-        rule: WeightRule | UpdateRule,
-        options: Options,
-        origin: Origin,
-    ) -> Method:
-        """A pair of functions, and what the library asks of a method as attributes."""
-        method = tuple.__new__(cls, (init, update))
-        method.name, method.tasks, method.rule, method.options = name, tasks, rule, options
-        method.origin = origin
-        setattr(update, "method", method)  # noqa: B010
-        return method
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Method) and self._value == other._value)
@@ -190,7 +152,7 @@ class Method(optax.GradientTransformationExtraArgs):
         return cls(*iterable)
 
     @functools.cached_property
-    def _value(self) -> tuple[Any, ...]:
+    def _value(self) -> tuple[object, ...]:
         """What methods are compared by, hashable."""
         made_of = (self.options, self.origin.arguments)
         leaves, structure = jax.tree.flatten(made_of, is_leaf=is_method)
@@ -200,6 +162,36 @@ class Method(optax.GradientTransformationExtraArgs):
                 "of a compiled function. Make it inside of that function."
             )
         return self.name, self.tasks, structure, tuple(map(_by_value, leaves))
+
+    @property
+    def definition(self) -> Any:
+        """The object that `init` and `update` are methods of."""
+        return self.update.__self__  # type: ignore[attr-defined]
+
+    @property
+    def name(self) -> str:
+        """The factory's name."""
+        return self.definition.name
+
+    @property
+    def tasks(self) -> Tasks:
+        """How many tasks there are, and their names."""
+        return self.definition.tasks
+
+    @property
+    def rule(self) -> WeightRule | UpdateRule:
+        """Its mathematics."""
+        return self.definition.rule
+
+    @property
+    def options(self) -> Options:
+        """What it was given of `MethodOptions`, and defaults."""
+        return self.definition.options
+
+    @property
+    def origin(self) -> Origin:
+        """The factory and its arguments."""
+        return self.definition.origin
 
     @property
     def num_tasks(self) -> int:
@@ -253,12 +245,6 @@ def _by_value(leaf: Any) -> Any:
         return leaf
     array = np.asarray(leaf)
     return array.shape, array.dtype, array.tobytes()
-
-
-def states_in(tree: Any) -> list[BalanceState]:
-    """The states of methods in any tree that holds some: of a chain, a wrapper, a fork's carrier."""
-    is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
-    return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
 
 
 # What is inside a chain shows in no attribute of it: while `check` calls its update, methods say so here.

@@ -41,12 +41,12 @@ class Tasks(NamedTuple):
         return f"one entry per task in the order {list(self.names)}"
 
 
-def read_tasks(name: str, num_tasks: Any) -> Tasks:
-    """Reads the argument `num_tasks` of a factory: an integer or a collection of names.
+def read_tasks(name: str, tasks: int | Collection[str] | Tasks) -> Tasks:
+    """Reads the argument `tasks` of a factory: an integer or a collection of names.
 
     Args:
       name: the factory's name, for messages.
-      num_tasks: a positive Python integer, or a collection of distinct strings.
+      tasks: a positive Python integer, or a collection of distinct strings.
 
     Returns:
       The tasks, names sorted.
@@ -59,52 +59,58 @@ def read_tasks(name: str, num_tasks: Any) -> Tasks:
       >>> read_tasks("mgda", {"click", "buy"})
       Tasks(number=2, names=('buy', 'click'))
     """
-    if isinstance(num_tasks, jax.Array):
+    if isinstance(tasks, jax.Array):
         raise TypeError(
-            f"{name}: num_tasks must be a Python integer, found a JAX array. "
-            + _NAME_STATIC.format("num_tasks")
+            f"{name}: tasks must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format("tasks")
         )
-    if isinstance(num_tasks, str):
+    if isinstance(tasks, str):
         raise TypeError(
-            f"{name}: num_tasks must be a Python integer or a collection of task names; found the single "
-            f"string {num_tasks!r}. For one task give ({num_tasks!r},)."
+            f"{name}: tasks must be a Python integer or a collection of task names; found the single "
+            f"string {tasks!r}. For one task give ({tasks!r},)."
         )
-    if isinstance(num_tasks, Tasks):
-        return num_tasks
-    if isinstance(num_tasks, Collection):
-        return _named(name, num_tasks)
-    if isinstance(num_tasks, bool) or not hasattr(num_tasks, "__index__"):
+    if isinstance(tasks, Tasks):
+        return tasks
+    if isinstance(tasks, Collection):
+        return _named(name, tasks)
+    if isinstance(tasks, bool) or not hasattr(tasks, "__index__"):
         raise TypeError(
-            f"{name}: num_tasks must be a Python integer or a collection of task names, found "
-            f"{num_tasks!r}."
+            f"{name}: tasks must be a Python integer or a collection of task names, found "
+            f"{tasks!r}."
         )
-    value = int(num_tasks)
+    value = int(tasks)
     if value < 1:
-        raise ValueError(f"{name}: num_tasks must be at least 1, found {value}.")
+        raise ValueError(f"{name}: tasks must be at least 1, found {value}.")
     return Tasks(value, None)
 
 
-def task_index(name: str, what: str, task: Any, tasks: Tasks) -> int:
-    """The index of a task that was given by its index or its name."""
-    if isinstance(task, jax.Array):
+def find_target(name: str, target: int | str | None, tasks: Tasks) -> int:
+    """The index of a target that was given by its index or its name; None is the first numbered one."""
+    if target is None and tasks.names is not None:
         raise TypeError(
-            f"{name}: {what} must be a Python integer, found a JAX array. "
-            + _NAME_STATIC.format(what)
+            f"{name}: say which task is the target, such as target={tasks.names[0]!r}; the tasks are "
+            f"{list(tasks.names)}."
         )
-    if isinstance(task, str):
-        if tasks.names is None or task not in tasks.names:
+    if isinstance(target, jax.Array):
+        raise TypeError(
+            f"{name}: target must be a Python integer, found a JAX array. "
+            + _NAME_STATIC.format("target")
+        )
+    if isinstance(target, str):
+        if tasks.names is None or target not in tasks.names:
             known = (
                 f"the tasks are {list(tasks.names)}" if tasks.names else "the tasks have no names"
             )
-            raise ValueError(f"{name}: {what} must be a task; {known}, found {task!r}.")
-        return tasks.names.index(task)
-    if isinstance(task, bool) or not isinstance(task, (int, np.integer)):
-        raise TypeError(f"{name}: {what} must be a task's index or name, found {describe(task)}.")
-    if not 0 <= int(task) < tasks.number:
+            raise ValueError(f"{name}: target must be a task; {known}, found {target!r}.")
+        return tasks.names.index(target)
+    target = 0 if target is None else target
+    if isinstance(target, bool) or not isinstance(target, (int, np.integer)):
+        raise TypeError(f"{name}: target must be a task's index or name, found {describe(target)}.")
+    if not 0 <= int(target) < tasks.number:
         raise ValueError(
-            f"{name}: {what} must be the index of a task, 0 to {tasks.number - 1}; found {task}."
+            f"{name}: target must be the index of a task, 0 to {tasks.number - 1}; found {target}."
         )
-    return int(task)
+    return int(target)
 
 
 def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tuple[Any, ...]:
@@ -192,5 +198,5 @@ def _named(name: str, names: Collection[Any]) -> Tasks:
         twice = sorted(task for task in set(names) if list(names).count(task) > 1)
         raise ValueError(f"{name}: task names must differ, found {twice} more than once.")
     if not names:
-        raise ValueError(f"{name}: num_tasks must be at least 1, found no task names.")
+        raise ValueError(f"{name}: tasks must be at least 1, found no task names.")
     return Tasks(len(names), tuple(sorted(names)))

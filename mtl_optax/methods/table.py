@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mtl_optax.combinators import fixed_weights, mean_tasks, sum_tasks
 from mtl_optax.core.method import Method
 from mtl_optax.methods.gradients.adatask import adatask
 from mtl_optax.methods.gradients.db_mtl import db_mtl
@@ -17,7 +16,7 @@ from mtl_optax.methods.gradients.scale_by_mtadam import scale_by_mtadam
 from mtl_optax.methods.gradients.trimmed_mean import trimmed_mean
 from mtl_optax.methods.gram.aligned_mtl import aligned_mtl
 from mtl_optax.methods.gram.cagrad import cagrad
-from mtl_optax.methods.gram.config import config
+from mtl_optax.methods.gram.conflict_free import conflict_free
 from mtl_optax.methods.gram.cr_mogm import cr_mogm
 from mtl_optax.methods.gram.emtl import emtl
 from mtl_optax.methods.gram.fairgrad import fairgrad
@@ -40,10 +39,12 @@ from mtl_optax.methods.losses.bandit_mtl import bandit_mtl
 from mtl_optax.methods.losses.cosmos import cosmos
 from mtl_optax.methods.losses.dwa import dwa
 from mtl_optax.methods.losses.famo import famo
+from mtl_optax.methods.losses.fixed_weights import fixed_weights
 from mtl_optax.methods.losses.gls import gls
 from mtl_optax.methods.losses.go4align import go4align
 from mtl_optax.methods.losses.imtl_l import imtl_l
 from mtl_optax.methods.losses.lagrangian import lagrangian
+from mtl_optax.methods.losses.mean_tasks import mean_tasks
 from mtl_optax.methods.losses.ntk import ntk
 from mtl_optax.methods.losses.pbi import pbi
 from mtl_optax.methods.losses.relobralo import relobralo
@@ -51,6 +52,7 @@ from mtl_optax.methods.losses.rlw import rlw
 from mtl_optax.methods.losses.scale_invariant import scale_invariant
 from mtl_optax.methods.losses.softadapt import softadapt
 from mtl_optax.methods.losses.stch import stch
+from mtl_optax.methods.losses.sum_tasks import sum_tasks
 from mtl_optax.methods.losses.uncertainty import uncertainty
 from mtl_optax.methods.norms.gradnorm import gradnorm
 from mtl_optax.methods.norms.inverse_norm import inverse_norm
@@ -63,7 +65,7 @@ class MethodRow(NamedTuple):
 
     Attributes:
       name: the public name.
-      factory: the public factory, `factory(num_tasks, ...) -> Method`.
+      factory: the public factory, `factory(tasks, ...) -> Method`.
       needs: what the method looks at by default: "losses", "norms", "gram" or "gradients" (element by
         element).
       family: the folder it lives in, which says what it costs: "losses", "norms", "gram" or "gradients"
@@ -111,7 +113,7 @@ _ROWS = (
     (rotograd_scale, ("norms",), "norms", "sum", "Javaloy and Valera, RotoGrad, 2022"),
     (aligned_mtl, ("gram",), "gram", "sum", "Senushkin et al., Independent Component Alignment, 2023"),
     (cagrad, ("gram",), "gram", "own", "Liu et al., Conflict-Averse Gradient Descent, 2021"),
-    (config, ("gram",), "gram", "sum", "Liu, Chu and Thuerey, ConFIG, 2024"),
+    (conflict_free, ("gram",), "gram", "sum", "Liu, Chu and Thuerey, ConFIG, 2024"),
     (cr_mogm, ("gram",), "gram", "mean", "Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation, 2022"),
     (dualproj, ("gram",), "gram", "mean", "Lopez-Paz and Ranzato, Gradient Episodic Memory, 2017"),
     (emtl, ("losses", "gram"), "gram", "own", "Yuan et al., Equitable Multi-Task Learning, 2023"),

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax import lax
 
-from mtl_optax.core.lift import weigh_by_losses
-from mtl_optax.core.method import GradientsState, Method, states_in
+from mtl_optax.core.method import Method
+from mtl_optax.core.state import BalanceState, check_fields
+from mtl_optax.core.tasks import task_vector
+from mtl_optax.core.types import Active, Losses
 from mtl_optax.placement.loss_vector import loss_vector
 
 _LOOKS_AT_GRADIENTS = (
@@ -19,13 +21,13 @@ _LOOKS_AT_GRADIENTS = (
 
 
 def weigh_losses(
-    losses: Any,
-    state: Any,
-    method: optax.GradientTransformation,
+    losses: Losses,
+    state: BalanceState,
+    method: Method,
     *,
-    active: Any = None,
+    active: Active | None = None,
     **extra_args: Any,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, BalanceState]:
     """Weighs the losses by a method that looks at nothing but losses.
 
     Returns `sum_t weights[t] * losses[t]`, whose gradient is the weighted sum of the task gradients from
@@ -38,14 +40,13 @@ def weigh_losses(
       task out. Guard the division in the loss of an absent task, or put a method on the gradients;
       `skip_nonfinite` around the optimizer leaves out the whole step.
 
-      The cost is O(T) for a `Method`. A transformation that only contains one (a chain,
-      `optax.inject_hyperparams`) is called on a `[T, T]` identity matrix instead.
+      The cost is O(T).
 
     Args:
       losses: a dictionary or tuple of scalars, or an array `[T]`; the raw losses inside the differentiated
         function.
       state: the method's optax state, from `method.init(params)`.
-      method: a `Method` with `needs` of nothing but losses, or a chain that holds one.
+      method: a `Method` with `needs` of nothing but losses.
       active: bool `[T]` or a dictionary, the tasks present in this batch; all by default.
       **extra_args: passed to `method.update`: `noise=`, `losses_after=`, ...
 
@@ -54,7 +55,8 @@ def weigh_losses(
       as auxiliary output).
 
     Raises:
-      ValueError: if the method needs gradients; the message says where to put it.
+      TypeError: for a transformation that is no `Method`. ValueError: if the method needs gradients; the
+        message says where to put it.
 
     Example:
 
@@ -72,32 +74,39 @@ def weigh_losses(
       https://arxiv.org/abs/1705.07115
     """
     vector = loss_vector(losses)
-    constant = jax.lax.stop_gradient(losses)
-    if isinstance(method, Method):
-        if method.needs - {"losses"}:
-            needs = ", ".join(sorted(method.needs))
-            raise ValueError(
-                f"{method.name}: looks at gradients ({needs}), so {_LOOKS_AT_GRADIENTS}"
-            )
-        weights, state = weigh_by_losses(method, constant, state, active, extra_args)
-    else:
-        for node in states_in(state):
-            if isinstance(node, GradientsState) or not isinstance(node.norms, tuple):
-                raise ValueError(
-                    f"weigh_losses: a method in this transformation looks at gradients, so "
-                    f"{_LOOKS_AT_GRADIENTS}"
-                )
-        update = optax.with_extra_args_support(method).update
-        # One unit "gradient" per task: what the transformation makes of them is its weights. In place
-        # of parameters stands a vector [T], of which the rows are the "gradients".
-        weights, state = update(
-            jnp.eye(vector.shape[0], dtype=vector.dtype),
-            state,
-            jax.lax.stop_gradient(vector),
-            losses=constant,
-            active=active,
-            **extra_args,
+    if not isinstance(method, Method):
+        raise TypeError(
+            "weigh_losses: method must be what a factory of mtl_optax returned, found a "
+            f"{type(method).__name__}. Put what else a chain holds into the optimizer."
         )
-    weights = jax.lax.stop_gradient(jnp.asarray(weights))
+    if method.needs - {"losses"}:
+        needs = ", ".join(sorted(method.needs))
+        raise ValueError(f"{method.name}: looks at gradients ({needs}), so {_LOOKS_AT_GRADIENTS}")
+    weights, state = _weights(method, jax.lax.stop_gradient(losses), state, active, extra_args)
     used = weights != 0
     return jnp.sum(jnp.where(used, weights * jnp.where(used, vector, 0), 0)), state
+
+
+def _weights(
+    method: Method,
+    losses: Losses,
+    state: BalanceState,
+    active: Active | None,
+    extra_args: dict[str, Any],
+) -> tuple[jax.Array, BalanceState]:
+    """The weights `[T]` of a method that looks at losses alone, and its new state."""
+    road = method.definition
+    given = road.read(state, losses, active, extra_args=extra_args)
+    inputs = road.inputs(given, state)
+    # Losses are needed for their finiteness, also by methods that do not look at them.
+    vector = task_vector(method.name, "losses", losses, method.tasks, state.weights.dtype)
+    inputs = inputs.restrict(jnp.isfinite(vector))
+    check_fields(method.name, method.rule, state, ())
+    if method.options.update_every == 1:
+        state = road.weigh(state, inputs)
+    else:
+        due = road.due(state, inputs.active)
+        state = lax.cond(due, lambda state: road.weigh(state, inputs), lambda state: state, state)
+    # Every block saw the same losses.
+    weights = jnp.where(inputs.active, jnp.mean(state.weights, axis=0), 0)
+    return jax.lax.stop_gradient(weights), road.finish(state, given, inputs.active)

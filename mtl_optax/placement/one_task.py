@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
@@ -17,7 +17,7 @@ from mtl_optax.placement.pull_back import vjp_of_losses
 
 def one_task_value_and_grad(
     loss_fn: Callable[..., Any],
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     order: Literal["cyclic", "random"] = "cyclic",
     seed: int = 0,
@@ -35,7 +35,7 @@ def one_task_value_and_grad(
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
         `[T]`; in an array a task whose derivative is not finite reaches the gradients of the others.
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       order: "cyclic" takes task `step % T`; "random" draws the task of each step.
       seed: of the draws, an integer.
 
@@ -53,7 +53,7 @@ def one_task_value_and_grad(
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> def loss_fn(w):
       ...     return (w ** 2).sum(), 3 * w.sum()
-      >>> tx = mtl.remember(mtl.config(2), decay=0.9)
+      >>> tx = mtl.remember(mtl.conflict_free(2), decay=0.9)
       >>> w, grad_fn = jnp.ones(2), mtl.one_task_value_and_grad(loss_fn, 2)
       >>> state = tx.init(w)
       >>> for step in range(2):
@@ -66,7 +66,7 @@ def one_task_value_and_grad(
       Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
       2025, section 3.3, https://arxiv.org/abs/2408.11104
     """
-    tasks = read_tasks("one_task_value_and_grad", num_tasks)
+    axis = read_tasks("one_task_value_and_grad", tasks)
     check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))
 
     def value_and_grad(step: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,18 +76,18 @@ def one_task_value_and_grad(
             losses, pullback, given = vjp_of_losses(
                 lambda params: split_result(loss_fn(params, *args, **kwargs), False), params
             )
-            if losses.shape != (tasks.number,):
+            if losses.shape != (axis.number,):
                 raise ValueError(
-                    f"one_task_value_and_grad: loss_fn must return {tasks.number} losses; found "
+                    f"one_task_value_and_grad: loss_fn must return {axis.number} losses; found "
                     f"{losses.shape[0]}."
                 )
-            task_vector("one_task_value_and_grad", "the losses of loss_fn", given, tasks)
+            task_vector("one_task_value_and_grad", "the losses of loss_fn", given, axis)
             return losses[t], pullback.of_task(t)[0]
 
-        branches = [lambda params, t=t: only(t, params) for t in range(tasks.number)]
-        task = _task_of(jnp.asarray(step), tasks.number, order, seed)
+        branches = [lambda params, t=t: only(t, params) for t in range(axis.number)]
+        task = _task_of(jnp.asarray(step), axis.number, order, seed)
         loss, gradient = lax.switch(task, branches, params)
-        active = jnp.arange(tasks.number) == task
+        active = jnp.arange(axis.number) == task
 
         def in_slot(value: jax.Array) -> jax.Array:
             here = active.reshape((-1,) + (1,) * value.ndim)

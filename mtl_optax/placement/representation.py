@@ -10,7 +10,7 @@ drops what only the first would pass on to the bottom. The method's state is an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ import optax
 
 from mtl_optax.core.checks import read_active
 from mtl_optax.core.leaves import TaskRows
-from mtl_optax.core.method import Method, states_in
+from mtl_optax.core.method import Method
+from mtl_optax.core.state import states_in
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
 from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, split_result
 
@@ -39,7 +40,7 @@ def fork_value_and_grad(
     method: optax.GradientTransformation,
     has_aux: bool = False,
     *,
-    num_tasks: Any = None,
+    tasks: int | Collection[str] | None = None,
 ) -> Callable[..., Any]:
     """Differentiates a multi-task model with a method on its shared representation.
 
@@ -71,7 +72,7 @@ def fork_value_and_grad(
       method: any optax transformation that removes the task axis. It sees the representation as
         `params`, and the extra arguments `losses` and `active`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      num_tasks: T or the task names; give the names if `method` is not itself a `Method` (a chain, a
+      tasks: T or the task names; give the names if `method` is not itself a `Method` (a chain, a
         wrapper), else `copies` is a tuple.
 
     Returns:
@@ -115,9 +116,9 @@ def fork_value_and_grad(
         extra_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        tasks = tasks_of("fork_value_and_grad", method, state, num_tasks)
+        axis = tasks_of("fork_value_and_grad", method, state, tasks)
         check_differentiable("fork_value_and_grad", params)
-        present = read_active("fork_value_and_grad", active, tasks)
+        present = read_active("fork_value_and_grad", active, axis)
 
         def run(params: Any, zeros: Any) -> Any:
             """The losses and the representation, with `zeros` (None at first) added to the copies."""
@@ -129,11 +130,9 @@ def fork_value_and_grad(
                 if get_opaque_trace_state() != here:
                     raise ValueError(_INNER_TRACE)
                 seen.append(representation)
-                rows = (None,) * tasks.number if zeros is None else zeros
+                rows = (None,) * axis.number if zeros is None else zeros
                 copies = tuple(_copy(representation, row) for row in rows)
-                return (
-                    copies if tasks.names is None else dict(zip(tasks.names, copies, strict=True))
-                )
+                return copies if axis.names is None else dict(zip(axis.names, copies, strict=True))
 
             losses, result = split_result(loss_fn(params, fork, *args, **kwargs), has_aux)
             if len(seen) != 1:
@@ -147,10 +146,10 @@ def fork_value_and_grad(
         _, like = jax.eval_shape(lambda params: run(params, None)[0], params)
         check_representation(like)
         # Of the representation's own type: split over a mesh as it is.
-        zeros = jax.tree.map(jnp.zeros_like, (like,) * tasks.number)
+        zeros = jax.tree.map(jnp.zeros_like, (like,) * axis.number)
         (losses, representation), tangents, result = jax.linearize(run, params, zeros, has_aux=True)
         given = result[0] if has_aux else result
-        task_vector("fork_value_and_grad", "the losses of loss_fn", given, tasks)
+        task_vector("fork_value_and_grad", "the losses of loss_fn", given, axis)
 
         ones = jnp.where(present, jnp.ones_like(losses), 0)
         pull_losses = jax.linear_transpose(lambda p, z: tangents(p, z)[0], params, zeros)
@@ -214,14 +213,14 @@ def combine_cotangents(
     return jax.tree.map(lambda u, r: u.astype(r.dtype), update, representation), state
 
 
-def tasks_of(name: str, method: Any, state: Any, num_tasks: Any) -> Tasks:
+def tasks_of(name: str, method: Any, state: Any, tasks: int | Collection[str] | None) -> Tasks:
     """The tasks of a method: as given, as it says, or as many as the state of one inside it has.
 
     Args:
       name: the caller's name, for messages.
       method: any optax transformation.
       state: its state, or a carrier of it.
-      num_tasks: T, the task names, or None.
+      tasks: T, the task names, or None.
 
     Returns:
       The tasks.
@@ -235,15 +234,15 @@ def tasks_of(name: str, method: Any, state: Any, num_tasks: Any) -> Tasks:
       >>> tasks_of("fork", mtl.mgda(3), None, None).number
       3
     """
-    if num_tasks is not None:
-        return read_tasks(name, num_tasks)
+    if tasks is not None:
+        return read_tasks(name, tasks)
     if isinstance(method, Method):
         return method.tasks
     for node in states_in(state):
         return Tasks(node.weights.shape[-1], None)
     raise ValueError(
         f"{name}: cannot tell the number of tasks, because this transformation holds no method of "
-        "mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass num_tasks= for one of "
+        "mtl_optax. Give one, such as mtl_optax.multibalance(tasks), or pass tasks= for one of "
         "your own."
     )
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.combinators import init_each, update_each
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_transformation
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import AxisName, DType
+from mtl_optax.wrappers.per_task import init_each, update_each
 
 
 @factory
 def adatask(
-    num_tasks: Any, inner: optax.GradientTransformation, *, axis_name: Any = None
+    tasks: int | Collection[str], inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> Method:
     r"""Sums the steps of one adaptive optimizer per task.
 
@@ -35,7 +37,7 @@ def adatask(
     paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       inner: the adaptive scaling without the learning rate, such as `optax.scale_by_adam()` or
         `optax.scale_by_rms()`. Follow the method by `optax.scale_by_learning_rate`.
       axis_name: see `MethodOptions`.
@@ -66,27 +68,29 @@ def adatask(
       Yang, Pan, Wang, Yu, Shen, Chen, Xiao, Jiang and Guo, AdaTask: A Task-Aware Adaptive Learning Rate
       Approach to Multi-Task Learning, 2023, https://arxiv.org/abs/2211.15055
     """
-    tasks = read_tasks("adatask", num_tasks)
+    axis = read_tasks("adatask", tasks)
     check_transformation("adatask", "inner", inner)
 
-    def init(params: Any, num_tasks: int, dtype: Any) -> Any:
+    def init(params: optax.Params, num_tasks: int, dtype: DType) -> optax.OptState:
         # Inside `init_each`, which makes arrays of parameters that are given by shape only.
         widened = optax.GradientTransformation(
             lambda params: inner.init(_widen(params)), inner.update
         )
         return init_each(widened, params, num_tasks)
 
-    def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
-        params = None if view.params is None else _widen(view.params)
-        steps, state = update_each(inner, _widen(view.updates), state, params, view.active, {})
+    def apply(
+        inputs: StepInputs, state: optax.OptState
+    ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
+        params = None if inputs.params is None else _widen(inputs.params)
+        steps, state = update_each(inner, _widen(inputs.updates), state, params, inputs.active, {})
         # The gradients of absent tasks are 0 here, and `update_each` passes them on unchanged.
         update = jax.tree.map(lambda step: jnp.sum(step, axis=0), steps)
-        return update, jnp.ones((tasks.number,), view.dtype), state
+        return update, jnp.ones((axis.number,), inputs.dtype), state
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
-    return from_rule("adatask", tasks, rule, axis_name=axis_name)
+    return from_rule("adatask", axis, rule, axis_name=axis_name)
 
 
-def _widen(tree: Any) -> Any:
+def _widen(tree: optax.Params) -> optax.Params:
     """Casts to at least float32: squares of float16 numbers soon leave its range."""
     return jax.tree.map(lambda x: x.astype(task_tree.statistics_dtype(x)), tree)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_bool, check_choice, check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.
@@ -23,10 +26,10 @@ _EPS = 1e-8
 
 @factory
 def db_mtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    beta: Any = 0.9,
-    beta_sigma: Any = 0.0,
+    ema_decay: Number = 0.9,
+    beta_sigma: Number = 0.0,
     log_losses: bool = True,
     norm: Literal["max", "min", "median", "mean"] = "max",
     **options: Unpack[MethodOptions],
@@ -36,7 +39,7 @@ def db_mtl(
     Losses in different units give gradients of different magnitude. The logarithm removes the units;
     rescaling the averaged gradients to the largest norm removes the remaining differences.
 
-    At step k (from 1), with :math:`g_t` the gradient of the loss :math:`L_t`, ``beta`` :math:`\beta`,
+    At step k (from 1), with :math:`g_t` the gradient of the loss :math:`L_t`, ``ema_decay`` :math:`\beta`,
     ``beta_sigma`` :math:`\sigma` and :math:`\epsilon = 10^{-8}`:
 
     .. math::
@@ -47,8 +50,8 @@ def db_mtl(
     Scale: sum-like, up to T times the largest norm. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      beta: EMA decay of the gradients, in [0, 1); 0 disables the average.
+      tasks: T, or the task names.
+      ema_decay: the decay of the averages of the gradients, in [0, 1); 0 disables the average.
       beta_sigma: exponent of the decrease of that decay over the steps.
       log_losses: True uses gradients of log losses, and `update` requires `losses=`; False uses the raw
         gradients.
@@ -60,7 +63,7 @@ def db_mtl(
       the gradients for the averages, one for the norms, one for the sum; memory: T gradients.
 
     Raises:
-      ValueError: for an unknown `norm`, or `beta` outside [0, 1].
+      ValueError: for an unknown `norm`, or `ema_decay` outside [0, 1).
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
@@ -81,7 +84,7 @@ def db_mtl(
     Example:
 
       >>> import jax.numpy as jnp, mtl_optax as mtl
-      >>> tx = mtl.db_mtl(2, beta=0.0)
+      >>> tx = mtl.db_mtl(2, ema_decay=0.0)
       >>> grads, losses = jnp.array([[4., 0.], [0., 3.]]), jnp.array([2., 1.])
       >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)), losses=losses)
       >>> [round(float(x), 3) for x in update]
@@ -94,41 +97,43 @@ def db_mtl(
       He et al., MultiBalance: Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task
       Recommendation System, 2024, https://arxiv.org/abs/2411.11871
     """
-    tasks = read_tasks("db_mtl", num_tasks)
-    check_decay("db_mtl", beta=beta)
+    axis = read_tasks("db_mtl", tasks)
+    check_decay("db_mtl", ema_decay=ema_decay)
     check_range("db_mtl", beta_sigma=(beta_sigma, -math.inf, math.inf))
     check_bool("db_mtl", "log_losses", log_losses)
     check_choice("db_mtl", "norm", norm, tuple(_COMMON))
 
-    def average(view: TaskGradients, averages: Any) -> tuple[Any, Any]:
-        updates = view.updates
+    def average(
+        inputs: StepInputs, averages: optax.OptState
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates = inputs.updates
         if log_losses:
-            updates = _divide(updates, jnp.maximum(view.losses, 0) + _EPS)
-        step = new_share(view.step, view.dtype)
-        averages = task_tree.move_towards(averages, updates, step, view.active)
+            updates = _divide(updates, jnp.maximum(inputs.losses, 0) + _EPS)
+        step = new_share(inputs.step, inputs.dtype)
+        averages = task_tree.move_towards(averages, updates, step, inputs.active)
         return averages, averages
 
-    def new_share(step: jax.Array, dtype: Any) -> jax.Array:
+    def new_share(step: jax.Array, dtype: DType) -> jax.Array:
         count = (step + 1).astype(dtype)
-        return 1 - jnp.asarray(beta, dtype) * count ** -jnp.asarray(beta_sigma, dtype)
+        return 1 - jnp.asarray(ema_decay, dtype) * count ** -jnp.asarray(beta_sigma, dtype)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        common = _COMMON[norm](evidence.norms, evidence.active)
-        return common / (evidence.norms + _EPS), state
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        common = _COMMON[norm](inputs.norms, inputs.active)
+        return common / (inputs.norms + _EPS), state
 
-    def bound(evidence: Evidence, state: Any) -> jax.Array:
+    def bound(inputs: StepInputs, state: Any) -> jax.Array:
         """The weights of the present averages, over the share of the present gradient in them."""
-        weights, _ = weigh(evidence, state)
-        return safe_divide(weights, new_share(evidence.step, weights.dtype), jnp.inf)
+        weights, _ = weigh(inputs, state)
+        return safe_divide(weights, new_share(inputs.step, weights.dtype), jnp.inf)
 
     needs = frozenset({"losses", "norms"} if log_losses else {"norms"})
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
     return from_rule(
-        "db_mtl", tasks, WeightRule(needs, weigh, average=moving_average, bound=bound), **options
+        "db_mtl", axis, WeightRule(needs, weigh, average=moving_average, bound=bound), **options
     )
 
 
-def _divide(updates: Any, divisors: jax.Array) -> Any:
+def _divide(updates: optax.Updates, divisors: jax.Array) -> Any:
     """Divides each task's gradient by its entry of `divisors`, in the dtype of `divisors`."""
     size = sum(leaf[0].size for leaf in jax.tree.leaves(updates))
     # A loss near 0 must not leave an average whose squared norm overflows, on up to 2**16 devices.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_softmax
 
@@ -35,11 +37,11 @@ class ExcessMTLState(NamedTuple):
 
 @factory
 def excess_mtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    step_size: Any = 1.0,
+    step_size: Number = 1.0,
     warmup_steps: int = 0,
-    eps: Any = 1e-7,
+    eps: Number = 1e-7,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Gives larger weights to tasks with larger excess risk.
@@ -60,7 +62,7 @@ def excess_mtl(
     Scale: mean-like. Equations 6, 7 and 9 and appendix C.1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       step_size: eta, >= 0.
       warmup_steps: number of steps that measure the baseline, with equal weights; three epochs in the
         paper. A Python integer >= 0.
@@ -97,30 +99,30 @@ def excess_mtl(
       He, Zhou, Zhang, Yun, Xu, Zeng, Chilimbi and Zhao, Robust Multi-Task Learning with Excess Risks,
       2024, https://arxiv.org/abs/2402.02009
     """
-    tasks = read_tasks("excess_mtl", num_tasks)
+    axis = read_tasks("excess_mtl", tasks)
     check_range("excess_mtl", step_size=(step_size, 0, math.inf), eps=(eps, 0, math.inf))
     check_integer("excess_mtl", "warmup_steps", warmup_steps, 0)
 
-    def init(dtype: Any) -> ExcessMTLState:
+    def init(dtype: DType) -> ExcessMTLState:
         return ExcessMTLState(
-            log_weights=jnp.full((tasks.number,), -math.log(tasks.number), dtype),
-            baseline=jnp.zeros((tasks.number,), dtype),
-            seen=jnp.zeros((tasks.number,), jnp.int32),
+            log_weights=jnp.full((axis.number,), -math.log(axis.number), dtype),
+            baseline=jnp.zeros((axis.number,), dtype),
+            seen=jnp.zeros((axis.number,), jnp.int32),
         )
 
-    def scale_by_hessian(view: TaskGradients, squares: Any) -> tuple[Any, Any]:
+    def scale_by_hessian(inputs: StepInputs, squares: Any) -> tuple[Any, Any]:
         """`g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
-        squares = jax.tree.map(_add_square, squares, view.updates)
+        squares = jax.tree.map(_add_square, squares, inputs.updates)
 
         def one(gradient: jax.Array, total: jax.Array) -> jax.Array:
             hessian = jnp.sqrt(total + jnp.asarray(eps, total.dtype))
             return safe_divide(gradient.astype(total.dtype), jnp.sqrt(hessian))
 
-        return jax.tree.map(one, view.updates, squares), squares
+        return jax.tree.map(one, inputs.updates, squares), squares
 
-    def weigh(evidence: Evidence, state: ExcessMTLState) -> tuple[jax.Array, ExcessMTLState]:
-        active, dtype = evidence.active, evidence.norms.dtype
-        excess = evidence.norms**2
+    def weigh(inputs: StepInputs, state: ExcessMTLState) -> tuple[jax.Array, ExcessMTLState]:
+        active, dtype = inputs.active, inputs.norms.dtype
+        excess = inputs.norms**2
         # The first steps measure the baseline; without warm-up the first one also moves the weights.
         measures = active & (state.seen < max(warmup_steps, 1))
         mean = state.baseline + (excess - state.baseline) / (state.seen + 1).astype(dtype)
@@ -135,7 +137,7 @@ def excess_mtl(
 
     scaled = GradientAverage(task_tree.per_task_zeros, scale_by_hessian, weighted=False)
     rule = WeightRule(frozenset({"norms"}), weigh, init, average=scaled)
-    return from_rule("excess_mtl", tasks, rule, **options)
+    return from_rule("excess_mtl", axis, rule, **options)
 
 
 def _add_square(total: jax.Array, gradient: jax.Array) -> jax.Array:

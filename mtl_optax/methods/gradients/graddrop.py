@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_seed
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import AxisName, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
 @factory
-def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any = None) -> Method:
+def graddrop(
+    tasks: int | Collection[str], *, leak: Number = 0.0, seed: int = 0, axis_name: AxisName = None
+) -> Method:
     r"""Keeps the gradients of one randomly drawn sign at every coordinate.
 
     Where tasks disagree on the sign of a coordinate, their sum is a compromise, and training can stop at
@@ -35,7 +40,7 @@ def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any =
     Scale: sum-like. Algorithm 1 of the paper, with the identity for its function f.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       leak: share of a dropped gradient that is kept, in [0, 1]; a number, `[T]`, or a dictionary by
         task name.
       seed: seed of the random numbers, which also depend on the step and the leaf.
@@ -75,22 +80,24 @@ def graddrop(num_tasks: Any, *, leak: Any = 0.0, seed: int = 0, axis_name: Any =
       Chen, Ngiam, Huang, Luong, Kretzschmar, Chai and Anguelov, Just Pick a Sign: Optimizing Deep
       Multitask Models with Gradient Sign Dropout, 2020, https://arxiv.org/abs/2010.06808
     """
-    tasks = read_tasks("graddrop", num_tasks)
-    leak = task_numbers("graddrop", "leak", leak, tasks, 0, 1, or_one=True)
+    axis = read_tasks("graddrop", tasks)
+    leak = task_numbers("graddrop", "leak", leak, axis, 0, 1, or_one=True)
     check_seed("graddrop", seed)
 
-    def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
-        leaves, treedef = jax.tree.flatten(view.updates)
-        key = jax.random.fold_in(jax.random.key(seed), view.step)
-        noise = _noise_leaves(view.extra["noise"], leaves, treedef, key)
-        leaks = jnp.broadcast_to(jnp.asarray(leak, view.dtype), (tasks.number,))
+    def apply(
+        inputs: StepInputs, state: optax.OptState
+    ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
+        leaves, treedef = jax.tree.flatten(inputs.updates)
+        key = jax.random.fold_in(jax.random.key(seed), inputs.step)
+        noise = _noise_leaves(inputs.extra["noise"], leaves, treedef, key)
+        leaks = jnp.broadcast_to(jnp.asarray(leak, inputs.dtype), (axis.number,))
         masked = [_mask(leaf, uniform, leaks) for leaf, uniform in zip(leaves, noise, strict=True)]
         update = [jnp.sum(leaf, axis=0) for leaf in masked]
-        kept, whole = (sum_over(_l1_norms(part, view), axis_name) for part in (masked, leaves))
+        kept, whole = (sum_over(_l1_norms(part, inputs), axis_name) for part in (masked, leaves))
         return jax.tree.unflatten(treedef, update), safe_divide(kept, whole, 1), state
 
     rule = UpdateRule(frozenset({"gradients"}), apply, extra=("noise",))
-    return from_rule("graddrop", tasks, rule, axis_name=axis_name)
+    return from_rule("graddrop", axis, rule, axis_name=axis_name)
 
 
 def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
@@ -104,12 +111,12 @@ def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
     return jnp.where(kept, wide, share * wide)
 
 
-def _l1_norms(leaves: list[jax.Array], view: TaskGradients) -> jax.Array:
+def _l1_norms(leaves: list[jax.Array], inputs: StepInputs) -> jax.Array:
     """Each task's L1 norm, `[T]`."""
-    total = jnp.zeros(view.active.shape, view.dtype)
+    total = jnp.zeros(inputs.active.shape, inputs.dtype)
     for leaf in leaves:
         axes = tuple(range(1, leaf.ndim))
-        total = total + jnp.sum(jnp.abs(leaf.astype(view.dtype)), axis=axes)
+        total = total + jnp.sum(jnp.abs(leaf.astype(inputs.dtype)), axis=axes)
     return total
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_decay
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import TaskGradients, UpdateRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, UpdateRule
+from mtl_optax.core.tasks import find_target, read_tasks
+from mtl_optax.core.types import AxisName, DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -31,7 +34,11 @@ class LRAnnealingState(NamedTuple):
 
 @factory
 def lr_annealing(
-    num_tasks: Any, *, target: int | str = 0, ema_decay: Any = 0.9, axis_name: Any = None
+    tasks: int | Collection[str],
+    *,
+    target: int | str | None = None,
+    ema_decay: Number = 0.9,
+    axis_name: AxisName = None,
 ) -> Method:
     r"""Raises the weights of boundary losses until their gradients match the equation's largest entry.
 
@@ -49,7 +56,7 @@ def lr_annealing(
     sum-like, with weights far above 1. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       target: name or index of the task with weight 1, the residual of the equation; 0 is the first name
         in sorted order.
       ema_decay: beta in [0, 1).
@@ -83,42 +90,46 @@ def lr_annealing(
       Wang, Teng and Perdikaris, Understanding and Mitigating Gradient Flow Pathologies in Physics-Informed
       Neural Networks, 2021, https://arxiv.org/abs/2001.04536
     """
-    tasks = read_tasks("lr_annealing", num_tasks)
-    target = task_index("lr_annealing", "target", target, tasks)
+    axis = read_tasks("lr_annealing", tasks)
+    index = find_target("lr_annealing", target, axis)
     check_decay("lr_annealing", ema_decay=ema_decay)
 
-    def init(params: Any, num_tasks: int, dtype: Any) -> LRAnnealingState:
+    def init(params: optax.Params, num_tasks: int, dtype: DType) -> LRAnnealingState:
         return LRAnnealingState(jnp.ones((num_tasks,), dtype))
 
     def apply(
-        view: TaskGradients, state: LRAnnealingState
+        inputs: StepInputs, state: LRAnnealingState
     ) -> tuple[Any, jax.Array, LRAnnealingState]:
-        largest, mean = _absolute_statistics(view, target, axis_name)
-        known = view.active & (mean > 0) & (largest > 0) & (jnp.arange(tasks.number) != target)
-        fresh = jnp.minimum(safe_divide(largest, mean, 1), largest_weight(view.dtype))
-        decay = jnp.asarray(ema_decay, view.dtype)
+        largest, mean = _absolute_statistics(inputs, index, axis_name)
+        known = inputs.active & (mean > 0) & (largest > 0) & (jnp.arange(axis.number) != index)
+        fresh = jnp.minimum(safe_divide(largest, mean, 1), largest_weight(inputs.dtype))
+        decay = jnp.asarray(ema_decay, inputs.dtype)
         moved = decay * state.weight_ema + (1 - decay) * fresh
         weights = jnp.where(known, moved, state.weight_ema)
-        blocks = task_tree.assign_blocks(task_tree.without_task_axis(view.updates), "all")
-        update = task_tree.combine(view.updates, weights[None], view.active, blocks)
+        blocks = task_tree.assign_blocks(task_tree.without_task_axis(inputs.updates), "all")
+        update = task_tree.combine(inputs.updates, weights[None], inputs.active, blocks)
         return update, weights, LRAnnealingState(weights)
 
-    rule = UpdateRule(frozenset({"gradients"}), apply, init, target=target)
-    return from_rule("lr_annealing", tasks, rule, axis_name=axis_name)
+    rule = UpdateRule(frozenset({"gradients"}), apply, init, target=index)
+    return from_rule("lr_annealing", axis, rule, axis_name=axis_name)
 
 
 def _absolute_statistics(
-    view: TaskGradients, target: int, axis_name: Any
+    inputs: StepInputs, target: int, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
     """The largest absolute entry of the target's gradient, and the mean absolute entry of all `[T]`."""
-    largest, total, size = jnp.zeros((), view.dtype), jnp.zeros(view.active.shape, view.dtype), 0
-    for leaf in jax.tree.leaves(view.updates):
-        absolute = jnp.abs(leaf.astype(view.dtype))
+    largest, total, size = (
+        jnp.zeros((), inputs.dtype),
+        jnp.zeros(inputs.active.shape, inputs.dtype),
+        0,
+    )
+    for leaf in jax.tree.leaves(inputs.updates):
+        absolute = jnp.abs(leaf.astype(inputs.dtype))
         count = leaf[0].size
         largest = jnp.maximum(largest, jnp.max(absolute[target], initial=0))
         # Divided before the sum, which could overflow.
         total = total + jnp.sum(absolute / max(count, 1), axis=tuple(range(1, leaf.ndim))) * count
         size += count
-    sizes = task_tree.sum_over(jnp.asarray(max(size, 1), view.dtype), axis_name)
+    sizes = task_tree.sum_over(jnp.asarray(max(size, 1), inputs.dtype), axis_name)
     mean = task_tree.sum_over(total / sizes, axis_name)
     return largest if axis_name is None else lax.pmax(largest, axis_name), mean

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_range
+from mtl_optax.core.arguments import check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
@@ -31,11 +34,11 @@ class MoCoState(NamedTuple):
 
 @factory
 def moco(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    beta: Any = 0.1,
-    gamma: Any = 0.1,
-    rho: Any = 0.1,
+    ema_decay: Number = 0.9,
+    weight_lr: Number = 0.1,
+    rho: Number = 0.1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Combines moving averages of the task gradients by slowly moving min-norm weights.
@@ -44,8 +47,8 @@ def moco(
     MoCo averages the gradients over the steps first, and moves the weights by one small step per update
     towards the min-norm point of the averages.
 
-    With ``beta`` :math:`\beta`, ``gamma`` :math:`\gamma`, ``rho`` :math:`\rho`, and the averages
-    :math:`y_t` as the rows of Y:
+    With ``ema_decay`` :math:`1 - \beta`, ``weight_lr`` :math:`\gamma`, ``rho`` :math:`\rho`, and the
+    averages :math:`y_t` as the rows of Y:
 
     .. math::
         y_t \leftarrow y_t - \beta (y_t - g_t), \qquad
@@ -56,9 +59,9 @@ def moco(
     paper.
 
     Args:
-      num_tasks: T, or the task names.
-      beta: step of the averages, in [0, 1].
-      gamma: step of the weights; its unit is one over a squared gradient norm.
+      tasks: T, or the task names.
+      ema_decay: the share of the averages that is kept, in [0, 1); the paper's beta is 1 minus this.
+      weight_lr: step of the weights; its unit is one over a squared gradient norm.
       rho: regularisation of the weights towards uniform.
       **options: see `MethodOptions`.
 
@@ -68,7 +71,7 @@ def moco(
       sum; memory: T gradients.
 
     Raises:
-      ValueError: for `beta` outside [0, 1].
+      ValueError: for `ema_decay` outside [0, 1).
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
@@ -86,7 +89,7 @@ def moco(
     Example:
 
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
-      >>> tx = mtl.moco(2, beta=0.5)
+      >>> tx = mtl.moco(2, ema_decay=0.5)
       >>> update, state = tx.update(jnp.array([[4., 0.], [0., 2.]]), tx.init(jnp.zeros(2)))
       >>> np.array([state.weights[0], update], float).round(3).tolist()
       [[0.425, 0.575], [0.85, 0.575]]
@@ -95,29 +98,32 @@ def moco(
       Fernando, Shen, Liu, Chaudhury, Murugesan and Chen, Mitigating Gradient Bias in Multi-objective
       Learning: A Provably Convergent Stochastic Approach, 2023, https://arxiv.org/abs/2210.12624
     """
-    tasks = read_tasks("moco", num_tasks)
+    axis = read_tasks("moco", tasks)
     any_number = (-math.inf, math.inf)
-    check_range("moco", beta=(beta, 0, 1), gamma=(gamma, *any_number), rho=(rho, *any_number))
+    check_decay("moco", ema_decay=ema_decay)
+    check_range("moco", weight_lr=(weight_lr, *any_number), rho=(rho, *any_number))
 
-    def init(dtype: Any) -> MoCoState:
-        return MoCoState(jnp.full((tasks.number,), 1 / tasks.number, dtype))
+    def init(dtype: DType) -> MoCoState:
+        return MoCoState(jnp.full((axis.number,), 1 / axis.number, dtype))
 
-    def average(view: TaskGradients, averages: Any) -> tuple[Any, Any]:
-        step = jnp.asarray(beta, view.dtype)
-        averages = task_tree.move_towards(averages, view.updates, step, view.active)
+    def average(
+        inputs: StepInputs, averages: optax.OptState
+    ) -> tuple[optax.Updates, optax.OptState]:
+        step = jnp.asarray(1 - ema_decay, inputs.dtype)
+        averages = task_tree.move_towards(averages, inputs.updates, step, inputs.active)
         return averages, averages
 
-    def weigh(evidence: Evidence, state: MoCoState) -> tuple[jax.Array, MoCoState]:
-        active, dtype = evidence.active, evidence.norms.dtype
+    def weigh(inputs: StepInputs, state: MoCoState) -> tuple[jax.Array, MoCoState]:
+        active, dtype = inputs.active, inputs.norms.dtype
         old = renormalize(state.simplex_weights, active)
-        gradient = _gram_product(evidence.cosine, evidence.norms, old)
+        gradient = _gram_product(inputs.cosine, inputs.norms, old)
         gradient = gradient + jnp.asarray(rho, dtype) * old
-        weights = project_onto_simplex(old - jnp.asarray(gamma, dtype) * gradient, active)
+        weights = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * gradient, active)
         return weights, MoCoState(keep_shares(weights, state.simplex_weights, active))
 
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
     rule = WeightRule(frozenset({"gram"}), weigh, init, average=moving_average)
-    return from_rule("moco", tasks, rule, **options)
+    return from_rule("moco", axis, rule, **options)
 
 
 def _gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:

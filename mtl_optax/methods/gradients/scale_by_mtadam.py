@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, UpdateRule
+from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import AxisName, DType, Number, PerTask
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -44,14 +48,14 @@ class _Decays(NamedTuple):
 
 @factory
 def scale_by_mtadam(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    b3: Any = 0.9,
-    eps: Any = 1e-8,
-    ranks: Any = None,
-    axis_name: Any = None,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    b3: Number = 0.9,
+    eps: Number = 1e-8,
+    ranks: PerTask | None = None,
+    axis_name: AxisName = None,
 ) -> Method:
     r"""Scales by Adam with separate moments per task, and balances the gradient norms in every tensor.
 
@@ -72,7 +76,7 @@ def scale_by_mtadam(
     paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       b1: decay of the first moments.
       b2: decay of the second moments.
       b3: decay of the norm averages.
@@ -114,13 +118,13 @@ def scale_by_mtadam(
       Malkiel and Wolf, MTAdam: Automatic Balancing of Multiple Training Loss Terms, 2021,
       https://arxiv.org/abs/2006.14683
     """
-    tasks = read_tasks("scale_by_mtadam", num_tasks)
+    axis = read_tasks("scale_by_mtadam", tasks)
     check_decay("scale_by_mtadam", b1=b1, b2=b2, b3=b3)
     check_range("scale_by_mtadam", eps=(eps, 0, float("inf")))
     if ranks is not None:
-        ranks = task_numbers("scale_by_mtadam", "ranks", ranks, tasks, 0)
+        ranks = task_numbers("scale_by_mtadam", "ranks", ranks, axis, 0)
 
-    def init(params: Any, num_tasks: int, dtype: Any) -> MTAdamState:
+    def init(params: optax.Params, num_tasks: int, dtype: DType) -> MTAdamState:
         return MTAdamState(
             task_counts=jnp.zeros((num_tasks,), jnp.int32),
             norm_ema=jax.tree.map(lambda p: jnp.zeros((num_tasks,), dtype), params),
@@ -128,16 +132,16 @@ def scale_by_mtadam(
             nu=task_tree.per_task_zeros(params, num_tasks, dtype),
         )
 
-    def apply(view: TaskGradients, state: MTAdamState) -> tuple[Any, jax.Array, MTAdamState]:
-        active, dtype = view.active, view.dtype
+    def apply(inputs: StepInputs, state: MTAdamState) -> tuple[Any, jax.Array, MTAdamState]:
+        active, dtype = inputs.active, inputs.dtype
         decays = _Decays(*(jnp.asarray(x, dtype) for x in (b1, b2, b3, eps)))
-        rank = jnp.ones((tasks.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
+        rank = jnp.ones((axis.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
         counts = next_count(state.task_counts, active)
-        norm_ema = _norm_averages(view, state, decays.b3, axis_name)
+        norm_ema = _norm_averages(inputs, state, decays.b3, axis_name)
         largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
         longest = largest_weight(dtype) / 2  # whose square is finite
-        leaves, treedef = jax.tree.flatten(view.updates)
-        steps, mus, nus, weights = [], [], [], jnp.zeros((tasks.number,), dtype)
+        leaves, treedef = jax.tree.flatten(inputs.updates)
+        steps, mus, nus, weights = [], [], [], jnp.zeros((axis.number,), dtype)
         for leaf, ema, mu, nu in zip(
             leaves, norm_ema, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True
         ):
@@ -158,20 +162,20 @@ def scale_by_mtadam(
         return unflatten(steps), weights, new
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
-    return from_rule("scale_by_mtadam", tasks, rule, axis_name=axis_name)
+    return from_rule("scale_by_mtadam", axis, rule, axis_name=axis_name)
 
 
 def _norm_averages(
-    view: TaskGradients, state: MTAdamState, decay: jax.Array, axis_name: Any
+    inputs: StepInputs, state: MTAdamState, decay: jax.Array, axis_name: AxisName
 ) -> list[jax.Array]:
     """The new averages `[T]` of every tensor."""
     blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
-    norms, _ = task_tree.norms(view.updates, blocks, view.active, view.dtype, axis_name)
+    norms, _ = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
     averages = []
     # An empty tree has one block and no tensor.
     for norm, old in zip(norms, jax.tree.leaves(state.norm_ema), strict=False):
         new = jnp.where(state.task_counts > 0, decay * old + (1 - decay) * norm, norm)
-        averages.append(jnp.where(view.active, new, old))
+        averages.append(jnp.where(inputs.active, new, old))
     return averages
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import TaskGradients, UpdateRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import AxisName
 
 
 @factory
-def trimmed_mean(num_tasks: Any, *, trim_number: int = 1, axis_name: Any = None) -> Method:
+def trimmed_mean(
+    tasks: int | Collection[str], *, trim_number: int = 1, axis_name: AxisName = None
+) -> Method:
     r"""Averages every coordinate without its largest and smallest gradients.
 
     A few outlying tasks cannot dominate this mean: of the T numbers of a coordinate, the k =
@@ -28,7 +32,7 @@ def trimmed_mean(num_tasks: Any, *, trim_number: int = 1, axis_name: Any = None)
     Scale: mean-like. Definition 2 of the paper, with :math:`k = \beta T`.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       trim_number: k, a Python integer with T >= 2k + 1.
       axis_name: see `MethodOptions`.
 
@@ -58,33 +62,35 @@ def trimmed_mean(num_tasks: Any, *, trim_number: int = 1, axis_name: Any = None)
       Yin, Chen, Ramchandran and Bartlett, Byzantine-Robust Distributed Learning: Towards Optimal
       Statistical Rates, 2018, https://arxiv.org/abs/1803.01498
     """
-    tasks = read_tasks("trimmed_mean", num_tasks)
-    check_integer("trimmed_mean", "trim_number", trim_number, 0, (tasks.number - 1) // 2)
+    axis = read_tasks("trimmed_mean", tasks)
+    check_integer("trimmed_mean", "trim_number", trim_number, 0, (axis.number - 1) // 2)
 
-    def apply(view: TaskGradients, state: Any) -> tuple[Any, jax.Array, Any]:
-        present = jnp.sum(view.active, dtype=jnp.int32)
+    def apply(
+        inputs: StepInputs, state: optax.OptState
+    ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
+        present = jnp.sum(inputs.active, dtype=jnp.int32)
         trim = jnp.clip((present - 1) // 2, 0, trim_number)
         last = present - trim
         count = jnp.maximum(last - trim, 1)
-        leaves, treedef = jax.tree.flatten(view.updates)
-        update, kept_entries, entries = [], jnp.zeros((tasks.number,), view.dtype), 0
+        leaves, treedef = jax.tree.flatten(inputs.updates)
+        update, kept_entries, entries = [], jnp.zeros((axis.number,), inputs.dtype), 0
         for leaf in leaves:
-            ranks = _ranks(leaf, view.active)
-            kept = (ranks >= trim) & (ranks < last) & along_tasks(view.active, leaf.ndim)
+            ranks = _ranks(leaf, inputs.active)
+            kept = (ranks >= trim) & (ranks < last) & along_tasks(inputs.active, leaf.ndim)
             wide = leaf.astype(statistics_dtype(leaf))
             # Divided before the sum, which may overflow where the mean does not.
             share = wide / count.astype(wide.dtype)
             update.append(jnp.sum(jnp.where(kept, share, 0), axis=0))
             axes = tuple(range(1, leaf.ndim))
-            kept_entries = kept_entries + jnp.sum(kept.astype(view.dtype), axis=axes)
+            kept_entries = kept_entries + jnp.sum(kept.astype(inputs.dtype), axis=axes)
             entries += leaf[0].size
         kept_entries = sum_over(kept_entries, axis_name)
-        entries = sum_over(jnp.asarray(max(entries, 1), view.dtype), axis_name)
-        weights = kept_entries / (count.astype(view.dtype) * entries)
+        entries = sum_over(jnp.asarray(max(entries, 1), inputs.dtype), axis_name)
+        weights = kept_entries / (count.astype(inputs.dtype) * entries)
         return jax.tree.unflatten(treedef, update), weights, state
 
     rule = UpdateRule(frozenset({"gradients"}), apply)
-    return from_rule("trimmed_mean", tasks, rule, axis_name=axis_name)
+    return from_rule("trimmed_mean", axis, rule, axis_name=axis_name)
 
 
 def _ranks(leaf: jax.Array, active: jax.Array) -> jax.Array:
@@ -92,8 +98,8 @@ def _ranks(leaf: jax.Array, active: jax.Array) -> jax.Array:
 
     Comparing all pairs fuses with the code around it; a sort would be a pass of its own.
     """
-    tasks = jnp.arange(leaf.shape[0], dtype=jnp.int32)
-    earlier = along_tasks(tasks, leaf.ndim)[None] < along_tasks(tasks, leaf.ndim)[:, None]
+    axis = jnp.arange(leaf.shape[0], dtype=jnp.int32)
+    earlier = along_tasks(axis, leaf.ndim)[None] < along_tasks(axis, leaf.ndim)[:, None]
     mine, other = leaf[:, None], leaf[None]
     below = (other < mine) | ((other == mine) & earlier)
     counted = below & along_tasks(active, leaf.ndim)[None]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 import jax
+import optax
 
 from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.aligned import SCALES, aligned_weights
 
 
 @factory
 def aligned_mtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     scale: Literal["min", "median", "rmse"] = "min",
     **options: Unpack[MethodOptions],
@@ -36,7 +38,7 @@ def aligned_mtl(
     Scale: sum-like. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       scale: sigma: "min", the smallest nonzero singular value (the paper); "median", the lower median of
         the nonzero ones; "rmse", their root mean square.
       **options: see `MethodOptions`.
@@ -72,12 +74,12 @@ def aligned_mtl(
       Senushkin, Patakin, Kuznetsov and Konushin, Independent Component Alignment for Multi-Task
       Learning, 2023, https://arxiv.org/abs/2305.19000
     """
-    tasks = read_tasks("aligned_mtl", num_tasks)
+    axis = read_tasks("aligned_mtl", tasks)
     check_choice("aligned_mtl", "scale", scale, SCALES)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        weights = aligned_weights(evidence.cosine, evidence.norms, evidence.active, scale)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        weights = aligned_weights(inputs.cosine, inputs.norms, inputs.active, scale)
         return weights, state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("aligned_mtl", tasks, rule, **options)
+    return from_rule("aligned_mtl", axis, rule, **options)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Unpack
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import Number
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 
 
 @factory
 def cagrad(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    c: Any = 0.4,
+    c: Number = 0.4,
     rescale: Literal[0, 1, 2] = 1,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -41,7 +44,7 @@ def cagrad(
     converges to a minimum of the mean loss; c = 0 is the mean. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       c: radius of the ball relative to the norm of the mean gradient; not negative.
       rescale: divisor of the result: 0 for 1, 1 for `1 + c**2`, 2 for `1 + c`.
       **options: see `MethodOptions`.
@@ -75,15 +78,15 @@ def cagrad(
       Liu, Liu, Jin, Stone and Liu, Conflict-Averse Gradient Descent for Multi-task Learning, 2021,
       https://arxiv.org/abs/2110.14048
     """
-    tasks = read_tasks("cagrad", num_tasks)
+    axis = read_tasks("cagrad", tasks)
     check_range("cagrad", c=(c, 0, math.inf))
     check_integer("cagrad", "rescale", rescale, 0, 2)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        radius = jnp.asarray(c, evidence.norms.dtype)
-        weights = conflict_averse_weights(evidence.cosine, evidence.norms, evidence.active, radius)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        radius = jnp.asarray(c, inputs.norms.dtype)
+        weights = conflict_averse_weights(inputs.cosine, inputs.norms, inputs.active, radius)
         divisor = (1, 1 + radius * radius, 1 + radius)[rescale]
         return weights / divisor, state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("cagrad", tasks, rule, **options)
+    return from_rule("cagrad", axis, rule, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -10,11 +11,12 @@ import optax
 
 from mtl_optax.core.arguments import check_decay
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule, rule_of
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.methods.gram.mgda import mgda
+from mtl_optax.core.types import DType, Number
 
 
 class CRMOGMState(NamedTuple):
@@ -23,20 +25,20 @@ class CRMOGMState(NamedTuple):
     Attributes:
       smoothed: `[T]`, EMA of the weights.
       seen: bool `[T]`, whether a task has been present yet.
-      weigher: the state of the underlying method.
+      base: the state of the underlying method.
     """
 
     smoothed: jax.Array
     seen: jax.Array
-    weigher: Any
+    base: Any
 
 
 @factory
 def cr_mogm(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    weigher: optax.GradientTransformation | None = None,
-    alpha: Any = 0.9,
+    base: optax.GradientTransformation | None = None,
+    ema_decay: Number = 0.9,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Averages the weights of another method over time.
@@ -44,35 +46,35 @@ def cr_mogm(
     With stochastic gradients, weights such as MGDA's vary strongly between batches and are correlated
     with the gradients that they multiply. This can prevent convergence. An EMA reduces the correlation.
 
-    With :math:`\hat\lambda` the weights of ``weigher`` on this batch:
+    With :math:`\hat\lambda` the weights of ``base`` on this batch:
 
     .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda, \qquad
         update = \sum_t \lambda_t g_t
 
-    starting at the first :math:`\hat\lambda`. Scale: that of ``weigher``; mean-like by default.
-    Algorithm 1 of the paper with a constant :math:`\alpha`.
+    starting at the first :math:`\hat\lambda`. Scale: that of ``base``; mean-like by default.
+    Algorithm 1 of the paper with a constant :math:`\alpha` = ``ema_decay``.
 
     Args:
-      num_tasks: T, or the task names.
-      weigher: any weighting method of this library; None is exact `mgda`.
-      alpha: decay of the EMA, in [0, 1); with 0 the weights are those of `weigher`.
+      tasks: T, or the task names.
+      base: any weighting method of this library; None is exact `mgda`.
+      ema_decay: :math:`\alpha`, the decay of the EMA, in [0, 1); with 0 the weights are those of `base`.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `CRMOGMState`. Needs: those of `weigher`. Cost: that of `weigher`.
+      A `Method` with the state `CRMOGMState`. Needs: those of `base`. Cost: that of `base`.
 
     Raises:
-      ValueError: for an alpha outside its range, or a `weigher` for another number of tasks.
-      TypeError: for a `weigher` that is not a weighting method.
+      ValueError: for an `ema_decay` outside its range, or a `base` for another number of tasks.
+      TypeError: for a `base` that is not a weighting method.
 
     Notes:
-      Zero gradients and T = 1: as in `weigher`. The EMA of a task starts at its first weight. An absent
+      Zero gradients and T = 1: as in `base`. The EMA of a task starts at its first weight. An absent
       task keeps its EMA.
 
     Example:
 
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
-      >>> tx = mtl.cr_mogm(2, alpha=0.5)
+      >>> tx = mtl.cr_mogm(2, ema_decay=0.5)
       >>> grads = jnp.array([[2., 0.], [0., 1.]])
       >>> _, state = tx.update(grads, tx.init(jnp.zeros(2)))
       >>> _, state = tx.update(grads[::-1], state)
@@ -84,23 +86,22 @@ def cr_mogm(
       Manipulation and Beyond, 2022,
       https://papers.neurips.cc/paper_files/paper/2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html
     """
-    tasks = read_tasks("cr_mogm", num_tasks)
-    check_decay("cr_mogm", alpha=alpha)
-    weigher = mgda(tasks) if weigher is None else weigher
-    inner = rule_of("cr_mogm", weigher, tasks.number)
+    axis = read_tasks("cr_mogm", tasks)
+    check_decay("cr_mogm", ema_decay=ema_decay)
+    inner = min_norm_rule("none") if base is None else rule_of("cr_mogm", base, axis.number)
 
-    def init(dtype: Any) -> CRMOGMState:
+    def init(dtype: DType) -> CRMOGMState:
         return CRMOGMState(
-            jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), bool), inner.init(dtype)
+            jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), bool), inner.init(dtype)
         )
 
-    def weigh(evidence: Evidence, state: CRMOGMState) -> tuple[jax.Array, CRMOGMState]:
-        active, dtype = evidence.active, state.smoothed.dtype
-        fresh, weigher_state = inner.weigh(evidence, state.weigher)
-        fresh, decay = fresh.astype(dtype), jnp.asarray(alpha, dtype)
+    def weigh(inputs: StepInputs, state: CRMOGMState) -> tuple[jax.Array, CRMOGMState]:
+        active, dtype = inputs.active, state.smoothed.dtype
+        fresh, base_state = inner.weigh(inputs, state.base)
+        fresh, decay = fresh.astype(dtype), jnp.asarray(ema_decay, dtype)
         average = jnp.where(state.seen, decay * state.smoothed + (1 - decay) * fresh, fresh)
         smoothed = jnp.where(active, average, state.smoothed)
-        return smoothed, CRMOGMState(smoothed, state.seen | active, weigher_state)
+        return smoothed, CRMOGMState(smoothed, state.seen | active, base_state)
 
     rule = WeightRule(inner.needs, weigh, init, inner.extra)
-    return from_rule("cr_mogm", tasks, rule, **options)
+    return from_rule("cr_mogm", axis, rule, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -11,11 +12,12 @@ import optax
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule, rule_of
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.methods.gram.mgda import mgda
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares
@@ -35,12 +37,12 @@ class EMTLState(NamedTuple):
 
 @factory
 def emtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    epsilon: Any = 0.0,
-    rho: Any = 0.1,
-    kl_radius: Any = None,
-    step_size: Any = 0.5,
+    epsilon: Number = 0.0,
+    rho: Number = 0.1,
+    kl_radius: Number | None = None,
+    step_size: Number = 0.5,
     base: optax.GradientTransformation | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -68,13 +70,13 @@ def emtl(
     ``epsilon > 0``, or a ``base`` whose weights depend on the lengths of the gradients, they do matter.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       epsilon: share of the plain `base` update, in [0, 1]; 1 is that update divided by T.
       rho: strength of the regularisation; the radius of the ball is its square root.
       kl_radius: the radius of the ball; by default sqrt(rho).
       step_size: eta, the step size of the adversary.
       base: the method that gives alpha, any weighting method of this library; None is exact MGDA on unit
-        gradients, `mgda(num_tasks, normalize="l2")`.
+        gradients, `mgda(tasks, normalize="l2")`.
       **options: see `MethodOptions`.
 
     Returns:
@@ -87,7 +89,7 @@ def emtl(
 
     Notes:
       The paper has no public code, and its text does not say on which gradients MGDA runs. It claims that
-      the method does not depend on the losses' scales. On raw gradients (``base=mgda(num_tasks)``) it does:
+      the method does not depend on the losses' scales. On raw gradients (``base=mgda(tasks)``) it does:
       for nearly orthogonal gradients :math:`\alpha_t` is proportional to :math:`1/|g_t|^2`, and
       :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the paper's Figure 1 reach the
       best mean, as in the paper; on raw gradients none does (``python -m examples.emtl figure1``, where
@@ -115,26 +117,25 @@ def emtl(
     References:
       Yuan and Zhang, Equitable Multi-task Learning, 2023, https://arxiv.org/abs/2306.09373
     """
-    tasks = read_tasks("emtl", num_tasks)
+    axis = read_tasks("emtl", tasks)
     check_range(
         "emtl", epsilon=(epsilon, 0, 1), rho=(rho, 0, math.inf), step_size=(step_size, 0, math.inf)
     )
     if kl_radius is not None:
         check_range("emtl", kl_radius=(kl_radius, 0, math.inf))
-    base = mgda(tasks, normalize="l2") if base is None else base
-    inner = rule_of("emtl", base, tasks.number)
+    inner = min_norm_rule("l2") if base is None else rule_of("emtl", base, axis.number)
 
-    def init(dtype: Any) -> EMTLState:
-        log_p = jnp.full((tasks.number,), -math.log(tasks.number), dtype)
+    def init(dtype: DType) -> EMTLState:
+        log_p = jnp.full((axis.number,), -math.log(axis.number), dtype)
         return EMTLState(log_p, inner.init(dtype))
 
-    def weigh(evidence: Evidence, state: EMTLState) -> tuple[jax.Array, EMTLState]:
-        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
-        alpha, base_state = inner.weigh(evidence, state.base)
+    def weigh(inputs: StepInputs, state: EMTLState) -> tuple[jax.Array, EMTLState]:
+        norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
+        alpha, base_state = inner.weigh(inputs, state.base)
         alpha = jnp.where(active, alpha, 0).astype(dtype)
         per_norm = safe_divide(alpha, norms)
         radius = jnp.sqrt(jnp.asarray(rho, dtype)) if kl_radius is None else kl_radius
-        scores = jnp.asarray(step_size, dtype) * per_norm * evidence.losses
+        scores = jnp.asarray(step_size, dtype) * per_norm * inputs.losses
         log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(radius, dtype), active)
         # An absent task keeps its share of p until it returns.
         kept = keep_log_shares(log_p, state.log_p, active)
@@ -146,4 +147,4 @@ def emtl(
 
     needs = inner.needs | {"losses", "norms"}
     rule = WeightRule(needs, weigh, init, inner.extra)
-    return from_rule("emtl", tasks, rule, **options)
+    return from_rule("emtl", axis, rule, **options)

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Collection
+from typing import Unpack
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.shared_rules import fair_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.solvers.nash import fair_weights
-
-
-class BargainingState(NamedTuple):
-    """State of `fairgrad` and `nash_mtl`.
-
-    Attributes:
-      fallback_count: int32 scalar, how often no solution existed and min-norm weights were used.
-    """
-
-    fallback_count: jax.Array
+from mtl_optax.core.types import Number
 
 
 @factory
-def fairgrad(num_tasks: Any, *, alpha: Any = 1.0, **options: Unpack[MethodOptions]) -> Method:
+def fairgrad(
+    tasks: int | Collection[str], *, alpha: Number = 1.0, **options: Unpack[MethodOptions]
+) -> Method:
     r"""Allocates progress between tasks by alpha-fairness.
 
     Alpha-fairness is a criterion for sharing a resource, such as network bandwidth. Here the utility of a
@@ -42,7 +32,7 @@ def fairgrad(num_tasks: Any, *, alpha: Any = 1.0, **options: Unpack[MethodOption
     own; with :math:`\alpha = 1` the norm is always :math:`\sqrt T`. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       alpha: fairness, positive.
       **options: see `MethodOptions`.
 
@@ -76,18 +66,9 @@ def fairgrad(num_tasks: Any, *, alpha: Any = 1.0, **options: Unpack[MethodOption
       Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024,
       https://arxiv.org/abs/2402.15638
     """
-    tasks = read_tasks("fairgrad", num_tasks)
+    axis = read_tasks("fairgrad", tasks)
     check_range("fairgrad", alpha=(alpha, 0, math.inf))
     if isinstance(alpha, (int, float)) and alpha == 0:
         raise ValueError("fairgrad: alpha must be positive; for the mean use mean_tasks.")
 
-    def init(dtype: Any) -> BargainingState:
-        return BargainingState(jnp.zeros((), jnp.int32))
-
-    def weigh(evidence: Evidence, state: BargainingState) -> tuple[jax.Array, BargainingState]:
-        fairness = jnp.asarray(alpha, evidence.norms.dtype)
-        weights, solved = fair_weights(evidence.cosine, evidence.norms, evidence.active, fairness)
-        failed = jnp.any(evidence.active) & ~solved
-        return weights, BargainingState(next_count(state.fallback_count, failed))
-
-    return from_rule("fairgrad", tasks, WeightRule(frozenset({"gram"}), weigh, init), **options)
+    return from_rule("fairgrad", axis, fair_rule(alpha), **options)

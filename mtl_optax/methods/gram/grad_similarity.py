@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.tasks import find_target, read_tasks
 
 
 @factory
 def grad_similarity(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    target: int | str = 0,
+    target: int | str | None = None,
     mode: Literal["unweighted", "weighted"] = "unweighted",
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -36,8 +38,8 @@ def grad_similarity(
     sum-like. The unweighted and the weighted variant of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      target: name or index of the target task; 0 is the first name in sorted order.
+      tasks: T, or the task names.
+      target: name or index of the target task: required if the tasks have names, else 0 by default.
       mode: "unweighted" keeps or drops a gradient, "weighted" multiplies it by the cosine.
       **options: see `MethodOptions`.
 
@@ -68,17 +70,17 @@ def grad_similarity(
       Du, Czarnecki, Jayakumar, Farajtabar, Pascanu and Lakshminarayanan, Adapting Auxiliary Losses Using
       Gradient Similarity, 2018, https://arxiv.org/abs/1812.02224
     """
-    tasks = read_tasks("grad_similarity", num_tasks)
-    target = task_index("grad_similarity", "target", target, tasks)
+    axis = read_tasks("grad_similarity", tasks)
+    index = find_target("grad_similarity", target, axis)
     check_choice("grad_similarity", "mode", mode, ("unweighted", "weighted"))
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        similarity = evidence.cosine[:, target]
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        similarity = inputs.cosine[:, index]
         if mode == "unweighted":
             weights = (similarity >= 0).astype(similarity.dtype)
         else:
             weights = jnp.maximum(similarity, 0)
-        return weights.at[target].set(1), state
+        return weights.at[index].set(1), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh, target=target)
-    return from_rule("grad_similarity", tasks, rule, **options)
+    rule = WeightRule(frozenset({"gram"}), weigh, target=index)
+    return from_rule("grad_similarity", axis, rule, **options)

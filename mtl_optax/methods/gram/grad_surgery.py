@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.tasks import find_target, read_tasks
 from mtl_optax.solvers.projections import projected_sum_weights
 
 
 @factory
 def grad_surgery(
-    num_tasks: Any, *, target: int | str = 0, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str],
+    *,
+    target: int | str | None = None,
+    **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Removes from each auxiliary gradient the part that conflicts with the target's, then sums.
 
@@ -30,8 +35,8 @@ def grad_surgery(
     Scale: sum-like. Equation 7 of the MetaBalance paper.
 
     Args:
-      num_tasks: T, or the task names.
-      target: name or index of the target task; 0 is the first name in sorted order.
+      tasks: T, or the task names.
+      target: name or index of the target task: required if the tasks have names, else 0 by default.
       **options: see `MethodOptions`; ``blocks="leaf"`` projects tensor by tensor.
 
     Returns:
@@ -64,13 +69,13 @@ def grad_surgery(
       Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, 2020,
       https://arxiv.org/abs/2001.06782
     """
-    tasks = read_tasks("grad_surgery", num_tasks)
-    target = task_index("grad_surgery", "target", target, tasks)
+    axis = read_tasks("grad_surgery", tasks)
+    index = find_target("grad_surgery", target, axis)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        conflicts = jnp.maximum(-evidence.cosine[:, target], 0)
-        added = jnp.zeros_like(evidence.cosine).at[:, target].set(conflicts)
-        return projected_sum_weights(added, evidence.norms), state
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        conflicts = jnp.maximum(-inputs.cosine[:, index], 0)
+        added = jnp.zeros_like(inputs.cosine).at[:, index].set(conflicts)
+        return projected_sum_weights(added, inputs.norms), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh, target=target)
-    return from_rule("grad_surgery", tasks, rule, **options)
+    rule = WeightRule(frozenset({"gram"}), weigh, target=index)
+    return from_rule("grad_surgery", axis, rule, **options)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice, check_range, check_seed
+from mtl_optax.core.arguments import check_choice, check_decay, check_range, check_seed
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.projections import projected_sum_weights
 
@@ -48,12 +50,12 @@ class _ScanState(NamedTuple):
 
 @factory
 def grad_vaccine(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    beta: Any = 0.01,
+    ema_decay: Number = 0.99,
     order: Literal["random", "cyclic"] = "random",
     seed: int = 0,
-    eps: Any = 1e-8,
+    eps: Number = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Changes gradients whose cosine is below the average of their pair, not only conflicting ones.
@@ -63,7 +65,7 @@ def grad_vaccine(
     is below the EMA until they are equal.
 
     For each task i, starting at :math:`g_i' = g_i`, for every other j in its order, with
-    :math:`c = \cos(g_i', g_j)`, the EMA :math:`\rho_{ij}` and ``beta`` :math:`\beta`:
+    :math:`c = \cos(g_i', g_j)`, the EMA :math:`\rho_{ij}` and ``ema_decay`` :math:`1 - \beta`:
 
     .. math::
         g_i' \leftarrow g_i' + \frac{|g_i'| \big(\rho_{ij}\sqrt{1-c^2} - c\sqrt{1-\rho_{ij}^2}\big)}
@@ -74,8 +76,8 @@ def grad_vaccine(
     sum-like. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      beta: weight of the newest cosine in the EMA, in [0, 1].
+      tasks: T, or the task names.
+      ema_decay: the share of the EMA that is kept, in [0, 1); the paper's beta is 1 minus this.
       order: "random" shuffles the others for each task at every step; "cyclic" takes i+1, i+2, ...
       seed: of the shuffling.
       eps: added to the denominators (see Notes); not negative.
@@ -105,7 +107,7 @@ def grad_vaccine(
     Example:
 
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
-      >>> tx = mtl.grad_vaccine(2, beta=0.5)
+      >>> tx = mtl.grad_vaccine(2, ema_decay=0.5)
       >>> update, state = tx.update(jnp.array([[1., 0.], [-1., 1.]]), tx.init(jnp.zeros(2)))
       >>> print(np.asarray(update).round(3))
       [0.5 1.5]
@@ -117,18 +119,19 @@ def grad_vaccine(
       Wang, Tsvetkov, Firat and Cao, Gradient Vaccine: Investigating and Improving Multi-task Optimization
       in Massively Multilingual Models, 2021, https://arxiv.org/abs/2010.05874
     """
-    tasks = read_tasks("grad_vaccine", num_tasks)
+    axis = read_tasks("grad_vaccine", tasks)
     check_choice("grad_vaccine", "order", order, ("random", "cyclic"))
     check_seed("grad_vaccine", seed)
-    check_range("grad_vaccine", beta=(beta, 0, 1), eps=(eps, 0, math.inf))
-    own = jnp.arange(tasks.number, dtype=jnp.int32)
+    check_decay("grad_vaccine", ema_decay=ema_decay)
+    check_range("grad_vaccine", eps=(eps, 0, math.inf))
+    own = jnp.arange(axis.number, dtype=jnp.int32)
 
-    def init(dtype: Any) -> GradVaccineState:
-        return GradVaccineState(jnp.zeros((tasks.number, tasks.number), dtype))
+    def init(dtype: DType) -> GradVaccineState:
+        return GradVaccineState(jnp.zeros((axis.number, axis.number), dtype))
 
-    def weigh(evidence: Evidence, state: GradVaccineState) -> tuple[jax.Array, GradVaccineState]:
-        cosine, norms, active = evidence.cosine, evidence.norms, evidence.active
-        newest, epsilon = jnp.asarray(beta, norms.dtype), jnp.asarray(eps, norms.dtype)
+    def weigh(inputs: StepInputs, state: GradVaccineState) -> tuple[jax.Array, GradVaccineState]:
+        cosine, norms, active = inputs.cosine, inputs.norms, inputs.active
+        newest, epsilon = jnp.asarray(1 - ema_decay, norms.dtype), jnp.asarray(eps, norms.dtype)
 
         def visit(carry: _ScanState, others: jax.Array) -> tuple[_ScanState, None]:
             one_hot = others[:, None] == own[None, :]
@@ -155,12 +158,12 @@ def grad_vaccine(
         start = _ScanState(
             jnp.zeros_like(cosine), cosine, (norms > 0).astype(norms.dtype), state.similarity_ema
         )
-        orders = projection_order("grad_vaccine", tasks.number, order, seed, evidence)
+        orders = projection_order("grad_vaccine", axis.number, order, seed, inputs)
         end, _ = lax.scan(visit, start, orders.T)
         return projected_sum_weights(end.added, norms), GradVaccineState(end.similarity_ema)
 
     needs = frozenset({"gram"})
-    return from_rule("grad_vaccine", tasks, WeightRule(needs, weigh, init, ("order",)), **options)
+    return from_rule("grad_vaccine", axis, WeightRule(needs, weigh, init, ("order",)), **options)
 
 
 def _cosine(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,18 @@ import optax
 
 from mtl_optax.core.arguments import check_transformation
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, rule_of
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.shared_rules import trained_scale_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.methods.losses.imtl_l import imtl_l
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 
 
 @factory
 def imtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     optimizer: optax.GradientTransformation = optax.adam(1e-3),
     **options: Unpack[MethodOptions],
@@ -39,7 +40,7 @@ def imtl(
     :math:`e^{s}`. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       optimizer: trains s, which starts at 0; any optax optimizer.
       **options: see `MethodOptions`.
 
@@ -66,19 +67,17 @@ def imtl(
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    tasks = read_tasks("imtl", num_tasks)
+    axis = read_tasks("imtl", tasks)
     check_transformation("imtl", "optimizer", optimizer)
-    scales = rule_of("imtl", imtl_l(tasks, optimizer=optimizer), tasks.number)
+    scales = trained_scale_rule(optimizer, axis.number)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        scale, state = scales.weigh(evidence, state)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        scale, state = scales.weigh(inputs, state)
         # A common factor of the scales cancels in a. Dividing by the largest prevents overflow.
-        present = jnp.where(evidence.active, scale, 0)
+        present = jnp.where(inputs.active, scale, 0)
         relative = safe_divide(present, jnp.max(present))
-        weights = equal_projection_weights(
-            evidence.cosine, evidence.norms * relative, evidence.active
-        )
+        weights = equal_projection_weights(inputs.cosine, inputs.norms * relative, inputs.active)
         return weights * scale, state
 
     rule = WeightRule(frozenset({"losses", "gram"}), weigh, scales.init)
-    return from_rule("imtl", tasks, rule, **options)
+    return from_rule("imtl", axis, rule, **options)

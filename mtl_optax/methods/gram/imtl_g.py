@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
+import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 
 
 @factory
-def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+def imtl_g(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Finds weights of sum 1 whose update has the same projection on every unit gradient.
 
     A plain sum favours tasks with long gradients, MGDA those with short ones. IMTL-G favours neither.
@@ -28,7 +30,7 @@ def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     Scale: mean-like. The closed form of section 3.1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       **options: see `MethodOptions`.
 
     Returns:
@@ -57,11 +59,11 @@ def imtl_g(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    tasks = read_tasks("imtl_g", num_tasks)
+    axis = read_tasks("imtl_g", tasks)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        weights = equal_projection_weights(evidence.cosine, evidence.norms, evidence.active)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        weights = equal_projection_weights(inputs.cosine, inputs.norms, inputs.active)
         return weights, state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("imtl_g", tasks, rule, **options)
+    return from_rule("imtl_g", axis, rule, **options)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_bool, check_integer
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
 @factory
 def krum(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     num_byzantine: int = 0,
     num_selected: int = 1,
@@ -38,7 +40,7 @@ def krum(
     Scale: mean-like. Section 4 of the paper; m > 1 is Multi-Krum.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       num_byzantine: f, an integer from 0 to T - 3 (only 0 for T < 3).
       num_selected: m, an integer from 1 to T.
       squared: True sums squared distances, as the paper does; False sums distances, as TorchJD does.
@@ -70,25 +72,25 @@ def krum(
       Gradient Descent, 2017,
       https://papers.nips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html
     """
-    tasks = read_tasks("krum", num_tasks)
+    axis = read_tasks("krum", tasks)
     check_bool("krum", "squared", squared)
-    check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, tasks.number - 3))
-    check_integer("krum", "num_selected", num_selected, 1, tasks.number)
+    check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, axis.number - 3))
+    check_integer("krum", "num_selected", num_selected, 1, axis.number)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        active = evidence.active
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        active = inputs.active
         count = jnp.sum(active, dtype=jnp.int32)
-        distances = _distances(evidence.cosine, evidence.norms, squared)
-        others = active[:, None] & active[None, :] & ~jnp.eye(tasks.number, dtype=bool)
+        distances = _distances(inputs.cosine, inputs.norms, squared)
+        others = active[:, None] & active[None, :] & ~jnp.eye(axis.number, dtype=bool)
         nearest_first = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
         neighbours = jnp.minimum(jnp.maximum(count - num_byzantine - 2, 1), count - 1)
-        counted = jnp.arange(tasks.number, dtype=jnp.int32)[None, :] < neighbours
+        counted = jnp.arange(axis.number, dtype=jnp.int32)[None, :] < neighbours
         scores = jnp.sum(jnp.where(counted, nearest_first, 0), axis=1)
         scores = jnp.where(active, scores, jnp.inf)
         return _mean_of_lowest(scores, active, num_selected), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("krum", tasks, rule, **options)
+    return from_rule("krum", axis, rule, **options)
 
 
 def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:

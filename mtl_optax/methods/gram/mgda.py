@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.min_norm import min_norm_weights
 
 
 @factory
 def mgda(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     normalize: Literal["none", "l2", "loss", "loss+"] = "none",
     **options: Unpack[MethodOptions],
@@ -38,7 +34,7 @@ def mgda(
     Sener and Koltun.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       normalize: the divisor c of the gradients in the minimisation.
       **options: see `MethodOptions`.
 
@@ -77,19 +73,6 @@ def mgda(
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018,
       https://arxiv.org/abs/1810.04650
     """
-    tasks = read_tasks("mgda", num_tasks)
+    axis = read_tasks("mgda", tasks)
     check_choice("mgda", "normalize", normalize, ("none", "l2", "loss", "loss+"))
-
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        norms = evidence.norms
-        if normalize in ("l2", "loss+"):
-            norms = jnp.where(norms > 0, 1, 0)
-        if normalize in ("loss", "loss+"):
-            # A loss of 0 would make its gradient infinite: it counts as a zero gradient instead.
-            norms = safe_divide(norms, jnp.maximum(evidence.losses, 0))
-        norms = norms.astype(evidence.cosine.dtype)
-        return min_norm_weights(evidence.cosine, norms, evidence.active), state
-
-    needs = {"gram", "losses"} if normalize in ("loss", "loss+") else {"gram"}
-    rule = WeightRule(frozenset(needs), weigh)
-    return from_rule("mgda", tasks, rule, **options)
+    return from_rule("mgda", axis, min_norm_rule(normalize), **options)

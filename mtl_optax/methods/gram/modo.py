@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -30,10 +32,10 @@ class MoDoState(NamedTuple):
 
 @factory
 def modo(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    gamma: Any = 0.1,
-    rho: Any = 0.1,
+    weight_lr: Number = 0.1,
+    rho: Number = 0.1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Moves simplex weights one step towards the min-norm point, from two independent samples.
@@ -41,7 +43,7 @@ def modo(
     The min-norm weights of a stochastic gradient are biased, because its noise enters quadratically. The
     inner product of two independent samples is unbiased, and slowly moving weights average its noise.
 
-    With :math:`G_1, G_2` the task gradients of two batches, ``gamma`` :math:`\gamma` and ``rho``
+    With :math:`G_1, G_2` the task gradients of two batches, ``weight_lr`` :math:`\gamma` and ``rho``
     :math:`\rho`:
 
     .. math:: \lambda \leftarrow \Pi_\Delta\big(\lambda - \gamma (G_1 G_2^\top \lambda
@@ -50,8 +52,8 @@ def modo(
     with the new :math:`\lambda`. Scale: mean-like. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      gamma: step size of the weights, in units of an inverse squared gradient norm; not negative.
+      tasks: T, or the task names.
+      weight_lr: step size of the weights, in units of an inverse squared gradient norm; not negative.
       rho: strength of the regularisation towards uniform weights; not negative.
       **options: see `MethodOptions`.
 
@@ -76,7 +78,7 @@ def modo(
     Example:
 
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
-      >>> tx = mtl.modo(2, gamma=0.1, rho=0.0)
+      >>> tx = mtl.modo(2, weight_lr=0.1, rho=0.0)
       >>> _, state = tx.update(jnp.array([[2., 0.], [0., 1.]]), tx.init(jnp.zeros(2)))
       >>> print(np.asarray(state.weights).round(3))
       [[0.425 0.575]]
@@ -85,23 +87,23 @@ def modo(
       Chen, Fernando, Ying and Chen, Three-Way Trade-Off in Multi-Objective Learning: Optimization,
       Generalization and Conflict-Avoidance, 2023, https://arxiv.org/abs/2305.20057
     """
-    tasks = read_tasks("modo", num_tasks)
-    check_range("modo", gamma=(gamma, 0, math.inf), rho=(rho, 0, math.inf))
+    axis = read_tasks("modo", tasks)
+    check_range("modo", weight_lr=(weight_lr, 0, math.inf), rho=(rho, 0, math.inf))
 
-    def init(dtype: Any) -> MoDoState:
-        return MoDoState(jnp.full((tasks.number,), 1 / tasks.number, dtype))
+    def init(dtype: DType) -> MoDoState:
+        return MoDoState(jnp.full((axis.number,), 1 / axis.number, dtype))
 
-    def weigh(evidence: Evidence, state: MoDoState) -> tuple[jax.Array, MoDoState]:
-        dtype, active = evidence.norms.dtype, evidence.active
+    def weigh(inputs: StepInputs, state: MoDoState) -> tuple[jax.Array, MoDoState]:
+        dtype, active = inputs.norms.dtype, inputs.active
         old = renormalize(state.simplex_weights, active)
-        gram = given_gram("modo", tasks.number, evidence)
+        gram = given_gram("modo", axis.number, inputs)
         if gram is None:
             # Prevents overflow; a step of this size ends at a vertex of the simplex in any case.
-            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max / (4 * tasks.number), dtype))
-            gram = evidence._replace(norms=jnp.minimum(evidence.norms, limit)).gram
+            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max / (4 * axis.number), dtype))
+            gram = inputs._replace(norms=jnp.minimum(inputs.norms, limit)).gram
         direction = jnp.sum(gram * old[None, :], axis=1) + jnp.asarray(rho, dtype) * old
-        new = project_onto_simplex(old - jnp.asarray(gamma, dtype) * direction, active)
+        new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * direction, active)
         return new, MoDoState(keep_shares(new, state.simplex_weights, active))
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))
-    return from_rule("modo", tasks, rule, **options)
+    return from_rule("modo", axis, rule, **options)

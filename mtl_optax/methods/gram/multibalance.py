@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice, check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import DType, Number, PerTask
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -35,12 +37,12 @@ class MultiBalanceState(NamedTuple):
 
 @factory
 def multibalance(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    weight_lr: Any = 1.0,
-    prior: Any = None,
-    prior_strength: Any = 0.1,
-    ema_decay: Any = 0.9,
+    weight_lr: Number = 1.0,
+    prior: PerTask | None = None,
+    prior_strength: Number = 0.1,
+    ema_decay: Number = 0.9,
     direction: Literal["cosine", "gradient"] = "cosine",
     ema_init: Literal["first", "zeros", "debias"] = "first",
     **options: Unpack[MethodOptions],
@@ -63,7 +65,7 @@ def multibalance(
     1/T of the gradient of the summed losses. Algorithm 3 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       weight_lr: beta, the step size of the weights.
       prior: lambda_0, `[T]` or a dictionary by task name; None is 1/T each.
       prior_strength: rho; the prior affects the step of the weights, not the update directly.
@@ -102,11 +104,11 @@ def multibalance(
       Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task Recommendation System, 2024,
       https://arxiv.org/abs/2411.11871
     """
-    tasks = read_tasks("multibalance", num_tasks)
+    axis = read_tasks("multibalance", tasks)
     check_choice("multibalance", "direction", direction, ("cosine", "gradient"))
     check_choice("multibalance", "ema_init", ema_init, ("first", "zeros", "debias"))
     if prior is not None:
-        prior = task_numbers("multibalance", "prior", prior, tasks, 0)
+        prior = task_numbers("multibalance", "prior", prior, axis, 0)
     check_decay("multibalance", ema_decay=ema_decay)
     check_range(
         "multibalance",
@@ -114,12 +116,12 @@ def multibalance(
         prior_strength=(prior_strength, 0, math.inf),
     )
 
-    def init(dtype: Any) -> MultiBalanceState:
-        zeros = jnp.zeros((tasks.number,), dtype)
-        return MultiBalanceState(zeros, zeros, jnp.full((tasks.number,), 1 / tasks.number, dtype))
+    def init(dtype: DType) -> MultiBalanceState:
+        zeros = jnp.zeros((axis.number,), dtype)
+        return MultiBalanceState(zeros, zeros, jnp.full((axis.number,), 1 / axis.number, dtype))
 
-    def weigh(evidence: Evidence, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
-        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
+    def weigh(inputs: StepInputs, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
+        norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
         ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         old = renormalize(state.simplex_weights, active)
         if prior is None:
@@ -129,7 +131,7 @@ def multibalance(
         # In units of the largest smoothed norm the squares cannot overflow.
         unit = jnp.max(smooth)
         lengths = safe_divide(smooth, unit)
-        inner = evidence.cosine * lengths[:, None] * lengths[None, :]
+        inner = inputs.cosine * lengths[:, None] * lengths[None, :]
         y = old + jnp.asarray(prior_strength, dtype) * prior_weights
         along = jnp.sum(inner * y[None, :], axis=1)
         if direction == "cosine":
@@ -143,16 +145,16 @@ def multibalance(
         kept = keep_shares(new, state.simplex_weights, active)
         return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
 
-    def bound(evidence: Evidence, state: MultiBalanceState) -> jax.Array:
+    def bound(inputs: StepInputs, state: MultiBalanceState) -> jax.Array:
         """The stored lambda times what v would be of these norms, over `1 - ema_decay`."""
-        norms, active = evidence.norms, evidence.active
+        norms, active = inputs.norms, inputs.active
         _, _, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         least = (1 - jnp.asarray(ema_decay, norms.dtype)) * norms
         shares = renormalize(state.simplex_weights, active)
         return safe_divide(shares * smooth, least, jnp.inf)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, bound=bound)
-    return from_rule("multibalance", tasks, rule, **options)
+    return from_rule("multibalance", axis, rule, **options)
 
 
 def _smooth_norms(

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
-from mtl_optax.core.method import Method, MethodOptions, Options
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.shared_rules import fair_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.methods.gram.fairgrad import fairgrad
-from mtl_optax.solvers.arithmetic import safe_divide
 
 
 @factory
 def nash_mtl(
-    num_tasks: Any,
-    *,
-    max_norm: Any = None,
+    tasks: int | Collection[str],
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Takes the Nash bargaining solution: the direction with the largest product of progresses.
@@ -39,20 +29,15 @@ def nash_mtl(
     Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      max_norm: the global norm to which the update is clipped (1 in the authors' code), or None. The
-        weights in the state are those before clipping.
+      tasks: T, or the task names.
       **options: see `MethodOptions`; `update_every` is the paper's interval between new weights.
 
     Returns:
       A `Method` with the state `BargainingState`. Cost: one pass over the gradients for the Gram matrix,
-      one for the sum, and about ten `[T, T]` factorisations; with `max_norm` one pass over the update.
-
-    Raises:
-      ValueError: for a negative `max_norm`.
+      one for the sum, and about ten `[T, T]` factorisations.
 
     Notes:
-      A `max_norm` <= :math:`\sqrt T` always clips, except where weights are reused.
+      The authors clip the update to a global norm of 1: put `optax.clip_by_global_norm(1.0)` after it.
 
       The root is found by Newton's method on the cosine matrix, to the precision of the dtype. The
       authors' code solves at most 20 convex programs on the host and silently keeps the previous weights
@@ -77,20 +62,5 @@ def nash_mtl(
       Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, Multi-Task Learning as a
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
-    tasks = read_tasks("nash_mtl", num_tasks)
-    if max_norm is not None:
-        check_range("nash_mtl", max_norm=(max_norm, 0, math.inf))
-    rule = fairgrad(tasks, alpha=1.0).rule
-    if max_norm is not None:
-        rule = rule._replace(finish=functools.partial(_clip, max_norm))
-    return from_rule("nash_mtl", tasks, rule, **options)
-
-
-def _clip(max_norm: Any, update: Any, options: Options, dtype: Any) -> Any:
-    """Clips the global norm of the update; with `reduce=False`, that of its sum over tasks."""
-    wide = jax.tree.map(lambda u: u.astype(dtype), update)
-    total = wide if options.reduce else jax.tree.map(lambda u: jnp.sum(u, axis=0), wide)
-    squared = task_tree.sum_over(optax.tree.norm(total, squared=True), options.axis_name)
-    norm, limit = jnp.sqrt(squared), jnp.asarray(max_norm, dtype)
-    factor = safe_divide(limit, norm, 1, where=norm > limit).astype(dtype)
-    return task_tree.narrow_like(jax.tree.map(lambda w: w * factor, wide), update)
+    axis = read_tasks("nash_mtl", tasks)
+    return from_rule("nash_mtl", axis, fair_rule(1.0), **options)

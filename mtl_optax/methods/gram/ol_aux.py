@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -12,10 +13,12 @@ import optax
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_bool, check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, GradientAverage, TaskGradients, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
+from mtl_optax.core.state import next_count
+from mtl_optax.core.tasks import find_target, read_tasks
+from mtl_optax.core.types import DType, Number
 
 # Limit of the absolute value of a weight, so that its product with a gradient stays finite.
 _LARGEST_WEIGHT = 2.0**60
@@ -47,10 +50,10 @@ class OLAuxWindow(NamedTuple):
 
 @factory  # pyright: ignore[reportArgumentType]
 def ol_aux(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    target: int | str = 0,
-    weight_lr: Any = 0.005,
+    target: int | str | None = None,
+    weight_lr: Number = 0.005,
     update_every: int = 5,
     filter_window: int = 1,
     nonnegative: bool = True,
@@ -71,8 +74,8 @@ def ol_aux(
     loss N steps ahead.
 
     Args:
-      num_tasks: T, or the task names.
-      target: name or index of the target task; 0 is the first name in sorted order.
+      tasks: T, or the task names.
+      target: name or index of the target task: required if the tasks have names, else 0 by default.
       weight_lr: eta, in units of an inverse squared gradient norm.
       update_every: N, static: the number of steps between changes of the weights.
       filter_window: F, static: gradients are averaged over F steps for the inner products.
@@ -110,22 +113,22 @@ def ol_aux(
       Lin, Baweja, Kantor and Held, Adaptive Auxiliary Task Weighting for Reinforcement Learning, 2019,
       https://papers.nips.cc/paper/2019/hash/0e900ad84f63618452210ab8baae0218-Abstract.html
     """
-    tasks = read_tasks("ol_aux", num_tasks)
-    target = task_index("ol_aux", "target", target, tasks)
+    axis = read_tasks("ol_aux", tasks)
+    index = find_target("ol_aux", target, axis)
     check_range("ol_aux", weight_lr=(weight_lr, 0, math.inf))
     check_bool("ol_aux", "nonnegative", nonnegative)
     check_integer("ol_aux", "update_every", update_every, 1)
     check_integer("ol_aux", "filter_window", filter_window, 1)
 
-    def init(dtype: Any) -> OLAuxState:
-        return OLAuxState(jnp.ones((tasks.number,), dtype), jnp.zeros((tasks.number,), dtype))
+    def init(dtype: DType) -> OLAuxState:
+        return OLAuxState(jnp.ones((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
 
-    def weigh(evidence: Evidence, state: OLAuxState) -> tuple[jax.Array, OLAuxState]:
+    def weigh(inputs: StepInputs, state: OLAuxState) -> tuple[jax.Array, OLAuxState]:
         weights, dtype = state.task_weights, state.task_weights.dtype
         largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
-        products = jnp.clip(state.products + evidence.gram[target], -largest, largest)
-        due = evidence.active & ((evidence.step + 1) % update_every == 0)
-        due = due & (jnp.arange(tasks.number) != target)
+        products = jnp.clip(state.products + inputs.gram[index], -largest, largest)
+        due = inputs.active & ((inputs.step + 1) % update_every == 0)
+        due = due & (jnp.arange(axis.number) != index)
         lowest = 0.0 if nonnegative else -_LARGEST_WEIGHT
         moved = weights + jnp.asarray(weight_lr, dtype) * products
         moved = jnp.clip(moved, lowest, _LARGEST_WEIGHT)
@@ -133,30 +136,30 @@ def ol_aux(
         return weights, new
 
     average = _window_means(filter_window) if filter_window > 1 else None
-    rule = WeightRule(frozenset({"gram"}), weigh, init, average=average, target=target)
-    return from_rule("ol_aux", tasks, rule, **options)
+    rule = WeightRule(frozenset({"gram"}), weigh, init, average=average, target=index)
+    return from_rule("ol_aux", axis, rule, **options)
 
 
 def _window_means(size: int) -> GradientAverage:
     """The mean of each task's last `size` gradients, for the inner products only."""
 
-    def init(params: Any, num_tasks: int, dtype: Any) -> OLAuxWindow:
+    def init(params: optax.Params, num_tasks: int, dtype: DType) -> OLAuxWindow:
         zeros = task_tree.per_task_zeros(params, num_tasks, dtype)
         window = optax.tree.batch_shape(zeros, (size,))
         return OLAuxWindow(window, jnp.zeros((num_tasks,), jnp.int32))
 
-    def apply(view: TaskGradients, state: OLAuxWindow) -> tuple[Any, OLAuxWindow]:
+    def apply(inputs: StepInputs, state: OLAuxWindow) -> tuple[Any, OLAuxWindow]:
         # An absent task overwrites nothing: its next gradient replaces its oldest one.
         oldest = jnp.arange(size, dtype=jnp.int32)[:, None] == (state.filled % size)[None, :]
-        replaced = oldest & view.active[None, :]
+        replaced = oldest & inputs.active[None, :]
 
         def insert(ring: jax.Array, leaf: jax.Array) -> jax.Array:
             here = replaced.reshape(replaced.shape + (1,) * (leaf.ndim - 1))
             return jnp.where(here, leaf.astype(ring.dtype)[None], ring)
 
-        window = jax.tree.map(insert, state.window, view.updates)
-        filled = next_count(state.filled, view.active)
-        times = jnp.clip(filled, 1, size).astype(view.dtype)
+        window = jax.tree.map(insert, state.window, inputs.updates)
+        filled = next_count(state.filled, inputs.active)
+        times = jnp.clip(filled, 1, size).astype(inputs.dtype)
         means = jax.tree.map(
             lambda ring: jnp.sum(ring, axis=0) / task_tree.along_tasks(times, ring.ndim - 1), window
         )

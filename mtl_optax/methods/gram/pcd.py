@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index, task_numbers
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.state import next_count
+from mtl_optax.core.tasks import find_target, read_tasks, task_numbers
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
 
@@ -23,7 +26,7 @@ class PCDState(NamedTuple):
 
     Attributes:
       square_ema: EMA of each task's squared gradient norm; starts at 0.
-      seen: the share of each average that is data: `1 - beta ** k` after k steps.
+      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
       fallback_count: int32 scalar a block, how often the constraints were dropped.
     """
 
@@ -34,12 +37,12 @@ class PCDState(NamedTuple):
 
 @factory
 def pcd(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    target: int | str = 0,
-    tau: Any = 0.02,
-    beta: Any = 0.999,
-    eps: Any = 1e-8,
+    target: int | str | None = None,
+    tau: Number = 0.02,
+    ema_decay: Number = 0.999,
+    eps: Number = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Follows the target's gradient as closely as a minimum progress of every other task allows.
@@ -54,15 +57,15 @@ def pcd(
         \tilde g_t \cdot d \ge \tau |\tilde g_t|^2 \;\; (t \ne target), \qquad
         update = |g_{target}|\, \tilde d / |\tilde d|,
 
-    with :math:`\hat v_t` the bias-corrected EMA of :math:`|g_t|^2` with decay ``beta``. Scale: the
+    with :math:`\hat v_t` the bias-corrected EMA of :math:`|g_t|^2` with decay ``ema_decay``. Scale: the
     method's own, the norm of the target's gradient. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      target: name or index of the target task; 0 is the first name in sorted order.
+      tasks: T, or the task names.
+      target: name or index of the target task: required if the tasks have names, else 0 by default.
       tau: guaranteed fraction in [0, 1]: a number, `[T]`, or a dictionary by task name (the target's
         entry is not used).
-      beta: decay of the averages of the squared norms, in [0, 1).
+      ema_decay: the decay of the averages of the squared norms, in [0, 1).
       eps: added to these averages, in units of a squared norm; not negative.
       **options: see `MethodOptions`.
 
@@ -94,19 +97,19 @@ def pcd(
       Varam and AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
       Multi-Objective Optimization, 2026, https://arxiv.org/abs/2606.29521
     """
-    tasks = read_tasks("pcd", num_tasks)
-    target = task_index("pcd", "target", target, tasks)
-    tau = task_numbers("pcd", "tau", tau, tasks, 0, 1, or_one=True)
-    check_decay("pcd", beta=beta)
+    axis = read_tasks("pcd", tasks)
+    index = find_target("pcd", target, axis)
+    tau = task_numbers("pcd", "tau", tau, axis, 0, 1, or_one=True)
+    check_decay("pcd", ema_decay=ema_decay)
     check_range("pcd", eps=(eps, 0, math.inf))
 
-    def init(dtype: Any) -> PCDState:
-        zeros = jnp.zeros((tasks.number,), dtype)
+    def init(dtype: DType) -> PCDState:
+        zeros = jnp.zeros((axis.number,), dtype)
         return PCDState(zeros, zeros, jnp.zeros((), jnp.int32))
 
-    def weigh(evidence: Evidence, state: PCDState) -> tuple[jax.Array, PCDState]:
-        norms, active, dtype = evidence.norms, evidence.active, evidence.norms.dtype
-        decay = jnp.asarray(beta, dtype)
+    def weigh(inputs: StepInputs, state: PCDState) -> tuple[jax.Array, PCDState]:
+        norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
+        decay = jnp.asarray(ema_decay, dtype)
         squares = jnp.minimum(norms**2, jnp.asarray(jnp.finfo(dtype).max, dtype))
         average = decay * state.square_ema + (1 - decay) * squares
         square_ema = jnp.where(active, average, state.square_ema)
@@ -114,20 +117,20 @@ def pcd(
         mean_square = safe_divide(square_ema, seen)
         spread = jnp.sqrt(mean_square + jnp.asarray(eps, dtype))
         lengths = safe_divide(norms, spread, norms)
-        guaranteed = jnp.broadcast_to(jnp.asarray(tau, dtype), (tasks.number,)) * lengths
-        along, feasible = _constrained(evidence.cosine, lengths, guaranteed, active, target)
+        guaranteed = jnp.broadcast_to(jnp.asarray(tau, dtype), (axis.number,)) * lengths
+        along, feasible = _constrained(inputs.cosine, lengths, guaranteed, active, index)
         # Scaled to the norm of the target's gradient; a norm below the rounding error counts as 0.
-        squared = jnp.sum(along * product(evidence.cosine, along))
+        squared = jnp.sum(along * product(inputs.cosine, along))
         rounding = 10 * jnp.finfo(dtype).eps * jnp.sum(jnp.abs(along)) ** 2
         length = jnp.sqrt(jnp.where(squared > rounding, squared, 1))
-        ratio = safe_divide(norms[target], norms)
+        ratio = safe_divide(norms[index], norms)
         weights = jnp.where(squared > rounding, along / length * ratio, 0)
-        failed = active[target] & (norms[target] > 0) & ~feasible
+        failed = active[index] & (norms[index] > 0) & ~feasible
         fallbacks = next_count(state.fallback_count, failed)
         return weights, PCDState(square_ema, seen, fallbacks)
 
-    rule = WeightRule(frozenset({"gram"}), weigh, init, target=target)
-    return from_rule("pcd", tasks, rule, **options)
+    rule = WeightRule(frozenset({"gram"}), weigh, init, target=index)
+    return from_rule("pcd", axis, rule, **options)
 
 
 def _constrained(

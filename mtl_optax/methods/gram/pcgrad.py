@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from mtl_optax.core.arguments import check_choice, check_seed
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.projections import projected_sum_weights
 
 
 @factory
 def pcgrad(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     order: Literal["random", "cyclic"] = "random",
     seed: int = 0,
@@ -37,7 +39,7 @@ def pcgrad(
     Scale: sum-like. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       order: "random" shuffles the other tasks for each task at every step; "cyclic" is i+1, i+2, ...
       seed: the shuffle depends on it and on the number of the step only.
       **options: see `MethodOptions`.
@@ -73,13 +75,13 @@ def pcgrad(
       Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, 2020,
       https://arxiv.org/abs/2001.06782
     """
-    tasks = read_tasks("pcgrad", num_tasks)
+    axis = read_tasks("pcgrad", tasks)
     check_choice("pcgrad", "order", order, ("random", "cyclic"))
     check_seed("pcgrad", seed)
-    own = jnp.arange(tasks.number, dtype=jnp.int32)
+    own = jnp.arange(axis.number, dtype=jnp.int32)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        cosine, norms = evidence.cosine, evidence.norms
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        cosine, norms = inputs.cosine, inputs.norms
 
         def project(
             carry: tuple[jax.Array, jax.Array], others: jax.Array
@@ -92,10 +94,10 @@ def pcgrad(
             taken = jnp.where(conflict, -component, 0)[:, None]
             return (added + taken * one_hot, along + taken * cosine[others]), None
 
-        orders = projection_order("pcgrad", tasks.number, order, seed, evidence)
+        orders = projection_order("pcgrad", axis.number, order, seed, inputs)
         start = (jnp.zeros_like(cosine), cosine)
         (added, _), _ = lax.scan(project, start, orders.T)
         return projected_sum_weights(added, norms), state
 
     rule = WeightRule(frozenset({"gram"}), weigh, extra=("order",))
-    return from_rule("pcgrad", tasks, rule, **options)
+    return from_rule("pcgrad", axis, rule, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -12,10 +13,11 @@ from jax import lax
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -33,12 +35,12 @@ class SDMGradState(NamedTuple):
 
 @factory
 def sdmgrad(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    lam: Any = 0.3,
+    lam: Number = 0.3,
     num_steps: int = 20,
-    step_size: Any = 10.0,
-    momentum: Any = 0.5,
+    step_size: Number = 10.0,
+    momentum: Number = 0.5,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Combines the min-norm direction with the mean gradient.
@@ -53,7 +55,7 @@ def sdmgrad(
     to MGDA, a large lam to the mean. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       lam: weight of the mean gradient; not negative.
       num_steps: number of projected gradient steps on w, static.
       step_size: size of these steps; not negative.
@@ -98,7 +100,7 @@ def sdmgrad(
       Xiao, Ban and Ji, Direction-oriented Multi-objective Learning: Simple and Provable Stochastic
       Algorithms, 2023, https://arxiv.org/abs/2305.18409
     """
-    tasks = read_tasks("sdmgrad", num_tasks)
+    axis = read_tasks("sdmgrad", tasks)
     check_integer("sdmgrad", "num_steps", num_steps, 0)
     check_range(
         "sdmgrad",
@@ -107,14 +109,14 @@ def sdmgrad(
         momentum=(momentum, 0, 1),
     )
 
-    def init(dtype: Any) -> SDMGradState:
-        return SDMGradState(jnp.full((tasks.number,), 1 / tasks.number, dtype))
+    def init(dtype: DType) -> SDMGradState:
+        return SDMGradState(jnp.full((axis.number,), 1 / axis.number, dtype))
 
-    def weigh(evidence: Evidence, state: SDMGradState) -> tuple[jax.Array, SDMGradState]:
-        dtype, active = evidence.norms.dtype, evidence.active
-        gram = given_gram("sdmgrad", tasks.number, evidence)
+    def weigh(inputs: StepInputs, state: SDMGradState) -> tuple[jax.Array, SDMGradState]:
+        dtype, active = inputs.norms.dtype, inputs.active
+        gram = given_gram("sdmgrad", axis.number, inputs)
         if gram is None:
-            matrix = evidence._replace(norms=_over_mean(evidence.norms, active)).gram
+            matrix = inputs._replace(norms=_over_mean(inputs.norms, active)).gram
         else:
             diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
             mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(active), 1).astype(dtype)
@@ -136,7 +138,7 @@ def sdmgrad(
         return (new + share * uniform) / (1 + share), SDMGradState(kept)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))
-    return from_rule("sdmgrad", tasks, rule, **options)
+    return from_rule("sdmgrad", axis, rule, **options)
 
 
 def _over_mean(norms: jax.Array, active: jax.Array) -> jax.Array:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import PerTask
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 
 
 @factory
-def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOptions]) -> Method:
+def upgrad(
+    tasks: int | Collection[str],
+    *,
+    preference: PerTask | None = None,
+    **options: Unpack[MethodOptions],
+) -> Method:
     r"""Projects each gradient onto the cone of directions that conflict with no task, then averages.
 
     No loss increases to first order, and each task keeps as much of its own gradient as that allows. With
@@ -29,7 +36,7 @@ def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOp
     The update is linear in the norm of each gradient. Scale: mean-like with the default u = 1/T.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
       **options: see `MethodOptions`.
 
@@ -60,11 +67,16 @@ def upgrad(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOp
       Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
       https://arxiv.org/abs/2406.16232
     """
-    return _dual_cone("upgrad", upgrad_weights, num_tasks, preference, options)
+    return _dual_cone("upgrad", upgrad_weights, tasks, preference, options)
 
 
 @factory
-def dualproj(num_tasks: Any, *, preference: Any = None, **options: Unpack[MethodOptions]) -> Method:
+def dualproj(
+    tasks: int | Collection[str],
+    *,
+    preference: PerTask | None = None,
+    **options: Unpack[MethodOptions],
+) -> Method:
     r"""Projects the mean gradient onto the cone of directions that conflict with no task.
 
     No loss increases to first order; if the mean conflicts with no task, the update is the mean. Made for
@@ -76,7 +88,7 @@ def dualproj(num_tasks: Any, *, preference: Any = None, **options: Unpack[Method
     Scale: mean-like with the default u = 1/T.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
       **options: see `MethodOptions`.
 
@@ -103,24 +115,24 @@ def dualproj(num_tasks: Any, *, preference: Any = None, **options: Unpack[Method
       Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, 2017,
       https://arxiv.org/abs/1706.08840
     """
-    return _dual_cone("dualproj", dualproj_weights, num_tasks, preference, options)
+    return _dual_cone("dualproj", dualproj_weights, tasks, preference, options)
 
 
 def _dual_cone(
     name: str,
     solve: Callable[..., jax.Array],
-    num_tasks: Any,
+    tasks: int | Collection[str],
     preference: Any,
     options: MethodOptions,
 ) -> Method:
-    tasks = read_tasks(name, num_tasks)
+    axis = read_tasks(name, tasks)
     if preference is not None:
-        preference = task_numbers(name, "preference", preference, tasks, 0)
+        preference = task_numbers(name, "preference", preference, axis, 0)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        norms = evidence.norms
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        norms = inputs.norms
         goal = None if preference is None else jnp.asarray(preference, norms.dtype)
-        return solve(evidence.cosine, norms, evidence.active, goal), state
+        return solve(inputs.cosine, norms, inputs.active, goal), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule(name, tasks, rule, **options)
+    return from_rule(name, axis, rule, **options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
 
@@ -30,10 +32,10 @@ class BanditMTLState(NamedTuple):
 
 @factory
 def bandit_mtl(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    step_size: Any = 0.5,
-    kl_radius: Any = 1.2,
+    step_size: Number = 0.5,
+    kl_radius: Number = 1.2,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Gives larger weights to tasks with larger losses, within a KL ball around equal weights.
@@ -50,7 +52,7 @@ def bandit_mtl(
     the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       step_size: eta, >= 0.
       kl_radius: radius of the ball, >= 0; 0 gives equal weights.
       **options: see `MethodOptions`.
@@ -83,20 +85,20 @@ def bandit_mtl(
       Mao, Wang, Liu, Lin and Hu, BanditMTL: Bandit-based Multi-task Learning for Text Classification,
       2021, https://aclanthology.org/2021.acl-long.428
     """
-    tasks = read_tasks("bandit_mtl", num_tasks)
+    axis = read_tasks("bandit_mtl", tasks)
     check_range(
         "bandit_mtl", step_size=(step_size, 0, math.inf), kl_radius=(kl_radius, 0, math.inf)
     )
 
-    def init(dtype: Any) -> BanditMTLState:
-        return BanditMTLState(jnp.full((tasks.number,), -math.log(tasks.number), dtype))
+    def init(dtype: DType) -> BanditMTLState:
+        return BanditMTLState(jnp.full((axis.number,), -math.log(axis.number), dtype))
 
-    def weigh(evidence: Evidence, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
-        active, dtype = evidence.active, evidence.losses.dtype
+    def weigh(inputs: StepInputs, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
+        active, dtype = inputs.active, inputs.losses.dtype
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
         weights = jnp.exp(log_softmax(state.log_p, active)) / count
-        scores = jnp.asarray(step_size, dtype) * evidence.losses
+        scores = jnp.asarray(step_size, dtype) * inputs.losses
         log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(kl_radius, dtype), active)
         return weights, BanditMTLState(keep_log_shares(log_p, state.log_p, active))
 
-    return from_rule("bandit_mtl", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("bandit_mtl", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import Number, PerTask
 from mtl_optax.solvers.log_weights import largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
 
 
 @factory
 def cosmos(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    preference: Any = None,
-    lam: Any = 1.0,
+    preference: PerTask | None = None,
+    lam: Number = 1.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises a weighted sum of the losses and their angle to a preference vector.
@@ -38,7 +41,7 @@ def cosmos(
     Scale: the method's own. Equation 5 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       preference: r, `[T]` or a dictionary by task name, nonnegative; None is 1 over the number of
         tasks present.
       lam: weight of the angle, >= 0; 0.01 to 8 in the paper. 0 is `fixed_weights(preference)`.
@@ -71,14 +74,14 @@ def cosmos(
       Ruchte and Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, 2021,
       https://arxiv.org/abs/2103.13392
     """
-    tasks = read_tasks("cosmos", num_tasks)
+    axis = read_tasks("cosmos", tasks)
     check_range("cosmos", lam=(lam, 0, math.inf))
     if preference is not None:
-        preference = task_numbers("cosmos", "preference", preference, tasks, 0)
+        preference = task_numbers("cosmos", "preference", preference, axis, 0)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        losses = evidence.losses
-        wanted = active_preference(preference, evidence.active, losses.dtype)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        losses = inputs.losses
+        wanted = active_preference(preference, inputs.active, losses.dtype)
         (direction, _), (unit_losses, length) = unit(wanted), unit(losses)
         # The part of the preference orthogonal to the losses: |L| times the gradient of the cosine.
         orthogonal = direction - jnp.sum(direction * unit_losses) * unit_losses
@@ -87,4 +90,4 @@ def cosmos(
         return jnp.clip(wanted - jnp.where(length > 0, step, 0), -largest, largest), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("cosmos", tasks, rule, **options)
+    return from_rule("cosmos", axis, rule, **options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -38,9 +40,9 @@ class DWAState(NamedTuple):
 
 @factory
 def dwa(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    temperature: Any = 2.0,
+    temperature: Number = 2.0,
     window: int = 1,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -56,7 +58,7 @@ def dwa(
     and 1 during the first two windows. Scale: sum-like; the weights sum to T. Equation 7 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       temperature: tau, >= 1e-6; larger values make the weights more equal.
       window: steps per window, static.
       **options: see `MethodOptions`.
@@ -89,28 +91,28 @@ def dwa(
       Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, 2019,
       https://arxiv.org/abs/1803.10704
     """
-    tasks = read_tasks("dwa", num_tasks)
+    axis = read_tasks("dwa", tasks)
     check_range("dwa", temperature=(temperature, 1e-6, math.inf))
     check_integer("dwa", "window", window, 1)
 
-    def init(dtype: Any) -> DWAState:
-        zeros, counts = jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), jnp.int32)
+    def init(dtype: DType) -> DWAState:
+        zeros, counts = jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32)
         return DWAState(zeros, counts, zeros, zeros, counts)
 
-    def weigh(evidence: Evidence, state: DWAState) -> tuple[jax.Array, DWAState]:
-        active, dtype = evidence.active, evidence.losses.dtype
+    def weigh(inputs: StepInputs, state: DWAState) -> tuple[jax.Array, DWAState]:
+        active, dtype = inputs.active, inputs.losses.dtype
         largest = largest_weight(dtype)
         known = (state.windows == 2) & (state.before != 0)
         ratio = safe_divide(state.last, state.before, 1, where=known)
         logits = jnp.clip(ratio, -largest, largest) / jnp.asarray(temperature, dtype)
         count = jnp.sum(active).astype(dtype)
         weights = count * jnp.exp(log_softmax(logits, active))
-        return weights, observe(evidence, state)
+        return weights, observe(inputs, state)
 
-    def observe(evidence: Evidence, state: DWAState) -> DWAState:
-        seen = state.seen + evidence.active.astype(jnp.int32)
-        change = (evidence.losses - state.mean) / jnp.maximum(seen, 1).astype(state.mean.dtype)
-        mean = jnp.where(evidence.active, state.mean + change, state.mean)
+    def observe(inputs: StepInputs, state: DWAState) -> DWAState:
+        seen = state.seen + inputs.active.astype(jnp.int32)
+        change = (inputs.losses - state.mean) / jnp.maximum(seen, 1).astype(state.mean.dtype)
+        mean = jnp.where(inputs.active, state.mean + change, state.mean)
         full = seen == window
         return DWAState(
             mean=jnp.where(full, 0, mean),
@@ -120,4 +122,4 @@ def dwa(
             windows=jnp.minimum(state.windows + full.astype(jnp.int32), 2),
         )
 
-    return from_rule("dwa", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("dwa", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -11,11 +12,12 @@ import optax
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers, task_vector
 from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
 # Part of the method's definition: keeps the logarithm of a loss at its minimum finite.
@@ -38,11 +40,11 @@ class FAMOState(NamedTuple):
 
 @factory
 def famo(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    gamma: Any = 1e-2,
-    weight_lr: Any = 0.025,
-    min_losses: Any = 0.0,
+    gamma: Number = 1e-2,
+    weight_lr: Number = 0.025,
+    min_losses: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Balances the relative rates at which the losses decrease, without task gradients.
@@ -59,7 +61,7 @@ def famo(
     before and after the network's step. Scale: mean-like; the weights sum to 1. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       gamma: decay of the logits, >= 0.
       weight_lr: Adam's learning rate, a number or schedule.
       min_losses: lower bounds of the losses, a scalar, `[T]`, or a dictionary by task name.
@@ -104,40 +106,40 @@ def famo(
       Liu, Feng, Stone and Liu, FAMO: Fast Adaptive Multitask Optimization, 2023,
       https://arxiv.org/abs/2306.03792
     """
-    tasks = read_tasks("famo", num_tasks)
+    axis = read_tasks("famo", tasks)
     check_range("famo", gamma=(gamma, 0, math.inf))
     is_schedule = callable(weight_lr)
     if not is_schedule:
         check_range("famo", weight_lr=(weight_lr, 0, math.inf))
-    min_losses = task_numbers("famo", "min_losses", min_losses, tasks, or_one=True)
+    min_losses = task_numbers("famo", "min_losses", min_losses, axis, or_one=True)
     optimizer = optax.adam(weight_lr)
 
-    def init(dtype: Any) -> FAMOState:
-        zeros = jnp.zeros((tasks.number,), dtype)
-        return FAMOState(start(optimizer, zeros), zeros, jnp.full((tasks.number,), -2, jnp.int32))
+    def init(dtype: DType) -> FAMOState:
+        zeros = jnp.zeros((axis.number,), dtype)
+        return FAMOState(start(optimizer, zeros), zeros, jnp.full((axis.number,), -2, jnp.int32))
 
     def log_excess(losses: jax.Array) -> jax.Array:
         low = jnp.broadcast_to(jnp.asarray(min_losses, losses.dtype), losses.shape)
         return jnp.log(jnp.maximum(losses - low, 0) + _EPSILON)
 
-    def weigh(evidence: Evidence, state: FAMOState) -> tuple[jax.Array, FAMOState]:
-        active, losses_after = evidence.active, evidence.extra["losses_after"]
-        log_losses = log_excess(evidence.losses)
+    def weigh(inputs: StepInputs, state: FAMOState) -> tuple[jax.Array, FAMOState]:
+        active, losses_after = inputs.active, inputs.extra["losses_after"]
+        log_losses = log_excess(inputs.losses)
         if losses_after is None:
             after, trains = log_losses, active & (state.last_step >= 0)
         else:
-            after, trains = read_after(losses_after, evidence, state)
+            after, trains = read_after(losses_after, inputs, state)
         logits = train_logits(state, after, trains)
         weights = jnp.exp(log_softmax(logits.values - log_losses, active))
-        last = jnp.where(active, evidence.step, state.last_step)
+        last = jnp.where(active, inputs.step, state.last_step)
         return weights, FAMOState(logits, jnp.where(active, log_losses, state.log_losses), last)
 
     def read_after(
-        losses_after: Any, evidence: Evidence, state: FAMOState
+        losses_after: Any, inputs: StepInputs, state: FAMOState
     ) -> tuple[jax.Array, jax.Array]:
-        losses = task_vector("famo", "losses_after", losses_after, tasks, state.log_losses.dtype)
+        losses = task_vector("famo", "losses_after", losses_after, axis, state.log_losses.dtype)
         finite = jnp.isfinite(losses)
-        trains = finite & (state.last_step == evidence.step - 1)
+        trains = finite & (state.last_step == inputs.step - 1)
         return log_excess(jnp.where(finite, losses, 0)), trains
 
     def train_logits(state: FAMOState, after: jax.Array, trains: jax.Array) -> TrainedState:
@@ -150,4 +152,4 @@ def famo(
         return train(optimizer, state.logits, gradient, trains, -limit, limit)
 
     rule = WeightRule(frozenset({"losses"}), weigh, init, ("losses_after",))
-    return from_rule("famo", tasks, rule, **options)
+    return from_rule("famo", axis, rule, **options)

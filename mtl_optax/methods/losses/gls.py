@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.log_weights import exp_weights, magnitudes
 
 
 @factory
-def gls(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Minimises the geometric mean of the losses.
 
     The same relative decrease of any loss then counts the same, whatever its unit. The objective
@@ -27,7 +29,7 @@ def gls(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     Scale: the method's own; every weight is 1/T where all losses are equal. Equation 2 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       **options: see `MethodOptions`.
 
     Returns:
@@ -52,14 +54,14 @@ def gls(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
       Chennupati, Sistu, Yogamani and Rawashdeh, MultiNet++: Multi-Stream Feature Aggregation and
       Geometric Loss Strategy for Multi-Task Learning, 2019, https://arxiv.org/abs/1904.08492
     """
-    tasks = read_tasks("gls", num_tasks)
+    axis = read_tasks("gls", tasks)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        sizes, usable = magnitudes(evidence.losses, evidence.active)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        sizes, usable = magnitudes(inputs.losses, inputs.active)
         logs = jnp.log(sizes)
         count = jnp.maximum(jnp.sum(usable), 1).astype(logs.dtype)
         mean = jnp.sum(jnp.where(usable, logs, 0)) / count
         return exp_weights(mean - logs - jnp.log(count), usable), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("gls", tasks, rule, **options)
+    return from_rule("gls", axis, rule, **options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.k_means import k_means_on_line
 from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_softmax, magnitudes
 
@@ -30,10 +32,10 @@ class GO4AlignState(NamedTuple):
 
 @factory
 def go4align(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     num_groups: int,
-    step_size: Any = 1e-4,
+    step_size: Number = 1e-4,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Groups tasks by a running measure of their risk and gives each group one weight.
@@ -48,7 +50,7 @@ def go4align(
     with ``num_groups`` groups by k-means on r. Scale: the method's own. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       num_groups: K, static, 1 to T.
       step_size: beta, >= 0.
       **options: see `MethodOptions`.
@@ -80,15 +82,15 @@ def go4align(
       Shen, Wang, Xiao, van Noord and Worring, GO4Align: Group Optimization for Multi-Task Alignment,
       2024, https://arxiv.org/abs/2404.06486
     """
-    tasks = read_tasks("go4align", num_tasks)
+    axis = read_tasks("go4align", tasks)
     check_range("go4align", step_size=(step_size, 0, math.inf))
-    check_integer("go4align", "num_groups", num_groups, 1, tasks.number)
+    check_integer("go4align", "num_groups", num_groups, 1, axis.number)
 
-    def init(dtype: Any) -> GO4AlignState:
-        return GO4AlignState(jnp.full((tasks.number,), -math.log(tasks.number), dtype))
+    def init(dtype: DType) -> GO4AlignState:
+        return GO4AlignState(jnp.full((axis.number,), -math.log(axis.number), dtype))
 
-    def weigh(evidence: Evidence, state: GO4AlignState) -> tuple[jax.Array, GO4AlignState]:
-        active, losses = evidence.active, evidence.losses
+    def weigh(inputs: StepInputs, state: GO4AlignState) -> tuple[jax.Array, GO4AlignState]:
+        active, losses = inputs.active, inputs.losses
         beta = jnp.asarray(step_size, losses.dtype)
         log_q = log_softmax(state.log_q - beta * losses, active)
         sizes, usable = magnitudes(losses, active)
@@ -97,4 +99,4 @@ def go4align(
         weights = k_means_on_line(relative, usable, num_groups)
         return weights, GO4AlignState(keep_log_shares(log_q, state.log_q, active))
 
-    return from_rule("go4align", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("go4align", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.arguments import check_transformation
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.shared_rules import trained_scale_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.trained_values import TrainedState, start, train
-from mtl_optax.solvers.log_weights import largest_weight
 
 
 @factory
 def imtl_l(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     optimizer: optax.GradientTransformation = optax.adam(1e-3),
     **options: Unpack[MethodOptions],
@@ -37,7 +33,7 @@ def imtl_l(
     `imtl` combines it with the gradient half, `imtl_g`.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       optimizer: trains s, which starts at 0; any optax optimizer.
       **options: see `MethodOptions`.
 
@@ -63,16 +59,7 @@ def imtl_l(
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    tasks = read_tasks("imtl_l", num_tasks)
+    axis = read_tasks("imtl_l", tasks)
     check_transformation("imtl_l", "optimizer", optimizer)
-
-    def init(dtype: Any) -> TrainedState:
-        return start(optimizer, jnp.zeros((tasks.number,), dtype))
-
-    def weigh(evidence: Evidence, state: TrainedState) -> tuple[jax.Array, TrainedState]:
-        weights = jnp.exp(state.values)
-        high = math.log(largest_weight(weights.dtype))
-        gradient = weights * evidence.losses - 1
-        return weights, train(optimizer, state, gradient, evidence.active, -high, high)
-
-    return from_rule("imtl_l", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    rule = trained_scale_rule(optimizer, axis.number)
+    return from_rule("imtl_l", axis, rule, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -12,10 +12,11 @@ import numpy as np
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import Tasks, read_tasks, task_numbers
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -31,11 +32,11 @@ class LagrangianState(NamedTuple):
 
 @factory
 def lagrangian(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     limits: Any,
-    step_size: Any,
-    damping: Any = 0.0,
+    step_size: Number,
+    damping: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises some losses subject to upper limits on the others.
@@ -53,7 +54,7 @@ def lagrangian(
     multiplier method of the paper; with damping its modified one, which does not oscillate.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       limits: a dictionary from the names of the constrained tasks to their limits, or `[T]` with None (or
         infinity) for objectives.
       step_size: eta > 0; its unit is one over a loss.
@@ -84,17 +85,17 @@ def lagrangian(
       Platt and Barr, Constrained Differential Optimization, 1988,
       https://papers.nips.cc/paper/4-constrained-differential-optimization
     """
-    tasks = read_tasks("lagrangian", num_tasks)
+    axis = read_tasks("lagrangian", tasks)
     check_range("lagrangian", step_size=(step_size, 0, math.inf), damping=(damping, 0, math.inf))
-    limit, constrained = _read_limits(limits, tasks)
+    limit, constrained = _read_limits(limits, axis)
 
-    def init(dtype: Any) -> LagrangianState:
-        return LagrangianState(jnp.zeros((tasks.number,), dtype))
+    def init(dtype: DType) -> LagrangianState:
+        return LagrangianState(jnp.zeros((axis.number,), dtype))
 
-    def weigh(evidence: Evidence, state: LagrangianState) -> tuple[jax.Array, LagrangianState]:
+    def weigh(inputs: StepInputs, state: LagrangianState) -> tuple[jax.Array, LagrangianState]:
         dtype = state.multipliers.dtype
         largest = largest_weight(dtype)
-        excess = jnp.clip(evidence.losses - jnp.asarray(limit, dtype), -largest, largest)
+        excess = jnp.clip(inputs.losses - jnp.asarray(limit, dtype), -largest, largest)
 
         def add(share: Any) -> jax.Array:
             moved = state.multipliers + jnp.clip(
@@ -103,17 +104,17 @@ def lagrangian(
             return jnp.clip(moved, 0, largest)
 
         weights = jnp.where(constrained, add(damping), 1)
-        moves = evidence.active & constrained
+        moves = inputs.active & constrained
         return weights, LagrangianState(jnp.where(moves, add(step_size), state.multipliers))
 
     rule = WeightRule(frozenset({"losses"}), weigh, init)
-    return from_rule("lagrangian", tasks, rule, **options)
+    return from_rule("lagrangian", axis, rule, **options)
 
 
-def _read_limits(limits: Any, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+def _read_limits(limits: Any, axis: Tasks) -> tuple[np.ndarray, np.ndarray]:
     """The limits `[T]`, 0 for objectives, and which tasks have one."""
     if isinstance(limits, Mapping):
-        names = tasks.names or ()
+        names = axis.names or ()
         unknown = sorted(set(limits) - set(names))
         if unknown:
             raise ValueError(
@@ -122,7 +123,7 @@ def _read_limits(limits: Any, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
         limits = [limits.get(name) for name in names]
     if isinstance(limits, Sequence):
         limits = [math.inf if limit is None else limit for limit in limits]
-    values = np.asarray(task_numbers("lagrangian", "limits", limits, tasks), float)
+    values = np.asarray(task_numbers("lagrangian", "limits", limits, axis), float)
     constrained = np.isfinite(values)
     if constrained.all():
         raise ValueError("lagrangian: at least one task must have no limit: the objective.")

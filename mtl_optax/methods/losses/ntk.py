@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_choice, check_decay
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -30,10 +32,10 @@ class NTKState(NamedTuple):
 
 @factory
 def ntk(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     reference: Literal["sum", "mean"] = "sum",
-    ema_decay: Any = 0.0,
+    ema_decay: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Weighs each loss by how slowly its residuals converge under gradient descent.
@@ -51,7 +53,7 @@ def ntk(
     sum-like, about T times that with "sum". Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       reference: numerator of the weights.
       ema_decay: beta in [0, 1); the paper has no average, jaxpi 0.9 with "mean".
       **options: see `MethodOptions`.
@@ -79,19 +81,19 @@ def ntk(
       Wang, Yu and Perdikaris, When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective, 2022,
       https://arxiv.org/abs/2007.14527
     """
-    tasks = read_tasks("ntk", num_tasks)
+    axis = read_tasks("ntk", tasks)
     check_choice("ntk", "reference", reference, ("sum", "mean"))
     check_decay("ntk", ema_decay=ema_decay)
 
-    def init(dtype: Any) -> NTKState:
-        return NTKState(jnp.ones((tasks.number,), dtype))
+    def init(dtype: DType) -> NTKState:
+        return NTKState(jnp.ones((axis.number,), dtype))
 
-    def weigh(evidence: Evidence, state: NTKState) -> tuple[jax.Array, NTKState]:
-        given, dtype = evidence.extra["traces"], state.weight_ema.dtype
+    def weigh(inputs: StepInputs, state: NTKState) -> tuple[jax.Array, NTKState]:
+        given, dtype = inputs.extra["traces"], state.weight_ema.dtype
         if given is None:
             return state.weight_ema, state
-        traces = task_vector("ntk", "traces", given, tasks, dtype)
-        usable = evidence.active & (traces > 0) & jnp.isfinite(traces)
+        traces = task_vector("ntk", "traces", given, axis, dtype)
+        usable = inputs.active & (traces > 0) & jnp.isfinite(traces)
         # In units of the largest trace, so that the sum cannot overflow.
         traces = jnp.where(usable, traces, 0)
         shares = safe_divide(traces, jnp.max(traces))
@@ -105,12 +107,12 @@ def ntk(
         return weights, NTKState(weights)
 
     rule = WeightRule(frozenset(), weigh, init, extra=("traces",))
-    return from_rule("ntk", tasks, rule, **options)
+    return from_rule("ntk", axis, rule, **options)
 
 
 def ntk_trace(
     residual_fn: Callable[..., Any],
-    params: Any,
+    params: optax.Params,
     *args: Any,
     num_samples: int | None = None,
     key: Any = None,

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
+from mtl_optax.core.types import Number, PerTask
 from mtl_optax.solvers.preference import active_preference, unit
 
 
 @factory
 def pbi(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    preference: Any = None,
-    theta: Any = 5.0,
-    reference: Any = 0.0,
+    preference: PerTask | None = None,
+    theta: Number = 5.0,
+    reference: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises the losses along a preference direction, with a penalty on the distance from it.
@@ -39,7 +42,7 @@ def pbi(
     decomposition in the paper, which is about evolutionary search.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       preference: r, `[T]` or a dictionary by task name, nonnegative, not all 0; None is equal preference.
       theta: penalty, >= 0; the paper uses 5.
       reference: z, a lower bound of the losses, a scalar, `[T]`, or a dictionary by task name.
@@ -70,22 +73,22 @@ def pbi(
       Zhang and Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, 2007,
       https://doi.org/10.1109/TEVC.2007.892759
     """
-    tasks = read_tasks("pbi", num_tasks)
+    axis = read_tasks("pbi", tasks)
     check_range("pbi", theta=(theta, 0, math.inf))
     if preference is not None:
-        preference = task_numbers("pbi", "preference", preference, tasks, 0)
-    reference = task_numbers("pbi", "reference", reference, tasks, or_one=True)
+        preference = task_numbers("pbi", "preference", preference, axis, 0)
+    reference = task_numbers("pbi", "reference", reference, axis, or_one=True)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        active, dtype = evidence.active, evidence.losses.dtype
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        active, dtype = inputs.active, inputs.losses.dtype
         direction, _ = unit(active_preference(preference, active, dtype))
-        origin = jnp.broadcast_to(jnp.asarray(reference, dtype), (tasks.number,))
-        unit_losses, _ = unit(jnp.where(active, evidence.losses - origin, 0))
+        origin = jnp.broadcast_to(jnp.asarray(reference, dtype), (axis.number,))
+        unit_losses, _ = unit(jnp.where(active, inputs.losses - origin, 0))
         residual = unit_losses - jnp.sum(unit_losses * direction) * direction
         unit_residual, distance = unit(residual)
         # A smaller residual consists of rounding errors, and so would its direction.
-        apart = distance > 4 * tasks.number * float(jnp.finfo(dtype).eps)
+        apart = distance > 4 * axis.number * float(jnp.finfo(dtype).eps)
         return direction + jnp.asarray(theta, dtype) * jnp.where(apart, unit_residual, 0), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("pbi", tasks, rule, **options)
+    return from_rule("pbi", axis, rule, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 
 from mtl_optax.core.arguments import check_decay, check_range, check_seed
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -36,17 +38,17 @@ class ReLoBRaLoState(NamedTuple):
 
 @factory
 def relobralo(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    alpha: Any = 0.999,
-    rho: Any = 0.999,
-    temperature: Any = 1.0,
+    ema_decay: Number = 0.999,
+    rho: Number = 0.999,
+    temperature: Number = 1.0,
     seed: int = 0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Balances losses by their progress since the last step and, at random, since the first.
 
-    With ``temperature`` :math:`\tau`, ``alpha`` :math:`\alpha` and a draw :math:`b` that is 1 with the
+    With ``temperature`` :math:`\tau`, ``ema_decay`` :math:`\alpha` and a draw :math:`b` that is 1 with the
     probability ``rho``:
 
     .. math::
@@ -57,8 +59,8 @@ def relobralo(
     T. Equations 10 and 11 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
-      alpha: weight of the past, in [0, 1).
+      tasks: T, or the task names.
+      ema_decay: alpha, the weight of the past, in [0, 1).
       rho: probability of using the past weights instead of looking back at the first losses, in [0, 1].
       temperature: tau > 0; larger values make the weights more equal.
       seed: of the random stream, an integer.
@@ -92,8 +94,8 @@ def relobralo(
       Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021,
       https://arxiv.org/abs/2110.09813
     """
-    tasks = read_tasks("relobralo", num_tasks)
-    check_decay("relobralo", alpha=alpha)
+    axis = read_tasks("relobralo", tasks)
+    check_decay("relobralo", ema_decay=ema_decay)
     check_seed("relobralo", seed)
     check_range(
         "relobralo",
@@ -101,13 +103,13 @@ def relobralo(
         temperature=(temperature, 1e-6, float("inf")),
     )
 
-    def init(dtype: Any) -> ReLoBRaLoState:
-        zeros = jnp.zeros((tasks.number,), dtype)
-        count = jnp.zeros((tasks.number,), jnp.int32)
-        return ReLoBRaLoState(jnp.ones((tasks.number,), dtype), zeros, zeros, count)
+    def init(dtype: DType) -> ReLoBRaLoState:
+        zeros = jnp.zeros((axis.number,), dtype)
+        count = jnp.zeros((axis.number,), jnp.int32)
+        return ReLoBRaLoState(jnp.ones((axis.number,), dtype), zeros, zeros, count)
 
-    def weigh(evidence: Evidence, state: ReLoBRaLoState) -> tuple[jax.Array, ReLoBRaLoState]:
-        losses, active, dtype = evidence.losses, evidence.active, evidence.losses.dtype
+    def weigh(inputs: StepInputs, state: ReLoBRaLoState) -> tuple[jax.Array, ReLoBRaLoState]:
+        losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
         first = jnp.where(state.seen > 0, state.first_losses, losses)
         last = jnp.where(state.seen > 0, state.last_losses, losses)
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
@@ -117,8 +119,8 @@ def relobralo(
             ratio = jnp.clip(safe_divide(losses, base, 1, where=base != 0), -limit, limit)
             return count * jnp.exp(log_softmax(ratio / jnp.asarray(temperature, dtype), active))
 
-        share = jnp.asarray(alpha, dtype)
-        past = jnp.where(_draw(evidence, seed) < rho, state.weight_ema, balanced(first))
+        share = jnp.asarray(ema_decay, dtype)
+        past = jnp.where(_draw(inputs, seed) < rho, state.weight_ema, balanced(first))
         later = share * past + (1 - share) * balanced(last)
         weights = jnp.where(state.seen == 1, balanced(first), later)
         weights = jnp.where(active & (state.seen > 0), weights, state.weight_ema)
@@ -130,13 +132,13 @@ def relobralo(
         )
 
     rule = WeightRule(frozenset({"losses"}), weigh, init, extra=("noise",))
-    return from_rule("relobralo", tasks, rule, **options)
+    return from_rule("relobralo", axis, rule, **options)
 
 
-def _draw(evidence: Evidence, seed: int) -> jax.Array:
-    noise = evidence.extra["noise"]
+def _draw(inputs: StepInputs, seed: int) -> jax.Array:
+    noise = inputs.extra["noise"]
     if noise is None:
-        key = jax.random.fold_in(jax.random.key(seed), evidence.step)
+        key = jax.random.fold_in(jax.random.key(seed), inputs.step)
         return jax.random.uniform(key, (), jnp.float32)
     if np.shape(noise) != ():
         raise ValueError(f"relobralo: noise must be one number; found shape {np.shape(noise)}.")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_seed
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_vector
 from mtl_optax.solvers.log_weights import log_softmax
 
 
 @factory
-def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> Method:
+def rlw(
+    tasks: int | Collection[str], *, seed: int | jax.Array = 0, **options: Unpack[MethodOptions]
+) -> Method:
     r"""Draws random weights at every step.
 
     A baseline: a gain that random weights reach as well is not due to a method's choice of weights.
@@ -28,7 +32,7 @@ def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> M
     distributions this is the one in the authors' code.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       seed: of the random stream, an integer.
       **options: see `MethodOptions`.
 
@@ -55,16 +59,16 @@ def rlw(num_tasks: Any, *, seed: Any = 0, **options: Unpack[MethodOptions]) -> M
       Lin, Ye, Zhang and Tsang, Reasonable Effectiveness of Random Weighting: A Litmus Test for
       Multi-Task Learning, 2022, https://arxiv.org/abs/2111.10603
     """
-    tasks = read_tasks("rlw", num_tasks)
+    axis = read_tasks("rlw", tasks)
     check_seed("rlw", seed)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        noise = evidence.extra["noise"]
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        noise = inputs.extra["noise"]
         if noise is None:
-            key = jax.random.fold_in(jax.random.key(seed), evidence.step)
-            noise = jax.random.normal(key, (tasks.number,), jnp.float32)
-        noise = task_vector("rlw", "noise", noise, tasks)
-        return jnp.exp(log_softmax(noise, evidence.active)), state
+            key = jax.random.fold_in(jax.random.key(seed), inputs.step)
+            noise = jax.random.normal(key, (axis.number,), jnp.float32)
+        noise = task_vector("rlw", "noise", noise, axis)
+        return jnp.exp(log_softmax(noise, inputs.active)), state
 
     rule = WeightRule(frozenset(), weigh, extra=("noise",))
-    return from_rule("rlw", tasks, rule, **options)
+    return from_rule("rlw", axis, rule, **options)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import Number
 from mtl_optax.solvers.log_weights import largest_weight
 
 
 @factory
-def scale_invariant(num_tasks: Any, *, eps: Any = 0.0, **options: Unpack[MethodOptions]) -> Method:
+def scale_invariant(
+    tasks: int | Collection[str], *, eps: Number = 0.0, **options: Unpack[MethodOptions]
+) -> Method:
     r"""Minimises the sum of the logarithms of the losses.
 
     The unit of a loss then does not matter. With ``eps`` :math:`\epsilon`,
@@ -29,7 +34,7 @@ def scale_invariant(num_tasks: Any, *, eps: Any = 0.0, **options: Unpack[MethodO
     Scale: the method's own. A baseline in section 5 of the Nash-MTL paper, there without ``eps``.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       eps: added to each loss, >= 0.
       **options: see `MethodOptions`.
 
@@ -56,14 +61,14 @@ def scale_invariant(num_tasks: Any, *, eps: Any = 0.0, **options: Unpack[MethodO
       Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, Multi-Task Learning as a
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
-    tasks = read_tasks("scale_invariant", num_tasks)
+    axis = read_tasks("scale_invariant", tasks)
     check_range("scale_invariant", eps=(eps, 0, math.inf))
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        dtype = evidence.losses.dtype
-        sizes = jnp.abs(evidence.losses) + jnp.asarray(eps, dtype)
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        dtype = inputs.losses.dtype
+        sizes = jnp.abs(inputs.losses) + jnp.asarray(eps, dtype)
         bounded = jnp.maximum(sizes, 1 / largest_weight(dtype))
         return jnp.where(sizes >= jnp.finfo(dtype).tiny, 1 / bounded, 0), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("scale_invariant", tasks, rule, **options)
+    return from_rule("scale_invariant", axis, rule, **options)

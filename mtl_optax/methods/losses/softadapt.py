@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -32,9 +34,9 @@ class SoftAdaptState(NamedTuple):
 
 @factory
 def softadapt(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    beta: Any = 0.1,
+    beta: Number = 0.1,
     variant: Literal["original", "normalized", "loss_weighted"] = "original",
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -52,7 +54,7 @@ def softadapt(
     mean-like; the weights sum to 1. Sections 3.1.1 to 3.1.3 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       beta: positive to favour the tasks that do worst, negative to favour those that do best.
       variant: the formula (above). "normalized" does not depend on the unit of the losses.
       **options: see `MethodOptions`.
@@ -85,15 +87,15 @@ def softadapt(
       Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks
       with Multi-Part Loss Functions, 2019, https://arxiv.org/abs/1912.12355
     """
-    tasks = read_tasks("softadapt", num_tasks)
+    axis = read_tasks("softadapt", tasks)
     check_choice("softadapt", "variant", variant, ("original", "normalized", "loss_weighted"))
     check_range("softadapt", beta=(beta, -math.inf, math.inf))
 
-    def init(dtype: Any) -> SoftAdaptState:
-        return SoftAdaptState(jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), bool))
+    def init(dtype: DType) -> SoftAdaptState:
+        return SoftAdaptState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), bool))
 
-    def weigh(evidence: Evidence, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
-        losses, active = evidence.losses, evidence.active
+    def weigh(inputs: StepInputs, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
+        losses, active = inputs.losses, inputs.active
         limit = largest_weight(losses.dtype)
         last = jnp.where(state.seen & active, state.last_losses, losses)
         change = jnp.clip(losses / 2 - last / 2, -limit, limit) * 2
@@ -113,4 +115,4 @@ def softadapt(
         return weights, SoftAdaptState(kept, state.seen | active)
 
     rule = WeightRule(frozenset({"losses"}), weigh, init)
-    return from_rule("softadapt", tasks, rule, **options)
+    return from_rule("softadapt", axis, rule, **options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
 
@@ -31,9 +33,9 @@ class STCHState(NamedTuple):
 
 @factory
 def stch(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    mu: Any = 1.0,
+    mu: Number = 1.0,
     warmup_steps: int = 0,
     nadir_steps: int = 1,
     **options: Unpack[MethodOptions],
@@ -51,7 +53,7 @@ def stch(
     the method's own. Equation 10 of the paper, in the form of the authors' code.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       mu: smoothing, >= 1e-6; smaller values are closer to the maximum.
       warmup_steps: steps before the nadir is measured, static, >= 0.
       nadir_steps: steps over which it is averaged, static, >= 1.
@@ -86,33 +88,33 @@ def stch(
       Lin, Zhang, Yang, Liu, Wang and Zhang, Smooth Tchebycheff Scalarization for Multi-Objective
       Optimization, 2024, https://arxiv.org/abs/2402.19078
     """
-    tasks = read_tasks("stch", num_tasks)
+    axis = read_tasks("stch", tasks)
     check_range("stch", mu=(mu, 1e-6, math.inf))
     check_integer("stch", "warmup_steps", warmup_steps, 0)
     check_integer("stch", "nadir_steps", nadir_steps, 1)
 
-    def init(dtype: Any) -> STCHState:
-        return STCHState(jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), jnp.int32))
+    def init(dtype: DType) -> STCHState:
+        return STCHState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32))
 
-    def weigh(evidence: Evidence, state: STCHState) -> tuple[jax.Array, STCHState]:
-        active, dtype = evidence.active, evidence.losses.dtype
-        sizes, usable = magnitudes(evidence.losses, active)
+    def weigh(inputs: StepInputs, state: STCHState) -> tuple[jax.Array, STCHState]:
+        active, dtype = inputs.active, inputs.losses.dtype
+        sizes, usable = magnitudes(inputs.losses, active)
         nadir, _ = magnitudes(state.nadir, active)
         logs = jnp.log(sizes)
         log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
         known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
         log_weights = jnp.where(known, log_shares + jnp.log(count), 0) - logs
-        return exp_weights(log_weights, usable), observe(evidence, state)
+        return exp_weights(log_weights, usable), observe(inputs, state)
 
-    def observe(evidence: Evidence, state: STCHState) -> STCHState:
+    def observe(inputs: StepInputs, state: STCHState) -> STCHState:
         measured = state.seen - warmup_steps
-        counts = evidence.active & (measured < nadir_steps)
+        counts = inputs.active & (measured < nadir_steps)
         number = jnp.maximum(measured + 1, 1).astype(state.nadir.dtype)
-        mean = state.nadir + (evidence.losses - state.nadir) / number
+        mean = state.nadir + (inputs.losses - state.nadir) / number
         return STCHState(
             nadir=jnp.where(counts & (measured >= 0), mean, state.nadir),
             seen=state.seen + counts.astype(jnp.int32),
         )
 
-    return from_rule("stch", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("stch", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

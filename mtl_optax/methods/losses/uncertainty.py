@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Unpack
+from collections.abc import Collection
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +13,21 @@ import optax
 
 from mtl_optax.core.arguments import check_choice, check_transformation
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.log_weights import largest_weight
 
 
 @factory
 def uncertainty(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     form: Literal["half_logvar", "logvar", "sigma", "half_sigma"] = "half_logvar",
-    init: Any = 0.0,
+    init: Number = 0.0,
     optimizer: optax.GradientTransformation = optax.adam(1e-2),
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -46,7 +48,7 @@ def uncertainty(
     the form of its classification likelihood.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       form: the objective, see above.
       init: first value of s, or of sigma (positive; 1 is neutral): a number, `[T]`, or a dictionary by task
         name.
@@ -80,11 +82,11 @@ def uncertainty(
       Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
       and Semantics, 2018, https://arxiv.org/abs/1705.07115
     """
-    tasks = read_tasks("uncertainty", num_tasks)
+    axis = read_tasks("uncertainty", tasks)
     check_transformation("uncertainty", "optimizer", optimizer)
     check_choice("uncertainty", "form", form, ("half_logvar", "logvar", "sigma", "half_sigma"))
     logarithmic = form in ("half_logvar", "logvar")
-    init = task_numbers("uncertainty", "init", init, tasks, or_one=True)
+    init = task_numbers("uncertainty", "init", init, axis, or_one=True)
     if not logarithmic and not isinstance(init, jax.Array) and np.any(np.less_equal(init, 0)):
         raise ValueError(
             f"uncertainty: the form {form!r} trains a standard deviation, which must start positive; "
@@ -92,12 +94,12 @@ def uncertainty(
         )
     factor = 0.5 if form.startswith("half") else 1.0
 
-    def init_state(dtype: Any) -> TrainedState:
-        values = jnp.broadcast_to(jnp.asarray(init, dtype), (tasks.number,))
+    def init_state(dtype: DType) -> TrainedState:
+        values = jnp.broadcast_to(jnp.asarray(init, dtype), (axis.number,))
         return start(optimizer, values)
 
-    def weigh(evidence: Evidence, state: TrainedState) -> tuple[jax.Array, TrainedState]:
-        losses, value = evidence.losses, state.values
+    def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:
+        losses, value = inputs.losses, state.values
         largest = largest_weight(losses.dtype)
         if logarithmic:
             weights = factor * jnp.exp(-value)
@@ -108,7 +110,7 @@ def uncertainty(
             weights = factor / (value * value)
             gradient = 1 / value - 2 * weights * losses / value
             low, high = largest**-0.5, largest**0.5
-        return weights, train(optimizer, state, gradient, evidence.active, low, high)
+        return weights, train(optimizer, state, gradient, inputs.active, low, high)
 
     rule = WeightRule(frozenset({"losses"}), weigh, init_state)
-    return from_rule("uncertainty", tasks, rule, **options)
+    return from_rule("uncertainty", axis, rule, **options)

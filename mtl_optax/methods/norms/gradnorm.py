@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ import optax
 
 from mtl_optax.core.arguments import check_range, check_transformation
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule, next_count
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.state import next_count
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -38,9 +41,9 @@ class GradNormState(NamedTuple):
 
 @factory
 def gradnorm(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    alpha: Any = 1.5,
+    alpha: Number = 1.5,
     optimizer: optax.GradientTransformation = optax.adam(0.025),
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -59,7 +62,7 @@ def gradnorm(
     sum-like. Algorithm 1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       alpha: >= 0; larger values enforce equal training rates more strongly.
       optimizer: trains the weights; any optax optimizer.
       **options: see `MethodOptions`.
@@ -97,22 +100,22 @@ def gradnorm(
       Chen, Badrinarayanan, Lee and Rabinovich, GradNorm: Gradient Normalization for Adaptive Loss
       Balancing in Deep Multitask Networks, 2018, https://arxiv.org/abs/1711.02257
     """
-    tasks = read_tasks("gradnorm", num_tasks)
+    axis = read_tasks("gradnorm", tasks)
     check_transformation("gradnorm", "optimizer", optimizer)
     check_range("gradnorm", alpha=(alpha, 0, math.inf))
 
-    def init(dtype: Any) -> GradNormState:
+    def init(dtype: DType) -> GradNormState:
         return GradNormState(
-            trained_weights=start(optimizer, jnp.ones((tasks.number,), dtype)),
-            first_losses=jnp.zeros((tasks.number,), dtype),
-            seen=jnp.zeros((tasks.number,), bool),
+            trained_weights=start(optimizer, jnp.ones((axis.number,), dtype)),
+            first_losses=jnp.zeros((axis.number,), dtype),
+            seen=jnp.zeros((axis.number,), bool),
             fallback_count=jnp.zeros((), jnp.int32),
         )
 
-    def weigh(evidence: Evidence, state: GradNormState) -> tuple[jax.Array, GradNormState]:
-        active, weights = evidence.active, state.trained_weights.values
-        first = jnp.where(state.seen | ~active, state.first_losses, evidence.losses)
-        gradient = weight_gradient(evidence, weights, first)
+    def weigh(inputs: StepInputs, state: GradNormState) -> tuple[jax.Array, GradNormState]:
+        active, weights = inputs.active, state.trained_weights.values
+        first = jnp.where(state.seen | ~active, state.first_losses, inputs.losses)
+        gradient = weight_gradient(inputs, weights, first)
         largest = largest_weight(weights.dtype)
         trained = train(optimizer, state.trained_weights, gradient, active, 0.0, largest)
         # Absent tasks keep their weights: the active ones sum to what they summed to before.
@@ -127,15 +130,15 @@ def gradnorm(
             fallback_count=next_count(state.fallback_count, fails),
         )
 
-    def weight_gradient(evidence: Evidence, weights: jax.Array, first: jax.Array) -> jax.Array:
-        active, dtype = evidence.active, weights.dtype
+    def weight_gradient(inputs: StepInputs, weights: jax.Array, first: jax.Array) -> jax.Array:
+        active, dtype = inputs.active, weights.dtype
         count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
-        relative = safe_divide(evidence.losses, first, 1, where=first != 0)
+        relative = safe_divide(inputs.losses, first, 1, where=first != 0)
         relative = jnp.where(active, jnp.clip(relative, 0, largest_weight(dtype)), 0)
         rate = safe_divide(relative, jnp.sum(relative) / count, 1)
-        norms = jnp.where(active, weights * evidence.norms, 0)
+        norms = jnp.where(active, weights * inputs.norms, 0)
         target = jnp.sum(norms / count) * rate ** jnp.asarray(alpha, dtype)
-        return jnp.sign(norms - target) * evidence.norms
+        return jnp.sign(norms - target) * inputs.norms
 
     rule = WeightRule(frozenset({"losses", "norms"}), weigh, init)
-    return from_rule("gradnorm", tasks, rule, **options)
+    return from_rule("gradnorm", axis, rule, **options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice, check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -30,12 +32,12 @@ class InverseNormState(NamedTuple):
 
 @factory
 def inverse_norm(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
     reference: Literal["mean", "rms"] = "mean",
-    power: Any = 1.0,
-    ema_decay: Any = 0.9,
-    eps: Any = 0.0,
+    power: Number = 1.0,
+    ema_decay: Number = 0.9,
+    eps: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Weighs each task by the inverse of its gradient norm.
@@ -55,7 +57,7 @@ def inverse_norm(
     expert's guide, "grad norm" weighting.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       reference: the common norm.
       power: p >= 0; 0 is the plain sum.
       ema_decay: beta in [0, 1); the average is over the weights, not over the norms.
@@ -71,7 +73,7 @@ def inverse_norm(
 
     Notes:
       The jaxpi library computes the weights after every 1000th step and uses them from the next step on,
-      with ``eps=1e-5``. `balanced_value_and_grad` with ``update_every=1000`` has the same weights, and uses
+      with ``eps=1e-5``. `weighted_value_and_grad` with ``update_every=1000`` has the same weights, and uses
       them in the step that computes them. ``reference="rms"`` with a power below 1 is the rule of NTK-based
       multi-task learning, applied to gradients.
 
@@ -92,7 +94,7 @@ def inverse_norm(
       Wang, Sankaran, Wang and Perdikaris, An Expert's Guide to Training Physics-Informed Neural Networks,
       2023, https://arxiv.org/abs/2308.08468
     """
-    tasks = read_tasks("inverse_norm", num_tasks)
+    axis = read_tasks("inverse_norm", tasks)
     check_choice("inverse_norm", "reference", reference, ("mean", "rms"))
     check_decay("inverse_norm", ema_decay=ema_decay)
     check_range(
@@ -101,14 +103,14 @@ def inverse_norm(
         eps=(eps, 0, math.inf),
     )
 
-    def init(dtype: Any) -> InverseNormState:
-        return InverseNormState(jnp.ones((tasks.number,), dtype))
+    def init(dtype: DType) -> InverseNormState:
+        return InverseNormState(jnp.ones((axis.number,), dtype))
 
-    def weigh(evidence: Evidence, state: InverseNormState) -> tuple[jax.Array, InverseNormState]:
-        norms, dtype = evidence.norms, evidence.norms.dtype
+    def weigh(inputs: StepInputs, state: InverseNormState) -> tuple[jax.Array, InverseNormState]:
+        norms, dtype = inputs.norms, inputs.norms.dtype
         # In units of the largest norm, so that no square overflows.
         lengths = safe_divide(norms, jnp.max(norms))
-        count = jnp.maximum(jnp.sum(evidence.active), 1).astype(dtype)
+        count = jnp.maximum(jnp.sum(inputs.active), 1).astype(dtype)
         if reference == "mean":
             common = jnp.sum(lengths) / count
         else:
@@ -118,8 +120,8 @@ def inverse_norm(
         fresh = jnp.minimum(ratio ** jnp.asarray(power, dtype), largest_weight(dtype))
         decay = jnp.asarray(ema_decay, dtype)
         moved = decay * state.weight_ema + (1 - decay) * fresh
-        weights = jnp.where(evidence.active & nonzero, moved, state.weight_ema)
+        weights = jnp.where(inputs.active & nonzero, moved, state.weight_ema)
         return weights, InverseNormState(weights)
 
     rule = WeightRule(frozenset({"norms"}), weigh, init)
-    return from_rule("inverse_norm", tasks, rule, **options)
+    return from_rule("inverse_norm", axis, rule, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_choice, check_decay, check_range
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_index
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.tasks import find_target, read_tasks
+from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
@@ -30,12 +32,12 @@ class MetaBalanceState(NamedTuple):
 
 @factory
 def metabalance(
-    num_tasks: Any,
+    tasks: int | Collection[str],
     *,
-    target: int | str = 0,
-    relax_factor: Any = 0.7,
+    target: int | str | None = None,
+    relax_factor: Number = 0.7,
     strategy: Literal["shrink", "enlarge", "both"] = "both",
-    ema_decay: Any = 0.9,
+    ema_decay: Number = 0.9,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Brings the gradient of every auxiliary task to the magnitude of the target task's.
@@ -62,8 +64,8 @@ def metabalance(
     nothing changes. Scale: sum-like. Algorithm 1 of the paper; the strategies are its algorithm 2.
 
     Args:
-      num_tasks: T, or the task names.
-      target: name or index of the target task; 0 is the first name in sorted order.
+      tasks: T, or the task names.
+      target: name or index of the target task: required if the tasks have names, else 0 by default.
       relax_factor: r in [0, 1].
       strategy: "shrink" (A) rescales only auxiliaries larger than the target, "enlarge" (B) only
         smaller ones, "both" (C) all.
@@ -109,54 +111,50 @@ def metabalance(
       He, Feng, Cheng, Ji, Guo and Caverlee, MetaBalance: Improving Multi-Task Recommendations via
       Adapting Gradient Magnitudes of Auxiliary Tasks, 2022, https://arxiv.org/abs/2203.06801
     """
-    tasks = read_tasks("metabalance", num_tasks)
-    target = task_index("metabalance", "target", target, tasks)
+    axis = read_tasks("metabalance", tasks)
+    index = find_target("metabalance", target, axis)
     check_choice("metabalance", "strategy", strategy, ("shrink", "enlarge", "both"))
     check_range("metabalance", relax_factor=(relax_factor, 0, 1))
     check_decay("metabalance", ema_decay=ema_decay)
 
-    def init(dtype: Any) -> MetaBalanceState:
-        return MetaBalanceState(
-            jnp.zeros((tasks.number,), dtype), jnp.zeros((tasks.number,), dtype)
-        )
+    def init(dtype: DType) -> MetaBalanceState:
+        return MetaBalanceState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
 
     def average(
-        evidence: Evidence, state: MetaBalanceState
+        inputs: StepInputs, state: MetaBalanceState
     ) -> tuple[MetaBalanceState, jax.Array, jax.Array]:
         """The new averages, the target's to compare each of them with, and which weights may change."""
-        decay = jnp.asarray(ema_decay, evidence.norms.dtype)
+        decay = jnp.asarray(ema_decay, inputs.norms.dtype)
 
         def move(old: jax.Array, new: Any) -> jax.Array:
-            return jnp.where(evidence.active, decay * old + (1 - decay) * new, old)
+            return jnp.where(inputs.active, decay * old + (1 - decay) * new, old)
 
-        ema, seen = move(state.norm_ema, evidence.norms), move(state.seen, 1)
-        known = (seen > 0) & (ema[target] > 0)
-        share = safe_divide(
-            seen, seen[target], seen, where=known
-        )  # exactly 1 where all are present
-        balanced = known & (jnp.arange(tasks.number) != target)
-        return MetaBalanceState(ema, seen), ema[target] * share, balanced
+        ema, seen = move(state.norm_ema, inputs.norms), move(state.seen, 1)
+        known = (seen > 0) & (ema[index] > 0)
+        share = safe_divide(seen, seen[index], seen, where=known)  # exactly 1 where all are present
+        balanced = known & (jnp.arange(axis.number) != index)
+        return MetaBalanceState(ema, seen), ema[index] * share, balanced
 
     def rescaled(reference: jax.Array, norms: jax.Array) -> jax.Array:
         relax = jnp.asarray(relax_factor, norms.dtype)
         # An average decays below the smallest norm, and the ratio alone may then overflow.
         return safe_divide(relax * reference, norms, relax) + (1 - relax)
 
-    def weigh(evidence: Evidence, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
-        state, reference, balanced = average(evidence, state)
+    def weigh(inputs: StepInputs, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
+        state, reference, balanced = average(inputs, state)
         ema = state.norm_ema
         applies = {"shrink": ema > reference, "enlarge": ema < reference, "both": ema > 0}[strategy]
         return jnp.where(balanced & applies, rescaled(reference, ema), 1), state
 
-    def bound(evidence: Evidence, state: MetaBalanceState) -> jax.Array:
+    def bound(inputs: StepInputs, state: MetaBalanceState) -> jax.Array:
         """The weights with the least average that these norms could leave, `(1 - ema_decay) * norms`."""
-        moved, reference, balanced = average(evidence, state)
+        moved, reference, balanced = average(inputs, state)
         # As `reference`, it is taken for the share of this task's average that is data.
-        least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.seen * evidence.norms
+        least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.seen * inputs.norms
         limits = rescaled(reference, least)
         if strategy == "enlarge":  # no weight is below 1
             limits = jnp.maximum(limits, 1)
         return jnp.where(balanced & (least > 0), limits, jnp.inf)
 
-    rule = WeightRule(frozenset({"norms"}), weigh, init, target=target, bound=bound)
-    return from_rule("metabalance", tasks, rule, **{"blocks": "leaf", **options})
+    rule = WeightRule(frozenset({"norms"}), weigh, init, target=index, bound=bound)
+    return from_rule("metabalance", axis, rule, **{"blocks": "leaf", **options})

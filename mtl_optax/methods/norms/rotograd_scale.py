@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
@@ -28,7 +30,7 @@ class RotoGradState(NamedTuple):
 
 @factory
 def rotograd_scale(
-    num_tasks: Any, *, burn_in: int = 20, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], *, burn_in: int = 20, **options: Unpack[MethodOptions]
 ) -> Method:
     r"""Gives all task gradients the same norm, set mostly by the tasks that converge slowest.
 
@@ -44,7 +46,7 @@ def rotograd_scale(
     sum-like. Section 4.1 of the paper.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       burn_in: update, counted from 0, at which the reference norms are taken again; 0 keeps the first.
       **options: see `MethodOptions`.
 
@@ -79,21 +81,21 @@ def rotograd_scale(
       Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, 2022,
       https://arxiv.org/abs/2103.02631
     """
-    tasks = read_tasks("rotograd_scale", num_tasks)
+    axis = read_tasks("rotograd_scale", tasks)
     check_integer("rotograd_scale", "burn_in", burn_in, 0)
 
-    def init(dtype: Any) -> RotoGradState:
-        return RotoGradState(jnp.zeros((tasks.number,), dtype))
+    def init(dtype: DType) -> RotoGradState:
+        return RotoGradState(jnp.zeros((axis.number,), dtype))
 
-    def weigh(evidence: Evidence, state: RotoGradState) -> tuple[jax.Array, RotoGradState]:
-        norms = evidence.norms
+    def weigh(inputs: StepInputs, state: RotoGradState) -> tuple[jax.Array, RotoGradState]:
+        norms = inputs.norms
         positive = norms > 0
-        renew = (state.initial_norms == 0) | (evidence.step == burn_in)
-        initial = jnp.where(evidence.active & positive & renew, norms, state.initial_norms)
+        renew = (state.initial_norms == 0) | (inputs.step == burn_in)
+        initial = jnp.where(inputs.active & positive & renew, norms, state.initial_norms)
         ratios = safe_divide(norms, initial, where=positive)
         shares = safe_divide(ratios, jnp.sum(ratios))
         common = jnp.sum(shares * norms)
         return safe_divide(common, norms), RotoGradState(initial)
 
     rule = WeightRule(frozenset({"norms"}), weigh, init)
-    return from_rule("rotograd_scale", tasks, rule, **options)
+    return from_rule("rotograd_scale", axis, rule, **options)

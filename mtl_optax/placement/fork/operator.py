@@ -12,6 +12,7 @@ A cotangent must have the dtype of its primal and integers have none, so the sta
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 
 from mtl_optax.core.tasks import Tasks, task_vector
-from mtl_optax.placement.carrier import encode_state, fork_state
+from mtl_optax.placement.fork.carrier import encode_state, fork_state
 from mtl_optax.placement.loss_vector import loss_vector
 from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
 
@@ -32,11 +33,11 @@ class ForkToken(NamedTuple):
 
 
 def fork(
-    representation: Any,
-    carrier: Any,
     method: optax.GradientTransformation,
+    carrier: optax.OptState,
+    representation: optax.Params,
     *,
-    num_tasks: Any = None,
+    tasks: int | Collection[str] | None = None,
 ) -> tuple[tuple[Any, ...], ForkToken]:
     """Hands out T copies of a representation whose cotangents the method combines.
 
@@ -51,12 +52,12 @@ def fork(
       carrier that is used twice would be added.
 
     Args:
-      representation: h, any pytree of arrays.
-      carrier: from `fork_init(method, h)`, or the last step's.
       method: any optax transformation that removes the task axis. It sees h as `params`, and the
         extra arguments `losses` and `active`: wrap one that refuses what it does not know in
         `drop_extra_args(method, "losses", "active")`.
-      num_tasks: T; needed only for a transformation that holds no `Method`.
+      carrier: from `fork_init(method, h)`, or the last step's.
+      representation: h, any pytree of arrays.
+      tasks: T; needed only for a transformation that holds no `Method`.
 
     Returns:
       `(copies, token)`: a tuple of T representations in the order of the tasks, one for each head, and
@@ -73,7 +74,7 @@ def fork(
       >>> import jax, jax.numpy as jnp, mtl_optax as mtl
       >>> method = mtl.mgda(2)
       >>> def loss_fn(w, carrier, x):
-      ...     copies, token = mtl.fork(x @ w, carrier, method)
+      ...     copies, token = mtl.fork(method, carrier, x @ w)
       ...     return mtl.join(jnp.stack([copies[0].sum(), (copies[1] ** 2).sum()]), token)
       >>> w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
       >>> carrier = mtl.fork_init(method, x @ w)
@@ -84,11 +85,11 @@ def fork(
     References:
       He et al., MultiBalance, 2024, algorithm 3, https://arxiv.org/abs/2411.11871
     """
-    tasks = tasks_of("fork", method, carrier, num_tasks)
+    axis = tasks_of("fork", method, carrier, tasks)
     check_representation(representation)
     fork_state(method, carrier, representation)  # raises here, where the caller can see it
     # In a function, which JAX does not look into: one with a traced option is refused as an argument.
-    copies, slots = _fork(lambda: method, tasks.number, representation, carrier)
+    copies, slots = _fork(lambda: method, axis.number, representation, carrier)
     return copies, ForkToken(slots)
 
 
@@ -114,7 +115,7 @@ def join(losses: Any, token: ForkToken, *, active: Any = None) -> jax.Array:
       >>> import jax, jax.numpy as jnp, mtl_optax as mtl
       >>> method = mtl.sum_tasks(2)
       >>> def loss_fn(h, carrier):
-      ...     copies, token = mtl.fork(h, carrier, method)
+      ...     copies, token = mtl.fork(method, carrier, h)
       ...     return mtl.join(jnp.stack(copies) ** 2, token)
       >>> h = jnp.asarray(3.0)
       >>> float(jax.grad(loss_fn)(h, mtl.fork_init(method, h)))

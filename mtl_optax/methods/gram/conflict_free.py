@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Collection
+from typing import Unpack
 
 import jax
+import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.lift import from_rule
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.rule import Evidence, WeightRule
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.solvers.equal_projection import config_weights
 
 
 @factory
-def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
+def conflict_free(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Takes the direction that has the same cosine with every gradient.
 
     Made for physics-informed networks, whose losses (equation, boundary, data) differ by orders of
@@ -28,7 +30,7 @@ def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     Scale: sum-like. Equation 2 of the paper, with equal weights.
 
     Args:
-      num_tasks: T, or the task names.
+      tasks: T, or the task names.
       **options: see `MethodOptions`.
 
     Returns:
@@ -46,7 +48,7 @@ def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
     Example:
 
       >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
-      >>> tx = mtl.config(2)
+      >>> tx = mtl.conflict_free(2)
       >>> grads = jnp.array([[2., 0.], [0., 1.]])
       >>> update, _ = tx.update(grads, tx.init(jnp.zeros(2)))
       >>> print(np.asarray(update).round(3))
@@ -56,10 +58,10 @@ def config(num_tasks: Any, **options: Unpack[MethodOptions]) -> Method:
       Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
       2024, https://arxiv.org/abs/2408.11104
     """
-    tasks = read_tasks("config", num_tasks)
+    axis = read_tasks("conflict_free", tasks)
 
-    def weigh(evidence: Evidence, state: Any) -> tuple[jax.Array, Any]:
-        return config_weights(evidence.cosine, evidence.norms, evidence.active), state
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        return config_weights(inputs.cosine, inputs.norms, inputs.active), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("config", tasks, rule, **options)
+    return from_rule("conflict_free", axis, rule, **options)

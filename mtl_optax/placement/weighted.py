@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.checks import read_active
-from mtl_optax.core.first_state import check_state
-from mtl_optax.core.lift import from_rule, is_due, next_count
-from mtl_optax.core.method import BalanceState, Method
+from mtl_optax.core.method import Method
 from mtl_optax.core.rule import WeightRule
+from mtl_optax.core.state import BalanceState
 from mtl_optax.core.tasks import task_vector
+from mtl_optax.core.types import Active
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import (
     Mode,
@@ -26,17 +26,17 @@ from mtl_optax.placement.pull_back import (
 )
 
 
-def balanced_value_and_grad(
+def weighted_value_and_grad(
     loss_fn: Callable[..., Any],
     method: Method,
     has_aux: bool = False,
     *,
-    evidence: Any = None,
+    weights_from: Any = None,
     mode: Mode = "auto",
 ) -> Callable[..., Any]:
     """Differentiates per task only what the weights are made of, and the rest once.
 
-    Two savings for weighting methods on parameters. With `evidence`, the method looks at the gradients
+    Two savings for weighting methods on parameters. With `weights_from`, the method looks at the gradients
     of the chosen leaves only (a few dense layers, say, and not the embedding tables); the others take
     one backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
     T backward passes happen on every k-th step only; in between, one pass with the cached weights
@@ -56,7 +56,7 @@ def balanced_value_and_grad(
         `[T]`; `(losses, aux)` with `has_aux`.
       method: a weighting method with one block (`blocks="all"`) that reduces the task axis.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      evidence: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
+      weights_from: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
         tree of booleans that is a prefix of `params`. None is all of them.
       mode: as in `per_task_value_and_grad`.
 
@@ -66,11 +66,11 @@ def balanced_value_and_grad(
       `params` and goes to an optimizer; `state` starts from `method.init(params)`; `active` is as in
       `method.update`, and `extra_args` is a dictionary of its further arguments (`traces` of `ntk`,
       `order`, `noise`, `losses_after`). `args` and `kwargs` go to `loss_fn`. Cost: T backward passes
-      through the evidence plus one, or one alone on the steps between.
+      through the chosen leaves plus one, or one alone on the steps between.
 
     Raises:
       TypeError: for a method that is no weighted sum. ValueError: for several blocks, `reduce=False`,
-      evidence that covers no leaf, or an unknown mode.
+      `weights_from` that chooses no leaf, or an unknown mode.
 
     Example:
 
@@ -80,7 +80,8 @@ def balanced_value_and_grad(
       ...     return (h ** 2).mean(), h.mean()
       >>> params, x = {"dense": jnp.ones(2), "table": jnp.ones(5)}, jnp.ones((3, 2))
       >>> method = mtl.mgda(2, update_every=10)
-      >>> fn = mtl.balanced_value_and_grad(loss_fn, method, evidence=lambda path, _: "dense" in str(path))
+      >>> dense = lambda path, leaf: "dense" in str(path)
+      >>> fn = mtl.weighted_value_and_grad(loss_fn, method, weights_from=dense)
       >>> losses, (update, state) = fn(params, method.init(params), x)
       >>> state.weights.tolist(), update["dense"].tolist(), update["table"].tolist()
       ([[0.0, 1.0]], [1.0, 1.0], [2.0, 0.0, 0.0, 0.0, 0.0])
@@ -89,110 +90,113 @@ def balanced_value_and_grad(
       Navon et al., Multi-Task Learning as a Bargaining Game, 2022, section 4.4 (weights kept for
       several steps), https://arxiv.org/abs/2202.01017
     """
-    check_mode("balanced_value_and_grad", mode)
-    rule, options = _rule_and_options(method)
-    every, tasks = options.update_every, method.tasks
-    fresh = from_rule(method.name, tasks, rule._replace(finish=None), axis_name=options.axis_name)
+    check_mode("weighted_value_and_grad", mode)
+    _check_method(method)
+    road = method.definition
 
     def value_and_grad(
-        params: Any,
+        params: optax.Params,
         state: BalanceState,
         *args: Any,
-        active: Any = None,
+        active: Active | None = None,
         extra_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        check_differentiable("balanced_value_and_grad", params)
-        check_state(method.name, state, tasks)
+        check_differentiable("weighted_value_and_grad", params)
         losses, pullback, result = vjp_of_losses(
             lambda params: split_result(loss_fn(params, *args, **kwargs), has_aux), params
         )
-        given = result[0] if has_aux else result
-        task_vector("balanced_value_and_grad", "the losses of loss_fn", given, tasks)
-        chosen = _mask(params, evidence)
-        others = [not c for c in chosen]
-        present = read_active("balanced_value_and_grad", active, tasks)
-        keep = present & jnp.isfinite(losses)
+        named = result[0] if has_aux else result
+        task_vector("weighted_value_and_grad", "the losses of loss_fn", named, method.tasks)
+        chosen = _mask(params, weights_from)
+        others = [not here for here in chosen]
+        given = road.read(state, losses, active, params, extra_args)
+        inputs = road.inputs(given, state).restrict(jnp.isfinite(losses))
+
+        def gradients(wanted: list[bool]) -> list[jax.Array]:
+            """The wanted leaves of all gradients, `[T, *shape]`."""
+            return pull_each(pullback, losses, mode, lambda grads: _leaves(grads[0], wanted))
 
         def weighted_sum(
-            weights: jax.Array, keep: jax.Array, wanted: list[bool]
-        ) -> tuple[list[Any], jax.Array]:
+            weights: jax.Array, active: jax.Array, wanted: list[bool]
+        ) -> tuple[list[jax.Array], jax.Array]:
             """The wanted leaves of `sum_t weights[t] * g_t`, and which tasks went into it."""
-            cotangents = jnp.where(keep, weights[0].astype(losses.dtype), 0)
+            cotangents = jnp.where(active, weights[0].astype(losses.dtype), 0)
             once = _leaves(pullback.whole(cotangents)[0], wanted)
 
-            def task_by_task() -> tuple[list[Any], jax.Array]:
-                each = lambda grads: _leaves(grads[0], wanted)  # noqa: E731
-                grads = pull_each(pullback, losses, mode, each)
-                finite = keep & task_tree.finite(grads, tasks.number, options.axis_name)
-                blocks = task_tree.assign_blocks(once, "all")
-                return task_tree.combine(grads, weights, finite, blocks), finite
+            def task_by_task() -> tuple[list[jax.Array], jax.Array]:
+                grads = gradients(wanted)
+                axis_name = method.options.axis_name
+                finite = active & task_tree.finite(grads, method.num_tasks, axis_name)
+                return task_tree.combine(grads, weights, finite, _one_block(grads)), finite
 
             as_one_task = jax.tree.map(lambda leaf: leaf[None], once)
-            fits = task_tree.finite(as_one_task, 1, options.axis_name)[0]
-            return lax.cond(fits, lambda: (once, keep), task_by_task)
+            fits = task_tree.finite(as_one_task, 1, method.options.axis_name)[0]
+            return lax.cond(fits, lambda: (once, active), task_by_task)
 
-        def apart(state: BalanceState) -> tuple[Any, BalanceState]:
-            grads = pull_each(pullback, losses, mode, lambda grads: _leaves(grads[0], chosen))
-            update, new = fresh.update(
-                grads, state, losses=losses, active=present, **(extra_args or {})
-            )
+        def fresh(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
+            grads = gradients(chosen)
+            blocks = _one_block(grads)
+            measured = road.measure(grads, blocks, inputs, cosines="gram" in method.needs)
+            state, active = road.weigh(state, measured), measured.active
+            update = task_tree.combine(grads, road.applied_weights(state), active, blocks)
             if all(chosen):
-                return replace_leaves(params, chosen, update), new
-            rest, kept = weighted_sum(new.weights, new.weighed, others)
-            new = new._replace(skipped=next_count(new.skipped, new.weighed & ~kept))
-            update = replace_leaves(params, chosen, update)
-            return replace_leaves(update, others, rest), new
+                return update, state, active
+            rest, active = weighted_sum(state.weights, active, others)
+            merged = replace_leaves(replace_leaves(params, chosen, update), others, rest)
+            return jax.tree.leaves(merged), state, active
 
-        def with_old_weights(state: BalanceState) -> tuple[Any, BalanceState]:
-            update, kept = weighted_sum(state.weights, keep, [True] * len(chosen))
-            return jax.tree.structure(params).unflatten(update), state._replace(
-                balance_count=next_count(state.balance_count),
-                skipped=next_count(state.skipped, present & ~kept),
-            )
+        def kept(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
+            update, active = weighted_sum(state.weights, inputs.active, [True] * len(chosen))
+            return update, state, active
 
-        if every == 1:
-            update, state = apart(state)
+        if method.options.update_every == 1:
+            update, state, went_in = fresh(state)
         else:
-            due = is_due(state, keep, every)
-            update, state = lax.cond(due, apart, with_old_weights, state)
-        if rule.finish is not None:
-            update = rule.finish(update, options, state.weights.dtype)
-        return result, (update, state)
+            update, state, went_in = lax.cond(road.due(state, inputs.active), fresh, kept, state)
+        update = jax.tree.structure(params).unflatten(update)
+        return result, (update, road.finish(state, given, went_in))
 
     return value_and_grad
 
 
-def _rule_and_options(method: Any) -> tuple[WeightRule, Any]:
+def _check_method(method: object) -> None:
     rule = method.rule if isinstance(method, Method) else None
-    if not isinstance(rule, WeightRule) or rule.average is not None:
+    if (
+        not isinstance(method, Method)
+        or not isinstance(rule, WeightRule)
+        or rule.average is not None
+    ):
         raise TypeError(
-            "balanced_value_and_grad: expected a weighting method of mtl_optax (one whose update is a "
+            "weighted_value_and_grad: expected a weighting method of mtl_optax (one whose update is a "
             f"weighted sum of this step's task gradients), found {getattr(method, 'name', method)!r}."
         )
     options = method.options
     if options.blocks != "all" or not options.reduce:
         raise ValueError(
-            "balanced_value_and_grad: one weight a task is needed for a single backward pass; make the "
+            "weighted_value_and_grad: one weight per task is needed for a single backward pass; make the "
             f'method with blocks="all" and reduce=True, found {options.blocks!r} and '
             f"{options.reduce}."
         )
-    return rule, options
 
 
-def _mask(params: Any, evidence: Any) -> list[bool]:
+def _one_block(grads: list[jax.Array]) -> task_tree.Blocks:
+    return task_tree.assign_blocks(grads, "all")
+
+
+def _mask(params: Any, weights_from: Any) -> list[bool]:
     """For every leaf whether the method looks at its gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if evidence is None:
+    if weights_from is None:
         return [True] * len(leaves)
-    if callable(evidence):
-        mask = [bool(evidence(path, leaf)) for path, leaf in leaves]
+    if callable(weights_from):
+        mask = [bool(weights_from(path, leaf)) for path, leaf in leaves]
     else:
         spread = lambda flag, part: jax.tree.map(lambda _: bool(flag), part)  # noqa: E731
-        mask = jax.tree.leaves(jax.tree.map(spread, evidence, params))
+        mask = jax.tree.leaves(jax.tree.map(spread, weights_from, params))
     if not any(mask):
         raise ValueError(
-            f"balanced_value_and_grad: evidence chooses none of the {len(leaves)} leaves of params."
+            f"weighted_value_and_grad: weights_from chooses none of the {len(leaves)} leaves of params."
         )
     return mask
 

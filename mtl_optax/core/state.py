@@ -1,61 +1,86 @@
-"""The first state of a method, and the check that a state given to `update` is one of its own."""
+"""The state of a method: its fields, the first one, and the check that a state is one of a method's own."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.method import BalanceState, GradientsState, Options, states_in
 from mtl_optax.core.rule import UpdateRule, WeightRule
 from mtl_optax.core.tasks import Tasks
+from mtl_optax.core.types import DType, Label
+
+
+class BalanceState(NamedTuple):
+    """The state of every method. B is the number of blocks, 1 with `blocks="all"`.
+
+    Attributes:
+      balance_count: int32 scalar, updates done.
+      weights: `[B, T]`, the weights used last.
+      kept_weights: `[B, T]`, the weights computed last, for methods that use smaller ones where
+        `update_every` keeps them for gradients that have grown too much; None for others.
+      norms: `[B, T]`, the gradient norms seen last; None if the method needs none.
+      cosine: `[B, T, T]`, the cosines seen last; None if the method needs none.
+      skipped: int32 `[T]`, how often each task was excluded because it was not finite: a number in its
+        gradient or its loss, or the sum of its squared numbers (a norm above 1.8e19 in float32).
+      weighed: bool `[T]`, the tasks for which `weights` were computed.
+      averages: what the method keeps of the gradients themselves; None for most methods.
+      rule_state: what the rule remembers; with a block axis for methods that give weights.
+    """
+
+    balance_count: jax.Array
+    weights: jax.Array
+    kept_weights: jax.Array | None
+    norms: jax.Array | None
+    cosine: jax.Array | None
+    skipped: jax.Array
+    weighed: jax.Array
+    averages: optax.OptState | None
+    rule_state: optax.OptState
 
 
 def first_state(
     rule: WeightRule | UpdateRule,
-    options: Options,
     num_tasks: int,
-    params: Any,
+    params: optax.Params,
+    blocks: str | Label,
     num_blocks: int | None = None,
 ) -> BalanceState:
     """What `init` returns.
 
     Args:
       rule: the mathematics of the method.
-      options: its options.
       num_tasks: T.
       params: the parameters; shapes are enough.
-      num_blocks: B; None is what `options.blocks` makes of the parameters.
+      blocks: the granularity, which gives the number of blocks.
+      num_blocks: B, if it is known already.
 
     Returns:
       The state.
     """
     dtype = task_tree.statistics_dtype(params)
-    norms: Any = ()
-    cosine: Any = ()
-    averages: Any = ()
-    kept_weights: Any = ()
+    needs: frozenset[str] = frozenset()
+    kept_weights = averages = None
     if isinstance(rule, UpdateRule):
-        kind, num_blocks = GradientsState, 1
-        rule_state = rule.init(params, num_tasks, dtype)
+        num_blocks, rule_state = 1, rule.init(params, num_tasks, dtype)
     else:
         if num_blocks is None:
-            num_blocks = task_tree.assign_blocks(params, options.blocks).count
+            num_blocks = task_tree.assign_blocks(params, blocks).count
+        needs, one_block = rule.needs, (num_blocks,)
         rule_state = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (num_blocks, *jnp.shape(x))), rule.init(dtype)
+            lambda x: jnp.broadcast_to(x, (*one_block, *jnp.shape(x))), rule.init(dtype)
         )
-        if rule.needs & {"norms", "gram"}:
-            norms = jnp.zeros((num_blocks, num_tasks), dtype)
-        if "gram" in rule.needs:
-            cosine = jnp.zeros((num_blocks, num_tasks, num_tasks), dtype)
         if rule.average is not None:
             averages = rule.average.init(params, num_tasks, dtype)
         if rule.bound is not None:
             kept_weights = jnp.zeros((num_blocks, num_tasks), dtype)
-        kind = BalanceState
-    return kind(
+    norms = jnp.zeros((num_blocks, num_tasks), dtype) if needs & {"norms", "gram"} else None
+    cosine = jnp.zeros((num_blocks, num_tasks, num_tasks), dtype) if "gram" in needs else None
+    return BalanceState(
         balance_count=jnp.zeros((), jnp.int32),
         weights=jnp.zeros((num_blocks, num_tasks), dtype),
         kept_weights=kept_weights,
@@ -68,7 +93,7 @@ def first_state(
     )
 
 
-def check_state(name: str, state: Any, tasks: Tasks) -> None:
+def check_state(name: str, state: BalanceState | optax.OptState, tasks: Tasks) -> None:
     """Raises where `state` is not the state of a method for these tasks."""
     if not isinstance(state, BalanceState):
         if states_in(state):
@@ -92,7 +117,7 @@ def check_state(name: str, state: Any, tasks: Tasks) -> None:
 
 
 def check_fields(
-    name: str, rule: WeightRule | UpdateRule, options: Options, state: BalanceState, updates: Any
+    name: str, rule: WeightRule | UpdateRule, state: BalanceState, updates: optax.Updates
 ) -> None:
     """Raises where the fields of a state are not those that `init` makes; dtypes may differ in width.
 
@@ -100,13 +125,9 @@ def check_fields(
     """
     blocks, num_tasks = state.weights.shape
     wanted = jax.eval_shape(
-        lambda params: first_state(rule, options, num_tasks, params, blocks),
+        lambda params: first_state(rule, num_tasks, params, "all", blocks),
         task_tree.without_task_axis(updates),
     )
-    if type(state) is not type(wanted):
-        raise ValueError(
-            _foreign(name, f"it is a {type(state).__name__}, not a {type(wanted).__name__}")
-        )
     # The state of the rule is the last field, and its type says the most.
     for field in reversed(BalanceState._fields):
         difference = _difference(getattr(state, field), getattr(wanted, field))
@@ -121,7 +142,7 @@ def _foreign(name: str, why: str) -> str:
     )
 
 
-def _difference(found: Any, want: Any) -> str | None:
+def _difference(found: optax.OptState, want: optax.OptState) -> str | None:
     """Where a field of the state first differs from what it should be."""
     if jax.tree.structure(found) != jax.tree.structure(want):
         got, expected = _container(found), _container(want)
@@ -135,13 +156,15 @@ def _difference(found: Any, want: Any) -> str | None:
     return None
 
 
-def _container(tree: Any) -> str:
+def _container(tree: optax.OptState) -> str:
+    if tree is None:
+        return "empty"
     if jax.tree_util.all_leaves([tree]):
         return "an array"
     return type(tree).__name__ if jax.tree.leaves(tree) else "empty"
 
 
-def _kind(dtype: Any) -> Any:
+def _kind(dtype: DType) -> object:
     """A dtype without its width."""
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), dtype)
@@ -149,3 +172,20 @@ def _kind(dtype: Any) -> Any:
 
 def _tasks(number: int) -> str:
     return "1 task" if number == 1 else f"{number} tasks"
+
+
+def states_in(tree: optax.OptState) -> list[BalanceState]:
+    """The states of methods in any tree that holds some: of a chain, a wrapper, a fork's carrier."""
+    is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+
+
+def next_count(count: jax.Array, happened: bool | jax.Array = True) -> jax.Array:
+    """Counts up if something `happened`; past the largest int32 it goes on from 2**30.
+
+    A counter that stopped there would freeze every random stream folded from it, and one that wrapped
+    to 0 would look like a first step.
+    """
+    last = jnp.asarray(np.iinfo(np.int32).max, count.dtype)
+    following = jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)
+    return jnp.where(happened, following, count)

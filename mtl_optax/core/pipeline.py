@@ -1,0 +1,385 @@
+"""The pipeline: from one gradient per task to one update, for every method.
+
+A step takes one road. `read` checks what the caller gives. `inputs` and `measure` make the record that a
+rule reads, with the tasks that are active. `weigh` asks the rule for weights. `finish` counts the step and
+the tasks that were left out. All three places take this road: `Pipeline.update` on the parameters or on a
+fork's representation, `weighted_value_and_grad`, and `weigh_losses`. See `rule.py` for what a rule may rely
+on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mtl_optax.core import checks, task_tree
+from mtl_optax.core.arguments import check_axis_name, check_blocks, check_bool, check_integer
+from mtl_optax.core.method import (
+    Definition,
+    Method,
+    MethodOptions,
+    Options,
+    Origin,
+    flat_options,
+    tell_update,
+)
+from mtl_optax.core.rule import StepInputs, UpdateRule, WeightRule
+from mtl_optax.core.state import (
+    BalanceState,
+    check_fields,
+    check_state,
+    first_state,
+    next_count,
+)
+from mtl_optax.core.task_tree import Blocks
+from mtl_optax.core.tasks import Tasks, names_of, read_tasks
+from mtl_optax.core.types import Active, Losses
+
+
+def from_rule(
+    name: str,
+    tasks: int | Collection[str] | Tasks,
+    rule: WeightRule | UpdateRule,
+    **given: Unpack[MethodOptions],
+) -> Method:
+    """Makes a method from a rule.
+
+    Args:
+      name: the method's name, for messages.
+      tasks: T, or the task names.
+      rule: the mathematics, a `WeightRule` or an `UpdateRule`.
+      **given: see `MethodOptions`; an `UpdateRule` takes `axis_name` only.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError, TypeError: for invalid options or tasks. At trace time, `update` raises for updates
+        without the task axis, a wrong T, missing or misshapen `losses` or `active`.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> def weigh(inputs, state):
+      ...     return 1 / inputs.norms, state
+      >>> unit = mtl.from_rule("unit", 2, mtl.WeightRule(frozenset({"norms"}), weigh))
+      >>> state = unit.init({"w": jnp.zeros(2)})
+      >>> updates, state = unit.update({"w": jnp.array([[3., 0.], [0., 4.]])}, state)
+      >>> updates["w"].tolist()
+      [1.0, 1.0]
+    """
+    arguments = flat_options(dict(given))
+    origin = Origin(functools.partial(from_rule, name, rule=rule), arguments, {"rule": rule})
+    options = _read_options(name, rule, arguments)
+    pipeline = Pipeline(name, read_tasks(name, tasks), rule, options, origin)
+    return Method(pipeline.init, pipeline.update)
+
+
+class Given(NamedTuple):
+    """What the caller gives of a step besides gradients: arrays only.
+
+    Attributes:
+      present: bool `[T]`, the tasks that are in this batch.
+      losses: `[T]`, or None if the rule needs none.
+      params: the parameters, if the rule looks at gradients element by element.
+      extra: the extra arguments that the rule declares.
+    """
+
+    present: jax.Array
+    losses: jax.Array | None
+    params: optax.Params | None
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline(Definition):
+    """A method's definition, with the functions of an optax transformation."""
+
+    def init(self, params: optax.Params) -> BalanceState:
+        """The first state of the method.
+
+        Args:
+          params: the parameters or, on a fork, the representation. Shapes are enough.
+
+        Returns:
+          A `BalanceState`.
+        """
+        state = first_state(self.rule, self.tasks.number, params, self.options.blocks)
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: BalanceState,
+        params: optax.Params | None = None,
+        *,
+        losses: Losses | None = None,
+        active: Active | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, BalanceState]:
+        """Balances the gradients of the tasks.
+
+        Args:
+          updates: one gradient per task, leaves `[T, *shape]`.
+          state: from `init`, or from the last update.
+          params: the parameters, to which the shapes of `updates` are compared.
+          losses: the raw losses of this step, `[T]` or a dictionary by task name; for methods that need
+            them.
+          active: the tasks that are in this batch, bool `[T]` or a dictionary by task name; None is all.
+          **extra_args: those that the documentation of the method names; others are ignored.
+
+        Returns:
+          `(update, state)`: leaves `[*shape]`, with `reduce=False` `[T, *shape]`, and the new state.
+        """
+        tell_update(Method(self.init, self.update), updates)
+        given = self.read(state, losses, active, params, extra_args)
+        checks.check_updates(self.name, updates, self.tasks, params)
+        return self._balance(updates, state, given)
+
+    # --- the road of a step --------------------------------------------------------------------------
+
+    def read(
+        self,
+        state: BalanceState,
+        losses: Losses | None,
+        active: Active | None,
+        params: optax.Params | None = None,
+        extra_args: Mapping[str, Any] | None = None,
+    ) -> Given:
+        """Checks what the caller gives of a step."""
+        extra_args = extra_args or {}
+        check_state(self.name, state, self.tasks)
+        vector = None
+        if "losses" in self.rule.needs:
+            dtype = state.weights.dtype
+            vector = checks.read_losses(self.name, losses, self.tasks, dtype, extra_args)
+        elif isinstance(losses, Mapping):  # names that differ would mean another target
+            names_of(self.name, "losses", losses, self.tasks)
+        return Given(
+            present=checks.read_active(self.name, active, self.tasks),
+            losses=vector,
+            params=params if self._on_gradients else None,
+            extra={key: extra_args.get(key) for key in self.rule.extra},
+        )
+
+    def inputs(self, given: Given, state: BalanceState) -> StepInputs:
+        """What a rule reads of a step, as far as it is known without the gradients."""
+        inputs = StepInputs(
+            active=given.present,
+            step=state.balance_count,
+            dtype=state.weights.dtype,
+            losses=given.losses,  # type: ignore[arg-type]
+            params=given.params,
+            extra=given.extra,
+        )
+        return inputs if given.losses is None else inputs.restrict(jnp.isfinite(given.losses))
+
+    def measure(
+        self, updates: optax.Updates, blocks: Blocks, inputs: StepInputs, *, cosines: bool
+    ) -> StepInputs:
+        """Adds norms and cosines, if the rule needs them; a task that is not finite is inactive."""
+        seen = (updates, blocks, inputs.active, inputs.dtype, self.options.axis_name)
+        if cosines:
+            cosine, norms, finite = task_tree.gram(*seen)
+            inputs = inputs._replace(cosine=cosine)
+        else:
+            norms, finite = task_tree.norms(*seen)
+        if self.rule.needs & {"norms", "gram"}:
+            inputs = inputs._replace(norms=norms)
+        return inputs.restrict(finite)
+
+    def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
+        """Whether new weights are due: by `update_every`, or for a task that the old ones do not cover."""
+        by_count = state.balance_count % self.options.update_every == 0
+        return by_count | jnp.any(active & ~state.weighed)
+
+    def weigh(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
+        """The state with the weights that the rule gives."""
+        assert isinstance(self.rule, WeightRule)
+        num_blocks, dtype = state.weights.shape[0], state.weights.dtype
+        weights, rule_state = _over_blocks(self.rule.weigh, inputs, state.rule_state, num_blocks)
+        # Sums of quotients of norms may overflow, each quotient does not.
+        largest = float(jnp.finfo(dtype).max)
+        weights = jnp.where(inputs.active, jnp.clip(weights, -largest, largest), 0).astype(dtype)
+        return state._replace(
+            weights=weights,
+            kept_weights=None if state.kept_weights is None else weights,
+            weighed=inputs.active,
+            norms=inputs.norms,
+            cosine=inputs.cosine,
+            rule_state=jax.tree.map(_like, rule_state, state.rule_state),
+        )
+
+    def keep_weights(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
+        """The state of a step between, with weights as large as the present norms allow."""
+        assert isinstance(self.rule, WeightRule)
+        state = state._replace(norms=inputs.norms)
+        if self.rule.bound is None:
+            return state
+        num_blocks, dtype = state.weights.shape[0], state.weights.dtype
+        limits = _over_blocks(self.rule.bound, inputs, state.rule_state, num_blocks)
+        assert state.kept_weights is not None
+        return state._replace(weights=jnp.minimum(state.kept_weights, limits).astype(dtype))
+
+    def applied_weights(self, state: BalanceState) -> jax.Array:
+        """The weights, `[B, T]`; what counts as a zero gradient adds nothing, however large its weight."""
+        return (
+            state.weights if state.norms is None else jnp.where(state.norms > 0, state.weights, 0)
+        )
+
+    def finish(self, state: BalanceState, given: Given, active: jax.Array) -> BalanceState:
+        """Counts the step, and the tasks that are present but were not active."""
+        return state._replace(
+            balance_count=next_count(state.balance_count),
+            skipped=next_count(state.skipped, given.present & ~active),
+        )
+
+    # --- an update -----------------------------------------------------------------------------------
+
+    @property
+    def _on_gradients(self) -> bool:
+        """Whether the rule looks at gradients element by element."""
+        return isinstance(self.rule, UpdateRule) or self.rule.average is not None
+
+    @functools.cached_property
+    def _balance(self) -> Callable[..., tuple[optax.Updates, BalanceState]]:
+        # Compiled on its own, so that a call outside jit is one program too; inside jit it is inlined.
+        return jax.jit(self._update)
+
+    def _update(
+        self, updates: optax.Updates, state: BalanceState, given: Given
+    ) -> tuple[optax.Updates, BalanceState]:
+        check_fields(self.name, self.rule, state, updates)
+        inputs = self.inputs(given, state)
+        if self._on_gradients:
+            updates = task_tree.stacked(updates)
+            finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
+            inputs = inputs.restrict(finite)
+            inputs = inputs._replace(updates=task_tree.remove_absent(updates, inputs.active))
+        advance = self._by_update if isinstance(self.rule, UpdateRule) else self._by_weights
+        result, state, active = advance(updates, state, inputs, given.present)
+        return task_tree.narrow_like(result, updates), self.finish(state, given, active)
+
+    def _by_update(
+        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
+    ) -> tuple[optax.Updates, BalanceState, jax.Array]:
+        """The update that the rule gives, the new state, and which tasks went into it."""
+        assert isinstance(self.rule, UpdateRule)
+        update, weights, rule_state = self.rule.apply(inputs, state.rule_state)
+        weights = jnp.where(inputs.active, weights, 0).astype(state.weights.dtype)
+        state = state._replace(weights=weights[None], weighed=inputs.active, rule_state=rule_state)
+        return update, state, inputs.active
+
+    def _by_weights(
+        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
+    ) -> tuple[optax.Updates, BalanceState, jax.Array]:
+        """The weighted sum, the new state, and which tasks went into it."""
+        rule, options = self.rule, self.options
+        assert isinstance(rule, WeightRule)
+        blocks = task_tree.assign_blocks(task_tree.without_task_axis(updates), options.blocks)
+        _check_blocks(rule, blocks.count, state.weights.shape[0])
+        seen, weighted, averages = updates, updates, state.averages
+        if rule.average is not None:
+            seen, averages = rule.average.apply(inputs, averages)
+            weighted = seen if rule.average.weighted else inputs.updates
+
+        def fresh(state: BalanceState) -> tuple[BalanceState, jax.Array]:
+            measured = self.measure(seen, blocks, inputs, cosines="gram" in rule.needs)
+            return self.weigh(state, measured), measured.active
+
+        def kept(state: BalanceState) -> tuple[BalanceState, jax.Array]:
+            measured = self.measure(seen, blocks, inputs, cosines=False)
+            return self.keep_weights(state, measured), measured.active
+
+        # The averages are as large as the gradients: they stay out of the `cond` over the weights.
+        state = state._replace(averages=None)
+        if options.update_every == 1:
+            state, active = fresh(state)
+        else:
+            state, active = lax.cond(self.due(state, inputs.active), fresh, kept, state)
+        weights = self.applied_weights(state) if weighted is seen else state.weights
+        if options.reduce:
+            result = task_tree.combine(weighted, weights, active, blocks)
+        else:
+            result = task_tree.scale(weighted, weights, active, present & ~active, blocks)
+        return result, state._replace(averages=averages), active
+
+
+def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
+    """The rule of a weighting method that another method is built on."""
+    rule = getattr(base, "rule", None)
+    if not isinstance(base, Method) or not isinstance(rule, WeightRule):
+        raise TypeError(
+            f"{name}: base must be a weighting method of mtl_optax (one whose update is a weighted sum "
+            f"of task gradients), found {base!r}."
+        )
+    if base.num_tasks != num_tasks:
+        raise ValueError(f"{name}: base has {base.num_tasks} tasks, expected {num_tasks}.")
+    if rule.average is not None:
+        raise TypeError(
+            f"{name}: base must weigh the gradients of this step; {base.name} weighs averages of gradients."
+        )
+    return rule
+
+
+def _check_blocks(rule: WeightRule, count: int, in_state: int) -> None:
+    """Raises if a state was made for another tree, so that blocks would be mixed up."""
+    if count != in_state and rule.needs & {"norms", "gram"}:
+        raise ValueError(
+            f"the state has {in_state} blocks, and these gradients have {count}: make it by init of the "
+            "tree whose gradients update is given, the parameters or, on a fork, the representation."
+        )
+
+
+def _over_blocks(
+    function: Callable[[StepInputs, Any], Any],
+    inputs: StepInputs,
+    rule_state: optax.OptState,
+    num_blocks: int,
+) -> Any:
+    """One call of a rule's `weigh` or `bound`, vmapped over the blocks."""
+
+    def of_block(norms: Any, cosine: Any, rule_state: optax.OptState) -> Any:
+        return function(inputs._replace(norms=norms, cosine=cosine), rule_state)
+
+    blocked = (inputs.norms, inputs.cosine, rule_state)
+    if num_blocks > 1:
+        return jax.vmap(of_block, axis_size=num_blocks)(*blocked)
+    # For one block without vmap, which would turn a solver's `cond` into both of its branches.
+    result = of_block(*jax.tree.map(lambda x: x[0], blocked))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+
+def _read_options(name: str, rule: WeightRule | UpdateRule, given: Mapping[str, Any]) -> Options:
+    on_updates = isinstance(rule, UpdateRule)
+    wrong = sorted(given.keys() - ({"axis_name"} if on_updates else set(Options._fields)))
+    if wrong:
+        kind = "a method that gives the update itself" if on_updates else "a weighting method"
+        raise TypeError(f"{name}: {kind} takes no argument {', '.join(wrong)}; see MethodOptions.")
+    needs = rule.needs - ({"gradients", "losses"} if on_updates else {"losses", "norms", "gram"})
+    if needs:
+        raise ValueError(
+            f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}."
+        )
+    options = Options(**given)
+    check_blocks(name, options.blocks)
+    check_bool(name, "reduce", options.reduce)
+    check_integer(name, "update_every", options.update_every, 1)
+    check_axis_name(name, options.axis_name)
+    return options
+
+
+def _like(new: jax.Array, old: jax.Array) -> jax.Array:
+    if jnp.shape(new) != jnp.shape(old):
+        raise ValueError(
+            f"a rule changed the shape of its state: {jnp.shape(old)} to {jnp.shape(new)}"
+        )
+    return jnp.asarray(new).astype(old.dtype)

@@ -1,0 +1,76 @@
+"""Rules that more than one method is built on."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.state import next_count
+from mtl_optax.core.trained_values import TrainedState, start, train
+from mtl_optax.core.types import DType, Number
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.min_norm import min_norm_weights
+from mtl_optax.solvers.nash import fair_weights
+
+
+class BargainingState(NamedTuple):
+    """State of `fairgrad` and `nash_mtl`.
+
+    Attributes:
+      fallback_count: int32 scalar, how often no solution existed and min-norm weights were used.
+    """
+
+    fallback_count: jax.Array
+
+
+def min_norm_rule(normalize: str) -> WeightRule:
+    """The weights of the min-norm point of the gradients divided as `mgda` says: "none", "l2", ..."""
+
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        norms = inputs.norms
+        if normalize in ("l2", "loss+"):
+            norms = jnp.where(norms > 0, 1, 0)
+        if normalize in ("loss", "loss+"):
+            # A loss of 0 would make its gradient infinite: it counts as a zero gradient instead.
+            norms = safe_divide(norms, jnp.maximum(inputs.losses, 0))
+        norms = norms.astype(inputs.cosine.dtype)
+        return min_norm_weights(inputs.cosine, norms, inputs.active), state
+
+    needs = {"gram", "losses"} if normalize in ("loss", "loss+") else {"gram"}
+    return WeightRule(frozenset(needs), weigh)
+
+
+def fair_rule(alpha: Number) -> WeightRule:
+    """The weights of alpha-fairness; those of the min-norm point if there is no solution."""
+
+    def init(dtype: DType) -> BargainingState:
+        return BargainingState(jnp.zeros((), jnp.int32))
+
+    def weigh(inputs: StepInputs, state: BargainingState) -> tuple[jax.Array, BargainingState]:
+        fairness = jnp.asarray(alpha, inputs.norms.dtype)
+        weights, solved = fair_weights(inputs.cosine, inputs.norms, inputs.active, fairness)
+        failed = jnp.any(inputs.active) & ~solved
+        return weights, BargainingState(next_count(state.fallback_count, failed))
+
+    return WeightRule(frozenset({"gram"}), weigh, init)
+
+
+def trained_scale_rule(optimizer: optax.GradientTransformation, num_tasks: int) -> WeightRule:
+    """One trained weight per task that brings its loss to 1."""
+
+    def init(dtype: DType) -> TrainedState:
+        return start(optimizer, jnp.zeros((num_tasks,), dtype))
+
+    def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:
+        weights = jnp.exp(state.values)
+        high = math.log(largest_weight(weights.dtype))
+        gradient = weights * inputs.losses - 1
+        return weights, train(optimizer, state, gradient, inputs.active, -high, high)
+
+    return WeightRule(frozenset({"losses"}), weigh, init)

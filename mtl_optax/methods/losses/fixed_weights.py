@@ -1,0 +1,57 @@
+"""Fixed weights: the plain weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core.factory import factory
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.tasks import read_tasks, task_numbers
+
+
+@factory
+def fixed_weights(
+    tasks: int | Collection[str], weights: Any, **options: Unpack[MethodOptions]
+) -> Method:
+    """Multiplies each task gradient by a given number.
+
+    The update is `sum_t weights[t] * g_t` with constant weights: linear scalarisation, the baseline that
+    a careful search over weights can make hard to beat. Scale: sum-like with weights of one.
+
+    Args:
+      tasks: T, or the task names.
+      weights: `[T]`, or a dictionary by task name; any real numbers.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method`. Cost: one pass over the gradients.
+
+    Raises:
+      ValueError: if `weights` does not have one entry per task.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.fixed_weights(("click", "buy"), {"click": 0.5, "buy": 1.0})
+      >>> state = tx.init(jnp.zeros(2))
+      >>> tx.update(jnp.array([[1., 0.], [0., 4.]]), state)[0].tolist()
+      [1.0, 2.0]
+
+    References:
+      Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022,
+      https://arxiv.org/abs/2201.04122
+    """
+    axis = read_tasks("fixed_weights", tasks)
+    weights = task_numbers("fixed_weights", "weights", weights, axis)
+
+    def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
+        return jnp.asarray(weights), state
+
+    return from_rule("fixed_weights", axis, WeightRule(frozenset(), weigh), **options)

@@ -1,0 +1,45 @@
+"""Hides extra arguments from a transformation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+
+def drop_extra_args(
+    inner: optax.GradientTransformation, *names: str
+) -> optax.GradientTransformationExtraArgs:
+    """Hides extra arguments from a transformation that refuses those it does not know.
+
+    optax's line searches hand every extra argument to their `value_fn`, so `losses=`, which a method
+    earlier in the chain needs, makes them raise. Wrap them in `drop_extra_args(inner, "losses")`.
+
+    Args:
+      inner: the transformation to wrap.
+      *names: the extra arguments that it must not see.
+
+    Returns:
+      `inner` without those arguments.
+
+    Raises:
+      ValueError: if no name is given.
+
+    Example:
+
+      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> tx = mtl.drop_extra_args(optax.scale(2.0), "losses")
+      >>> tx.update(jnp.ones(1), tx.init(jnp.zeros(1)), losses=jnp.ones(2))[0].tolist()
+      [2.0]
+    """
+    if not names:
+        raise ValueError("drop_extra_args: name the extra arguments to drop, such as 'losses'.")
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> Any:
+        kept = {name: value for name, value in extra_args.items() if name not in names}
+        return inner.update(updates, state, params, **kept)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)

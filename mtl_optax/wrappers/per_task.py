@@ -1,0 +1,94 @@
+"""Lifts an optax transformation over the task axis."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core import checks, task_tree
+from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import AxisName
+
+
+def per_task(
+    inner: optax.GradientTransformation, tasks: int | Collection[str], *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts any optax transformation over the task axis: `[T, ...]` to `[T, ...]`.
+
+    Every task gets its own copy of `inner` and of its state, by `vmap`. This makes a transformation that
+    has a state or takes norms correct before a balancing method: `per_task(optax.trace(0.9), T)` keeps
+    one momentum per task, `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient.
+
+    An absent or non-finite task leaves its own state as it was; its slot passes through unchanged, so
+    that the method after it excludes and counts it.
+
+    Args:
+      inner: a transformation from leaves `[*shape]` to leaves `[*shape]`.
+      tasks: T, or the task names.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A transformation on leaves `[T, *shape]`. Memory: T states of `inner`.
+
+    Raises:
+      ValueError: for updates without the task axis.
+
+    Example:
+
+      >>> import jax.numpy as jnp, optax, mtl_optax as mtl
+      >>> tx = optax.chain(mtl.per_task(optax.clip_by_global_norm(1.0), 2), mtl.sum_tasks(2))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> [round(float(x), 3) for x in tx.update(jnp.array([[3., 4.], [0., 0.5]]), state)[0]]
+      [0.6, 1.3]
+    """
+    axis = read_tasks("per_task", tasks)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        active: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        checks.check_updates("per_task", updates, axis, params)
+        keep = checks.read_active("per_task", active, axis)
+        keep = keep & task_tree.finite(updates, axis.number, axis_name)
+        return update_each(inner, updates, state, params, keep, extra_args)
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: init_each(inner, params, axis.number), update_fn
+    )
+
+
+def init_each(inner: optax.GradientTransformation, params: optax.Params, num_tasks: int) -> Any:
+    """The states of one copy of `inner` per task, stacked along a leading axis."""
+
+    def concrete(leaf: Any) -> Any:
+        shaped = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if shaped else leaf
+
+    like = jax.tree.map(concrete, params)
+    return jax.vmap(inner.init, in_axes=None, axis_size=num_tasks)(like)
+
+
+def update_each(
+    inner: optax.GradientTransformation,
+    updates: optax.Updates,
+    states: optax.OptState,
+    params: optax.Params | None,
+    keep: jax.Array,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """The updates of one copy of `inner` per task; those not in `keep` [T] stay as they are."""
+    update = optax.with_extra_args_support(inner).update
+
+    def one(gradient: Any, state: Any, keep: jax.Array) -> tuple[Any, Any]:
+        moved = update(gradient, state, params, **extra_args)
+        return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))
+
+    return jax.vmap(one)(updates, states, keep)

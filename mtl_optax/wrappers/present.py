@@ -1,0 +1,31 @@
+"""Which tasks of a step are present and finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core import checks, task_tree
+from mtl_optax.core.tasks import Tasks, task_vector
+
+
+def read_present(
+    name: str,
+    updates: Any,
+    params: Any,
+    losses: Any,
+    active: Any,
+    tasks: Tasks,
+    dtype: Any,
+    axis_name: Any,
+) -> tuple[jax.Array, Any]:
+    """Which tasks are present and finite, bool `[T]`, and the losses `[T]` where they are given."""
+    checks.check_updates(name, updates, tasks, params)
+    keep = checks.read_active(name, active, tasks)
+    keep = keep & task_tree.finite(updates, tasks.number, axis_name)
+    if losses is not None:
+        losses = task_vector(name, "losses", losses, tasks, dtype)
+        keep = keep & jnp.isfinite(losses)
+    return keep, losses

@@ -1,0 +1,145 @@
+"""Keeps the gradients of tasks that are absent from a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax.core import task_tree
+from mtl_optax.core.arguments import check_decay
+from mtl_optax.core.method import Method
+from mtl_optax.core.tasks import Tasks, read_tasks
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.wrappers.present import read_present
+
+
+class RememberState(NamedTuple):
+    """State of `remember`.
+
+    Attributes:
+      inner_state: of the method underneath.
+      gradients: leaves `[T, *shape]`, averages of each task's gradients; start at 0.
+      share: `[T]`, the share of each average that is data: `1 - decay ** k` after k gradients.
+      losses: `[T]`, each task's last loss.
+    """
+
+    inner_state: Any
+    gradients: Any
+    share: jax.Array
+    losses: jax.Array
+
+
+def remember(
+    inner: optax.GradientTransformation,
+    decay: Any = 0.0,
+    *,
+    tasks: int | Collection[str] | None = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the gradients of tasks that are absent from a step, so that a method sees all T.
+
+    For one gradient a step (`one_task_value_and_grad`), one data loader per task, or a subset of the tasks
+    in each step. With :math:`\beta` = ``decay``, for a task that is present for the k-th time
+
+    .. math:: m_t \leftarrow \beta m_t + (1 - \beta) g_t, \qquad \hat m_t = m_t / (1 - \beta^k),
+
+    and the others keep theirs. ``inner`` gets :math:`\hat m` for all tasks that have been present at least
+    once, and the last losses.
+
+    Args:
+      inner: a method, or a whole optimizer that begins with one.
+      decay: beta in [0, 1); 0 keeps the last gradient itself.
+      tasks: T, or the task names; needed only if `inner` is no `Method`.
+      axis_name: see `MethodOptions`.
+
+    Returns:
+      A transformation from leaves `[T, *shape]` to what `inner` returns, with the state `RememberState`.
+      Memory: T gradients.
+
+    Raises:
+      ValueError: for updates without the task axis, a decay outside its range, or a `tasks` that is not
+        the method's.
+
+    Notes:
+      A task that is not finite counts as absent: its old gradient stays. On a representation
+      `[batch, width]` the kept gradients would belong to other examples: use it on parameters.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.remember(mtl.sum_tasks(2))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for grads, active in ((jnp.array([[1., 0.], [0., 0.]]), [True, False]),
+      ...                       (jnp.array([[0., 0.], [0., 3.]]), [False, True])):
+      ...     update, state = tx.update(grads, state, active=jnp.array(active))
+      >>> update.tolist()
+      [1.0, 3.0]
+
+    References:
+      Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
+      2025, section 3.3, https://arxiv.org/abs/2408.11104
+    """
+    axis = _tasks_of(inner, tasks)
+    check_decay("remember", decay=decay)
+    update_inner = optax.with_extra_args_support(inner).update
+
+    def init_fn(params: Any) -> RememberState:
+        dtype = task_tree.statistics_dtype(params)
+        state = RememberState(
+            inner_state=inner.init(params),
+            gradients=task_tree.per_task_zeros(params, axis.number, dtype),
+            share=jnp.zeros((axis.number,), dtype),
+            losses=jnp.zeros((axis.number,), dtype),
+        )
+        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        return jax.tree.map(jnp.copy, state)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        losses: Any = None,
+        active: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, RememberState]:
+        dtype = state.share.dtype
+        keep, losses = read_present(
+            "remember", updates, params, losses, active, axis, dtype, axis_name
+        )
+        last = state.losses if losses is None else jnp.where(keep, losses, state.losses)
+        step = 1 - jnp.asarray(decay, dtype)
+        present = task_tree.remove_absent(updates, keep)
+        gradients = task_tree.move_towards(state.gradients, present, step, keep)
+        share = jnp.where(keep, (1 - step) * state.share + step, state.share)
+        corrected = jax.tree.map(
+            lambda m: safe_divide(m, task_tree.along_tasks(share, m.ndim)), gradients
+        )
+        given = {} if losses is None else {"losses": last}
+        result, inner_state = update_inner(
+            task_tree.narrow_like(corrected, updates),
+            state.inner_state,
+            params,
+            active=share > 0,
+            **given,
+            **extra_args,
+        )
+        return result, RememberState(inner_state, gradients, share, last)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _tasks_of(inner: optax.GradientTransformation, tasks: int | Collection[str] | None) -> Tasks:
+    if not isinstance(inner, Method):
+        if tasks is None:
+            raise ValueError("remember: give tasks for a transformation that is not one Method.")
+        return read_tasks("remember", tasks)
+    if tasks is not None and read_tasks("remember", tasks) != inner.tasks:
+        raise ValueError(
+            f"remember: tasks={tasks!r} is not that of {inner.name}, {inner.num_tasks}; leave it out."
+        )
+    return inner.tasks
