@@ -61,7 +61,7 @@ _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
 
 def check(
     tx: optax.GradientTransformation,
-    params: Any,
+    params: optax.Params,
     tasks: Any = None,
     *,
     gradients: Any = None,
@@ -136,10 +136,12 @@ def check(
     # Functions and Python numbers stay what they are.
     others = {name: value for name, value in extra_args.items() if name not in arrays}
 
-    def update(gradients: Any, state: Any, params: Any, arrays: Any) -> Any:
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params, arrays: Any
+    ) -> Any:
         return update_fn(gradients, state, params, **arrays, **others)
 
-    def step(state: Any, arrays: Any = arrays) -> Any:
+    def step(state: optax.OptState, arrays: Any = arrays) -> Any:
         # A state that is broadcast over the tasks is reported with its path, not by the first operation.
         with jax.numpy_rank_promotion("allow"):
             return jax.eval_shape(update, gradients, state, like, arrays)
@@ -172,7 +174,7 @@ def _refuse(fault: str | None) -> None:
 # --- the tasks, and the methods ----------------------------------------------------------------------
 
 
-def _tasks_inside(tx: Any, state: Any) -> Tasks:
+def _tasks_inside(tx: Any, state: optax.OptState) -> Tasks:
     """The tasks of the methods in an optimizer. A chain hides their names, which `update` tells later."""
     if isinstance(tx, Method):
         return tx.tasks
@@ -216,7 +218,9 @@ def _describe(method: Method) -> str:
 # --- what an update returned -------------------------------------------------------------------------
 
 
-def _check_updates(updates: Any, params: Any, num_tasks: int, state: Any) -> None:
+def _check_updates(
+    updates: optax.Updates, params: optax.Params, num_tasks: int, state: optax.OptState
+) -> None:
     if jax.tree.structure(updates) != jax.tree.structure(params):
         raise ValueError(
             "check: the updates differ in structure from the parameters: "
@@ -273,7 +277,7 @@ def _check_structure(old: Any, new: Any) -> None:
 # --- what was raised ---------------------------------------------------------------------------------
 
 
-def _about_init(error: Exception, tx: Any, params: Any) -> str:
+def _about_init(error: Exception, tx: Any, params: optax.Params) -> str:
     remedy = (
         "A transformation before the method looks at the task axis, which the parameters that init sees do "
         "not have. Lift it over the tasks: mtl_optax.per_task(inner, tasks)."
@@ -287,7 +291,7 @@ def _about_init(error: Exception, tx: Any, params: Any) -> str:
 
 def _about_update(
     error: Exception,
-    state: Any,
+    state: optax.OptState,
     num_tasks: int,
     without_losses: Callable[[], Any],
     variables: bool,
@@ -318,7 +322,7 @@ def _about_update(
 
 
 def _remedy(
-    error: Exception, state: Any, without_losses: Callable[[], Any], variables: bool
+    error: Exception, state: optax.OptState, without_losses: Callable[[], Any], variables: bool
 ) -> str:
     """What to do about an error of somebody else's."""
     # Python has no class for this one.
@@ -360,7 +364,7 @@ def _passes(update: Callable[[], Any]) -> bool:
     return True
 
 
-def _stands_around(state: Any) -> str | None:
+def _stands_around(state: optax.OptState) -> str | None:
     """What to do about a wrapper that holds a method and cannot, where the state shows one."""
     for path, node in nodes_in(state, tuple(_CANNOT_STAND_AROUND)):
         if states_in(node):
@@ -380,11 +384,11 @@ def _quote(function: str, error: Exception, remedy: str) -> str:
 # --- trees of shapes ---------------------------------------------------------------------------------
 
 
-def _shapes(tree: Any) -> Any:
+def _shapes(tree: optax.Params) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
-def _arrays_of_variables(tree: Any) -> Any:
+def _arrays_of_variables(tree: optax.Params) -> Any:
     """A tree as `update` is given it by `nnx.Optimizer`: with arrays in place of Flax's variables."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -393,16 +397,16 @@ def _arrays_of_variables(tree: Any) -> Any:
     return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
 
 
-def _with_tasks(tree: Any, num_tasks: int) -> Any:
+def _with_tasks(tree: optax.Params, num_tasks: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_tasks, *x.shape), x.dtype), tree)
 
 
-def _ones(tree: Any) -> Any:
+def _ones(tree: optax.Params) -> Any:
     """Numbers where only shapes are given."""
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) if is_shape(x) else x, tree)
 
 
-def _has_shapes(tree: Any) -> bool:
+def _has_shapes(tree: optax.Params) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)

@@ -18,7 +18,7 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def fault_before_methods(
-    init: Any, update: Any, params: Any, gradients: Any, num_tasks: int
+    init: Any, update: Any, params: optax.Params, gradients: optax.Updates, num_tasks: int
 ) -> str | None:
     """What is wrong with the gradients that reach the first method of each leaf.
 
@@ -40,7 +40,7 @@ def fault_before_methods(
     reach = _what_reaches_methods(init, update)
     random = np.random.default_rng(0)
 
-    def numbers(tree: Any, scale: float) -> Any:
+    def numbers(tree: optax.Params, scale: float) -> Any:
         draw = lambda x: jnp.asarray(scale * random.standard_normal(x.shape), x.dtype)  # noqa: E731
         return jax.tree.map(draw, tree)
 
@@ -79,7 +79,7 @@ def fault_before_methods(
     return None
 
 
-def rounded_hyperparameter(init: Any, params: Any, state: Any) -> str | None:
+def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptState) -> str | None:
     """Which number `optax.inject_hyperparams` rounds to another one in the dtype of the parameters.
 
     That is one that moves, or whose distance from 1 moves, by more than a tenth, as a decay of 0.999 in
@@ -119,18 +119,18 @@ def rounded_hyperparameter(init: Any, params: Any, state: Any) -> str | None:
     return None
 
 
-def gradients_like(params: Any) -> Any:
+def gradients_like(params: optax.Params) -> Any:
     """The tree of the gradients; the parameters of `optax.lookahead` are a pair, of which they know one."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def leaves_in(tree: Any) -> list[tuple[str, Any]]:
+def leaves_in(tree: optax.Params) -> list[tuple[str, Any]]:
     """The leaves of a tree, with their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
-def nodes_in(tree: Any, kinds: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+def nodes_in(tree: optax.Params, kinds: type | tuple[type, ...]) -> list[tuple[str, Any]]:
     """The outermost nodes of these types in a tree, with their paths."""
     is_one = lambda node: isinstance(node, kinds)  # noqa: E731
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one)
@@ -145,7 +145,7 @@ def _what_reaches_methods(init: Any, update: Any) -> Any:
     """
 
     @jax.jit
-    def reach(gradients: Any, params: Any) -> dict[tuple[str, str], jax.Array]:
+    def reach(gradients: optax.Updates, params: optax.Params) -> dict[tuple[str, str], jax.Array]:
         came, first = dict(leaves_in(gradients)), {}
         # What is raised behind the methods changes nothing of what has reached them.
         with update_calls() as calls, suppress(Exception), jax.numpy_rank_promotion("allow"):
@@ -187,10 +187,10 @@ def _differs(reached: dict[tuple[str, str], Any], other: Any, rows: Any) -> str 
     return None
 
 
-def _small(tree: Any) -> Any:
+def _small(tree: optax.Params) -> Any:
     """Of each leaf at most two elements, along the first dimension that has two."""
 
-    def small(leaf: Any) -> Any:
+    def small(leaf: jax.Array) -> Any:
         shape = [min(size, 1) for size in leaf.shape]
         for axis in [axis for axis, size in enumerate(leaf.shape) if size > 1][:1]:
             shape[axis] = 2
@@ -199,5 +199,5 @@ def _small(tree: Any) -> Any:
     return jax.tree.map(small, tree)
 
 
-def _is_narrow(leaf: Any) -> bool:
+def _is_narrow(leaf: jax.Array) -> bool:
     return getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)

@@ -13,7 +13,9 @@ from mtl_optax.core.state import BalanceState, states_in
 from mtl_optax.core.task_tree import assign_blocks
 
 
-def diagnostics(state: Any, method: Any = None, params: Any = None) -> dict[str, Any]:
+def diagnostics(
+    state: optax.OptState, method: Method | None = None, params: optax.Params | None = None
+) -> dict[str, Any]:
     """Reads weights, norms, cosines and counts of skipped tasks from any state that holds a method's.
 
     Works on the state of a method, of a chain or wrapper around it, and on a fork's carrier, inside jit
@@ -56,7 +58,7 @@ def diagnostics(state: Any, method: Any = None, params: Any = None) -> dict[str,
     return found[0] if len(found) == 1 else {**found[0], "all": found}
 
 
-def head_weights(state: Any) -> jax.Array:
+def head_weights(state: optax.OptState) -> jax.Array:
     """One weight per task, for the heads in papers that weigh the losses themselves.
 
     Args:
@@ -79,7 +81,7 @@ def head_weights(state: Any) -> jax.Array:
     return jnp.mean(jnp.asarray(_states("head_weights", state)[0].weights), axis=0)
 
 
-def _states(name: str, tree: Any) -> list[BalanceState]:
+def _states(name: str, tree: optax.Params) -> list[BalanceState]:
     states = states_in(tree)
     if not states:
         raise ValueError(
@@ -89,7 +91,7 @@ def _states(name: str, tree: Any) -> list[BalanceState]:
     return states
 
 
-def _read(state: BalanceState, method: Any, params: Any) -> dict[str, Any]:
+def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict[str, Any]:
     if method is not None and not isinstance(method, Method):
         raise ValueError(
             "diagnostics: method must be what a method's factory returned, found a "
@@ -132,7 +134,7 @@ def _alignment(cosine: Any) -> Any:
     return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
 
 
-def _fallback_count(rule_state: Any) -> Any:
+def _fallback_count(rule_state: optax.OptState) -> Any:
     """What the rule, or one that it is built on, counts of its fallbacks in each block, `[B]`."""
     for _, count in optax.tree.get_all_with_path(rule_state, "fallback_count"):
         return _integers(count)
@@ -147,7 +149,9 @@ def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:
     return {name: _by_task(row, names, axes - 1) for name, row in zip(names, rows, strict=True)}
 
 
-def _block_names(state: BalanceState, method: Any, params: Any) -> tuple[str, ...] | None:
+def _block_names(
+    state: BalanceState, method: Any, params: optax.Params | None
+) -> tuple[str, ...] | None:
     if params is None:
         return None
     blocks = assign_blocks(params, "leaf" if method is None else method.options.blocks)
@@ -159,7 +163,7 @@ def _block_names(state: BalanceState, method: Any, params: Any) -> tuple[str, ..
     return blocks.names
 
 
-def _integers(leaf: Any) -> jax.Array:
+def _integers(leaf: object) -> jax.Array:
     """Integers as they are, or from the halves of 16 bits in which a fork's carrier holds them."""
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from mtl_optax.core.types import AxisName, Label
+
 _NUMBER = (int, float, np.integer, np.floating)
 
 
@@ -76,7 +78,7 @@ def check_transformation(name: str, what: str, value: Any) -> None:
         )
 
 
-def check_blocks(name: str, blocks: Any) -> None:
+def check_blocks(name: str, blocks: str | Label) -> None:
     """Raises where `blocks` is no granularity."""
     if not callable(blocks) and not (isinstance(blocks, str) and blocks in ("all", "leaf")):
         raise TypeError(
@@ -85,7 +87,7 @@ def check_blocks(name: str, blocks: Any) -> None:
         )
 
 
-def check_axis_name(name: str, axis_name: Any) -> None:
+def check_axis_name(name: str, axis_name: AxisName) -> None:
     """Raises where `axis_name` is neither None nor the name of a mapped axis or several."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(one, str) for one in names):

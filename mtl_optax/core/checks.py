@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.leaves import TaskRows, is_rows
 from mtl_optax.core.tasks import Tasks, task_vector
+from mtl_optax.core.types import DType
 
 _NO_TASK_AXIS = (
     "These have no task axis: take one gradient per task with mtl_optax.per_task_value_and_grad. A method "
@@ -40,7 +42,9 @@ class WrongTaskAxis(ValueError):
         self.is_missing = remedy == _NO_TASK_AXIS
 
 
-def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> None:
+def check_updates(
+    name: str, updates: optax.Updates, tasks: Tasks, params: optax.Params | None = None
+) -> None:
     """Raises where `updates` is not one gradient per task, saying what was found and where.
 
     Without `params`, gradients that were not stacked pass if every first dimension happens to be T.
@@ -74,7 +78,7 @@ def check_updates(name: str, updates: Any, tasks: Tasks, params: Any = None) -> 
 
 
 def read_losses(
-    name: str, losses: Any, tasks: Tasks, dtype: Any, extra_args: Mapping[str, Any]
+    name: str, losses: Any, tasks: Tasks, dtype: DType, extra_args: Mapping[str, Any]
 ) -> jax.Array:
     """The losses `[T]` of a method that needs them."""
     if losses is None:
@@ -94,7 +98,7 @@ def read_active(name: str, active: Any, tasks: Tasks) -> jax.Array:
     return task_vector(name, "active", active, tasks, jnp.bool_)
 
 
-def where(path: Any) -> str:
+def where(path: tuple[object, ...]) -> str:
     """A path in a tree, for messages."""
     return jax.tree_util.keystr(path) or "(the root)"
 
@@ -105,7 +109,7 @@ def and_more(leaves: Collection[Any]) -> str:
     return f" (and {more} more {'leaf' if more == 1 else 'leaves'})" if more else ""
 
 
-def difference(name: str, tree: Any, other_name: str, other: Any) -> str:
+def difference(name: str, tree: optax.Params, other_name: str, other: Any) -> str:
     """How two trees of different structure differ, for messages."""
     paths, others = (
         {where(path) for path, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_rows)}
@@ -149,7 +153,7 @@ def _remedy(wrong: list[tuple[Any, tuple[int, ...], tuple[int, ...]]], num_tasks
     )
 
 
-def _check_structure(name: str, updates: Any, params: Any) -> None:
+def _check_structure(name: str, updates: optax.Updates, params: optax.Params) -> None:
     if jax.tree.structure(updates, is_leaf=is_rows) != jax.tree.structure(params):
         raise ValueError(
             f"{name}: updates and params differ in structure: "

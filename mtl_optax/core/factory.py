@@ -60,8 +60,8 @@ def _after_tasks(bound: inspect.BoundArguments) -> dict[str, Any]:
     return {name: _own(value) for name, value in flat_options(dict(arguments)).items()}
 
 
-def _own(value: Any) -> Any:
-    def copied(leaf: Any) -> Any:
+def _own(value: object) -> Any:
+    def copied(leaf: object) -> Any:
         return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
     return jax.tree.map(copied, value, is_leaf=is_method)

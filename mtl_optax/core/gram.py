@@ -20,6 +20,7 @@ from jax import lax
 
 from mtl_optax.core import gram_cpu
 from mtl_optax.core.leaves import Leaf, TaskRows, pair_index, row_products, size_of, stack_of
+from mtl_optax.core.types import DType
 
 # Off the cache path, products are taken pair by pair (nothing is stacked) up to this many.
 _MAX_PAIRWISE = 512
@@ -99,14 +100,14 @@ def _sum_per_block(
     return anywhere(leaves)
 
 
-def _gram(leaf: Leaf, dtype: Any, pairwise: bool) -> jax.Array:
+def _gram(leaf: Leaf, dtype: DType, pairwise: bool) -> jax.Array:
     if not isinstance(leaf, TaskRows) or not pairwise:
         return row_products(stack_of(leaf).astype(dtype))
     pairs = combinations_with_replacement([row.astype(dtype) for row in leaf.rows], 2)
     return jnp.stack([jnp.sum(a * b) for a, b in pairs])[pair_index(leaf.shape[0])]
 
 
-def _squares(leaf: Leaf, dtype: Any, pairwise: bool) -> jax.Array:
+def _squares(leaf: Leaf, dtype: DType, pairwise: bool) -> jax.Array:
     if not isinstance(leaf, TaskRows) or not pairwise:
         stack = stack_of(leaf).astype(dtype)
         return jnp.sum(stack * stack, axis=tuple(range(1, stack.ndim)))

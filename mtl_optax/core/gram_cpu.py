@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from mtl_optax.core.leaves import (
     size_of,
     stack_of,
 )
+from mtl_optax.core.types import DType
 
 # The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
 # time, so only so many do.
@@ -34,7 +34,7 @@ _ROWS, _LANES = 8, 256
 _TASKS_IN_REGISTERS = 5
 
 
-def gram(leaf: Leaf, dtype: Any, own_kernel: bool) -> jax.Array:
+def gram(leaf: Leaf, dtype: DType, own_kernel: bool) -> jax.Array:
     """The products of all pairs of rows of one leaf, `[T, T]`."""
     num_tasks, size = leaf.shape[0], size_of(leaf)
     if not own_kernel:
@@ -54,7 +54,7 @@ def has_kernel(place: int, leaf: Leaf) -> bool:
 
 
 def merge_small(
-    leaves: Sequence[Leaf], blocks: Sequence[int], dtype: Any
+    leaves: Sequence[Leaf], blocks: Sequence[int], dtype: DType
 ) -> list[tuple[Leaf, int]]:
     """Joins the smaller leaves of each block; largest first. Each leaf is an operation to compile."""
     merged: list[tuple[Leaf, int]] = []
@@ -78,7 +78,7 @@ def merge_small(
     return sorted(merged, key=lambda pair: -size_of(pair[0]))
 
 
-def _sums_in_registers(rows: list[jax.Array], dtype: Any) -> jax.Array:
+def _sums_in_registers(rows: list[jax.Array], dtype: DType) -> jax.Array:
     """The products of all pairs of rows, from one fused pass over them."""
     pairs = list(combinations_with_replacement(range(len(rows)), 2))
     whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
@@ -96,7 +96,7 @@ def _sums_in_registers(rows: list[jax.Array], dtype: Any) -> jax.Array:
     return jnp.stack(parts)[pair_index(len(rows))]
 
 
-def _loop_over_stack(stack: jax.Array, block: int, dtype: Any) -> jax.Array:
+def _loop_over_stack(stack: jax.Array, block: int, dtype: DType) -> jax.Array:
     num_tasks, size = stack.shape
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -107,7 +107,7 @@ def _loop_over_stack(stack: jax.Array, block: int, dtype: Any) -> jax.Array:
     return lax.fori_loop(0, size // block, add_block, row_products(rest))
 
 
-def _loop_over_rows(rows: list[jax.Array], block: int, dtype: Any) -> jax.Array:
+def _loop_over_rows(rows: list[jax.Array], block: int, dtype: DType) -> jax.Array:
     size = rows[0].size
 
     def add_block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

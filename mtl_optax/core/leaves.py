@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 
@@ -35,12 +36,12 @@ class TaskRows(NamedTuple):
 Leaf: TypeAlias = jax.Array | TaskRows
 
 
-def is_rows(node: Any) -> bool:
+def is_rows(node: object) -> bool:
     """Whether a node of a tree is a leaf in the separate form."""
     return isinstance(node, TaskRows)
 
 
-def leaves_of(updates: Any) -> list[Any]:
+def leaves_of(updates: optax.Updates) -> list[Any]:
     """The leaves of a task tree, in either form."""
     return jax.tree.leaves(updates, is_leaf=is_rows)
 

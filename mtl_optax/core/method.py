@@ -17,6 +17,7 @@ from jax.core import Tracer
 from mtl_optax.core.arguments import describe
 from mtl_optax.core.rule import UpdateRule, WeightRule
 from mtl_optax.core.tasks import Tasks
+from mtl_optax.core.types import AxisName, Label
 
 
 class MethodOptions(TypedDict, total=False):
@@ -37,19 +38,19 @@ class MethodOptions(TypedDict, total=False):
         `losses` and `active` must be equal on all devices already: `lax.pmean` local losses first.
     """
 
-    blocks: Any
+    blocks: str | Label
     reduce: bool
     update_every: int
-    axis_name: Any
+    axis_name: AxisName
 
 
 class Options(NamedTuple):
     """The `MethodOptions` of a method, with their defaults."""
 
-    blocks: Any = "all"
+    blocks: str | Label = "all"
     reduce: bool = True
     update_every: int = 1
-    axis_name: Any = None
+    axis_name: AxisName = None
 
 
 class Origin(NamedTuple):
@@ -215,7 +216,7 @@ class Method(optax.GradientTransformationExtraArgs):
         return self.rule.needs
 
 
-def is_method(node: Any) -> bool:
+def is_method(node: object) -> bool:
     """Whether a node of a tree is a method; as a leaf, one with a traced option passes."""
     return isinstance(node, Method)
 
@@ -239,7 +240,7 @@ def flat_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "options"} | dict(nested)
 
 
-def _by_value(leaf: Any) -> Any:
+def _by_value(leaf: object) -> Any:
     """A hashable stand-in: arrays by their numbers, all else as it is."""
     if not isinstance(leaf, (jax.Array, np.ndarray)):
         return leaf
@@ -262,7 +263,7 @@ def update_calls() -> Iterator[list[tuple[Method, Any]]]:
         _CALLS.reset(token)
 
 
-def tell_update(method: Method, updates: Any) -> None:
+def tell_update(method: Method, updates: optax.Updates) -> None:
     """Says that the `update` of a method is called."""
     calls = _CALLS.get()
     if calls is not None:

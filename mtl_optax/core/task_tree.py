@@ -18,6 +18,7 @@ from jax import lax
 
 from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
+from mtl_optax.core.types import AxisName, DType, Label
 from mtl_optax.solvers.cosine import cosine_matrix
 
 
@@ -38,7 +39,7 @@ class Blocks(NamedTuple):
         return max(1, len(self.names))
 
 
-def assign_blocks(tree: Any, blocks: Any) -> Blocks:
+def assign_blocks(tree: optax.Params, blocks: str | Label) -> Blocks:
     """Groups the leaves of `tree`, which is shaped like the parameters, by the option `blocks`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if blocks == "all":
@@ -46,24 +47,25 @@ def assign_blocks(tree: Any, blocks: Any) -> Blocks:
     if blocks == "leaf":
         labels = [jax.tree_util.keystr(path) for path, _ in leaves]
     else:
+        assert callable(blocks)
         labels = [str(blocks(path, leaf)) for path, leaf in leaves]
     names = tuple(dict.fromkeys(labels))
     return Blocks(tuple(names.index(label) for label in labels), names)
 
 
-def without_task_axis(updates: Any) -> Any:
+def without_task_axis(updates: optax.Updates) -> Any:
     """The shapes of `updates` with the task axis removed: those of the parameters."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates, is_leaf=is_rows
     )
 
 
-def stacked(updates: Any) -> Any:
+def stacked(updates: optax.Updates) -> Any:
     """The task tree with every leaf in the stacked form."""
     return jax.tree.map(stack_of, updates, is_leaf=is_rows)
 
 
-def statistics_dtype(tree: Any) -> Any:
+def statistics_dtype(tree: optax.Params) -> Any:
     """float64 where a leaf is float64, else float32: the dtype of every statistic and weight."""
     wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
@@ -78,7 +80,11 @@ def statistics_dtype(tree: Any) -> Any:
 
 
 def gram(
-    updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
+    updates: optax.Updates,
+    blocks: Blocks,
+    active: jax.Array,
+    dtype: DType,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
 
@@ -92,7 +98,11 @@ def gram(
 
 
 def norms(
-    updates: Any, blocks: Blocks, active: jax.Array, dtype: Any, axis_name: Any = None
+    updates: optax.Updates,
+    blocks: Blocks,
+    active: jax.Array,
+    dtype: DType,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
     squares = _in_blocks(squared_norms, 1, updates, blocks, active, dtype, axis_name)
@@ -100,14 +110,14 @@ def norms(
     return norms.astype(dtype), finite
 
 
-def finite(updates: Any, num_tasks: int, axis_name: Any = None) -> jax.Array:
+def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
     """Which tasks are finite, bool `[T]`, for methods that need no norms: in the same sense, one pass."""
     whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
     everyone = jnp.ones((num_tasks,), bool)
     return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]
 
 
-def sum_over(x: jax.Array, axis_name: Any) -> jax.Array:
+def sum_over(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The sum over mapped axes, where there are some."""
     return x if axis_name is None else lax.psum(x, axis_name)
 
@@ -115,11 +125,11 @@ def sum_over(x: jax.Array, axis_name: Any) -> jax.Array:
 def _in_blocks(
     products: Callable[..., jax.Array],
     rank: int,
-    updates: Any,
+    updates: optax.Updates,
     blocks: Blocks,
     active: jax.Array,
-    dtype: Any,
-    axis_name: Any,
+    dtype: DType,
+    axis_name: AxisName,
 ) -> jax.Array:
     """Inner products in every block, summed over mapped axes; zeros for a tree without leaves."""
     leaves = leaves_of(updates)
@@ -142,7 +152,7 @@ def _norms(squares: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]
 # --- what methods return -----------------------------------------------------------------------------
 
 
-def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
+def combine(updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
     """`sum_t weights[t] * g_t` in each leaf's dtype; tasks not in `keep` [T] contribute exactly 0.
 
     `weights` is `[B, T]`. The sum is one elementwise pass over the T gradients.
@@ -155,7 +165,7 @@ def combine(updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks) -
 
 
 def scale(
-    updates: Any, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
+    updates: optax.Updates, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
 ) -> Any:
     """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns.
 
@@ -174,7 +184,7 @@ def scale(
 
 
 def _weighted(
-    updates: Any, weights: jax.Array, keep: jax.Array, blocks: Blocks
+    updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks
 ) -> Iterator[tuple[Any, list[jax.Array]]]:
     """Every leaf with its T weighted rows, in a dtype that holds both and the sum of all."""
     # Indexed once: with hundreds of leaves this is most of what there is to trace.
@@ -195,7 +205,7 @@ def _weighted(
         )
 
 
-def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+def narrow(x: jax.Array, dtype: DType) -> jax.Array:
     """Casts to a leaf's dtype; what float16 cannot hold becomes its largest number, not infinity."""
     if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
         limit = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
@@ -203,7 +213,7 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def narrow_like(result: Any, updates: Any) -> Any:
+def narrow_like(result: Any, updates: optax.Updates) -> Any:
     """`narrow` of every leaf to the dtype of the same leaf of `updates`."""
     return jax.tree.map(lambda x, g: narrow(x, g.dtype), result, updates)
 
@@ -211,13 +221,13 @@ def narrow_like(result: Any, updates: Any) -> Any:
 # --- buffers of the gradients' size ------------------------------------------------------------------
 
 
-def per_task_zeros(params: Any, num_tasks: int, dtype: Any) -> Any:
+def per_task_zeros(params: optax.Params, num_tasks: int, dtype: DType) -> Any:
     """Buffers `[T, *shape]` that keep the sharding of `params`."""
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     return optax.tree.batch_shape(zeros, (num_tasks,))
 
 
-def remove_absent(updates: Any, keep: jax.Array) -> Any:
+def remove_absent(updates: optax.Updates, keep: jax.Array) -> Any:
     """The task tree with the slots of tasks not in `keep` [T] set to 0."""
 
     def one(leaf: jax.Array) -> jax.Array:
@@ -226,7 +236,7 @@ def remove_absent(updates: Any, keep: jax.Array) -> Any:
     return jax.tree.map(one, updates)
 
 
-def move_towards(averages: Any, updates: Any, step: jax.Array, active: jax.Array) -> Any:
+def move_towards(averages: Any, updates: optax.Updates, step: jax.Array, active: jax.Array) -> Any:
     """`averages + step * (updates - averages)` for active tasks; the others stay where they are.
 
     Written with the two shares, so that a step of 1 gives exactly `updates` whatever was there.

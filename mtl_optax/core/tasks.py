@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_optax.core.arguments import check_range, describe
+from mtl_optax.core.types import DType
 
 _NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}', ...)."
 
@@ -124,7 +125,9 @@ def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tu
     return wanted
 
 
-def task_vector(name: str, what: str, value: Any, tasks: Tasks, dtype: Any = None) -> jax.Array:
+def task_vector(
+    name: str, what: str, value: Any, tasks: Tasks, dtype: DType | None = None
+) -> jax.Array:
     """One number per task as an array `[T]`, from an array, a sequence, or a dictionary by name."""
     if isinstance(value, Mapping):
         value = [value[task] for task in names_of(name, what, value, tasks)]

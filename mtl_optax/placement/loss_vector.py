@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.checks import where
+from mtl_optax.core.types import DType
 
 
 def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
@@ -78,7 +80,7 @@ def loss_vector(losses: Any) -> jax.Array:
     return jnp.stack(terms) if isinstance(terms, tuple) else terms
 
 
-def split_result(result: Any, has_aux: bool) -> tuple[Any, Any]:
+def split_result(result: Any, has_aux: bool) -> tuple[optax.Updates, optax.OptState]:
     """The losses in what a user's function returned, and what to return in its place.
 
     Args:
@@ -106,7 +108,7 @@ def split_result(result: Any, has_aux: bool) -> tuple[Any, Any]:
     return loss_terms(result[0] if has_aux else result), result
 
 
-def check_differentiable(name: str, params: Any) -> None:
+def check_differentiable(name: str, params: optax.Params) -> None:
     """Raises where `params` hold what has no gradient, as `jax.grad` does.
 
     Args:
@@ -156,7 +158,7 @@ def _array_of_losses(losses: Any) -> jax.Array:
     return jnp.asarray(losses)
 
 
-def _check_floating(dtype: Any) -> None:
+def _check_floating(dtype: DType) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"losses must be real floating point, found {dtype}.")
 

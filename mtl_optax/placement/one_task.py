@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from mtl_optax.core.arguments import check_choice
@@ -69,10 +70,10 @@ def one_task_value_and_grad(
     axis = read_tasks("one_task_value_and_grad", tasks)
     check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))
 
-    def value_and_grad(step: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad(step: Any, params: optax.Params, *args: Any, **kwargs: Any) -> Any:
         check_differentiable("one_task_value_and_grad", params)
 
-        def only(t: int, params: Any) -> tuple[jax.Array, Any]:
+        def only(t: int, params: optax.Params) -> tuple[jax.Array, Any]:
             losses, pullback, given = vjp_of_losses(
                 lambda params: split_result(loss_fn(params, *args, **kwargs), False), params
             )

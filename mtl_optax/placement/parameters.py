@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
@@ -149,7 +150,7 @@ def split_value_and_grad(
             check_differentiable("split_value_and_grad", part)
         representation, pull_shared = jax.vjp(lambda s: encode(s, *args, **kwargs), shared)
 
-        def losses_of(heads: Any, representation: Any) -> Any:
+        def losses_of(heads: Any, representation: optax.Params) -> Any:
             return split_result(decode(heads, representation, *args, **kwargs), has_aux)
 
         losses, pull_heads, result = vjp_of_losses(losses_of, heads, representation)

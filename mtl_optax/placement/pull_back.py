@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mtl_optax.core.arguments import check_choice
 
@@ -138,7 +139,7 @@ def check_mode(name: str, mode: Any) -> None:
     check_choice(name, "mode", mode, get_args(Mode))
 
 
-def replace_leaves(tree: Any, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
+def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
     """`tree` with its chosen leaves replaced by those of `new`, in order.
 
     Args:

@@ -22,6 +22,7 @@ from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import states_in
 from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
+from mtl_optax.core.types import Active
 from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, split_result
 
 try:
@@ -109,10 +110,10 @@ def fork_value_and_grad(
     """
 
     def value_and_grad(
-        params: Any,
-        state: Any,
+        params: optax.Params,
+        state: optax.OptState,
         *args: Any,
-        active: Any = None,
+        active: Active | None = None,
         extra_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -120,12 +121,12 @@ def fork_value_and_grad(
         check_differentiable("fork_value_and_grad", params)
         present = read_active("fork_value_and_grad", active, axis)
 
-        def run(params: Any, zeros: Any) -> Any:
+        def run(params: optax.Params, zeros: Any) -> Any:
             """The losses and the representation, with `zeros` (None at first) added to the copies."""
             seen: list[Any] = []
             here = get_opaque_trace_state()
 
-            def fork(representation: Any) -> Any:
+            def fork(representation: optax.Params) -> Any:
                 # From an inner trace the representation would leak out, and its gradient would be 0.
                 if get_opaque_trace_state() != here:
                     raise ValueError(_INNER_TRACE)
@@ -172,10 +173,10 @@ def fork_value_and_grad(
 def combine_cotangents(
     method: optax.GradientTransformation,
     cotangents: tuple[Any, ...],
-    state: Any,
-    representation: Any,
+    state: optax.OptState,
+    representation: optax.Params,
     **extra_args: Any,
-) -> tuple[Any, Any]:
+) -> tuple[optax.Updates, optax.OptState]:
     """What a method makes of the T cotangents of a representation, and its new state.
 
     Args:
@@ -213,7 +214,9 @@ def combine_cotangents(
     return jax.tree.map(lambda u, r: u.astype(r.dtype), update, representation), state
 
 
-def tasks_of(name: str, method: Any, state: Any, tasks: int | Collection[str] | None) -> Tasks:
+def tasks_of(
+    name: str, method: Any, state: optax.OptState, tasks: int | Collection[str] | None
+) -> Tasks:
     """The tasks of a method: as given, as it says, or as many as the state of one inside it has.
 
     Args:
@@ -247,7 +250,7 @@ def tasks_of(name: str, method: Any, state: Any, tasks: int | Collection[str] | 
     )
 
 
-def check_representation(representation: Any) -> None:
+def check_representation(representation: optax.Params) -> None:
     """Raises where a representation holds anything but real floating-point numbers.
 
     Args:
@@ -270,6 +273,6 @@ def check_representation(representation: Any) -> None:
             )
 
 
-def _copy(representation: Any, zeros: Any) -> Any:
+def _copy(representation: optax.Params, zeros: Any) -> Any:
     held = jax.lax.stop_gradient(representation)
     return held if zeros is None else jax.tree.map(jnp.add, held, zeros)

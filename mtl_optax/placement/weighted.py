@@ -184,7 +184,7 @@ def _one_block(grads: list[jax.Array]) -> task_tree.Blocks:
     return task_tree.assign_blocks(grads, "all")
 
 
-def _mask(params: Any, weights_from: Any) -> list[bool]:
+def _mask(params: optax.Params, weights_from: Any) -> list[bool]:
     """For every leaf whether the method looks at its gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if weights_from is None:
@@ -201,5 +201,5 @@ def _mask(params: Any, weights_from: Any) -> list[bool]:
     return mask
 
 
-def _leaves(tree: Any, wanted: list[bool]) -> list[Any]:
+def _leaves(tree: optax.Params, wanted: list[bool]) -> list[Any]:
     return [leaf for leaf, here in zip(jax.tree.leaves(tree), wanted, strict=True) if here]

@@ -14,15 +14,16 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.method import is_watched
 from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.types import Active, AxisName, Losses
 from mtl_optax.wrappers.present import read_present
 
 
 class AccumulateState(NamedTuple):
     """State of `accumulate`: sums over the micro-batches so far, and how often each task was in one."""
 
-    inner_state: Any
+    inner_state: optax.OptState
     micro_count: jax.Array
-    gradients: Any
+    gradients: optax.Updates
     losses: jax.Array
     present: jax.Array
 
@@ -32,7 +33,7 @@ def accumulate(
     tasks: int | Collection[str],
     every_k: int,
     *,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages per-task gradients over `every_k` micro-batches before `inner` sees them.
 
@@ -69,7 +70,7 @@ def accumulate(
     check_integer("accumulate", "every_k", every_k, 1)
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Any) -> AccumulateState:
+    def init_fn(params: optax.Params) -> AccumulateState:
         dtype = task_tree.statistics_dtype(params)
         state = AccumulateState(
             inner_state=inner.init(params),
@@ -82,15 +83,15 @@ def accumulate(
         return jax.tree.map(jnp.copy, state)
 
     def update_fn(
-        updates: Any,
+        updates: optax.Updates,
         state: Any,
-        params: Any = None,
+        params: optax.Params | None = None,
         *,
-        losses: Any = None,
-        active: Any = None,
+        losses: Losses | None = None,
+        active: Active | None = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
-        keep, losses = read_present(
+        keep, vector = read_present(
             "accumulate", updates, params, losses, active, axis, state.losses.dtype, axis_name
         )
         gradients = jax.tree.map(
@@ -101,7 +102,7 @@ def accumulate(
         sums = state._replace(
             micro_count=state.micro_count + 1,
             gradients=gradients,
-            losses=state.losses + (0 if losses is None else jnp.where(keep, losses, 0)),
+            losses=state.losses + (0 if vector is None else jnp.where(keep, vector, 0)),
             present=state.present + keep.astype(state.present.dtype),
         )
 
@@ -111,7 +112,7 @@ def accumulate(
                 lambda total: total / task_tree.along_tasks(times, total.ndim), sums.gradients
             )
             mean = task_tree.narrow_like(mean, updates)
-            given = {} if losses is None else {"losses": sums.losses / times}
+            given = {} if vector is None else {"losses": sums.losses / times}
             result, inner_state = inner.update(
                 mean, sums.inner_state, params, active=sums.present > 0, **given, **extra_args
             )

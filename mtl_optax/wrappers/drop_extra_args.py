@@ -37,7 +37,10 @@ def drop_extra_args(
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> Any:
         kept = {name: value for name, value in extra_args.items() if name not in names}
         return inner.update(updates, state, params, **kept)

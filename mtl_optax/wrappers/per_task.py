@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core import checks, task_tree
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import AxisName
+from mtl_optax.core.types import Active, AxisName
 
 
 def per_task(
@@ -49,12 +49,12 @@ def per_task(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        active: Any = None,
+        active: Active | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         checks.check_updates("per_task", updates, axis, params)
         keep = checks.read_active("per_task", active, axis)
         keep = keep & task_tree.finite(updates, axis.number, axis_name)
@@ -68,7 +68,7 @@ def per_task(
 def init_each(inner: optax.GradientTransformation, params: optax.Params, num_tasks: int) -> Any:
     """The states of one copy of `inner` per task, stacked along a leading axis."""
 
-    def concrete(leaf: Any) -> Any:
+    def concrete(leaf: object) -> Any:
         shaped = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if shaped else leaf
 
@@ -87,7 +87,9 @@ def update_each(
     """The updates of one copy of `inner` per task; those not in `keep` [T] stay as they are."""
     update = optax.with_extra_args_support(inner).update
 
-    def one(gradient: Any, state: Any, keep: jax.Array) -> tuple[Any, Any]:
+    def one(
+        gradient: Any, state: optax.OptState, keep: jax.Array
+    ) -> tuple[optax.Updates, optax.OptState]:
         moved = update(gradient, state, params, **extra_args)
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))
 

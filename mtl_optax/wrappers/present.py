@@ -6,20 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core import checks, task_tree
 from mtl_optax.core.tasks import Tasks, task_vector
+from mtl_optax.core.types import AxisName, DType
 
 
 def read_present(
     name: str,
-    updates: Any,
-    params: Any,
+    updates: optax.Updates,
+    params: optax.Params | None,
     losses: Any,
     active: Any,
     tasks: Tasks,
-    dtype: Any,
-    axis_name: Any,
+    dtype: DType,
+    axis_name: AxisName,
 ) -> tuple[jax.Array, Any]:
     """Which tasks are present and finite, bool `[T]`, and the losses `[T]` where they are given."""
     checks.check_updates(name, updates, tasks, params)

@@ -13,6 +13,7 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_decay
 from mtl_optax.core.method import Method
 from mtl_optax.core.tasks import Tasks, read_tasks
+from mtl_optax.core.types import Active, AxisName, Losses
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.wrappers.present import read_present
 
@@ -27,8 +28,8 @@ class RememberState(NamedTuple):
       losses: `[T]`, each task's last loss.
     """
 
-    inner_state: Any
-    gradients: Any
+    inner_state: optax.OptState
+    gradients: optax.Updates
     share: jax.Array
     losses: jax.Array
 
@@ -38,7 +39,7 @@ def remember(
     decay: Any = 0.0,
     *,
     tasks: int | Collection[str] | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the gradients of tasks that are absent from a step, so that a method sees all T.
 
@@ -87,7 +88,7 @@ def remember(
     check_decay("remember", decay=decay)
     update_inner = optax.with_extra_args_support(inner).update
 
-    def init_fn(params: Any) -> RememberState:
+    def init_fn(params: optax.Params) -> RememberState:
         dtype = task_tree.statistics_dtype(params)
         state = RememberState(
             inner_state=inner.init(params),
@@ -99,19 +100,19 @@ def remember(
         return jax.tree.map(jnp.copy, state)
 
     def update_fn(
-        updates: Any,
+        updates: optax.Updates,
         state: Any,
-        params: Any = None,
+        params: optax.Params | None = None,
         *,
-        losses: Any = None,
-        active: Any = None,
+        losses: Losses | None = None,
+        active: Active | None = None,
         **extra_args: Any,
     ) -> tuple[Any, RememberState]:
         dtype = state.share.dtype
-        keep, losses = read_present(
+        keep, vector = read_present(
             "remember", updates, params, losses, active, axis, dtype, axis_name
         )
-        last = state.losses if losses is None else jnp.where(keep, losses, state.losses)
+        last = state.losses if vector is None else jnp.where(keep, vector, state.losses)
         step = 1 - jnp.asarray(decay, dtype)
         present = task_tree.remove_absent(updates, keep)
         gradients = task_tree.move_towards(state.gradients, present, step, keep)
@@ -119,7 +120,7 @@ def remember(
         corrected = jax.tree.map(
             lambda m: safe_divide(m, task_tree.along_tasks(share, m.ndim)), gradients
         )
-        given = {} if losses is None else {"losses": last}
+        given = {} if vector is None else {"losses": last}
         result, inner_state = update_inner(
             task_tree.narrow_like(corrected, updates),
             state.inner_state,

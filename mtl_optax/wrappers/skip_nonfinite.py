@@ -16,7 +16,7 @@ from mtl_optax.core.types import AxisName
 class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite`: the inner state, and how many steps were skipped (int32)."""
 
-    inner_state: Any
+    inner_state: optax.OptState
     skipped_steps: jax.Array
 
 
@@ -52,7 +52,10 @@ def skip_nonfinite(
         return SkipNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32))
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, SkipNonfiniteState]:
         result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         seen = _without_absent((updates, extra_args.get("losses")), extra_args.get("active"))
@@ -93,7 +96,7 @@ def _in_order(values: Any) -> Any:
     return None if values is None else jnp.asarray(values)
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def _all_finite(tree: optax.Params) -> jax.Array:
     checks = [
         jnp.all(jnp.isfinite(leaf))
         for leaf in jax.tree.leaves(tree)

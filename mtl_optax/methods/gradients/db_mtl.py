@@ -121,7 +121,7 @@ def db_mtl(
         common = _COMMON[norm](inputs.norms, inputs.active)
         return common / (inputs.norms + _EPS), state
 
-    def bound(inputs: StepInputs, state: Any) -> jax.Array:
+    def bound(inputs: StepInputs, state: optax.OptState) -> jax.Array:
         """The weights of the present averages, over the share of the present gradient in them."""
         weights, _ = weigh(inputs, state)
         return safe_divide(weights, new_share(inputs.step, weights.dtype), jnp.inf)

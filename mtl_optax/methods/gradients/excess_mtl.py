@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.arguments import check_integer, check_range
@@ -110,7 +111,7 @@ def excess_mtl(
             seen=jnp.zeros((axis.number,), jnp.int32),
         )
 
-    def scale_by_hessian(inputs: StepInputs, squares: Any) -> tuple[Any, Any]:
+    def scale_by_hessian(inputs: StepInputs, squares: Any) -> tuple[optax.Updates, optax.OptState]:
         """`g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
         squares = jax.tree.map(_add_square, squares, inputs.updates)
 

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 
-def fork_init(method: optax.GradientTransformation, representation: Any) -> Any:
+def fork_init(method: optax.GradientTransformation, representation: optax.Params) -> Any:
     """Makes the carrier of a method's state for `fork`.
 
     The carrier is the state `method.init(representation)` with float leaves only; it is a pytree to
@@ -44,7 +44,9 @@ def fork_init(method: optax.GradientTransformation, representation: Any) -> Any:
     return encode_state(method.init(representation))
 
 
-def fork_state(method: optax.GradientTransformation, carrier: Any, representation: Any) -> Any:
+def fork_state(
+    method: optax.GradientTransformation, carrier: optax.OptState, representation: optax.Params
+) -> Any:
     """Recovers the method's optax state from a carrier, for diagnostics and checkpoints.
 
     Args:
@@ -73,7 +75,7 @@ def fork_state(method: optax.GradientTransformation, carrier: Any, representatio
     return jax.tree.map(_decode, carrier, like)
 
 
-def encode_state(state: Any) -> Any:
+def encode_state(state: optax.OptState) -> Any:
     """The carrier of a state: integers and keys as float32 halves of 16 bits, floats as they are.
 
     Args:
@@ -91,7 +93,7 @@ def encode_state(state: Any) -> Any:
     return jax.tree.map(_encode, state)
 
 
-def _check_carrier(carrier: Any, like: Any) -> None:
+def _check_carrier(carrier: optax.OptState, like: optax.Params) -> None:
     wrong = (
         "fork: the carrier is not of this method and representation: make it with "
         "fork_init(method, representation). "
@@ -111,7 +113,7 @@ def _check_carrier(carrier: Any, like: Any) -> None:
 # --- integers as floats ------------------------------------------------------------------------------
 
 
-def _encode(leaf: Any) -> jax.Array:
+def _encode(leaf: object) -> jax.Array:
     """A float array that determines `leaf`: itself, or halves of 16 bits along a last axis."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -130,7 +132,7 @@ def _encode(leaf: Any) -> jax.Array:
     return jnp.stack([half.astype(jnp.float32) for half in halves], axis=-1)
 
 
-def _decode(leaf: jax.Array, like: Any) -> jax.Array:
+def _decode(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The inverse of `_encode`, for a leaf of the shape and dtype of `like`."""
     if jnp.issubdtype(like.dtype, jnp.floating):
         return leaf
@@ -148,7 +150,7 @@ def _decode(leaf: jax.Array, like: Any) -> jax.Array:
     return lax.bitcast_convert_type(bits, dtype)
 
 
-def _key_impl(like: Any) -> Any:
+def _key_impl(like: jax.ShapeDtypeStruct) -> Any:
     """The generator of a key's dtype, which jax tells of arrays and tracers, not of shapes."""
     found: list[Any] = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)

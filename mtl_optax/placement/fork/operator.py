@@ -21,6 +21,7 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 
 from mtl_optax.core.tasks import Tasks, task_vector
+from mtl_optax.core.types import Active
 from mtl_optax.placement.fork.carrier import encode_state, fork_state
 from mtl_optax.placement.loss_vector import loss_vector
 from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
@@ -93,7 +94,7 @@ def fork(
     return copies, ForkToken(slots)
 
 
-def join(losses: Any, token: ForkToken, *, active: Any = None) -> jax.Array:
+def join(losses: Any, token: ForkToken, *, active: Active | None = None) -> jax.Array:
     """Sums the losses of a fork's heads and hands the losses to the method.
 
     Args:
@@ -137,7 +138,7 @@ def join(losses: Any, token: ForkToken, *, active: Any = None) -> jax.Array:
 
 
 def _fork_forward(
-    held: Any, num_tasks: int, representation: Any, carrier: Any
+    held: Any, num_tasks: int, representation: optax.Params, carrier: optax.OptState
 ) -> tuple[tuple[Any, ...], jax.Array]:
     leaves = jax.tree.leaves(representation)
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
@@ -148,7 +149,9 @@ def _fork_forward(
 _fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
 
 
-def _fork_fwd(held: Any, num_tasks: int, representation: Any, carrier: Any) -> Any:
+def _fork_fwd(
+    held: Any, num_tasks: int, representation: optax.Params, carrier: optax.OptState
+) -> Any:
     value = lambda tree: jax.tree.map(lambda primal: primal.value, tree)  # noqa: E731
     representation, carrier = value(representation), value(carrier)
     outputs = _fork_forward(held, num_tasks, representation, carrier)
