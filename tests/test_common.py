@@ -417,7 +417,8 @@ def test_a_fresh_carrier_can_be_donated():
 
 STANDING_STILL = {
     "bandit_mtl": mtl.bandit_mtl(T),
-    "emtl": mtl.emtl(T),
+    # Rounding breaks the tie of the inner MGDA by a percent, and the adversary adds it up.
+    "emtl": mtl.emtl(T, step_size=0.1),
     "excess_mtl": mtl.excess_mtl(T, step_size=0.0),
     "go4align": mtl.go4align(T, num_groups=3),
     "modo": mtl.modo(T),

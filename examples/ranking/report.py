@@ -56,10 +56,11 @@ def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[D
     p_values = np.array([[d.p_value for d in entry] for entry in found.values()])
     if not found:
         return found
-    p_values = np.nan_to_num(p_values, nan=1.0)  # one seed says nothing of differences
+    # One seed says nothing of differences.
+    corrected = np.where(np.isnan(p_values), np.nan, holm(np.nan_to_num(p_values, nan=1.0)))
     return {
-        label: [d._replace(p_value=float(p)) for d, p in zip(entry, corrected, strict=True)]
-        for (label, entry), corrected in zip(found.items(), holm(p_values), strict=True)
+        label: [d._replace(p_value=float(p)) for d, p in zip(entry, row, strict=True)]
+        for (label, entry), row in zip(found.items(), corrected, strict=True)
     }
 
 
