@@ -1,0 +1,29 @@
+"""Right and wrong uses of the public signatures, for a type checker: a line that ends in `# wrong` must fail."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import mtl_optax as mtl
+
+method: mtl.Method = mtl.upgrad(3)
+mtl.upgrad(("buy", "click"), preference={"buy": 2.0, "click": 1.0})
+mtl.metabalance({"buy", "click"}, target="buy", relax_factor=0.5, update_every=10)
+mtl.metabalance(2, relax_factor=jnp.float32(0.5))
+tx: optax.GradientTransformation = optax.chain(mtl.emtl(2, base=mtl.mgda(2)), optax.adam(1e-3))
+state: mtl.BalanceState = method.init({"w": jnp.zeros(2)})
+weights: jax.Array = state.weights
+total, state = mtl.weigh_losses({"a": jnp.ones(()), "b": jnp.ones(())}, state, mtl.gls(2))
+
+mtl.upgrad(2.5)  # wrong
+mtl.upgrad()  # wrong
+mtl.metabalance(2, relax_factor="high")  # wrong
+mtl.metabalance(2, target=1.5)  # wrong
+mtl.metabalance(2, strategy="grow")  # wrong
+mtl.mgda(2, reduce="no")  # wrong
+mtl.mgda(2, normalise="l2")  # wrong
+mtl.nash_mtl(2, update_every="often")  # wrong
+mtl.cagrad(2, c=None)  # wrong
+mtl.famo(2, weight_lr=[0.1])  # wrong
+mtl.accumulate(tx, 2, every_k="all")  # wrong
+mtl.weigh_losses(jnp.ones(2), state, optax.adam(1e-3))  # wrong
