@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from mtl_optax.core.arguments import describe
 from mtl_optax.core.rule import UpdateRule, WeightRule
+from mtl_optax.core.state import BalanceState
 from mtl_optax.core.tasks import Tasks
 from mtl_optax.core.types import AxisName, Label
 
@@ -119,6 +120,9 @@ class Method(optax.GradientTransformationExtraArgs):
       >>> method == mtl.metabalance({"buy", "click"}, target="buy", relax_factor=0.7)  # the default
       True
     """
+
+    init: Callable[[optax.Params], BalanceState]
+    update: Callable[..., tuple[optax.Updates, BalanceState]]
 
     def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Any:
         """The method whose two functions these are; of others, another transformation.

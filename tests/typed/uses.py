@@ -1,4 +1,4 @@
-"""Right and wrong uses of the public signatures, for a type checker: a line that ends in `# wrong` must fail."""
+"""Right and wrong uses of the public signatures: a type checker must refuse the lines marked as wrong."""
 
 import jax
 import jax.numpy as jnp
