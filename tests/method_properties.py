@@ -1,5 +1,7 @@
 """What the tests alone know of each method: how to make one, and which properties it has."""
 
+import inspect
+
 import optax
 
 import mtl_optax as mtl
@@ -66,6 +68,12 @@ PROPERTIES = {
 }
 # Those whose result depends on a random draw.
 RANDOM = {"grad_vaccine", "graddrop", "pcgrad", "relobralo", "rlw"}
+# Those whose tasks are one target and its auxiliaries.
+WITH_TARGET = sorted(
+    name
+    for name, row in mtl.METHODS.items()
+    if "target" in inspect.signature(row.factory).parameters
+)
 # Where a factory has no default for an argument, or none that fits every number of tasks.
 _ARGUMENTS = {
     "adatask": lambda count: {"inner": optax.scale_by_adam()},
@@ -76,8 +84,13 @@ _ARGUMENTS = {
 }
 
 
-def make(name, num_tasks, **options):
-    """A method by name for a number of tasks or their names; `options` override the arguments above."""
-    count = num_tasks if isinstance(num_tasks, int) else len(num_tasks)
+def make(name, tasks, **options):
+    """A method by name for a number of tasks or their names; `options` override the arguments above.
+
+    Where tasks have names, the target is the first one unless `options` say another.
+    """
+    count = tasks if isinstance(tasks, int) else len(tasks)
     arguments = _ARGUMENTS.get(name, lambda count: {})(count)
-    return mtl.METHODS[name].factory(num_tasks, **(arguments | options))
+    if name in WITH_TARGET and not isinstance(tasks, int):
+        arguments["target"] = min(tasks)
+    return mtl.METHODS[name].factory(tasks, **(arguments | options))

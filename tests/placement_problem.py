@@ -91,7 +91,7 @@ def inverse_losses(tasks=TASKS):
         positive = inputs.losses > 0
         return jnp.where(positive, 1 / jnp.where(positive, inputs.losses, 1), 0), state
 
-    return mtl.from_rule("inverse", num_tasks, mtl.WeightRule(frozenset({"losses"}), weigh))
+    return mtl.from_rule("inverse", tasks, mtl.WeightRule(frozenset({"losses"}), weigh))
 
 
 METHODS = {

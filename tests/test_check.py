@@ -171,7 +171,7 @@ HIDDEN_TASKS = {
         {"head": "a", "shared": "b"},
     ),
     "a guard": mtl.skip_nonfinite(mtl.accumulate(WHOLE, T, 2)),
-    "injected": optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))(
+    "injected": optax.inject_hyperparams(mtl.cagrad, static_args=("tasks", "rescale"))(
         T, c=0.3
     ),
 }
@@ -246,7 +246,7 @@ def test_a_decay_that_is_rounded_to_one_is_refused(decay):
 
 def test_the_numbers_of_a_method_are_looked_at_too():
     make_it = lambda **given: optax.chain(  # noqa: E731
-        injected(mtl.metabalance, T, static=("num_tasks", "target"), ema_decay=0.999, **given)
+        injected(mtl.metabalance, T, static=("tasks", "target"), ema_decay=0.999, **given)
     )
     assert "found at state[0], rounds ema_decay from 0.999 to 1 in bfloat16" in refusal(
         make_it(), HALF
@@ -350,8 +350,8 @@ def test_extra_arguments_that_are_missing():
 def test_init_that_raises():
     """By itself, not because of the task axis: then there is no advice about it."""
     assert refusal(optax.inject_hyperparams(mtl.mgda)(tasks=T)) == (
-        "check: init raises TypeError: mgda: num_tasks must be a Python integer, found a JAX array. Under "
-        "optax.inject_hyperparams name it static: static_args=('num_tasks', ...)."
+        "check: init raises TypeError: mgda: tasks must be a Python integer, found a JAX array. Under "
+        "optax.inject_hyperparams name it static: static_args=('tasks', ...)."
     )
 
 

@@ -26,13 +26,13 @@ LOSSES = jnp.array([0.7, 1.3, 0.2])
 def gradients(seed, params=PARAMS, tasks=T):
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     return jax.tree.map(
-        lambda p: jax.random.normal(next(keys), (num_tasks, *p.shape), p.dtype), params
+        lambda p: jax.random.normal(next(keys), (tasks, *p.shape), p.dtype), params
     )
 
 
 @functools.cache
 def method(name, tasks=T):
-    return make(name, num_tasks)
+    return make(name, tasks)
 
 
 def step(name):

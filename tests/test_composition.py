@@ -181,7 +181,7 @@ WORKS = {
     ),
     ("around", "chain"): Works(optax.chain(optax.chain(optax.chain(BALANCE), optax.adam(1e-2)))),
     ("around", "inject_hyperparams"): Works(
-        optax.inject_hyperparams(mtl.cagrad, static_args=("num_tasks", "rescale"))(
+        optax.inject_hyperparams(mtl.cagrad, static_args=("tasks", "rescale"))(
             tasks=T, c=lambda step: 0.1 + 0.1 * step
         )
     ),
@@ -970,10 +970,10 @@ def test_inject_hyperparams_with_static_num_tasks():
 
 
 def test_inject_hyperparams_hands_options_on():
-    inject = optax.inject_hyperparams(mtl.metabalance, static_args=("num_tasks", "target"))
+    inject = optax.inject_hyperparams(mtl.metabalance, static_args=("tasks", "target"))
     tx = inject(tasks=T, relax_factor=0.5, blocks="all")
     assert tx.init(PARAMS).inner_state.weights.shape == (1, T)
-    inject = optax.inject_hyperparams(mtl.mgda, static_args=("num_tasks",))
+    inject = optax.inject_hyperparams(mtl.mgda, static_args=("tasks",))
     update, _ = jax.eval_shape(lambda: run(inject(tasks=T, reduce=False)))
     assert shape_of(update) == shape_of(GRADS)
 
@@ -981,7 +981,7 @@ def test_inject_hyperparams_hands_options_on():
 INJECTED = {
     "lambda": lambda: optax.inject_hyperparams(lambda c: mtl.cagrad(T, c=c))(c=0.3),
     "positional": lambda: optax.inject_hyperparams(functools.partial(mtl.scale_invariant, T))(),
-    "integer seed": lambda: optax.inject_hyperparams(mtl.rlw, static_args="num_tasks")(T, seed=3),
+    "integer seed": lambda: optax.inject_hyperparams(mtl.rlw, static_args="tasks")(T, seed=3),
 }
 
 

@@ -478,7 +478,7 @@ def test_unknown_number_of_tasks_is_refused():
     h = jnp.ones(2)
     message = (
         "fork: cannot tell the number of tasks, because this transformation holds no method of mtl_optax. "
-        "Give one, such as mtl_optax.multibalance(num_tasks), or pass tasks= for one of your own."
+        "Give one, such as mtl_optax.multibalance(tasks), or pass tasks= for one of your own."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         mtl.fork(method, mtl.fork_init(method, h), h)

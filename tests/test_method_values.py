@@ -120,7 +120,7 @@ def test_the_functions_say_what_they_take():
     for word in ("updates: ", "state: ", "params: ", "losses: ", "active: "):
         assert word in tx.update.__doc__
     assert "params: " in tx.init.__doc__
-    assert [*inspect.signature(mtl.mgda).parameters] == ["num_tasks", "normalize", "options"]
+    assert [*inspect.signature(mtl.mgda).parameters] == ["tasks", "normalize", "options"]
 
 
 # --- where trees are mapped and functions compiled ---------------------------------------------------
@@ -241,7 +241,7 @@ def test_misspelt_options(name):
             assert message(TypeError, call) == expected
     unknown = message(TypeError, lambda: make(name, T, zzz=1))
     assert unknown == (
-        f"{name}: takes no argument zzz. It takes num_tasks, "
+        f"{name}: takes no argument zzz. It takes tasks, "
         f"{', '.join(dict.fromkeys(all_options(name)))}."
     )
 
@@ -286,7 +286,7 @@ def test_a_schedule_where_a_number_is_expected():
         "metabalance: relax_factor must be a number, found the function <lambda>. For a schedule give "
         "metabalance to optax.inject_hyperparams, and the schedule to what that returns."
     )
-    inject = optax.inject_hyperparams(mtl.metabalance, static_args=("num_tasks", "target"))
+    inject = optax.inject_hyperparams(mtl.metabalance, static_args=("tasks", "target"))
     inject(T, relax_factor=optax.constant_schedule(0.5)).init(jnp.zeros(2))
     assert message(TypeError, lambda: inject(T, relax=0.5).init(jnp.zeros(2))) == (
         "metabalance: takes no argument relax. Did you mean relax_factor?"

@@ -279,7 +279,7 @@ NOT_NAMES = {
     "a single string": (
         "click",
         TypeError,
-        "num_tasks must be a Python integer or a collection of task names; found the single string "
+        "tasks must be a Python integer or a collection of task names; found the single string "
         "'click'. For one task give ('click',).",
     ),
     "twice": (
@@ -289,7 +289,7 @@ NOT_NAMES = {
     ),
     "no strings": (("click", 1), TypeError, "task names must be strings, found 1."),
     "None among them": (("click", None), TypeError, "task names must be strings, found None."),
-    "none": ((), ValueError, "num_tasks must be at least 1, found no task names."),
+    "none": ((), ValueError, "tasks must be at least 1, found no task names."),
 }
 
 
@@ -425,13 +425,13 @@ CANNOT_WEIGH = (
 # Transformations that are no `Method` any more; the state shows what is inside.
 WRAPPED = {
     "inject_hyperparams, norms": lambda: optax.inject_hyperparams(
-        mtl.metabalance, static_args=("num_tasks", "target")
+        mtl.metabalance, static_args=("tasks", "target")
     )(T),
     "inject_hyperparams, gram": lambda: optax.inject_hyperparams(
-        mtl.cagrad, static_args=("num_tasks", "rescale")
+        mtl.cagrad, static_args=("tasks", "rescale")
     )(T),
     "inject_hyperparams, gradients": lambda: optax.inject_hyperparams(
-        mtl.graddrop, static_args=("num_tasks", "seed")
+        mtl.graddrop, static_args=("tasks", "seed")
     )(T),
     "chain": lambda: optax.chain(mtl.mgda(T), optax.scale(2.0)),
     "skip_nonfinite": lambda: mtl.skip_nonfinite(mtl.adatask(T, optax.scale_by_adam())),
@@ -451,7 +451,7 @@ def test_a_method_on_gradients_inside_of_another_transformation_put_on_losses(na
 
 
 def test_a_method_on_losses_inside_of_another_transformation_weighs_them():
-    inject = optax.inject_hyperparams(mtl.scale_invariant, static_args="num_tasks")
+    inject = optax.inject_hyperparams(mtl.scale_invariant, static_args="tasks")
     for tx in (inject(T), optax.chain(mtl.scale_invariant(T))):
         assert not isinstance(tx, mtl.Method)
         # The sum of 1 / loss times loss.
@@ -513,8 +513,8 @@ def test_the_option_that_both_kinds_of_rule_take():
 def test_inject_hyperparams_on_num_tasks():
     tx = optax.inject_hyperparams(mtl.mgda)(tasks=T)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
-        "mgda: num_tasks must be a Python integer, found a JAX array. Under optax.inject_hyperparams "
-        "name it static: static_args=('num_tasks', ...)."
+        "mgda: tasks must be a Python integer, found a JAX array. Under optax.inject_hyperparams "
+        "name it static: static_args=('tasks', ...)."
     )
 
 
@@ -535,7 +535,7 @@ STATIC = {
 @pytest.mark.parametrize("name", STATIC)
 def test_inject_hyperparams_on_other_integers(name):
     what, wanted = STATIC[name]
-    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="num_tasks")(tasks=T)
+    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="tasks")(tasks=T)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
         f"{name}: {what} must be a Python {wanted}, found a JAX array. Under optax.inject_hyperparams "
         f"name it static: static_args=('{what}', ...)."
@@ -545,16 +545,16 @@ def test_inject_hyperparams_on_other_integers(name):
 @pytest.mark.parametrize(
     ("given", "kind", "found"),
     [
-        (0, ValueError, "num_tasks must be at least 1, found 0."),
+        (0, ValueError, "tasks must be at least 1, found 0."),
         (
             2.0,
             TypeError,
-            "num_tasks must be a Python integer or a collection of task names, found 2.0.",
+            "tasks must be a Python integer or a collection of task names, found 2.0.",
         ),
         (
             None,
             TypeError,
-            "num_tasks must be a Python integer or a collection of task names, found None.",
+            "tasks must be a Python integer or a collection of task names, found None.",
         ),
     ],
 )

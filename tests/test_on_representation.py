@@ -781,7 +781,7 @@ def test_unknown_number_of_tasks_is_refused():
     method = aggregating.average_per_element_updates()
     message = (
         "fork_value_and_grad: cannot tell the number of tasks, because this transformation holds no method "
-        "of mtl_optax. Give one, such as mtl_optax.multibalance(num_tasks), or pass tasks= for one of "
+        "of mtl_optax. Give one, such as mtl_optax.multibalance(tasks), or pass tasks= for one of "
         "your own."
     )
     fn = mtl.fork_value_and_grad(lambda w, fork: jnp.stack(fork(w)), method)

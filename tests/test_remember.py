@@ -149,7 +149,7 @@ def test_it_trains_like_the_method_on_all_gradients():
 
 
 def test_messages():
-    with pytest.raises(ValueError, match="give num_tasks for a transformation"):
+    with pytest.raises(ValueError, match="give tasks for a transformation"):
         mtl.remember(optax.chain(mtl.mgda(2)))
     with pytest.raises(ValueError, match="tasks=3 is not that of mgda, 2"):
         mtl.remember(mtl.mgda(2), tasks=3)
