@@ -44,7 +44,9 @@ def test_weights_from_takes_the_weights_of_the_chosen_leaves_for_all():
 def test_chosen_leaves_may_be_named_by_a_callable():
     method = mtl.mgda(T)
     by_path = lambda path, leaf: "dense" in jax.tree_util.keystr(path)  # noqa: E731
-    one = run(mtl.weighted_value_and_grad(loss_fn, method, weights_from=by_path), method.init(PARAMS))
+    one = run(
+        mtl.weighted_value_and_grad(loss_fn, method, weights_from=by_path), method.init(PARAMS)
+    )
     two = run(mtl.weighted_value_and_grad(loss_fn, method, weights_from=DENSE), method.init(PARAMS))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
@@ -123,7 +125,9 @@ def test_a_task_that_is_broken_outside_the_chosen_leaves_is_left_out_there_and_c
         return a + params["table"].sum(), b + jnp.sqrt(0.0 * params["table"].sum())
 
     params, method = {"dense": jnp.asarray(2.0), "table": jnp.ones(3)}, mtl.sum_tasks(2)
-    fn = mtl.weighted_value_and_grad(losses_of, method, weights_from={"dense": True, "table": False})
+    fn = mtl.weighted_value_and_grad(
+        losses_of, method, weights_from={"dense": True, "table": False}
+    )
     _, (update, state) = jax.jit(fn)(params, method.init(params))
     assert update["dense"] == 7.0 and update["table"].tolist() == [1.0] * 3
     assert state.skipped.tolist() == [0, 1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from method_properties import make
+from method_properties import WITH_TARGET, make
 
 import mtl_optax as mtl
 
@@ -125,23 +125,23 @@ def test_a_state_whose_structure_settles_after_the_first_step():
 
 # --- what it returns ---------------------------------------------------------------------------------
 
-HAVE_A_TARGET = {"grad_similarity", "grad_surgery", "lr_annealing", "metabalance", "ol_aux", "pcd"}
 
-
-@pytest.mark.parametrize("name", sorted(HAVE_A_TARGET))
+@pytest.mark.parametrize("name", sorted(WITH_TARGET))
 def test_the_target_is_named(name):
-    """Left out, it is the first name in sorted order, whatever order the names are given in."""
+    """Tasks with names need it; of numbered ones it is the first if it is left out."""
     tasks, parameter = ("click", "buy"), {"w": PARAMS["head"]}
     of_tasks = f"{name}: tasks 'buy', 'click' in this order, target "
     factory = mtl.METHODS[name].factory
-    assert mtl.check(factory(tasks), parameter, tasks) == f"{of_tasks}'buy'"
-    assert mtl.check(factory(tasks, target="click"), parameter, tasks) == f"{of_tasks}'click'"
+    for target in tasks:
+        tx = factory(tasks, target=target)
+        assert mtl.check(tx, parameter, tasks) == f"{of_tasks}{target!r}"
+    assert mtl.check(factory(2), parameter, 2) == f"{name}: 2 tasks, target 0"
     assert mtl.check(factory(2, target=1), parameter, 2) == f"{name}: 2 tasks, target 1"
 
 
 def test_the_methods_with_a_target_are_those():
     found = {name for name in mtl.METHODS if make(name, T).target is not None}
-    assert found == HAVE_A_TARGET
+    assert found == WITH_TARGET
 
 
 def test_every_method_of_an_optimizer_is_listed():
@@ -171,9 +171,7 @@ HIDDEN_TASKS = {
         {"head": "a", "shared": "b"},
     ),
     "a guard": mtl.skip_nonfinite(mtl.accumulate(WHOLE, T, 2)),
-    "injected": optax.inject_hyperparams(mtl.cagrad, static_args=("tasks", "rescale"))(
-        T, c=0.3
-    ),
+    "injected": optax.inject_hyperparams(mtl.cagrad, static_args=("tasks", "rescale"))(T, c=0.3),
 }
 
 
@@ -201,7 +199,8 @@ def test_methods_that_disagree_are_refused():
         "for 2, state.inner_states['b'].inner_state[0] for 4. Give all of them the number of losses that "
         "loss_fn returns."
     )
-    tx = optax.chain(mtl.metabalance(("click", "buy"), reduce=False), mtl.mgda(("clik", "buy")))
+    first = mtl.metabalance(("click", "buy"), target="buy", reduce=False)
+    tx = optax.chain(first, mtl.mgda(("clik", "buy")))
     assert refusal(tx, tasks=None) == (
         "check: mgda is made for the tasks ['buy', 'clik'], but metabalance for ['buy', 'click']. Give "
         "both the names of the losses that loss_fn returns."

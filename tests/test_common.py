@@ -25,9 +25,7 @@ LOSSES = jnp.array([0.7, 1.3, 0.2])
 
 def gradients(seed, params=PARAMS, tasks=T):
     keys = iter(jax.random.split(jax.random.key(seed), 16))
-    return jax.tree.map(
-        lambda p: jax.random.normal(next(keys), (tasks, *p.shape), p.dtype), params
-    )
+    return jax.tree.map(lambda p: jax.random.normal(next(keys), (tasks, *p.shape), p.dtype), params)
 
 
 @functools.cache
@@ -400,7 +398,7 @@ def test_fresh_states_can_be_donated():
         zeros = jnp.zeros((num_tasks,), dtype)
         return zeros, zeros
 
-    rule = mtl.UpdateRule(frozenset({"gradients"}), lambda view, state: None, twice)
+    rule = mtl.UpdateRule(frozenset({"gradients"}), lambda inputs, state: None, twice)
     own = mtl.from_rule("own", T, rule)
     states = [tx.init(PARAMS) for tx in (own, *map(method, mtl.METHODS))]
     given = [leaf for leaf in jax.tree.leaves(states) if leaf.size]

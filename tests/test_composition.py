@@ -996,7 +996,7 @@ def test_inject_hyperparams_other_ways(name):
 
 # The argument is in the signature still, so it is traced all the same.
 NOT_STATIC = {
-    "num_tasks": lambda: optax.inject_hyperparams(functools.partial(mtl.mgda, tasks=T))(),
+    "tasks": lambda: optax.inject_hyperparams(functools.partial(mtl.mgda, tasks=T))(),
     "rescale": lambda: optax.inject_hyperparams(functools.partial(mtl.cagrad, T, rescale=0))(c=0.3),
 }
 

@@ -1,5 +1,6 @@
 """`fork`, `join` and the carrier: the fork for code that does not own the call of `jax.grad`."""
 
+import inspect
 import re
 from typing import NamedTuple
 
@@ -471,6 +472,16 @@ def test_another_methods_carrier_is_refused():
             "fork: the carrier is not of this method and representation: make it with "
             "fork_init(method, representation). "
         )
+
+
+def test_the_operators_take_the_method_first_and_the_representation_last():
+    for operator in (mtl.fork, mtl.fork_state):
+        assert [*inspect.signature(operator).parameters][:3] == [
+            *("method", "carrier", "representation")
+        ]
+    assert [*inspect.signature(mtl.fork_init).parameters] == ["method", "representation"]
+    with pytest.raises(ValueError, match="the carrier is not of this method and representation"):
+        mtl.fork(mtl.mgda(TASKS), LIKE, carrier_of(mtl.mgda(TASKS)))
 
 
 def test_unknown_number_of_tasks_is_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
-from mtl_optax.core import lift
+from mtl_optax.core import pipeline
 
 
 def run(tx, grads, params, losses=None):
@@ -98,7 +98,7 @@ def test_the_bound_does_not_last():
 
 def unbounded(tx):
     options = tx.options._asdict()
-    return lift.from_rule(tx.name, tx.tasks, tx.rule._replace(bound=None), **options)
+    return pipeline.from_rule(tx.name, tx.tasks, tx.rule._replace(bound=None), **options)
 
 
 @pytest.mark.parametrize("blocks", ["leaf", "all"])

@@ -62,6 +62,17 @@ def test_a_method_is_a_constant_that_equals_what_equal_arguments_make(name):
     assert traces == [tx, again(name, axis_name="data")]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_functions_hold_all_that_a_method_knows(name):
+    """What takes a named tuple apart and makes it again loses nothing."""
+    tx = make(name, NAMED)
+    rebuilt = type(tx)(*tx)
+    assert len(tx) == 2 and rebuilt is not tx and vars(rebuilt) == {}
+    assert rebuilt == tx and hash(rebuilt) == hash(tx) and repr(rebuilt) == repr(tx)
+    for what in ("name", "tasks", "task_names", "num_tasks", "target", "needs", "rule", "options"):
+        assert getattr(rebuilt, what) == getattr(tx, what)
+
+
 def test_arguments_are_compared_by_value_and_functions_by_identity():
     weights = np.array([1.0, 2.0, 0.5])
     tx = mtl.fixed_weights(T, weights)
@@ -74,7 +85,7 @@ def test_arguments_are_compared_by_value_and_functions_by_identity():
     assert mtl.fixed_weights(T, jnp.ones(T)) != mtl.fixed_weights(T, jnp.ones(T, jnp.bfloat16))
 
     assert mtl.metabalance(T) == mtl.metabalance(T, blocks="leaf", ema_decay=0.9)
-    assert mtl.metabalance(NAMED) == mtl.metabalance(set(NAMED))
+    assert mtl.emtl(NAMED) == mtl.emtl(set(NAMED))
     assert mtl.cr_mogm(T, base=mtl.mgda(T)) == mtl.cr_mogm(T, base=mtl.mgda(T))
     assert mtl.cr_mogm(T, base=mtl.mgda(T)) != mtl.cr_mogm(T, base=mtl.imtl_g(T))
     sgd = optax.sgd(0.1)
@@ -102,8 +113,8 @@ def test_repr_shows_what_was_given():
         "metabalance(('buy', 'click'), target='buy', relax_factor=0.7)"
     )
     assert repr(mtl.mgda(2)) == "mgda(2)"
-    assert repr(mtl.pcd(("a", "b"), tau={"a": 0.1, "b": 0.2}, blocks=jnp.shape)) == (
-        "pcd(('a', 'b'), tau={'a': 0.1, 'b': 0.2}, blocks=shape)"
+    assert repr(mtl.uncertainty(("a", "b"), init={"a": 0.1, "b": 0.2}, blocks=jnp.shape)) == (
+        "uncertainty(('a', 'b'), init={'a': 0.1, 'b': 0.2}, blocks=shape)"
     )
     shown = repr(mtl.cr_mogm(2, base=mtl.mgda(2, normalize="l2"), ema_decay=jnp.float32(0.5)))
     assert shown == "cr_mogm(2, base=mgda(2, normalize='l2'), ema_decay=Array(0.5, dtype=float32))"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from method_properties import make
+from method_properties import WITH_TARGET, make
 
 import mtl_optax as mtl
 
@@ -300,6 +300,18 @@ def test_names_that_are_none(name):
     assert message(kind, lambda: mtl.check(mtl.mgda(2), PARAMS, given)) == f"check: {expected}"
 
 
+@pytest.mark.parametrize("name", sorted(WITH_TARGET))
+def test_no_target_among_tasks_with_names(name):
+    """Which of them sorts first says nothing about which of them counts."""
+    factory = mtl.METHODS[name].factory
+    for call in (lambda: factory(NAMES), lambda: factory(NAMES, target=None)):
+        found = message(TypeError, call)
+        assert found.startswith(f"{name}: ") and "target='buy'" in found
+        assert "['buy', 'cart', 'click']" in found
+    assert factory(NAMES, target="cart").target == "cart"
+    assert factory(T).target == 0
+
+
 def test_a_target_that_is_no_name():
     assert message(ValueError, lambda: mtl.metabalance(NAMES, target="by")) == (
         "metabalance: target must be a task; the tasks are ['buy', 'cart', 'click'], found 'by'."
@@ -422,46 +434,33 @@ CANNOT_WEIGH = (
     "it cannot weigh losses alone. Use it with mtl_optax.fork_value_and_grad (one backward pass) or "
     "mtl_optax.per_task_value_and_grad."
 )
-# Transformations that are no `Method` any more; the state shows what is inside.
+# Transformations that are no `Method`.
 WRAPPED = {
-    "inject_hyperparams, norms": lambda: optax.inject_hyperparams(
-        mtl.metabalance, static_args=("tasks", "target")
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        mtl.dwa, static_args=("tasks", "window")
     )(T),
-    "inject_hyperparams, gram": lambda: optax.inject_hyperparams(
-        mtl.cagrad, static_args=("tasks", "rescale")
-    )(T),
-    "inject_hyperparams, gradients": lambda: optax.inject_hyperparams(
-        mtl.graddrop, static_args=("tasks", "seed")
-    )(T),
-    "chain": lambda: optax.chain(mtl.mgda(T), optax.scale(2.0)),
-    "skip_nonfinite": lambda: mtl.skip_nonfinite(mtl.adatask(T, optax.scale_by_adam())),
+    "chain": lambda: optax.chain(mtl.scale_invariant(T), optax.adam(1e-3)),
+    "skip_nonfinite": lambda: mtl.skip_nonfinite(mtl.uncertainty(T)),
+    "an optimizer": lambda: optax.adam(1e-3),
 }
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_a_method_on_gradients_inside_of_another_transformation_put_on_losses(name):
+def test_another_transformation_put_on_losses(name):
     tx = WRAPPED[name]()
     assert not isinstance(tx, mtl.Method)
     state = jax.eval_shape(tx.init, LOSSES)
-    found = message(ValueError, lambda: mtl.weigh_losses(LOSSES, state, tx))
-    assert (
-        found
-        == f"weigh_losses: a method in this transformation looks at gradients, so {CANNOT_WEIGH}"
-    )
-
-
-def test_a_method_on_losses_inside_of_another_transformation_weighs_them():
-    inject = optax.inject_hyperparams(mtl.scale_invariant, static_args="tasks")
-    for tx in (inject(T), optax.chain(mtl.scale_invariant(T))):
-        assert not isinstance(tx, mtl.Method)
-        # The sum of 1 / loss times loss.
-        np.testing.assert_allclose(mtl.weigh_losses(LOSSES, tx.init(LOSSES), tx)[0], T, 1e-6)
+    found = message(TypeError, lambda: mtl.weigh_losses(LOSSES, state, tx))
+    assert found.startswith("weigh_losses: method must be what a factory of mtl_optax returned")
+    assert type(tx).__name__ in found and "into the optimizer" in found
 
 
 # --- options of methods ------------------------------------------------------------------------------
 
 WEIGHTS = mtl.WeightRule(frozenset(), lambda inputs, state: (jnp.ones(T), state))
-UPDATES = mtl.UpdateRule(frozenset({"gradients"}), lambda view, state: (PARAMS, jnp.ones(T), state))
+UPDATES = mtl.UpdateRule(
+    frozenset({"gradients"}), lambda inputs, state: (PARAMS, jnp.ones(T), state)
+)
 OPTIONS = {
     "blocks of an update rule": (
         UPDATES,
@@ -525,7 +524,7 @@ STATIC = {
     "grad_surgery": ("target", "integer"),
     "krum": ("num_byzantine", "integer from 0 to 0"),
     "metabalance": ("target", "integer"),
-    "ol_aux": ("target", "integer"),
+    "ol_aux": ("update_every", "integer >= 1"),
     "rotograd_scale": ("burn_in", "integer >= 0"),
     "stch": ("warmup_steps", "integer >= 0"),
     "trimmed_mean": ("trim_number", "integer from 0 to 1"),
@@ -535,7 +534,8 @@ STATIC = {
 @pytest.mark.parametrize("name", STATIC)
 def test_inject_hyperparams_on_other_integers(name):
     what, wanted = STATIC[name]
-    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="tasks")(tasks=T)
+    given = {"target": 0} if what == "target" else {}
+    tx = optax.inject_hyperparams(mtl.METHODS[name].factory, static_args="tasks")(tasks=T, **given)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
         f"{name}: {what} must be a Python {wanted}, found a JAX array. Under optax.inject_hyperparams "
         f"name it static: static_args=('{what}', ...)."

@@ -202,9 +202,9 @@ CHAINS = {
     "two methods": lambda: optax.chain(
         mtl.fixed_weights(T, [1.0, 2.0, 3.0], reduce=False), inverse_losses()
     ),
-    "hyperparameters": lambda: optax.inject_hyperparams(
-        mtl.dwa, static_args=("tasks", "window")
-    )(T, temperature=1.5),
+    "hyperparameters": lambda: optax.inject_hyperparams(mtl.dwa, static_args=("tasks", "window"))(
+        T, temperature=1.5
+    ),
 }
 
 

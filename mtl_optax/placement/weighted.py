@@ -13,7 +13,7 @@ from jax import lax
 from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import WeightRule
-from mtl_optax.core.state import BalanceState
+from mtl_optax.core.state import BalanceState, check_fields
 from mtl_optax.core.tasks import task_vector
 from mtl_optax.core.types import Active
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
@@ -111,6 +111,7 @@ def weighted_value_and_grad(
         chosen = _mask(params, weights_from)
         others = [not here for here in chosen]
         given = road.read(state, losses, active, params, extra_args)
+        check_fields(method.name, method.rule, state, ())
         inputs = road.inputs(given, state).restrict(jnp.isfinite(losses))
 
         def gradients(wanted: list[bool]) -> list[jax.Array]:
