@@ -108,7 +108,7 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
         ("alignment", _alignment(state.cosine), 0),
         ("fallback_count", _fallback_count(state.rule_state), 0),
     ):
-        if isinstance(array, tuple):
+        if array is None:
             continue
         array = jnp.asarray(array)
         if array.shape[0] == 1:
@@ -125,20 +125,20 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
     }
 
 
-def _alignment(cosine: Any) -> Any:
+def _alignment(cosine: jax.Array | None) -> jax.Array | None:
     """The alignment score of the nonzero gradients in each block, `[B]`."""
-    if isinstance(cosine, tuple):
-        return ()
+    if cosine is None:
+        return None
     cosine = jnp.asarray(cosine)
     nonzero = jnp.sum(jnp.diagonal(cosine, axis1=-2, axis2=-1), axis=-1)
     return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
 
 
-def _fallback_count(rule_state: optax.OptState) -> Any:
+def _fallback_count(rule_state: optax.OptState) -> jax.Array | None:
     """What the rule, or one that it is built on, counts of its fallbacks in each block, `[B]`."""
     for _, count in optax.tree.get_all_with_path(rule_state, "fallback_count"):
         return _integers(count)
-    return ()
+    return None
 
 
 def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:
