@@ -277,7 +277,7 @@ def test_losses_are_required_where_needed_and_ignored_elsewhere(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_num_tasks_must_be_static(name):
+def test_tasks_must_be_static(name):
     factory, arguments = mtl.METHODS[name].factory, REQUIRED.get(name, {})
     with pytest.raises(TypeError, match="static_args"):
         factory(jnp.asarray(3), **arguments)

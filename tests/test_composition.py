@@ -964,7 +964,7 @@ def test_a_guard_inside_alone_would_not_save_a_memory_but_ours_needs_none():
 # --- E4: inject_hyperparams --------------------------------------------------------------------------
 
 
-def test_inject_hyperparams_with_static_num_tasks():
+def test_inject_hyperparams_with_static_tasks():
     state = jax.eval_shape(WORKS["around", "inject_hyperparams"].tx.init, PARAMS)
     assert state.hyperparams["c"].shape == ()
 

@@ -509,7 +509,7 @@ def test_the_option_that_both_kinds_of_rule_take():
 # --- static arguments --------------------------------------------------------------------------------
 
 
-def test_inject_hyperparams_on_num_tasks():
+def test_inject_hyperparams_on_tasks():
     tx = optax.inject_hyperparams(mtl.mgda)(tasks=T)
     assert message(TypeError, lambda: tx.init(PARAMS)) == (
         "mgda: tasks must be a Python integer, found a JAX array. Under optax.inject_hyperparams "
@@ -599,9 +599,9 @@ def test_parameters_without_a_gradient():
         "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, nnx.Param, ...)."
     )
     assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == expected
-    balanced = mtl.weighted_value_and_grad(loss_fn, mtl.mgda(3))
+    weighted = mtl.weighted_value_and_grad(loss_fn, mtl.mgda(3))
     state = mtl.mgda(3).init({"w": jnp.ones(3)})
-    assert "leaf ['count'] of uint32" in message(TypeError, lambda: balanced(params, state))
+    assert "leaf ['count'] of uint32" in message(TypeError, lambda: weighted(params, state))
     split = mtl.split_value_and_grad(lambda p: p["w"], lambda heads, h: heads * h)
     assert "leaf ['count'] of uint32" in message(TypeError, lambda: split(params, jnp.ones(3)))
 

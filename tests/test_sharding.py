@@ -467,7 +467,7 @@ def test_local_losses_inside_shard_map(mode, form):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_balanced_gradients_inside_shard_map(broken):
+def test_weighted_gradients_inside_shard_map(broken):
     """Steps with new weights and with old ones, of one pass and of T, equal those on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
     w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
