@@ -40,7 +40,8 @@ def test_hostile_input(name, seed):
 
 
 @pytest.mark.parametrize(
-    "name", ["metabalance", "multibalance", "db_mtl", "inverse_norm", "config", "mgda", "gls"]
+    "name",
+    ["metabalance", "multibalance", "db_mtl", "inverse_norm", "conflict_free", "mgda", "gls"],
 )
 @settings(max_examples=4, derandomize=True, **COMMON)
 @given(seed=SEEDS)
