@@ -2,8 +2,6 @@
 
 from mtl_optax.checking import check
 from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import GradientAverage, StepInputs, UpdateRule, WeightRule
 from mtl_optax.core.shared_rules import BargainingState
 from mtl_optax.core.state import BalanceState
 from mtl_optax.core.trained_values import TrainedState
@@ -71,6 +69,7 @@ from mtl_optax.placement.parameters import (
 )
 from mtl_optax.placement.representation import fork_value_and_grad
 from mtl_optax.placement.weighted import weighted_value_and_grad
+from mtl_optax.rule import GradientAverage, StepInputs, UpdateRule, WeightRule, from_rule
 from mtl_optax.states import diagnostics, head_weights
 from mtl_optax.wrappers.accumulate import AccumulateState, accumulate
 from mtl_optax.wrappers.drop_extra_args import drop_extra_args

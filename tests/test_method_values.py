@@ -108,6 +108,11 @@ def test_methods_of_ones_own_rule():
         assert other != tx
 
 
+def test_what_a_rule_is_made_of_has_a_module():
+    assert set(mtl.rule.__all__) <= set(mtl.__all__)
+    assert all(getattr(mtl.rule, name) is getattr(mtl, name) for name in mtl.rule.__all__)
+
+
 def test_repr_shows_what_was_given():
     assert repr(mtl.metabalance(("click", "buy"), target="buy", relax_factor=0.7)) == (
         "metabalance(('buy', 'click'), target='buy', relax_factor=0.7)"
