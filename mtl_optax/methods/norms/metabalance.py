@@ -42,10 +42,9 @@ def metabalance(
 ) -> Method:
     r"""Brings the gradient of every auxiliary task to the magnitude of the target task's.
 
-    Name the task that matters with ``target=``. Where it is left out, the target is the first task name in
-    sorted order, whatever order the names are given in (of ``("click", "buy")`` it is buy), or the first
-    loss of an array. There is one weight per task and tensor, and the heads keep weight 1; ``blocks="all"``
-    makes it one weight per task, for the heads too.
+    Name the task that matters with ``target=``; only where the tasks have no names may it be left out, and
+    is the first one then. There is one weight per task and tensor, and the heads keep weight 1;
+    ``blocks="all"`` makes it one weight per task, for the heads too.
 
     For training where one task matters (buy) and the others should help it (click, cart). An auxiliary
     task with a much larger gradient dominates the shared parameters; one with a much smaller gradient
