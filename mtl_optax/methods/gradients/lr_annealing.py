@@ -57,8 +57,8 @@ def lr_annealing(
 
     Args:
       tasks: T, or the task names.
-      target: name or index of the task with weight 1, the residual of the equation; 0 is the first name
-        in sorted order.
+      target: name or index of the task with weight 1, the residual of the equation: required if the tasks
+        have names, else 0 by default.
       ema_decay: beta in [0, 1).
       axis_name: see `MethodOptions`.
 
