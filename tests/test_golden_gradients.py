@@ -272,7 +272,8 @@ def test_golden_adatask(x64, case, dtype, tolerance):
 @precisions(STATIC)
 @pytest.mark.parametrize("case", parameters("loss/db_mtl"))
 def test_golden_loss_db_mtl(x64, case, dtype, tolerance):
-    tx = mtl.db_mtl(case["T"], **case["hyperparameters"])
+    given = dict(case["hyperparameters"])
+    tx = mtl.db_mtl(case["T"], ema_decay=given.pop("beta"), **given)
     updates, _ = trajectory(tx, case, dtype, case["losses"])
     total = [tree_of(flat, case["shapes"], np.float64) for flat in case["outputs"]["total"]]
     assert_steps_close(updates, total, tolerance, case["name"])
