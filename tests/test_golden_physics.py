@@ -19,6 +19,8 @@ WEIGHT_CASES = {
     "ntk": load("loss/ntk"),
     "lagrangian": load("loss/lagrangian"),
 }
+# What the reference numbers call by the letter of a paper.
+ARGUMENTS = {"alpha": "ema_decay"}
 
 
 def updates_of(method: Any, gradients: Any, **extra: Any) -> tuple[np.ndarray, Any]:
@@ -45,7 +47,8 @@ def unit_gradients(case: Any, lengths: Any = 1.0) -> jax.Array:
 @pytest.mark.parametrize("name", WEIGHT_CASES)
 def test_weights(name: str) -> None:
     for case in WEIGHT_CASES[name]:
-        method = mtl.METHODS[name].factory(case["T"], **case["hyperparameters"])
+        named = {ARGUMENTS.get(key, key): x for key, x in case["hyperparameters"].items()}
+        method = mtl.METHODS[name].factory(case["T"], **named)
         lengths = jnp.asarray(case.get("grad_norms", 1.0))
         given = {
             name: jnp.asarray(case[name]) for name in ("losses", "noise", "traces") if name in case
