@@ -50,7 +50,7 @@ AUTHORS_CODE = {
     "adatask": "EnnengYang/AdaTask",
     "aligned_mtl": "SamsungLabs/MTL",
     "cagrad": "Cranial-XIX/CAGrad",
-    "config": "tum-pbs/ConFIG",
+    "conflict_free": "tum-pbs/ConFIG",
     "db_mtl": "median-research-group/LibMTL",
     "dualproj": "TorchJD/torchjd",
     "dwa": "lorenmt/mtan",
@@ -118,8 +118,8 @@ def facts(row: mtl.MethodRow) -> str:
         lines.append(f"**Authors' program:** [{name}](https://github.com/{name}).")
     if "target" in inspect.signature(row.factory).parameters:
         lines.append(
-            "**Target:** name it with `target=`. Where it is left out, it is the first task name in "
-            "*sorted* order, whatever order the names are given in."
+            "**Target:** `target=`, a name, which must be given where tasks have names; with a number of "
+            "tasks an index, 0 by default."
         )
     lines += NOTES.get(row.name, [])
     return "\n".join(f"- {line}" for line in lines)

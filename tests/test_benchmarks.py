@@ -53,7 +53,7 @@ def losses_in_training(method, places, count=6):
 
 def test_every_place_trains_the_same_model():
     """What is compared is the same work: with the plain sum of gradients, the same losses all along."""
-    places = ("fork", "split", "per_task", "balanced", "balanced_layers")
+    places = ("fork", "split", "per_task", "weighted", "weighted_by_layers")
     losses = losses_in_training(mtl.sum_tasks(2), places)
     plain = losses.pop("plain")
     assert losses.keys() == set(places)

@@ -129,7 +129,9 @@ def test_the_table_has_errors_and_ratios():
 def test_one_gradient_takes_one_branch():
     """The compiled step keeps the branch over tasks: it does not compute them all and select."""
     config = replace(SMALL, chunk=1)
-    trainer = training.Trainer(problems.PROBLEMS["helmholtz"], "config, one gradient", config)
+    trainer = training.Trainer(
+        problems.PROBLEMS["helmholtz"], "conflict_free, one gradient", config
+    )
     assert "conditional(" in trainer.compiled_text()
 
 
@@ -181,4 +183,4 @@ def test_the_command(tmp_path, capsys):
 def test_the_command_that_times(tmp_path):
     assert main(["--quick", "--time", "--problems", "helmholtz", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "helmholtz_time.md").read_text()
-    assert "| plain sum |" in text and "| config, one gradient |" in text
+    assert "| plain sum |" in text and "| conflict_free, one gradient |" in text

@@ -40,7 +40,7 @@ def aggregators(num_tasks: int) -> dict[str, Callable[[], Any]]:
         "aligned_mtl": aggregation.AlignedMTL,
         "imtl_g": aggregation.IMTLG,
         "pcgrad": aggregation.PCGrad,
-        "config": aggregation.ConFIG,
+        "conflict_free": aggregation.ConFIG,
     }
 
 

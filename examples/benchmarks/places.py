@@ -54,26 +54,26 @@ def step_times(quick: bool) -> Iterator[Row]:
 
 
 def savings(quick: bool) -> Iterator[Row]:
-    """What `update_every=` and `evidence=` save, T = 4."""
+    """What `update_every=` and `weights_from=` save, T = 4."""
     every, num_tasks = (2 if quick else 10), 4
     problems = _problems(quick)
     method = mtl.multibalance(num_tasks)
     seldom = mtl.multibalance(num_tasks, update_every=every)
-    dense = steps(problems["dense"], num_tasks, ["per_task", "balanced"], method)
-    dense[f"update_every={every}"] = steps(problems["dense"], num_tasks, ["balanced"], seldom)[
-        "balanced"
+    dense = steps(problems["dense"], num_tasks, ["per_task", "weighted"], method)
+    dense[f"update_every={every}"] = steps(problems["dense"], num_tasks, ["weighted"], seldom)[
+        "weighted"
     ]
     # Whole periods, so that every reading holds one step with T backward passes.
     calls = {name: several(step, every) for name, step in dense.items()}
     for name, value in interleaved_ratios(calls, "plain", 1 if quick else 5).items():
         case = f"{name} / plain, dense, T={num_tasks}"
         yield Row("fewer passes", case, value, "x")
-    recsys = steps(problems["recsys"], num_tasks, ["per_task", "balanced_layers"], method)
+    recsys = steps(problems["recsys"], num_tasks, ["per_task", "weighted_by_layers"], method)
     for name, value in interleaved_ratios(recsys, "plain", 1 if quick else 5).items():
-        label = "evidence= without tables" if name == "balanced_layers" else name
+        label = "weights_from= without tables" if name == "weighted_by_layers" else name
         yield Row("fewer passes", f"{label} / plain, recsys, T={num_tasks}", value, "x")
-    for name in ("per_task", "balanced_layers"):
-        label = "evidence= without tables" if name == "balanced_layers" else name
+    for name in ("per_task", "weighted_by_layers"):
+        label = "weights_from= without tables" if name == "weighted_by_layers" else name
         extra = recsys[name].temporary_mebibytes - recsys["plain"].temporary_mebibytes
         yield Row("fewer passes", f"{label} beyond plain, recsys, T={num_tasks}", extra, "MiB")
 

@@ -64,28 +64,28 @@ def steps(
         heads = jax.tree.map(lambda g: g.sum(0), grads["heads"])
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
 
-    def balanced(
-        params: Any, opt_state: Any, balance: Any, batch: Any, evidence: Any = None
+    def weighted(
+        params: Any, opt_state: Any, balance: Any, batch: Any, weights_from: Any = None
     ) -> Any:
-        step = mtl.weighted_value_and_grad(losses_of, method, weights_from=evidence, mode=mode)
+        step = mtl.weighted_value_and_grad(losses_of, method, weights_from=weights_from, mode=mode)
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
-    def balanced_layers(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
+    def weighted_by_layers(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         def layers(path: Any, _: Any) -> bool:
             return "'layers'" in jax.tree_util.keystr(path)
 
-        return balanced(params, opt_state, balance, batch, layers)
+        return weighted(params, opt_state, balance, batch, layers)
 
     made = {"plain": plain, "fork": fork, "split": split, "per_task": per_task}
-    made |= {"balanced": balanced, "balanced_layers": balanced_layers}
+    made |= {"weighted": weighted, "weighted_by_layers": weighted_by_layers}
 
     def start(name: str) -> Any:
         if name == "plain":
             return ()
         if name == "fork":
             return method.init(jax.eval_shape(encode, params["shared"], batch))
-        return method.init(params if name.startswith("balanced") else params["shared"])
+        return method.init(params if name.startswith("weighted") else params["shared"])
 
     return {
         name: Training(made[name], (params, opt_state, start(name)), batch)

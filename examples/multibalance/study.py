@@ -27,6 +27,7 @@ from examples.recommender.download import write_atomically
 from examples.recommender.runner import Job, Runner
 from examples.recommender.search import (
     Entry,
+    ema_decay,
     log_uniform,
     setting_in_words,
     tuned,
@@ -46,8 +47,8 @@ TABLE3 = (
     Entry(
         "Gradient Vaccine",
         f"grad_vaccine(eps=0.0, {REPRESENTATION})",
-        {"beta": log_uniform(1e-3, 1e-1)},
-        {"beta": 1e-2},
+        {"ema_decay": ema_decay(1e-3, 1e-1)},  # the paper's beta is 1 minus it
+        {"ema_decay": 0.99},
     ),
     Entry("GradDrop", f"graddrop({REPRESENTATION})", {"leak": uniform(0.0, 0.5)}, {"leak": 0.0}),
     # The median is the norm that the paper found the most stable. An average over steps would mix the

@@ -29,7 +29,7 @@ SHORT = (
     "fixed weights, 100",
     "inverse_norm, kept weights",
     "upgrad",
-    "config",
+    "conflict_free",
     "mgda",
     "residual attention",
 )
@@ -46,8 +46,8 @@ TIMED = (
     "inverse_norm, slow average",
     "inverse_norm, slow average, one gradient",
     "inverse_norm, kept weights",
-    "config",
-    "config, one gradient",
+    "conflict_free",
+    "conflict_free, one gradient",
 )
 
 

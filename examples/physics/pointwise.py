@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -27,10 +25,10 @@ def residual_attention(num_points: int, decay: float = 0.999, step: float = 0.01
       Neural Networks, 2024, https://arxiv.org/abs/2307.00379
     """
 
-    def weigh(evidence: Any, attention: jax.Array) -> tuple[jax.Array, jax.Array]:
-        size = jnp.sqrt(evidence.losses)  # the losses are squared residuals
+    def weigh(inputs: mtl.StepInputs, attention: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = jnp.sqrt(inputs.losses)  # the losses are squared residuals
         moved = decay * attention + step * size / jnp.maximum(jnp.max(size), 1e-30)
-        attention = jnp.where(evidence.active, moved, attention)
+        attention = jnp.where(inputs.active, moved, attention)
         return attention**2, attention
 
     rule = mtl.WeightRule(

@@ -215,8 +215,8 @@ ROWS = {
         lambda names, _: mtl.metabalance(names, target="equation", relax_factor=1.0, blocks="all")
     ),
     "upgrad": Row(lambda names, _: mtl.upgrad(names)),
-    "config": Row(lambda names, _: mtl.conflict_free(names)),
-    "config, one gradient": Row(lambda names, _: mtl.conflict_free(names), one_gradient),
+    "conflict_free": Row(lambda names, _: mtl.conflict_free(names)),
+    "conflict_free, one gradient": Row(lambda names, _: mtl.conflict_free(names), one_gradient),
     "mgda": Row(lambda names, _: mtl.mgda(names)),
     "imtl_g": Row(lambda names, _: mtl.imtl_g(names)),
     "multibalance": Row(lambda names, _: mtl.multibalance(names)),

@@ -23,6 +23,12 @@ def log_uniform(low: float, high: float) -> Draw:
     return lambda generator, num_tasks: np.exp(generator.uniform(np.log(low), np.log(high)))
 
 
+def ema_decay(low: float, high: float) -> Draw:
+    """A decay; the logarithm of what it leaves out, between two bounds, is uniform."""
+    left_out = log_uniform(low, high)
+    return lambda generator, num_tasks: 1.0 - left_out(generator, num_tasks)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A row: what is trained, and what its trials search beside the learning rate.
