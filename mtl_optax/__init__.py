@@ -159,7 +159,7 @@ __all__ = [  # noqa: RUF022
     "fork_init",
     "fork_state",
     "ForkToken",
-    # Combinators.
+    # Wrappers.
     "accumulate",
     "drop_extra_args",
     "per_task",
