@@ -37,6 +37,16 @@ def test_bad_arguments(arguments, shown, capsys):
     assert text.startswith("examples.multibalance: error: ") and shown in text
 
 
+def test_gradient_vaccine_searches_the_papers_beta():
+    """One minus a decay is the paper's beta, drawn as the stored tables drew it."""
+    (row,) = [entry for entry in study.TABLE3 if entry.label == "Gradient Vaccine"]
+    plans = row.trials(4, 3, study.TRAIN[study.BATCH])
+    found = [1 - plan.setting.knobs["ema_decay"] for plan in plans]
+    of_knobs, _ = np.random.default_rng(1).spawn(2)
+    drawn = np.exp(of_knobs.uniform(np.log(1e-3), np.log(1e-1), 3))
+    np.testing.assert_allclose(found, [0.01, *drawn], rtol=1e-12)
+
+
 def test_every_row_of_table3_is_on_the_representation_and_has_the_same_budget():
     labels = [entry.label for entry in study.TABLE3]
     assert len(labels) == 9 and labels[0] == "plain sum" and labels[-1] == "MultiBalance"
