@@ -80,7 +80,7 @@ def test_tasks_as_diagnostics_names_them() -> None:
     ax = plotting.plot_norms(read(mtl.mgda(names), "norms"))
     assert labels(ax) == ["buy", "click"]
     np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [8**0.5] * 2, rtol=1e-6)
-    blocks = read(mtl.metabalance(names), "weights", PARAMS)
+    blocks = read(mtl.metabalance(names, target="buy"), "weights", PARAMS)
     ax = plotting.plot_weights(blocks)
     assert labels(ax) == ["buy, ['a']", "click, ['a']", "buy, ['b']", "click, ['b']"]
     ax = plotting.plot_conflicts(read(mtl.mgda(names), "cosines"))
