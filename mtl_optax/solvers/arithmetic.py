@@ -34,3 +34,22 @@ def safe_divide(
     """
     usable = denominator > 0 if where is None else where
     return jnp.where(usable, numerator / jnp.where(usable, denominator, 1), otherwise)
+
+
+def count_active(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The number of active tasks, at least 1: what a mean over them divides by.
+
+    Args:
+      active: bool `[T]`.
+      dtype: the dtype of the result.
+
+    Returns:
+      A scalar.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> float(count_active(jnp.array([True, False, True]), jnp.float32))
+      2.0
+    """
+    return jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(dtype)

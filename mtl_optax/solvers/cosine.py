@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.solvers.arithmetic import count_active
+
 
 def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Splits a Gram matrix into cosines and norms.
@@ -47,5 +49,4 @@ def mask_inactive(
 
 def uniform_weights(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Equal weights of sum 1 over the active tasks; all zero if no task is active."""
-    count = jnp.maximum(jnp.sum(active.astype(dtype)), 1)
-    return active.astype(dtype) / count
+    return active.astype(dtype) / count_active(active, dtype)

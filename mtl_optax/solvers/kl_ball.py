@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 # A round costs its number of operations, whatever their size: few rounds with many points are cheapest.
 # From a bracket of 1/16,000 of the range, three Newton steps reach float64 accuracy.
@@ -60,8 +60,8 @@ def kl_ball_mirror_step(
         active = jnp.ones(log_p.shape, bool)
     radius = jnp.asarray(radius, dtype)
     floor = jnp.finfo(dtype).min / 4
-    count = jnp.maximum(jnp.sum(active.astype(dtype)), 1)
-    log_count = jnp.log(count)
+    number = count_active(active, dtype)
+    log_count = jnp.log(number)
 
     limit = jnp.finfo(dtype).max / 8
     raw = jnp.where(active, log_p, 0) + jnp.where(active, jnp.clip(scores, -limit, limit), 0)
@@ -78,18 +78,18 @@ def kl_ball_mirror_step(
     tiny = jnp.finfo(dtype).tiny
     low = jnp.minimum(jnp.log(8 * jnp.maximum(radius, tiny)) / 2, high)
     full = _tilted(raw, active, log_count)
-    inside = _divergence(full, active, count) <= radius
+    inside = _divergence(full, active, number) <= radius
 
     for _ in range(GRID_ROUNDS):
         grid = low + (high - low) * jnp.linspace(0, 1, GRID_POINTS, dtype=dtype)
-        within = _divergence(excess_at(grid), active[None, :], count) <= radius
+        within = _divergence(excess_at(grid), active[None, :], number) <= radius
         low = jnp.max(jnp.where(within, grid, low))
         high = jnp.min(jnp.where(within, high, grid))
     log_x = (low + high) / 2
     for _ in range(NEWTON_STEPS):
         excess = excess_at(log_x[None])[0]
-        value = _divergence(excess, active, count)
-        p = jnp.where(active, jnp.exp(excess), 0) / count
+        value = _divergence(excess, active, number)
+        p = jnp.where(active, jnp.exp(excess), 0) / number
         x = jnp.exp(log_x)
         mean = jnp.sum(p * unit)
         slope = x * x * jnp.sum(p * (unit - mean) * (unit - mean))

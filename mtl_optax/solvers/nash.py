@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.cosine import mask_inactive
 from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.min_norm import min_norm_weights
@@ -62,9 +63,9 @@ def fair_weights(
     dtype, size = norms.dtype, norms.shape[0]
     inverse_alpha = 1 / jnp.asarray(alpha, dtype)
     usable = active & (norms > 0)
-    count = jnp.maximum(jnp.sum(usable.astype(dtype)), 1)
+    number = count_active(usable, dtype)
     log_norms = jnp.log(jnp.where(usable, norms, 1))
-    centre = jnp.sum(log_norms) / count
+    centre = jnp.sum(log_norms) / number
     log_c = jnp.where(usable, (inverse_alpha - 1) * (log_norms - centre), 0)
     eps = jnp.finfo(dtype).eps
     magnitude = jnp.abs(cosine)

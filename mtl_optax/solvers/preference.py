@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.cosine import uniform_weights
 
 
 def active_preference(preference: Any, active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The preference `[T]` with 0 for inactive tasks; None is one over the number of active tasks."""
     if preference is None:
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
-        return active.astype(dtype) / count
+        return uniform_weights(active, dtype)
     return jnp.where(active, jnp.asarray(preference, dtype), 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
 def project_onto_simplex(point: jax.Array, active: jax.Array | None = None) -> jax.Array:
@@ -34,7 +34,7 @@ def project_onto_simplex(point: jax.Array, active: jax.Array | None = None) -> j
     sums = jnp.sum(not_below * shifted[None, :], axis=1)
     counts = jnp.sum(not_below, axis=1)
     support = active & (1 + counts * shifted > sums)
-    size = jnp.maximum(jnp.sum(support.astype(point.dtype)), 1)
+    size = count_active(support, point.dtype)
     threshold = (jnp.sum(jnp.where(support, shifted, 0)) - 1) / size
     return jnp.where(support, jnp.maximum(shifted - threshold, 0), 0)
 
@@ -44,10 +44,10 @@ def renormalize(weights: jax.Array, active: jax.Array) -> jax.Array:
 
     The starting point of a method that stores simplex weights, in a step with absent tasks.
     """
-    count = jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(weights.dtype)
+    number = count_active(active, weights.dtype)
     kept = jnp.where(active, weights, 0)
     total = jnp.sum(kept)
-    return safe_divide(kept, total, active.astype(weights.dtype) / count)
+    return safe_divide(kept, total, active.astype(weights.dtype) / number)
 
 
 def keep_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares
 
@@ -141,8 +141,8 @@ def emtl(
         kept = keep_log_shares(log_p, state.log_p, active)
         p = jnp.where(active, jnp.exp(log_p), 0)
         eps = jnp.asarray(epsilon, dtype)
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
-        weights = (eps * alpha + (1 - eps) * p * per_norm) / count
+        number = count_active(active, dtype)
+        weights = (eps * alpha + (1 - eps) * p * per_norm) / number
         return weights, EMTLState(kept, base_state)
 
     needs = inner.needs | {"losses", "norms"}

@@ -15,7 +15,7 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
 @factory
@@ -117,6 +117,6 @@ def _mean_of_lowest(scores: jax.Array, active: jax.Array, number: int) -> jax.Ar
     last = jnp.sort(scores)[jnp.maximum(count - 1, 0)]
     below, tied = active & (scores < last), active & (scores == last)
     left = count - jnp.sum(below, dtype=jnp.int32)
-    share = left.astype(dtype) / jnp.maximum(jnp.sum(tied, dtype=jnp.int32), 1).astype(dtype)
+    share = left.astype(dtype) / count_active(tied, dtype)
     chosen = below.astype(dtype) + jnp.where(tied, share, 0)
     return chosen / jnp.maximum(count, 1).astype(dtype)

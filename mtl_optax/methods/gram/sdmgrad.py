@@ -18,7 +18,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
@@ -119,7 +119,7 @@ def sdmgrad(
             matrix = inputs._replace(norms=_over_mean(inputs.norms, active)).gram
         else:
             diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
-            mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(active), 1).astype(dtype)
+            mean = jnp.sum(diagonal) / count_active(active, dtype)
             # Divided twice, because the square of the mean can overflow.
             matrix = safe_divide(safe_divide(gram, mean), mean)
         uniform = uniform_weights(active, dtype)
@@ -144,5 +144,5 @@ def sdmgrad(
 def _over_mean(norms: jax.Array, active: jax.Array) -> jax.Array:
     """Norms divided by their mean; first by the largest, so that their sum cannot overflow."""
     lengths = safe_divide(norms, jnp.max(norms))
-    mean = jnp.sum(lengths) / jnp.maximum(jnp.sum(active), 1).astype(norms.dtype)
+    mean = jnp.sum(lengths) / count_active(active, norms.dtype)
     return safe_divide(lengths, mean)

@@ -16,6 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
+from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
 
@@ -95,8 +96,8 @@ def bandit_mtl(
 
     def weigh(inputs: StepInputs, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
         active, dtype = inputs.active, inputs.losses.dtype
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
-        weights = jnp.exp(log_softmax(state.log_p, active)) / count
+        number = count_active(active, dtype)
+        weights = jnp.exp(log_softmax(state.log_p, active)) / number
         scores = jnp.asarray(step_size, dtype) * inputs.losses
         log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(kl_radius, dtype), active)
         return weights, BanditMTLState(keep_log_shares(log_p, state.log_p, active))

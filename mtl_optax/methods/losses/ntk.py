@@ -16,7 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_vector
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -99,7 +99,7 @@ def ntk(
         shares = safe_divide(traces, jnp.max(traces))
         common = jnp.sum(shares)
         if reference == "mean":
-            common = common / jnp.maximum(jnp.sum(usable), 1).astype(dtype)
+            common = common / count_active(usable, dtype)
         fresh = jnp.minimum(safe_divide(common, shares, 1), largest_weight(dtype))
         decay = jnp.asarray(ema_decay, dtype)
         moved = decay * state.weight_ema + (1 - decay) * fresh

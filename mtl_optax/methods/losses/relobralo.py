@@ -16,7 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
 
@@ -112,12 +112,12 @@ def relobralo(
         losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
         first = jnp.where(state.seen > 0, state.first_losses, losses)
         last = jnp.where(state.seen > 0, state.last_losses, losses)
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        number = count_active(active, dtype)
         limit = largest_weight(dtype)
 
         def balanced(base: jax.Array) -> jax.Array:
             ratio = jnp.clip(safe_divide(losses, base, 1, where=base != 0), -limit, limit)
-            return count * jnp.exp(log_softmax(ratio / jnp.asarray(temperature, dtype), active))
+            return number * jnp.exp(log_softmax(ratio / jnp.asarray(temperature, dtype), active))
 
         share = jnp.asarray(ema_decay, dtype)
         past = jnp.where(_draw(inputs, seed) < rho, state.weight_ema, balanced(first))

@@ -16,6 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
+from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
 
@@ -102,9 +103,9 @@ def stch(
         nadir, _ = magnitudes(state.nadir, active)
         logs = jnp.log(sizes)
         log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        number = count_active(active, dtype)
         known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
-        log_weights = jnp.where(known, log_shares + jnp.log(count), 0) - logs
+        log_weights = jnp.where(known, log_shares + jnp.log(number), 0) - logs
         return exp_weights(log_weights, usable), observe(inputs, state)
 
     def observe(inputs: StepInputs, state: STCHState) -> STCHState:

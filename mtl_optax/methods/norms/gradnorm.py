@@ -19,7 +19,7 @@ from mtl_optax.core.state import next_count
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -132,12 +132,12 @@ def gradnorm(
 
     def weight_gradient(inputs: StepInputs, weights: jax.Array, first: jax.Array) -> jax.Array:
         active, dtype = inputs.active, weights.dtype
-        count = jnp.maximum(jnp.sum(active), 1).astype(dtype)
+        number = count_active(active, dtype)
         relative = safe_divide(inputs.losses, first, 1, where=first != 0)
         relative = jnp.where(active, jnp.clip(relative, 0, largest_weight(dtype)), 0)
-        rate = safe_divide(relative, jnp.sum(relative) / count, 1)
+        rate = safe_divide(relative, jnp.sum(relative) / number, 1)
         norms = jnp.where(active, weights * inputs.norms, 0)
-        target = jnp.sum(norms / count) * rate ** jnp.asarray(alpha, dtype)
+        target = jnp.sum(norms / number) * rate ** jnp.asarray(alpha, dtype)
         return jnp.sign(norms - target) * inputs.norms
 
     rule = WeightRule(frozenset({"losses", "norms"}), weigh, init)

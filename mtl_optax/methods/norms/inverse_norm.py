@@ -16,7 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType, Number
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -110,11 +110,11 @@ def inverse_norm(
         norms, dtype = inputs.norms, inputs.norms.dtype
         # In units of the largest norm, so that no square overflows.
         lengths = safe_divide(norms, jnp.max(norms))
-        count = jnp.maximum(jnp.sum(inputs.active), 1).astype(dtype)
+        number = count_active(inputs.active, dtype)
         if reference == "mean":
-            common = jnp.sum(lengths) / count
+            common = jnp.sum(lengths) / number
         else:
-            common = jnp.sqrt(jnp.sum(lengths * lengths) / count)
+            common = jnp.sqrt(jnp.sum(lengths * lengths) / number)
         nonzero = lengths > 0
         ratio = safe_divide(common, lengths + jnp.asarray(eps, dtype) * common, 1, where=nonzero)
         fresh = jnp.minimum(ratio ** jnp.asarray(power, dtype), largest_weight(dtype))
