@@ -1,6 +1,6 @@
-"""What a method of one's own is made of: a rule, and `from_rule`, which makes it an optax transformation.
+"""Rules, and `from_rule`, which makes an optax transformation from a rule.
 
-See "A method of your own" in docs/recipes/own_method.md.
+"A method of your own" in docs/recipes/own_method.md shows how to write one.
 """
 
 from mtl_optax.core.pipeline import from_rule

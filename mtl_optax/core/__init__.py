@@ -1,1 +1,1 @@
-"""What no user imports: the method type, the pipeline, the task tree, the Gram matrix, and the checks."""
+"""Internals: the method type, its pipeline, the task tree, the Gram matrix, and the checks."""

@@ -1,4 +1,4 @@
-"""Checks of a factory's arguments, and how they are shown."""
+"""Checks of the arguments of a factory, and their description in messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBER = (int, float, np.integer, np.floating)
 
 
 def check_integer(name: str, what: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raises where `value` is not a static integer in its closed range."""
+    """Raises if `value` is not a static integer in a closed range."""
     wanted = f">= {low}" if high is None else f"from {low} to {high}"
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -30,16 +30,17 @@ def check_integer(name: str, what: str, value: Any, low: int, high: int | None =
 
 
 def check_seed(name: str, seed: Any) -> None:
-    """Raises where a seed is no integer; arrays of one pass."""
+    """Raises if `seed` is not an integer or a scalar array of integers."""
     dtype = getattr(seed, "dtype", type(seed))
     if isinstance(seed, bool) or not jax.dtypes.issubdtype(dtype, np.integer) or np.shape(seed):
         raise TypeError(f"{name}: seed must be an integer, found {describe(seed)}.")
 
 
 def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
-    """Raises where a value is no number, or a Python number outside its closed range.
+    """Raises if a value is not a number, or is a Python number outside its closed range.
 
-    Scalar arrays pass whatever they hold, so that `optax.inject_hyperparams` can schedule any number.
+    The value of a scalar array is not checked, so that `optax.inject_hyperparams` can schedule any
+    number.
     """
     for what, (value, low, high) in ranges.items():
         _check_number(name, what, value)
@@ -48,7 +49,7 @@ def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
 
 
 def check_decay(name: str, **decays: Any) -> None:
-    """Raises where the decay of an average is outside [0, 1): with 1 the average would never move."""
+    """Raises if the decay of an EMA is outside [0, 1): with 1 the average would never change."""
     for what, value in decays.items():
         _check_number(name, what, value)
         if isinstance(value, _NUMBER) and not 0 <= value < 1:
@@ -56,13 +57,13 @@ def check_decay(name: str, **decays: Any) -> None:
 
 
 def check_bool(name: str, what: str, value: Any) -> None:
-    """Raises where `value` is neither True nor False."""
+    """Raises if `value` is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: {what} must be True or False, found {describe(value)}.")
 
 
 def check_choice(name: str, what: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises where `value` is none of the words in `choices`."""
+    """Raises if `value` is not one of the strings in `choices`."""
     if not isinstance(value, str) or value not in choices:
         quoted = [f'"{choice}"' for choice in choices]
         wanted = " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
@@ -70,7 +71,7 @@ def check_choice(name: str, what: str, value: Any, choices: Sequence[str]) -> No
 
 
 def check_transformation(name: str, what: str, value: Any) -> None:
-    """Raises where `value` is no optax transformation."""
+    """Raises if `value` is not an optax transformation."""
     if not hasattr(value, "init") or not hasattr(value, "update"):
         raise TypeError(
             f"{name}: {what} must be an optax transformation, such as optax.adam(1e-3); found "
@@ -79,7 +80,7 @@ def check_transformation(name: str, what: str, value: Any) -> None:
 
 
 def check_blocks(name: str, blocks: str | Label) -> None:
-    """Raises where `blocks` is no granularity."""
+    """Raises if `blocks` is an invalid value of the option `blocks`."""
     if not callable(blocks) and not (isinstance(blocks, str) and blocks in ("all", "leaf")):
         raise TypeError(
             f'{name}: blocks must be "all", "leaf" or a callable (path, leaf) -> label; found '
@@ -88,7 +89,7 @@ def check_blocks(name: str, blocks: str | Label) -> None:
 
 
 def check_axis_name(name: str, axis_name: AxisName) -> None:
-    """Raises where `axis_name` is neither None nor the name of a mapped axis or several."""
+    """Raises if `axis_name` is neither None, a name of a mapped axis, nor a tuple of names."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if axis_name is not None and not all(isinstance(one, str) for one in names):
         raise TypeError(
@@ -98,7 +99,7 @@ def check_axis_name(name: str, axis_name: AxisName) -> None:
 
 
 def describe(value: Any) -> str:
-    """An argument as a reader knows it: numbers and strings as they are, functions by their names."""
+    """Describes an argument in a message: functions by their names, other values by their `repr`."""
     if isinstance(value, Tracer):
         return f"<traced {value.dtype}{list(value.shape)}>"
     if callable(value):

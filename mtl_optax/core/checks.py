@@ -1,4 +1,4 @@
-"""What `update` checks of its arguments at trace time, and what `losses` and `active` mean."""
+"""Checks of the arguments of `update` at trace time."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _NO_TASK_AXIS = (
 
 
 class MissingLosses(ValueError):
-    """A method that needs losses was given none."""
+    """Raised if a method that needs losses gets none."""
 
 
 class NotFloating(TypeError):
-    """Gradients that are not real floating point numbers."""
+    """Raised if gradients are not real floating-point numbers."""
 
 
 class WrongTaskAxis(ValueError):
-    """Gradients of which some leaf is not `[T, *shape]`.
+    """Raised if a leaf of the gradients does not have the shape `[T, *shape]`.
 
     Attributes:
-      found: the shapes, in words.
-      is_missing: whether these leaves have the shapes of the parameters.
+      found: describes the shapes that were found.
+      is_missing: whether the task axis is missing, so that the leaves have the shapes of the parameters.
     """
 
     def __init__(self, found: str, remedy: str) -> None:
@@ -45,9 +45,10 @@ class WrongTaskAxis(ValueError):
 def check_updates(
     name: str, updates: optax.Updates, tasks: Tasks, params: optax.Params | None = None
 ) -> None:
-    """Raises where `updates` is not one gradient per task, saying what was found and where.
+    """Raises if `updates` does not hold one gradient per task; the message names the leaf.
 
-    Without `params`, gradients that were not stacked pass if every first dimension happens to be T.
+    Without `params` the check cannot detect a missing task axis if the first dimension of every leaf is
+    T.
     """
     num_tasks = tasks.number
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_rows)
@@ -80,7 +81,7 @@ def check_updates(
 def read_losses(
     name: str, losses: Any, tasks: Tasks, dtype: DType, extra_args: Mapping[str, Any]
 ) -> jax.Array:
-    """The losses `[T]` of a method that needs them."""
+    """Returns the losses as an array `[T]`, and raises if there are none."""
     if losses is None:
         vector = jnp.ndim(extra_args.get("value", 0.0)) == 1
         raise MissingLosses(
@@ -92,25 +93,25 @@ def read_losses(
 
 
 def read_active(name: str, active: Any, tasks: Tasks) -> jax.Array:
-    """The tasks that the caller says are in this batch, bool `[T]`; all by default."""
+    """Returns the mask of the tasks in this batch, bool `[T]`; all tasks by default."""
     if active is None:
         return jnp.ones((tasks.number,), bool)
     return task_vector(name, "active", active, tasks, jnp.bool_)
 
 
 def where(path: tuple[object, ...]) -> str:
-    """A path in a tree, for messages."""
+    """Describes a path in a tree, for messages."""
     return jax.tree_util.keystr(path) or "(the root)"
 
 
 def and_more(leaves: Collection[Any]) -> str:
-    """How many leaves there are besides the first, for messages."""
+    """Describes how many leaves there are besides the first, for messages."""
     more = len(leaves) - 1
     return f" (and {more} more {'leaf' if more == 1 else 'leaves'})" if more else ""
 
 
 def difference(name: str, tree: optax.Params, other_name: str, other: Any) -> str:
-    """How two trees of different structure differ, for messages."""
+    """Describes how the structures of two trees differ, for messages."""
     paths, others = (
         {where(path) for path, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_rows)}
         for t in (tree, other)

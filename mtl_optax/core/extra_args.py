@@ -1,4 +1,4 @@
-"""Extra arguments of `update` that several rules read: `gram=` and `order=`."""
+"""The extra arguments of `update` that several rules read: `gram=` and `order=`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mtl_optax.core.rule import StepInputs
 
 
 def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | None:
-    """The extra argument `gram` of `update`, `[T, T]`, without absent tasks; None where not given.
+    """Returns the extra argument `gram`, `[T, T]`, with 0 for inactive tasks; None if it is not given.
 
-    Entry (s, t) is the inner product of task s's gradient on one batch and task t's on another, so that
-    it need not be symmetric, and its diagonal can be negative.
+    Entry (s, t) is the inner product of the gradient of task s on one batch and that of task t on another
+    batch. The matrix is therefore not symmetric in general, and its diagonal can be negative.
     """
     gram = inputs.extra["gram"]
     if gram is None:
@@ -32,10 +32,10 @@ def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | Non
 def projection_order(
     name: str, num_tasks: int, order: str, seed: int, inputs: StepInputs
 ) -> jax.Array:
-    """`[T, T]` integers: row i lists the tasks in the order in which gradient i is projected on theirs.
+    """Returns integers `[T, T]`: gradient i is projected on the other gradients in the order of row i.
 
-    The extra argument `order` of `update` overrides the choice. "cyclic" starts with the next task;
-    "random" shuffles every row anew each step. A task's own number may stand anywhere: it is skipped.
+    The extra argument `order` of `update`, if given, replaces the result. "cyclic" starts row i with task
+    i + 1; "random" shuffles every row at every step. Row i also contains i, which the rules skip.
     """
     given: Any = inputs.extra["order"]
     if given is not None:

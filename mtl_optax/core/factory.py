@@ -1,4 +1,4 @@
-"""What all factories of methods have in common: unknown options, and methods that know their arguments."""
+"""The decorator of all method factories, which checks option names and records the arguments."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ P = ParamSpec("P")
 
 
 def factory(make: Callable[P, Method]) -> Callable[P, Method]:
-    """Decorates a factory, a function of the tasks and of options that returns a `Method`.
+    """Decorates a function that takes the tasks and options and returns a `Method`.
 
-    The methods that it returns know the arguments that they were made of. An option that the factory does
-    not know raises a TypeError that names the nearest one that it does.
+    The arguments are recorded in the `origin` of the method. An unknown option raises a TypeError, which
+    suggests the option with the most similar name.
 
     Args:
-      make: the factory; its first parameter is the tasks.
+      make: the factory, whose first parameter is `tasks`.
 
     Returns:
-      The factory with the same signature and docstring.
+      The decorated factory, with the same signature and docstring.
     """
     signature = inspect.signature(make)
     tasks, *own = signature.parameters
@@ -45,7 +45,7 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
         bound = signature.bind(*args, **options)
         given = _after_tasks(bound)
         bound.apply_defaults()
-        # The common options are compared as the method has them.
+        # The common options are compared by `Method.options`, which includes their defaults.
         arguments = {name: value for name, value in _after_tasks(bound).items() if name in own}
         origin = Origin(made, given, arguments)
         definition = dataclasses.replace(method.definition, origin=origin)
@@ -55,7 +55,7 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
 
 
 def _after_tasks(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments after the tasks; arrays that could be written to are copied."""
+    """Returns the arguments after the tasks; mutable arrays are copied."""
     _, *arguments = bound.arguments.items()
     return {name: _own(value) for name, value in flat_options(dict(arguments)).items()}
 

@@ -1,10 +1,9 @@
-"""Inner products of per-task gradients, block by block: what a method needs of T large gradients.
+"""Inner products of the task gradients, per block.
 
-Two ways of computing serve all backends. On a single CPU device the gradients are walked in blocks
-that fit the cache (`gram_cpu.py`), because one matrix product over millions of columns leaves the
-cache for every pair of tasks. Everywhere else, and on every mesh, plain products and sums are left
-to XLA: they need no reshape of a sharded axis, and what the devices exchange is the sums, never the
-gradients.
+There are two implementations. On a single CPU device, `gram_cpu.py` reads the gradients in pieces that
+fit the cache, because one matrix product over millions of columns reads memory again for every pair of
+tasks. On all other backends, and on every mesh, plain products and sums are used: they need no reshape of
+a sharded axis, and the devices exchange only the sums, not the gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mtl_optax.core import gram_cpu
 from mtl_optax.core.leaves import Leaf, TaskRows, pair_index, row_products, size_of, stack_of
 from mtl_optax.core.types import DType
 
-# Off the cache path, products are taken pair by pair (nothing is stacked) up to this many.
+# Up to this many products, XLA computes them pair by pair, without a stack of the rows.
 _MAX_PAIRWISE = 512
 
 
@@ -31,16 +30,16 @@ def gram_matrices(
     blocks: Sequence[int],
     num_blocks: int,
 ) -> jax.Array:
-    """The Gram matrix of the task gradients in every block.
+    """Computes the Gram matrix of the task gradients in every block.
 
-    `G[b, s, t]` is the sum over the leaves of block b of `<g_s, g_t>`, accumulated in float32 (float64
-    where a leaf is float64) and exactly symmetric. Each gradient is read once on a CPU; on a mesh the
+    `G[b, s, t]` is the sum over the leaves of block b of `<g_s, g_t>`, accumulated in float32 (float64 if
+    any leaf is float64). It is exactly symmetric. On a CPU each gradient is read once. On a mesh the
     result is replicated. Inside `shard_map` the sums are local.
 
     Args:
       leaves: the leaves of the gradient, stacked `[T, ...]` or `TaskRows`.
       blocks: the block of each leaf.
-      num_blocks: how many blocks there are; one without leaves gets zeros.
+      num_blocks: the number of blocks; a block without leaves gets zeros.
 
     Returns:
       `[num_blocks, T, T]`.
@@ -54,10 +53,10 @@ def squared_norms(
     blocks: Sequence[int],
     num_blocks: int,
 ) -> jax.Array:
-    """The squared norm of each task gradient in every block, `[num_blocks, T]`.
+    """Computes the squared norm of each task gradient in every block.
 
-    The diagonals of `gram_matrices`, with the same arguments and precision, at T instead of
-    T (T + 1) / 2 products.
+    The result is `[num_blocks, T]`, the diagonals of `gram_matrices`. It has the same arguments and
+    precision, and takes T products instead of T (T + 1) / 2.
     """
     return _sum_per_block(leaves, blocks, num_blocks, 1, _squares, _squares)
 
@@ -70,7 +69,7 @@ def _sum_per_block(
     in_cache: Callable[..., jax.Array],
     by_xla: Callable[..., jax.Array],
 ) -> jax.Array:
-    """Sums what one of two functions makes of each leaf, `[T]` or `[T, T]` by `rank`, over each block."""
+    """Sums the products of the leaves in each block, `[T]` for `rank` 1 and `[T, T]` for `rank` 2."""
     blocks, num_tasks = tuple(blocks), leaves[0].shape[0]
     double = any(leaf.dtype == jnp.float64 for leaf in leaves)
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)

@@ -1,4 +1,4 @@
-"""The Gram matrix on a single CPU device: the gradients are read in blocks that fit the cache."""
+"""The Gram matrix on a single CPU device: the gradients are read in pieces that fit the cache."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from mtl_optax.core.leaves import (
 )
 from mtl_optax.core.types import DType
 
-# The largest leaves, from this many elements a task on, get a kernel of their own. Each costs compile
-# time, so only so many do.
+# The largest leaves, with at least _LARGE elements per task, get a separate kernel each. Their number is
+# limited to _MAX_KERNELS, because every kernel costs compile time.
 _LARGE, _MAX_KERNELS = 262_144, 16
-# Smaller stacked leaves are copied into one: that takes less time than to start an operation for each.
+# Stacked leaves below this size are concatenated: the copy takes less time than one operation per leaf.
 _SMALL_STACK = 4_096
-# Elements of all tasks in one block of the loop: a quarter of a megabyte, inside an L2 cache.
+# The number of elements of all tasks that one iteration reads: a quarter of a megabyte fits the L2 cache.
 _LOOP_BLOCK = 65_280
-# Sums of _ROWS rows of _LANES products: XLA unrolls the rows and vectorises the lanes.
+# Products are summed in tiles of _ROWS x _LANES: XLA unrolls the rows and vectorises the lanes.
 _ROWS, _LANES = 8, 256
-# With more tasks the products of one pass no longer fit the registers beside what XLA fuses in.
+# With more tasks, the sums of one pass no longer fit the registers.
 _TASKS_IN_REGISTERS = 5
 
 
 def gram(leaf: Leaf, dtype: DType, own_kernel: bool) -> jax.Array:
-    """The products of all pairs of rows of one leaf, `[T, T]`."""
+    """Computes the inner products of all pairs of rows of one leaf, `[T, T]`."""
     num_tasks, size = leaf.shape[0], size_of(leaf)
     if not own_kernel:
         return row_products(stack_of(leaf).astype(dtype).reshape(num_tasks, size))
     if num_tasks <= _TASKS_IN_REGISTERS:
         return _sums_in_registers(_flat_rows(leaf), dtype)
-    # An odd multiple of 16: rows a power of two apart would all fall on the same cache lines.
+    # An odd multiple of 16, because rows at a distance of a power of two share cache sets.
     block = 16 * (_LOOP_BLOCK // max(num_tasks, 16) // 16 | 1)
     if isinstance(leaf, TaskRows):
         return _loop_over_rows(_flat_rows(leaf), block, dtype)
@@ -49,14 +49,14 @@ def gram(leaf: Leaf, dtype: DType, own_kernel: bool) -> jax.Array:
 
 
 def has_kernel(place: int, leaf: Leaf) -> bool:
-    """Whether the leaf at this place, largest first, gets a kernel of its own."""
+    """Whether a leaf gets a separate kernel; `place` is its index in the order of decreasing size."""
     return place < _MAX_KERNELS and size_of(leaf) >= _LARGE
 
 
 def merge_small(
     leaves: Sequence[Leaf], blocks: Sequence[int], dtype: DType
 ) -> list[tuple[Leaf, int]]:
-    """Joins the smaller leaves of each block; largest first. Each leaf is an operation to compile."""
+    """Concatenates the small leaves of each block, for fewer operations; sorts by decreasing size."""
     merged: list[tuple[Leaf, int]] = []
     rows: dict[int, list[list[jax.Array]]] = {}
     stacks: dict[int, list[jax.Array]] = {}
@@ -79,7 +79,7 @@ def merge_small(
 
 
 def _sums_in_registers(rows: list[jax.Array], dtype: DType) -> jax.Array:
-    """The products of all pairs of rows, from one fused pass over them."""
+    """Computes the inner products of all pairs of rows in one fused pass."""
     pairs = list(combinations_with_replacement(range(len(rows)), 2))
     whole = rows[0].size - rows[0].size % (_ROWS * _LANES)
     tiles = [row[:whole].reshape(-1, _ROWS, _LANES).astype(dtype) for row in rows]
@@ -112,7 +112,8 @@ def _loop_over_rows(rows: list[jax.Array], block: int, dtype: DType) -> jax.Arra
 
     def add_block(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, buffer = carry
-        # Row by row into one small buffer: a concatenation would read with all rows interleaved.
+        # Rows are copied to a small buffer one by one, because a concatenation would interleave their
+        # reads.
         for t, row in enumerate(rows):
             part = lax.dynamic_slice(row, (i * block,), (block,)).astype(dtype)
             buffer = lax.dynamic_update_slice(buffer, part[None], (t, 0))

@@ -1,8 +1,8 @@
-"""A leaf of a task tree, in either of its two forms.
+"""The two forms of a leaf of a task tree.
 
-*Stacked*, an array with a leading task axis, is for gradients that are in memory as one array.
-*Separate*, a `TaskRows` of one array per task, is for gradients that were computed one by one (the
-cotangents of a fork) and should never be copied into one array. The numbers are the same.
+A *stacked* leaf is one array with a leading task axis. A *separate* leaf is a `TaskRows` with one array
+per task: it holds gradients that were computed one by one (the cotangents of a fork) and avoids a copy
+into one array. Both forms represent the same values.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jax import lax
 
 
 class TaskRows(NamedTuple):
-    """A leaf of a task tree as T separate arrays `[*shape]`."""
+    """A leaf of a task tree, as T separate arrays `[*shape]`."""
 
     rows: tuple[jax.Array, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the stack."""
+        """The shape of the stacked form."""
         return (len(self.rows), *self.rows[0].shape)
 
     @property
@@ -37,37 +37,37 @@ Leaf: TypeAlias = jax.Array | TaskRows
 
 
 def is_rows(node: object) -> bool:
-    """Whether a node of a tree is a leaf in the separate form."""
+    """Whether a node of a tree is a separate leaf."""
     return isinstance(node, TaskRows)
 
 
 def leaves_of(updates: optax.Updates) -> list[Any]:
-    """The leaves of a task tree, in either form."""
+    """Returns the leaves of a task tree, of both forms."""
     return jax.tree.leaves(updates, is_leaf=is_rows)
 
 
 def rows_of(leaf: Leaf) -> tuple[jax.Array, ...]:
-    """The T rows `[*shape]` of a leaf; those of a stacked leaf are static slices."""
+    """Returns the T rows `[*shape]` of a leaf; those of a stacked leaf are static slices."""
     if isinstance(leaf, TaskRows):
         return leaf.rows
     return tuple(lax.index_in_dim(leaf, t, keepdims=False) for t in range(leaf.shape[0]))
 
 
 def stack_of(leaf: Leaf) -> jax.Array:
-    """A leaf in the stacked form."""
+    """Returns the stacked form of a leaf."""
     return jnp.stack(leaf.rows) if isinstance(leaf, TaskRows) else leaf
 
 
 def size_of(leaf: Leaf) -> int:
-    """The number of elements of one task."""
+    """Returns the number of elements per task."""
     return math.prod(leaf.shape[1:])
 
 
 def row_products(stack: jax.Array) -> jax.Array:
-    """The products of all rows of `[T, ...]`, without a reshape of a sharded axis."""
+    """Computes the inner products of all pairs of rows, without a reshape of a sharded axis."""
     axes = tuple(range(1, stack.ndim))
     sharding = jax.typeof(stack).sharding
-    # On explicit meshes JAX asks for the sharding of a result whose summed axes were sharded.
+    # On explicit meshes, JAX requires the sharding of a result whose summed axes were sharded.
     sharded = any(axis is not None for axis in sharding.spec)
     return lax.dot_general(
         stack,
@@ -80,7 +80,7 @@ def row_products(stack: jax.Array) -> jax.Array:
 
 
 def pair_index(num_tasks: int) -> np.ndarray:
-    """Where the pair of each matrix entry stands in `combinations_with_replacement`."""
+    """Returns the index of each matrix entry's pair in `combinations_with_replacement`."""
     index = np.zeros((num_tasks, num_tasks), np.int32)
     upper = np.triu_indices(num_tasks)
     index[upper] = np.arange(len(upper[0]))

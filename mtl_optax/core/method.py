@@ -22,21 +22,22 @@ from mtl_optax.core.types import AxisName, Label
 
 
 class MethodOptions(TypedDict, total=False):
-    """Keywords that every weighting method takes.
+    """The keyword arguments that all weighting methods share.
 
     Attributes:
-      blocks: the granularity at which the method looks at gradients: "all" (one block), "leaf" (each
-        tensor on its own), or a callable `(path, leaf) -> label` (one block a label; it sees leaves
-        without the task axis).
-      reduce: False keeps the task axis: the update is `weights[t] * g_t`, for methods in a chain. The
-        slot of a task that is not finite is passed on as NaN, so that the next method excludes it too.
-      update_every: k > 1 computes new weights only on every k-th update and reuses them in between; the
-        steps between take the norms only, for the tasks that are not finite, and to limit weights that
-        come from averages of norms. A task that the stored weights do not cover, because it was absent
-        or not finite then, causes new weights at once.
-      axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients
-        are split. Inner products are summed over them, so that all devices find the same weights.
-        `losses` and `active` must be equal on all devices already: `lax.pmean` local losses first.
+      blocks: how the parameters are grouped; the method computes separate weights per block. "all" is one
+        block, "leaf" is one block per tensor, and a callable `(path, leaf) -> label` gives one block per
+        label (it gets leaves without the task axis).
+      reduce: False keeps the task axis, for another method in the same chain: the update is
+        `weights[t] * g_t`. The entries of a non-finite task become NaN, so that the next method excludes
+        it too.
+      update_every: k > 1 computes new weights on every k-th update and reuses them in between. The other
+        updates compute only norms, to exclude non-finite tasks and to limit weights that depend on
+        averages of norms. If a task was absent or non-finite when the stored weights were computed, new
+        weights are computed as soon as it is active.
+      axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients are
+        split. Inner products are summed over these axes, so that all devices compute the same weights.
+        `losses` and `active` must be equal on all devices: apply `lax.pmean` to local losses first.
     """
 
     blocks: str | Label
@@ -55,12 +56,12 @@ class Options(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What made a method, and of what.
+    """The factory of a method, and its arguments.
 
     Attributes:
-      make: `make(tasks, **given)` makes an equal method.
-      given: the arguments after the tasks, as they were given.
-      arguments: these and the defaults of the others: what methods are compared by.
+      make: `make(tasks, **given)` returns an equal method.
+      given: the arguments that the caller passed after the tasks.
+      arguments: all arguments after the tasks, with defaults, by which methods are compared.
     """
 
     make: Callable[..., Method]
@@ -70,14 +71,14 @@ class Origin(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """What a method is made of.
+    """The parts of a method.
 
     Attributes:
       name: the factory's name.
-      tasks: how many tasks there are, and their names.
-      rule: the mathematics.
-      options: what was given of `MethodOptions`, and defaults.
-      origin: the factory and its arguments.
+      tasks: the number of tasks, and their names.
+      rule: the mathematics of the method.
+      options: the `MethodOptions`, with their defaults.
+      origin: the factory, and its arguments.
     """
 
     name: str
@@ -90,24 +91,24 @@ class Definition:
 class Method(optax.GradientTransformationExtraArgs):
     """A multi-task balancing method: an optax transformation that removes the task axis.
 
-    `init(params)` and `update(updates, state, params=None, *, losses=None, active=None)` are those of
-    any optax transformation, so it unpacks, chains and lifts as usual. `updates` has leaves
-    `[T, *shape]` and the result leaves `[*shape]`. `losses` and `active` are arrays `[T]` or
-    dictionaries by task name; unknown extra arguments are ignored.
+    `init(params)` and `update(updates, state, params=None, *, losses=None, active=None)` have the
+    signatures of any optax transformation, so a method can be unpacked, chained and wrapped as usual. The
+    leaves of `updates` are `[T, *shape]`, and those of the result are `[*shape]`. `losses` and `active`
+    are arrays `[T]` or dictionaries by task name. Unknown extra arguments are ignored.
 
-    A method is a constant: to JAX it is a tree without leaves, so that it can be an argument of a
-    compiled function or a field of a module. Two are equal if the same factory made them of equal
-    arguments: numbers, strings and arrays by value, functions and optimizers by identity. `repr` shows
-    the tasks and the arguments that were given.
+    A method is a constant: it is a pytree without leaves, so that it can be an argument of a compiled
+    function or a field of a module. Two methods are equal if the same factory made them from equal
+    arguments. Numbers, strings and arrays are compared by value, functions and optimizers by identity.
+    `repr` shows the tasks and the arguments that were passed.
 
     Attributes:
       name: the factory's name.
       num_tasks: T, the number of tasks.
       task_names: the task names in the order of the task axis, or None.
       target: the name or index of the task that counts more than the others, or None.
-      needs: what it looks at: a subset of {"losses", "norms", "gram", "gradients"}.
-      rule: its mathematics, a `WeightRule` or an `UpdateRule`.
-      options: what it was given of `MethodOptions`, and defaults.
+      needs: what the method reads: a subset of {"losses", "norms", "gram", "gradients"}.
+      rule: the mathematics, a `WeightRule` or an `UpdateRule`.
+      options: the `MethodOptions`, with their defaults.
 
     Example:
 
@@ -125,9 +126,9 @@ class Method(optax.GradientTransformationExtraArgs):
     update: Callable[..., tuple[optax.Updates, BalanceState]]
 
     def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Any:
-        """The method whose two functions these are; of others, another transformation.
+        """Returns the method that has these two functions, or else a plain transformation.
 
-        So it comes back from whatever takes a named tuple apart and puts it together again.
+        Functions that rebuild named tuples therefore return a method again.
         """
         owner = getattr(update, "__self__", None)
         if isinstance(owner, Definition) and getattr(init, "__self__", None) is owner:
@@ -149,7 +150,7 @@ class Method(optax.GradientTransformationExtraArgs):
         return f"{self.name}({', '.join([repr(tasks), *given])})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is made by the factory."""
+        """Copies the method by a call of its factory."""
         return functools.partial(self.origin.make, self.tasks, **self.origin.given), ()
 
     @classmethod
@@ -158,7 +159,7 @@ class Method(optax.GradientTransformationExtraArgs):
 
     @functools.cached_property
     def _value(self) -> tuple[object, ...]:
-        """What methods are compared by, hashable."""
+        """A hashable value by which methods are compared."""
         made_of = (self.options, self.origin.arguments)
         leaves, structure = jax.tree.flatten(made_of, is_leaf=is_method)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -170,7 +171,7 @@ class Method(optax.GradientTransformationExtraArgs):
 
     @property
     def definition(self) -> Any:
-        """The object that `init` and `update` are methods of."""
+        """The object whose methods `init` and `update` are."""
         return self.update.__self__  # type: ignore[attr-defined]
 
     @property
@@ -180,17 +181,17 @@ class Method(optax.GradientTransformationExtraArgs):
 
     @property
     def tasks(self) -> Tasks:
-        """How many tasks there are, and their names."""
+        """The number of tasks, and their names."""
         return self.definition.tasks
 
     @property
     def rule(self) -> WeightRule | UpdateRule:
-        """Its mathematics."""
+        """The mathematics of the method."""
         return self.definition.rule
 
     @property
     def options(self) -> Options:
-        """What it was given of `MethodOptions`, and defaults."""
+        """The `MethodOptions`, with their defaults."""
         return self.definition.options
 
     @property
@@ -216,17 +217,21 @@ class Method(optax.GradientTransformationExtraArgs):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it looks at."""
+        """What the method reads."""
         return self.rule.needs
 
 
 def is_method(node: object) -> bool:
-    """Whether a node of a tree is a method; as a leaf, one with a traced option passes."""
+    """Whether a node of a tree is a method.
+
+    As `is_leaf` it prevents that a method is flattened, which raises if an option is traced.
+    """
     return isinstance(node, Method)
 
 
 def _flatten(method: Method) -> tuple[tuple[()], Method]:
-    hash(method)  # raises for a traced one: JAX compares what a node holds, and does not hash it
+    # JAX compares the method without hashing it, so the hash is what detects a traced option.
+    hash(method)
     return (), method
 
 
@@ -234,9 +239,10 @@ jax.tree_util.register_pytree_node(Method, _flatten, lambda method, _: method)
 
 
 def flat_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a factory, with those that came in one argument `options` among them.
+    """Merges the entries of a keyword argument `options` into the other keyword arguments.
 
-    So `optax.inject_hyperparams` hands a factory's `**options` on. What stands beside them is a default.
+    `optax.inject_hyperparams` passes a factory's `**options` as one dictionary; its entries take
+    precedence.
     """
     nested = given.get("options")
     if not isinstance(nested, Mapping):
@@ -245,20 +251,20 @@ def flat_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_value(leaf: object) -> Any:
-    """A hashable stand-in: arrays by their numbers, all else as it is."""
+    """Returns a hashable value for comparison: shape, dtype and bytes of an array, else `leaf` itself."""
     if not isinstance(leaf, (jax.Array, np.ndarray)):
         return leaf
     array = np.asarray(leaf)
     return array.shape, array.dtype, array.tobytes()
 
 
-# What is inside a chain shows in no attribute of it: while `check` calls its update, methods say so here.
+# A chain has no attribute for the methods inside it, so during `check` each method records its call here.
 _CALLS: ContextVar[list[tuple[Method, Any]] | None] = ContextVar("calls", default=None)
 
 
 @contextmanager
 def update_calls() -> Iterator[list[tuple[Method, Any]]]:
-    """A list that grows by each method whose `update` is called meanwhile, and the updates it is given."""
+    """Records each call of a method's `update` in this context: the method, and its gradients."""
     calls: list[tuple[Method, Any]] = []
     token = _CALLS.set(calls)
     try:
@@ -268,12 +274,12 @@ def update_calls() -> Iterator[list[tuple[Method, Any]]]:
 
 
 def tell_update(method: Method, updates: optax.Updates) -> None:
-    """Says that the `update` of a method is called."""
+    """Records a call of a method's `update`."""
     calls = _CALLS.get()
     if calls is not None:
         calls.append((method, updates))
 
 
 def is_watched() -> bool:
-    """Whether `check` looks on."""
+    """Whether calls are being recorded, as in `check`."""
     return _CALLS.get() is not None

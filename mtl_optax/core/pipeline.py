@@ -1,10 +1,10 @@
-"""The pipeline: from one gradient per task to one update, for every method.
+"""The pipeline: computes one update from one gradient per task, for every method.
 
-A step takes one road. `read` checks what the caller gives. `inputs` and `measure` make the record that a
-rule reads, with the tasks that are active. `weigh` asks the rule for weights. `finish` counts the step and
-the tasks that were left out. All three places take this road: `Pipeline.update` on the parameters or on a
-fork's representation, `weighted_value_and_grad`, and `weigh_losses`. See `rule.py` for what a rule may rely
-on.
+Every step has the same stages. `read` checks the caller's arguments. `inputs` and `measure` build the
+record that a rule reads, and determine which tasks are active. `weigh` calls the rule. `finish` counts
+the step and the tasks that were excluded. `Pipeline.update` (on the parameters or on a fork's
+representation), `weighted_value_and_grad` and `weigh_losses` all use these stages. `rule.py` says what a
+rule may assume.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def from_rule(
       The method.
 
     Raises:
-      ValueError, TypeError: for invalid options or tasks. At trace time, `update` raises for updates
-        without the task axis, a wrong T, missing or misshapen `losses` or `active`.
+      ValueError, TypeError: if options or tasks are invalid. At trace time, `update` raises if the updates
+        have no task axis or a wrong T, or if `losses` or `active` are missing or have a wrong shape.
 
     Example:
 
@@ -83,12 +83,12 @@ def from_rule(
 
 
 class Given(NamedTuple):
-    """What the caller gives of a step besides gradients: arrays only.
+    """The caller's arguments of a step, except the gradients; all are arrays.
 
     Attributes:
-      present: bool `[T]`, the tasks that are in this batch.
+      present: bool `[T]`, which tasks are in this batch.
       losses: `[T]`, or None if the rule needs none.
-      params: the parameters, if the rule looks at gradients element by element.
+      params: the parameters, if the rule reads gradients element by element.
       extra: the extra arguments that the rule declares.
     """
 
@@ -100,13 +100,13 @@ class Given(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline(Definition):
-    """A method's definition, with the functions of an optax transformation."""
+    """The definition of a method, with the functions of an optax transformation."""
 
     def init(self, params: optax.Params) -> BalanceState:
-        """The first state of the method.
+        """Returns the initial state of the method.
 
         Args:
-          params: the parameters or, on a fork, the representation. Shapes are enough.
+          params: the parameters or, on a fork, the representation. Only shapes and dtypes are used.
 
         Returns:
           A `BalanceState`.
@@ -125,26 +125,26 @@ class Pipeline(Definition):
         active: Active | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, BalanceState]:
-        """Balances the gradients of the tasks.
+        """Combines the gradients of the tasks.
 
         Args:
           updates: one gradient per task, leaves `[T, *shape]`.
           state: from `init`, or from the last update.
-          params: the parameters, to which the shapes of `updates` are compared.
-          losses: the raw losses of this step, `[T]` or a dictionary by task name; for methods that need
+          params: the parameters, with which the shapes of `updates` are compared.
+          losses: the raw losses of this step, `[T]` or a dictionary by task name, if the method needs
             them.
-          active: the tasks that are in this batch, bool `[T]` or a dictionary by task name; None is all.
-          **extra_args: those that the documentation of the method names; others are ignored.
+          active: which tasks are in this batch, bool `[T]` or a dictionary by task name; None means all.
+          **extra_args: the extra arguments in the documentation of the method; others are ignored.
 
         Returns:
-          `(update, state)`: leaves `[*shape]`, with `reduce=False` `[T, *shape]`, and the new state.
+          `(update, state)`: the update has leaves `[*shape]`, or `[T, *shape]` with `reduce=False`.
         """
         tell_update(Method(self.init, self.update), updates)
         given = self.read(state, losses, active, params, extra_args)
         checks.check_updates(self.name, updates, self.tasks, params)
         return self._balance(updates, state, given)
 
-    # --- the road of a step --------------------------------------------------------------------------
+    # --- the stages of a step ------------------------------------------------------------------------
 
     def read(
         self,
@@ -154,14 +154,14 @@ class Pipeline(Definition):
         params: optax.Params | None = None,
         extra_args: Mapping[str, Any] | None = None,
     ) -> Given:
-        """Checks what the caller gives of a step."""
+        """Checks and converts the caller's arguments of a step."""
         extra_args = extra_args or {}
         check_state(self.name, state, self.tasks)
         vector = None
         if "losses" in self.rule.needs:
             dtype = state.weights.dtype
             vector = checks.read_losses(self.name, losses, self.tasks, dtype, extra_args)
-        elif isinstance(losses, Mapping):  # names that differ would mean another target
+        elif isinstance(losses, Mapping):  # other names would mean another target
             names_of(self.name, "losses", losses, self.tasks)
         return Given(
             present=checks.read_active(self.name, active, self.tasks),
@@ -171,7 +171,7 @@ class Pipeline(Definition):
         )
 
     def inputs(self, given: Given, state: BalanceState) -> StepInputs:
-        """What a rule reads of a step, as far as it is known without the gradients."""
+        """Builds the record that a rule reads, without the entries that need the gradients."""
         inputs = StepInputs(
             active=given.present,
             step=state.balance_count,
@@ -185,7 +185,7 @@ class Pipeline(Definition):
     def measure(
         self, updates: optax.Updates, blocks: Blocks, inputs: StepInputs, *, cosines: bool
     ) -> StepInputs:
-        """Adds norms and cosines, if the rule needs them; a task that is not finite is inactive."""
+        """Adds norms and cosines, if the rule needs them, and makes non-finite tasks inactive."""
         seen = (updates, blocks, inputs.active, inputs.dtype, self.options.axis_name)
         if cosines:
             cosine, norms, finite = task_tree.gram(*seen)
@@ -197,16 +197,16 @@ class Pipeline(Definition):
         return inputs.restrict(finite)
 
     def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
-        """Whether new weights are due: by `update_every`, or for a task that the old ones do not cover."""
+        """Whether to compute new weights: by `update_every`, or for a task without a stored weight."""
         by_count = state.balance_count % self.options.update_every == 0
         return by_count | jnp.any(active & ~state.weighed)
 
     def weigh(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
-        """The state with the weights that the rule gives."""
+        """Computes new weights by the rule, and returns the state that contains them."""
         assert isinstance(self.rule, WeightRule)
         num_blocks, dtype = state.weights.shape[0], state.weights.dtype
         weights, rule_state = _over_blocks(self.rule.weigh, inputs, state.rule_state, num_blocks)
-        # Sums of quotients of norms may overflow, each quotient does not.
+        # A sum of quotients of norms may overflow, although no single quotient does.
         largest = float(jnp.finfo(dtype).max)
         weights = jnp.where(inputs.active, jnp.clip(weights, -largest, largest), 0).astype(dtype)
         return state._replace(
@@ -219,7 +219,7 @@ class Pipeline(Definition):
         )
 
     def keep_weights(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
-        """The state of a step between, with weights as large as the present norms allow."""
+        """Returns the state of a step that reuses weights, which are limited by the rule's `bound`."""
         assert isinstance(self.rule, WeightRule)
         state = state._replace(norms=inputs.norms)
         if self.rule.bound is None:
@@ -230,13 +230,13 @@ class Pipeline(Definition):
         return state._replace(weights=jnp.minimum(state.kept_weights, limits).astype(dtype))
 
     def applied_weights(self, state: BalanceState) -> jax.Array:
-        """The weights, `[B, T]`; what counts as a zero gradient adds nothing, however large its weight."""
+        """Returns the weights `[B, T]`, with 0 for gradients that count as zero."""
         return (
             state.weights if state.norms is None else jnp.where(state.norms > 0, state.weights, 0)
         )
 
     def finish(self, state: BalanceState, given: Given, active: jax.Array) -> BalanceState:
-        """Counts the step, and the tasks that are present but were not active."""
+        """Counts the step, and the tasks that were present but not active."""
         return state._replace(
             balance_count=next_count(state.balance_count),
             skipped=next_count(state.skipped, given.present & ~active),
@@ -246,12 +246,12 @@ class Pipeline(Definition):
 
     @property
     def _on_gradients(self) -> bool:
-        """Whether the rule looks at gradients element by element."""
+        """Whether the rule reads gradients element by element."""
         return isinstance(self.rule, UpdateRule) or self.rule.average is not None
 
     @functools.cached_property
     def _balance(self) -> Callable[..., tuple[optax.Updates, BalanceState]]:
-        # Compiled on its own, so that a call outside jit is one program too; inside jit it is inlined.
+        # Compiled here, so that a call outside jit runs one program too; inside jit it is inlined.
         return jax.jit(self._update)
 
     def _update(
@@ -271,7 +271,7 @@ class Pipeline(Definition):
     def _by_update(
         self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
     ) -> tuple[optax.Updates, BalanceState, jax.Array]:
-        """The update that the rule gives, the new state, and which tasks went into it."""
+        """Returns the update of an `UpdateRule`, the new state, and which tasks were used."""
         assert isinstance(self.rule, UpdateRule)
         update, weights, rule_state = self.rule.apply(inputs, state.rule_state)
         weights = jnp.where(inputs.active, weights, 0).astype(state.weights.dtype)
@@ -281,7 +281,7 @@ class Pipeline(Definition):
     def _by_weights(
         self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
     ) -> tuple[optax.Updates, BalanceState, jax.Array]:
-        """The weighted sum, the new state, and which tasks went into it."""
+        """Returns the weighted sum, the new state, and which tasks were used."""
         rule, options = self.rule, self.options
         assert isinstance(rule, WeightRule)
         blocks = task_tree.assign_blocks(task_tree.without_task_axis(updates), options.blocks)
@@ -299,7 +299,7 @@ class Pipeline(Definition):
             measured = self.measure(seen, blocks, inputs, cosines=False)
             return self.keep_weights(state, measured), measured.active
 
-        # The averages are as large as the gradients: they stay out of the `cond` over the weights.
+        # The averages are as large as the gradients, so they are not passed through the `cond`.
         state = state._replace(averages=None)
         if options.update_every == 1:
             state, active = fresh(state)
@@ -314,7 +314,7 @@ class Pipeline(Definition):
 
 
 def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
-    """The rule of a weighting method that another method is built on."""
+    """Returns the rule of a weighting method, on which another method is built."""
     rule = getattr(base, "rule", None)
     if not isinstance(base, Method) or not isinstance(rule, WeightRule):
         raise TypeError(
@@ -331,7 +331,7 @@ def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
 
 
 def _check_blocks(rule: WeightRule, count: int, in_state: int) -> None:
-    """Raises if a state was made for another tree, so that blocks would be mixed up."""
+    """Raises if the state has another number of blocks than the gradients."""
     if count != in_state and rule.needs & {"norms", "gram"}:
         raise ValueError(
             f"the state has {in_state} blocks, and these gradients have {count}: make it by init of the "
@@ -345,7 +345,7 @@ def _over_blocks(
     rule_state: optax.OptState,
     num_blocks: int,
 ) -> Any:
-    """One call of a rule's `weigh` or `bound`, vmapped over the blocks."""
+    """Calls a rule's `weigh` or `bound`, vmapped over the blocks."""
 
     def of_block(norms: Any, cosine: Any, rule_state: optax.OptState) -> Any:
         return function(inputs._replace(norms=norms, cosine=cosine), rule_state)
@@ -353,7 +353,7 @@ def _over_blocks(
     blocked = (inputs.norms, inputs.cosine, rule_state)
     if num_blocks > 1:
         return jax.vmap(of_block, axis_size=num_blocks)(*blocked)
-    # For one block without vmap, which would turn a solver's `cond` into both of its branches.
+    # One block needs no vmap, under which a solver's `cond` would execute both of its branches.
     result = of_block(*jax.tree.map(lambda x: x[0], blocked))
     return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 

@@ -1,16 +1,16 @@
-"""The two kinds of rule: the mathematics of a method, before it meets an optimizer.
+"""The two kinds of rule: the mathematics of a method.
 
-A `WeightRule` gives one weight per task and sees only small arrays. An `UpdateRule` gives the update
-itself, for methods that are no weighted sum of gradients. Both read a step from one record, `StepInputs`.
+A `WeightRule` computes one weight per task from small arrays. An `UpdateRule` computes the update itself,
+for methods that are not a weighted sum of gradients. Both read their inputs from a `StepInputs`.
 
-**Absent tasks.** A task is *active* in a step if the caller says that it is present (`active=`), the norm
-of its gradient is finite, and so is its loss if the method needs losses. The pipeline (`pipeline.py`)
-decides this once on the way in, and applies it once on the way out:
+**Absent tasks.** A task is *active* in a step if the caller marks it as present (`active=`), the norm of
+its gradient is finite, and its loss is finite if the method needs losses. The pipeline (`pipeline.py`)
+determines this before the rule and applies it to the result of the rule:
 
-* in: the slots of inactive tasks hold 0 in losses, norms, cosines and task trees;
-* state: a rule leaves what it remembers of an inactive task as it was, and counts only the active
-  tasks in means, sums to 1 and the like;
-* out: whatever a rule returns for an inactive task is replaced by weight 0.
+* inputs: the entries of inactive tasks are 0 in losses, norms, cosines and task trees;
+* state: a rule does not change its state for an inactive task, and uses only the active tasks in means
+  and in the normalisation of weights;
+* result: the weight of an inactive task is replaced by 0.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from mtl_optax.core.types import DType
 
 
 class StepInputs(NamedTuple):
-    """What a rule reads of one step. A value that the rule does not need is not computed: it is None.
+    """The inputs of a rule in one step. An entry that the rule does not need is None.
 
     Attributes:
       active: bool `[T]`; see above.
-      step: int32 scalar, the number of updates before this one.
+      step: int32 scalar, the number of previous updates.
       dtype: the dtype of weights and statistics.
       losses: `[T]`, the raw losses.
-      norms: `[T]`, the norms of the gradients of one block. A `WeightRule` alone has them.
-      cosine: `[T, T]`, the Gram matrix of the unit gradients of one block; the row of a zero gradient is 0.
-      updates: the task tree, leaves `[T, *shape]`. An `UpdateRule` and a `GradientAverage` have it.
-      params: what the caller gave, or None; with `updates`.
-      extra: the extra arguments of `update` that the rule declares; None for one that was not given.
+      norms: `[T]`, the norms of the gradients in one block, for a `WeightRule` only.
+      cosine: `[T, T]`, the cosines between the gradients in one block; the row of a zero gradient is 0.
+      updates: the task tree, with leaves `[T, *shape]`, for an `UpdateRule` or a `GradientAverage`.
+      params: the parameters that the caller passed, or None; only together with `updates`.
+      extra: the extra arguments of `update` that the rule declares; None for those that were not passed.
     """
 
     active: jax.Array
     step: jax.Array
     dtype: DType
-    # A rule reads only what it says that it needs, which is an array then.
+    # A rule reads only the entries in its `needs`, and these are arrays.
     losses: jax.Array = None  # type: ignore[assignment]
     norms: jax.Array = None  # type: ignore[assignment]
     cosine: jax.Array = None  # type: ignore[assignment]
@@ -53,7 +53,7 @@ class StepInputs(NamedTuple):
     extra: Mapping[str, Any] = MappingProxyType({})
 
     def restrict(self, finite: jax.Array) -> StepInputs:
-        """The record in which only tasks that are `finite` [T] are active."""
+        """Returns a copy in which only tasks that are `finite` `[T]` are active."""
         active = self.active & finite
         losses = None if self.losses is None else jnp.where(active, self.losses, 0)
         return self._replace(active=active, losses=losses)
@@ -65,15 +65,15 @@ class StepInputs(NamedTuple):
 
 
 class GradientAverage(NamedTuple):
-    """A transformation of the task tree that comes before a `WeightRule`, such as a moving average.
+    """A transformation of the task tree before a `WeightRule`, such as an EMA.
 
-    The rule then sees norms and inner products of what `apply` returns.
+    The rule then reads the norms and cosines of the task tree that `apply` returns.
 
     Attributes:
       init: `(params, num_tasks, dtype) -> state`, arrays only.
       apply: `(StepInputs, state) -> (task tree, state)`.
-      weighted: True if the weights multiply what `apply` returns, False if they multiply the raw gradients
-        of this step.
+      weighted: True if the weights multiply the result of `apply`, False if they multiply the raw
+        gradients.
     """
 
     init: Callable[[optax.Params, int, DType], optax.OptState]
@@ -82,7 +82,7 @@ class GradientAverage(NamedTuple):
 
 
 def no_state(*_: object) -> tuple[()]:
-    """The state of a rule that remembers nothing."""
+    """Returns the empty state, for a rule without a state."""
     return ()
 
 
@@ -91,14 +91,16 @@ class WeightRule(NamedTuple):
 
     Attributes:
       needs: the subset of {"losses", "norms", "gram"} that `weigh` reads.
-      weigh: `(StepInputs, rule_state) -> (weights [T], rule_state)`; the weights multiply raw gradients.
-      init: `dtype -> rule_state` of one block, arrays only.
+      weigh: `(StepInputs, rule_state) -> (weights [T], rule_state)`; the weights multiply the raw
+        gradients.
+      init: `dtype -> rule_state`, the initial state of one block, which contains only arrays.
       extra: the names of extra arguments of `update` that `weigh` reads.
-      average: what is done to the gradients before, if anything.
-      target: the index of the task that counts more than the others, if there is one; `Method.target`
-        and `check` say it.
-      bound: `(StepInputs, rule_state) -> limits [T]`, for weights that come from averages of norms: what a
-        kept weight must not exceed between the steps of `update_every`. Of the gradients it sees norms.
+      average: a transformation of the gradients before `weigh`, or None.
+      target: the index of the task that counts more than the others, or None; `Method.target` and `check`
+        report it.
+      bound: `(StepInputs, rule_state) -> limits [T]`, the upper limits of reused weights
+        (`update_every`), for rules whose weights depend on averages of norms. It reads only the norms of
+        the gradients.
     """
 
     needs: frozenset[str]
@@ -116,7 +118,7 @@ class UpdateRule(NamedTuple):
     Attributes:
       needs: "gradients", and "losses" if `apply` reads them.
       apply: `(StepInputs, rule_state) -> (update, weights [T], rule_state)`; the update has the
-        structure of the parameters, and the weights say how much of each task went into it.
+        structure of the parameters, and the weights are the share of each task's gradient in it.
       init: `(params, num_tasks, dtype) -> rule_state`, arrays only.
       extra: the names of extra arguments of `update` that `apply` reads.
       target: as in `WeightRule`.

@@ -1,4 +1,4 @@
-"""Rules that more than one method is built on."""
+"""Rules that several methods use."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class BargainingState(NamedTuple):
     """State of `fairgrad` and `nash_mtl`.
 
     Attributes:
-      fallback_count: int32 scalar, how often no solution existed and min-norm weights were used.
+      fallback_count: int32 scalar, the number of steps without a solution, which used min-norm weights.
     """
 
     fallback_count: jax.Array
 
 
 def min_norm_rule(normalize: str) -> WeightRule:
-    """The weights of the min-norm point of the gradients divided as `mgda` says: "none", "l2", ..."""
+    """Returns the rule of the min-norm weights; `normalize` is the argument of `mgda`."""
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         norms = inputs.norms
         if normalize in ("l2", "loss+"):
             norms = jnp.where(norms > 0, 1, 0)
         if normalize in ("loss", "loss+"):
-            # A loss of 0 would make its gradient infinite: it counts as a zero gradient instead.
+            # A loss of 0 would make its gradient infinite, so its gradient counts as zero instead.
             norms = safe_divide(norms, jnp.maximum(inputs.losses, 0))
         norms = norms.astype(inputs.cosine.dtype)
         return min_norm_weights(inputs.cosine, norms, inputs.active), state
@@ -47,7 +47,7 @@ def min_norm_rule(normalize: str) -> WeightRule:
 
 
 def fair_rule(alpha: Number) -> WeightRule:
-    """The weights of alpha-fairness; those of the min-norm point if there is no solution."""
+    """Returns the rule of alpha-fair weights; without a solution they are the min-norm weights."""
 
     def init(dtype: DType) -> BargainingState:
         return BargainingState(jnp.zeros((), jnp.int32))
@@ -62,7 +62,7 @@ def fair_rule(alpha: Number) -> WeightRule:
 
 
 def trained_scale_rule(optimizer: optax.GradientTransformation, num_tasks: int) -> WeightRule:
-    """One trained weight per task that brings its loss to 1."""
+    """Returns the rule that trains one weight per task, until the weighted loss is 1."""
 
     def init(dtype: DType) -> TrainedState:
         return start(optimizer, jnp.zeros((num_tasks,), dtype))

@@ -1,4 +1,4 @@
-"""The state of a method: its fields, the first one, and the check that a state is one of a method's own."""
+"""The state of a method: its fields, its initial value, and its checks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mtl_optax.core.types import DType, Label
 
 
 class BalanceState(NamedTuple):
-    """The state of every method. B is the number of blocks, 1 with `blocks="all"`.
+    """The state of every method. B is the number of blocks, which is 1 for `blocks="all"`.
 
     Attributes:
-      balance_count: int32 scalar, updates done.
-      weights: `[B, T]`, the weights used last.
-      kept_weights: `[B, T]`, the weights computed last, for methods that use smaller ones where
-        `update_every` keeps them for gradients that have grown too much; None for others.
-      norms: `[B, T]`, the gradient norms seen last; None if the method needs none.
-      cosine: `[B, T, T]`, the cosines seen last; None if the method needs none.
-      skipped: int32 `[T]`, how often each task was excluded because it was not finite: a number in its
-        gradient or its loss, or the sum of its squared numbers (a norm above 1.8e19 in float32).
+      balance_count: int32 scalar, the number of updates.
+      weights: `[B, T]`, the weights of the last update.
+      kept_weights: `[B, T]`, the weights as computed last, for methods that limit them while
+        `update_every` reuses them; None for other methods.
+      norms: `[B, T]`, the last gradient norms; None if the method needs none.
+      cosine: `[B, T, T]`, the last cosines; None if the method needs none.
+      skipped: int32 `[T]`, how often each task was excluded because its loss, an entry of its gradient or
+        its squared gradient norm was not finite (in float32, a norm above 1.8e19).
       weighed: bool `[T]`, the tasks for which `weights` were computed.
-      averages: what the method keeps of the gradients themselves; None for most methods.
-      rule_state: what the rule remembers; with a block axis for methods that give weights.
+      averages: buffers of the size of the gradients; None for most methods.
+      rule_state: the state of the rule; it has a block axis if the rule is a `WeightRule`.
     """
 
     balance_count: jax.Array
@@ -50,14 +50,14 @@ def first_state(
     blocks: str | Label,
     num_blocks: int | None = None,
 ) -> BalanceState:
-    """What `init` returns.
+    """Returns the initial state of a method.
 
     Args:
       rule: the mathematics of the method.
       num_tasks: T.
-      params: the parameters; shapes are enough.
-      blocks: the granularity, which gives the number of blocks.
-      num_blocks: B, if it is known already.
+      params: the parameters, of which only shapes and dtypes are used.
+      blocks: the option `blocks`, which determines the number of blocks.
+      num_blocks: B, if it is already known.
 
     Returns:
       The state.
@@ -94,7 +94,7 @@ def first_state(
 
 
 def check_state(name: str, state: BalanceState | optax.OptState, tasks: Tasks) -> None:
-    """Raises where `state` is not the state of a method for these tasks."""
+    """Raises if `state` is not the state of a method for these tasks."""
     if not isinstance(state, BalanceState):
         if states_in(state):
             raise TypeError(
@@ -119,16 +119,16 @@ def check_state(name: str, state: BalanceState | optax.OptState, tasks: Tasks) -
 def check_fields(
     name: str, rule: WeightRule | UpdateRule, state: BalanceState, updates: optax.Updates
 ) -> None:
-    """Raises where the fields of a state are not those that `init` makes; dtypes may differ in width.
+    """Raises if a field of the state differs from what `init` returns; dtypes may differ in width.
 
-    Weights on losses need no blocks, so that any number of them passes.
+    The number of blocks is not checked, because methods on losses accept any number.
     """
     blocks, num_tasks = state.weights.shape
     wanted = jax.eval_shape(
         lambda params: first_state(rule, num_tasks, params, "all", blocks),
         task_tree.without_task_axis(updates),
     )
-    # The state of the rule is the last field, and its type says the most.
+    # The state of the rule is the last field; its type names the method, so it is checked first.
     for field in reversed(BalanceState._fields):
         difference = _difference(getattr(state, field), getattr(wanted, field))
         if difference:
@@ -143,7 +143,7 @@ def _foreign(name: str, why: str) -> str:
 
 
 def _difference(found: optax.OptState, want: optax.OptState) -> str | None:
-    """Where a field of the state first differs from what it should be."""
+    """Describes the first difference between a field of the state and the expected one."""
     if jax.tree.structure(found) != jax.tree.structure(want):
         got, expected = _container(found), _container(want)
         return " has another structure" if got == expected else f" is {got}, not {expected}"
@@ -165,7 +165,7 @@ def _container(tree: optax.OptState) -> str:
 
 
 def _kind(dtype: DType) -> object:
-    """A dtype without its width."""
+    """Returns the kind of a dtype, without its width."""
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), dtype)
 
@@ -175,16 +175,16 @@ def _tasks(number: int) -> str:
 
 
 def states_in(tree: optax.OptState) -> list[BalanceState]:
-    """The states of methods in any tree that holds some: of a chain, a wrapper, a fork's carrier."""
+    """Returns the states of methods in a tree, such as the state of a chain or a fork's carrier."""
     is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
     return [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
 
 
 def next_count(count: jax.Array, happened: bool | jax.Array = True) -> jax.Array:
-    """Counts up if something `happened`; past the largest int32 it goes on from 2**30.
+    """Increments a counter if `happened`; after the largest int32 it continues at 2**30.
 
-    A counter that stopped there would freeze every random stream folded from it, and one that wrapped
-    to 0 would look like a first step.
+    A counter that stopped there would repeat the random numbers that depend on it, and a counter that
+    wrapped to 0 would repeat the first step.
     """
     last = jnp.asarray(np.iinfo(np.int32).max, count.dtype)
     following = jnp.where(count == last, jnp.asarray(2**30, count.dtype), count + 1)

@@ -1,7 +1,7 @@
-"""The only code that knows the task axis of a pytree.
+"""Operations on task trees, the pytrees with a task axis.
 
-A *task tree* is a pytree whose leaves are `[T, *shape]`, one gradient per task, each in one of the two
-forms of `leaves.py`.
+A *task tree* is a pytree with leaves `[T, *shape]`, one gradient per task. A leaf has one of the two
+forms in `leaves.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mtl_optax.solvers.cosine import cosine_matrix
 
 
 class Blocks(NamedTuple):
-    """The granularity at which a method looks at gradients.
+    """The groups of leaves for which a method computes separate weights.
 
     Attributes:
-      of_leaf: for every leaf the index of its block.
-      names: one name a block.
+      of_leaf: the index of the block of every leaf.
+      names: one name per block.
     """
 
     of_leaf: tuple[int, ...]
@@ -35,12 +35,12 @@ class Blocks(NamedTuple):
 
     @property
     def count(self) -> int:
-        """The number of blocks; one where there is nothing to look at."""
+        """The number of blocks; 1 for a tree without leaves."""
         return max(1, len(self.names))
 
 
 def assign_blocks(tree: optax.Params, blocks: str | Label) -> Blocks:
-    """Groups the leaves of `tree`, which is shaped like the parameters, by the option `blocks`."""
+    """Groups the leaves of a tree shaped like the parameters, by the option `blocks`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if blocks == "all":
         return Blocks((0,) * len(leaves), ("all",))
@@ -54,29 +54,29 @@ def assign_blocks(tree: optax.Params, blocks: str | Label) -> Blocks:
 
 
 def without_task_axis(updates: optax.Updates) -> Any:
-    """The shapes of `updates` with the task axis removed: those of the parameters."""
+    """Returns the shapes of `updates` without the task axis, which are those of the parameters."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates, is_leaf=is_rows
     )
 
 
 def stacked(updates: optax.Updates) -> Any:
-    """The task tree with every leaf in the stacked form."""
+    """Returns the task tree with every leaf in the stacked form."""
     return jax.tree.map(stack_of, updates, is_leaf=is_rows)
 
 
 def statistics_dtype(tree: optax.Params) -> Any:
-    """float64 where a leaf is float64, else float32: the dtype of every statistic and weight."""
+    """Returns the dtype of statistics and weights: float64 if any leaf is float64, else float32."""
     wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-# --- what methods look at ----------------------------------------------------------------------------
+# --- the inputs of methods --------------------------------------------------------------------------
 
 
-# A gradient whose squared norm, as accumulated, is below the smallest normal number of the accumulator's
-# dtype counts as zero, and one whose squared norm overflows as not finite. The norms that remain are far
-# enough inside the range of the dtype that no quotient of two of them overflows.
+# A gradient counts as zero if its squared norm is below the smallest normal number of the dtype in which
+# it is accumulated, and as non-finite if its squared norm overflows. No quotient of two of the remaining
+# norms overflows.
 
 
 def gram(
@@ -88,8 +88,8 @@ def gram(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
 
-    Inactive and non-finite tasks get norm 0 and zero cosines, whatever their slots hold. With
-    `axis_name` the inner products are summed over those mapped axes first.
+    Inactive and non-finite tasks have norm 0 and cosines 0. With `axis_name` the inner products are
+    summed over those mapped axes.
     """
     products = _in_blocks(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
     norms, finite = _norms(jnp.diagonal(products, axis1=1, axis2=2), active)
@@ -104,21 +104,21 @@ def norms(
     dtype: DType,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Norms `[B, T]` and which tasks are finite `[T]`; as `gram`, without the cosines."""
+    """Returns norms `[B, T]` and which tasks are finite `[T]`, as `gram` without the cosines."""
     squares = _in_blocks(squared_norms, 1, updates, blocks, active, dtype, axis_name)
     norms, finite = _norms(squares, active)
     return norms.astype(dtype), finite
 
 
 def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
-    """Which tasks are finite, bool `[T]`, for methods that need no norms: in the same sense, one pass."""
+    """Returns which tasks are finite in the same sense, bool `[T]`, for methods that need no norms."""
     whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
     everyone = jnp.ones((num_tasks,), bool)
     return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]
 
 
 def sum_over(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The sum over mapped axes, where there are some."""
+    """Sums over mapped axes; None means that there are none."""
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
@@ -131,7 +131,7 @@ def _in_blocks(
     dtype: DType,
     axis_name: AxisName,
 ) -> jax.Array:
-    """Inner products in every block, summed over mapped axes; zeros for a tree without leaves."""
+    """Returns the inner products in every block, summed over mapped axes; without leaves, zeros."""
     leaves = leaves_of(updates)
     if not leaves:
         return jnp.zeros((blocks.count, *active.shape * rank), dtype)
@@ -139,23 +139,23 @@ def _in_blocks(
 
 
 def _norms(squares: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The norms `[B, T]`, 0 for tasks that are not finite or not active, and which are finite `[T]`."""
-    # Everything is read off the root: XLA would compute the sum of squares again in every operation that
-    # reads a cheap function of it, one per leaf, and a root counts as expensive.
+    """Returns norms `[B, T]`, 0 for non-finite or inactive tasks, and which tasks are finite `[T]`."""
+    # All tests use the root. XLA would duplicate the sum of squares in every operation that reads a cheap
+    # function of it, one per leaf; it does not duplicate a root, which it considers expensive.
     roots = jnp.sqrt(squares)
-    # A task that is not finite in one block is excluded from all of them.
+    # A task that is non-finite in one block is excluded from all blocks.
     finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
     smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
     return jnp.where((active & finite)[None] & (roots >= smallest), roots, 0), finite
 
 
-# --- what methods return -----------------------------------------------------------------------------
+# --- the results of methods -------------------------------------------------------------------------
 
 
 def combine(updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
-    """`sum_t weights[t] * g_t` in each leaf's dtype; tasks not in `keep` [T] contribute exactly 0.
+    """Returns `sum_t weights[t] * g_t` in each leaf's dtype, over the tasks in `keep` `[T]`.
 
-    `weights` is `[B, T]`. The sum is one elementwise pass over the T gradients.
+    `weights` is `[B, T]`. The sum takes one elementwise pass over the T gradients.
     """
     leaves = [
         narrow(functools.reduce(operator.add, terms), leaf.dtype)
@@ -167,9 +167,10 @@ def combine(updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks:
 def scale(
     updates: optax.Updates, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
 ) -> Any:
-    """`weights[t] * g_t`, the task axis kept: what `reduce=False` returns.
+    """Returns `weights[t] * g_t` with the task axis, for `reduce=False`.
 
-    A `broken` task, present but not finite, becomes NaN for the next method to see.
+    The entries of a `broken` task, present but non-finite, become NaN, so that the next method excludes
+    it too.
     """
     leaves = [
         jnp.stack(
@@ -186,16 +187,16 @@ def scale(
 def _weighted(
     updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks
 ) -> Iterator[tuple[Any, list[jax.Array]]]:
-    """Every leaf with its T weighted rows, in a dtype that holds both and the sum of all."""
-    # Indexed once: with hundreds of leaves this is most of what there is to trace.
+    """Yields every leaf with its T weighted rows, which are clipped so that their sum is finite."""
+    # Indexed once, because with hundreds of leaves this would dominate the time of tracing.
     kept = [keep[t] for t in range(keep.shape[0])]
     parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
     for leaf, b in zip(leaves_of(updates), blocks.of_leaf, strict=True):
-        # Beside a float64 leaf a weight may be beyond what the others' float32 holds.
+        # If another leaf is float64, a weight may be outside the range of float32.
         wide = jnp.promote_types(statistics_dtype(leaf), weights.dtype)
         zero = jnp.zeros((), wide)
         limit = float(jnp.finfo(wide).max) / len(kept)
-        # A select, not a product with 0: an excluded task may hold NaN.
+        # A select instead of a product with 0, because the entries of an excluded task may be NaN.
         yield (
             leaf,
             [
@@ -206,7 +207,7 @@ def _weighted(
 
 
 def narrow(x: jax.Array, dtype: DType) -> jax.Array:
-    """Casts to a leaf's dtype; what float16 cannot hold becomes its largest number, not infinity."""
+    """Casts to a dtype; a number outside its range becomes its largest number, not infinity."""
     if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
         limit = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
         x = jnp.clip(x, -limit, limit)
@@ -214,21 +215,21 @@ def narrow(x: jax.Array, dtype: DType) -> jax.Array:
 
 
 def narrow_like(result: Any, updates: optax.Updates) -> Any:
-    """`narrow` of every leaf to the dtype of the same leaf of `updates`."""
+    """Casts every leaf by `narrow` to the dtype of the same leaf of `updates`."""
     return jax.tree.map(lambda x, g: narrow(x, g.dtype), result, updates)
 
 
-# --- buffers of the gradients' size ------------------------------------------------------------------
+# --- buffers of the size of the gradients -----------------------------------------------------------
 
 
 def per_task_zeros(params: optax.Params, num_tasks: int, dtype: DType) -> Any:
-    """Buffers `[T, *shape]` that keep the sharding of `params`."""
+    """Returns zeros `[T, *shape]` with the sharding of `params`."""
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     return optax.tree.batch_shape(zeros, (num_tasks,))
 
 
 def remove_absent(updates: optax.Updates, keep: jax.Array) -> Any:
-    """The task tree with the slots of tasks not in `keep` [T] set to 0."""
+    """Sets the entries of all tasks outside `keep` `[T]` to 0."""
 
     def one(leaf: jax.Array) -> jax.Array:
         return jnp.where(along_tasks(keep, leaf.ndim), leaf, jnp.zeros((), leaf.dtype))
@@ -237,9 +238,9 @@ def remove_absent(updates: optax.Updates, keep: jax.Array) -> Any:
 
 
 def move_towards(averages: Any, updates: optax.Updates, step: jax.Array, active: jax.Array) -> Any:
-    """`averages + step * (updates - averages)` for active tasks; the others stay where they are.
+    """Returns `averages + step * (updates - averages)` for active tasks, and `averages` for the others.
 
-    Written with the two shares, so that a step of 1 gives exactly `updates` whatever was there.
+    The two terms are computed separately, so that a step of 1 gives exactly `updates`.
     """
 
     def one(average: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -250,5 +251,5 @@ def move_towards(averages: Any, updates: optax.Updates, step: jax.Array, active:
 
 
 def along_tasks(vector: jax.Array, ndim: int) -> jax.Array:
-    """`vector` [T] as `[T, 1, ...]` with `ndim` dimensions, to meet leaves `[T, *shape]`."""
+    """Reshapes `[T]` to `[T, 1, ...]` with `ndim` dimensions, to broadcast over `[T, *shape]`."""
     return vector.reshape((-1,) + (1,) * (ndim - 1))

@@ -1,7 +1,7 @@
 """The number of tasks, their names, and their order.
 
-The one rule for the order: names stand in the order in which JAX flattens a dictionary, which is
-sorted, whatever order they were given in. Every array `[T]` and every task axis follows it.
+Task names are sorted, as JAX sorts the keys of a dictionary, in whatever order they are passed. Every
+array `[T]` and every task axis has this order.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _NAME_STATIC = "Under optax.inject_hyperparams name it static: static_args=('{}'
 
 
 class WrongEntries(ValueError):
-    """What should have one entry per task has others."""
+    """Raised if the number or the names of the entries do not match the tasks."""
 
 
 class Tasks(NamedTuple):
-    """How many tasks there are, and their names.
+    """The number of tasks, and their names.
 
     Attributes:
       number: T.
-      names: the sorted names, or None where the tasks are only numbered.
+      names: the sorted names, or None if the tasks have no names.
     """
 
     number: int
     names: tuple[str, ...] | None
 
     def describe(self) -> str:
-        """What one entry per task means, for messages."""
+        """Describes an argument with one entry per task, for messages."""
         if self.names is None:
             return "one entry per task in the order of the task axis"
         return f"one entry per task in the order {list(self.names)}"
@@ -50,10 +50,10 @@ def read_tasks(name: str, tasks: int | Collection[str] | Tasks) -> Tasks:
       tasks: a positive Python integer, or a collection of distinct strings.
 
     Returns:
-      The tasks, names sorted.
+      The tasks, with sorted names.
 
     Raises:
-      TypeError, ValueError: for anything else; the message says how to give it.
+      TypeError, ValueError: if `tasks` is anything else.
 
     Example:
 
@@ -86,7 +86,7 @@ def read_tasks(name: str, tasks: int | Collection[str] | Tasks) -> Tasks:
 
 
 def find_target(name: str, target: int | str | None, tasks: Tasks) -> int:
-    """The index of a target that was given by its index or its name; None is the first numbered one."""
+    """Returns the index of a target, from its index or name; None means 0 if the tasks have no names."""
     if target is None and tasks.names is not None:
         raise TypeError(
             f"{name}: say which task is the target, such as target={tasks.names[0]!r}; the tasks are "
@@ -115,7 +115,7 @@ def find_target(name: str, target: int | str | None, tasks: Tasks) -> int:
 
 
 def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tuple[Any, ...]:
-    """The keys of a dictionary with one entry per task, in the order of the task axis."""
+    """Returns the keys of a dictionary with one entry per task, in the order of the task axis."""
     wanted = tasks.names if tasks.names is not None else tuple(sorted(value, key=str))
     if set(value) != set(wanted) or len(wanted) != tasks.number:
         expected = list(tasks.names) if tasks.names else f"{tasks.number} names"
@@ -128,7 +128,7 @@ def names_of(name: str, what: str, value: Mapping[Any, Any], tasks: Tasks) -> tu
 def task_vector(
     name: str, what: str, value: Any, tasks: Tasks, dtype: DType | None = None
 ) -> jax.Array:
-    """One number per task as an array `[T]`, from an array, a sequence, or a dictionary by name."""
+    """Returns one number per task as an array `[T]`, from an array, a sequence, or a dictionary."""
     if isinstance(value, Mapping):
         value = [value[task] for task in names_of(name, what, value, tasks)]
     if isinstance(value, (tuple, list)):
@@ -151,7 +151,7 @@ def task_numbers(
     *,
     or_one: bool = False,
 ) -> Any:
-    """A factory's argument of which there is one number per task.
+    """Checks an argument of a factory that has one number per task.
 
     Args:
       name: the factory's name, for messages.
@@ -160,13 +160,14 @@ def task_numbers(
       tasks: the tasks.
       low: the smallest number allowed.
       high: the largest number allowed.
-      or_one: whether one number for all tasks may be given too.
+      or_one: whether one number for all tasks is allowed too.
 
     Returns:
-      `[T]`, or the one number. What holds no JAX array is a NumPy array of its own.
+      An array `[T]`, or the one number. It is a new NumPy array unless an entry is a JAX array.
 
     Raises:
-      TypeError, ValueError: for a wrong number of them, other names, or what is no number in the range.
+      TypeError, ValueError: if the number of entries or their names are wrong, or an entry is not a number
+        in the range.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Values, one per task, that a method trains with an optimizer of its own."""
+"""One trained value per task, for methods with an optimizer of their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import optax
 
 
 class TrainedState(NamedTuple):
-    """Trained values, `[T]` a block.
+    """The trained values, `[T]` per block.
 
     Attributes:
-      values: the present values.
-      optimizer: the state of their optimizer.
+      values: the current values.
+      optimizer: the state of the optimizer.
     """
 
     values: jax.Array
@@ -22,7 +22,7 @@ class TrainedState(NamedTuple):
 
 
 def start(optimizer: optax.GradientTransformation, values: jax.Array) -> TrainedState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return TrainedState(values, optimizer.init(values))
 
 
@@ -34,12 +34,12 @@ def train(
     low: float,
     high: float,
 ) -> TrainedState:
-    """One step of the optimizer for some tasks; values and optimizer state of the others do not change.
+    """Takes one optimizer step for some tasks; values and state of the other tasks do not change.
 
     Args:
       optimizer: any optax optimizer.
       state: from `start` or the last step.
-      gradient: `[T]`; clipped to a finite range, so entries may be infinite.
+      gradient: `[T]`; entries may be infinite, because they are clipped.
       moves: bool `[T]`, the tasks to train.
       low: the smallest value allowed.
       high: the largest value allowed.
@@ -47,7 +47,7 @@ def train(
     Returns:
       The state after the step.
     """
-    # Optimizers square gradients: beyond this the square, and the state with it, would be infinite.
+    # Optimizers square gradients, and the square of a larger gradient would be infinite.
     limit = float(jnp.finfo(gradient.dtype).max) ** 0.5 / 64
     gradient = jnp.where(moves, jnp.clip(gradient, -limit, limit), 0)
     step, optimizer_state = optax.with_extra_args_support(optimizer).update(
