@@ -1,4 +1,4 @@
-"""What a user's loss function returns: an array `[T]`, or a tuple or dictionary of T scalars."""
+"""The result of a user's loss function: an array `[T]`, or a tuple or dictionary of T scalars."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mtl_optax.core.types import DType
 
 
 def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
-    """The losses as a tuple of floating scalars of one dtype, or as the array `[T]` that they were.
+    """Converts losses to a tuple of floating scalars of one dtype; an array `[T]` stays an array.
 
     Args:
       losses: a tuple or list of scalars, a dictionary of scalars (taken in the order of its sorted names),
         or an array `[T]`.
 
     Returns:
-      T scalars, which can be differentiated one by one, or the array `[T]`.
+      T scalars, which can be differentiated separately, or the array `[T]`.
 
     Raises:
-      TypeError: for anything but real floating-point numbers.
-      ValueError: for entries that are not scalar, an array that is not one-dimensional, or no losses.
+      TypeError: if the losses are not real floating-point numbers.
+      ValueError: if an entry is not scalar, an array is not one-dimensional, or there are no losses.
 
     Example:
 
@@ -59,10 +59,10 @@ def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
 
 
 def loss_vector(losses: Any) -> jax.Array:
-    """The losses as one floating array `[T]`.
+    """Converts losses to one floating array `[T]`.
 
     Args:
-      losses: as for `loss_terms`.
+      losses: as in `loss_terms`.
 
     Returns:
       The losses `[T]`.
@@ -81,17 +81,18 @@ def loss_vector(losses: Any) -> jax.Array:
 
 
 def split_result(result: Any, has_aux: bool) -> tuple[optax.Updates, optax.OptState]:
-    """The losses in what a user's function returned, and what to return in its place.
+    """Separates the losses from the result of a user's loss function.
 
     Args:
       result: losses, or `(losses, aux)` with `has_aux`.
       has_aux: as in `jax.value_and_grad`.
 
     Returns:
-      `(losses, result)`, the losses as `loss_terms` gives them.
+      `(losses, result)`: the losses as returned by `loss_terms`, and the unchanged result.
 
     Raises:
-      TypeError: if `has_aux` and the result is no pair. Else as `loss_terms`.
+      TypeError: if `has_aux` is True and the result is not a pair.
+      TypeError, ValueError: as in `loss_terms`.
 
     Example:
 
@@ -109,15 +110,14 @@ def split_result(result: Any, has_aux: bool) -> tuple[optax.Updates, optax.OptSt
 
 
 def check_differentiable(name: str, params: optax.Params) -> None:
-    """Raises where `params` hold what has no gradient, as `jax.grad` does.
+    """Raises if a leaf of `params` is not a real floating-point array, as `jax.grad` does.
 
     Args:
-      name: whose error it is.
-      params: what is differentiated by.
+      name: the name of the caller, for messages.
+      params: the parameters with respect to which the losses are differentiated.
 
     Raises:
-      TypeError: with the leaf's path. A Flax module with counters (of its random numbers, say) among its
-        parameters would otherwise keep all of them fixed.
+      TypeError: if a leaf is not a real floating-point array; the message contains its path.
 
     Example:
 

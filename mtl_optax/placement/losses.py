@@ -1,4 +1,4 @@
-"""Methods on the losses: one backward pass of the weighted sum."""
+"""Methods on the losses: one backward pass through their weighted sum."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ def weigh_losses(
     active: Active | None = None,
     **extra_args: Any,
 ) -> tuple[jax.Array, BalanceState]:
-    """Weighs the losses by a method that looks at nothing but losses.
+    """Weighs the losses by a method that needs only the losses.
 
-    Returns `sum_t weights[t] * losses[t]`, whose gradient is the weighted sum of the task gradients from
-    a single backward pass. The weights are constants to the differentiation. The heads are weighted
-    like the rest of the network, because it is the loss that is weighted.
+    Returns `sum_t weights[t] * losses[t]`. One backward pass through this sum gives the weighted sum of
+    the task gradients. The weights are constant under differentiation. Because the losses are weighted,
+    the gradients of the heads are weighted too.
 
     Notes:
-      The loss of a task with weight 0 does not reach the sum, not even as NaN; but where its derivative
-      is NaN, 0 times it is NaN in the gradient of all tasks: one backward pass of one sum cannot leave a
-      task out. Guard the division in the loss of an absent task, or put a method on the gradients;
-      `skip_nonfinite` around the optimizer leaves out the whole step.
+      A loss with weight 0 does not enter the sum, even if it is NaN. If its derivative is NaN, however,
+      the whole gradient is NaN, because one backward pass cannot exclude a task and 0 times NaN is NaN.
+      Guard divisions in the loss of an absent task, or use a method on the gradients. `skip_nonfinite`
+      around the optimizer skips the whole step.
 
       The cost is O(T).
 
     Args:
-      losses: a dictionary or tuple of scalars, or an array `[T]`; the raw losses inside the differentiated
-        function.
-      state: the method's optax state, from `method.init(params)`.
-      method: a `Method` with `needs` of nothing but losses.
-      active: bool `[T]` or a dictionary, the tasks present in this batch; all by default.
+      losses: the raw losses inside the differentiated function: a dictionary or tuple of scalars, or an
+        array `[T]`.
+      state: the state of the method, from `method.init(params)`.
+      method: a `Method` whose `needs` contains at most "losses".
+      active: which tasks are in this batch, bool `[T]` or a dictionary by task name; all by default.
       **extra_args: passed to `method.update`: `noise=`, `losses_after=`, ...
 
     Returns:
-      `(weighted_sum, new_state)`: a scalar to differentiate, and the state for the next step (return it
-      as auxiliary output).
+      `(weighted_sum, new_state)`: a scalar to differentiate, and the state for the next step, which the
+      differentiated function returns as auxiliary output.
 
     Raises:
-      TypeError: for a transformation that is no `Method`. ValueError: if the method needs gradients; the
-        message says where to put it.
+      TypeError: if `method` is not a `Method`.
+      ValueError: if the method needs gradients.
 
     Example:
 
@@ -94,19 +94,21 @@ def _weights(
     active: Active | None,
     extra_args: dict[str, Any],
 ) -> tuple[jax.Array, BalanceState]:
-    """The weights `[T]` of a method that looks at losses alone, and its new state."""
-    road = method.definition
-    given = road.read(state, losses, active, extra_args=extra_args)
-    inputs = road.inputs(given, state)
-    # Losses are needed for their finiteness, also by methods that do not look at them.
+    """Returns the weights `[T]` of a method that needs only the losses, and its new state."""
+    pipeline = method.definition
+    given = pipeline.read(state, losses, active, extra_args=extra_args)
+    inputs = pipeline.inputs(given, state)
+    # A task with a non-finite loss is inactive, even if the method does not read the losses.
     vector = task_vector(method.name, "losses", losses, method.tasks, state.weights.dtype)
     inputs = inputs.restrict(jnp.isfinite(vector))
     check_fields(method.name, method.rule, state, ())
     if method.options.update_every == 1:
-        state = road.weigh(state, inputs)
+        state = pipeline.weigh(state, inputs)
     else:
-        due = road.due(state, inputs.active)
-        state = lax.cond(due, lambda state: road.weigh(state, inputs), lambda state: state, state)
-    # Every block saw the same losses.
+        due = pipeline.due(state, inputs.active)
+        state = lax.cond(
+            due, lambda state: pipeline.weigh(state, inputs), lambda state: state, state
+        )
+    # The weights are equal in all blocks, up to rounding, because the losses are.
     weights = jnp.where(inputs.active, jnp.mean(state.weights, axis=0), 0)
-    return jax.lax.stop_gradient(weights), road.finish(state, given, inputs.active)
+    return jax.lax.stop_gradient(weights), pipeline.finish(state, given, inputs.active)

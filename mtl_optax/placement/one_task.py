@@ -1,4 +1,4 @@
-"""One gradient a step: the tasks take turns, and `remember` keeps what the others last had."""
+"""One task per step: differentiates one loss, for methods in `remember`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ def one_task_value_and_grad(
     order: Literal["cyclic", "random"] = "cyclic",
     seed: int = 0,
 ) -> Callable[..., Any]:
-    """Differentiates one task a step: one forward and one backward pass.
+    """Differentiates one task per step, by one forward and one backward pass.
 
-    Balancing on the parameters takes T backward passes a step. Here only the task whose turn it is is
-    evaluated and differentiated; `remember(method, decay)` keeps the last gradients of the others, so that
-    the method still sees all T. With `config` inside this is M-ConFIG.
+    A method on the parameters takes T backward passes per step. This function evaluates and
+    differentiates only one task per step. `remember(method, decay)` stores the last gradients of the
+    other tasks, so that the method still combines T gradients. With `conflict_free` as the method, this
+    is M-ConFIG.
 
     Notes:
-      The program holds one branch per task, of which a step runs one: it compiles once, and its size
-      grows with T.
+      The compiled program has one branch per task and executes one of them per step, so its size grows
+      with T.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
-        `[T]`; in an array a task whose derivative is not finite reaches the gradients of the others.
+        `[T]`. With an array, a non-finite derivative of one task makes the gradients of the other tasks
+        non-finite too.
       tasks: T, or the task names.
       order: "cyclic" takes task `step % T`; "random" draws the task of each step.
-      seed: of the draws, an integer.
+      seed: an integer, the seed of the random order.
 
     Returns:
-      A function `fn(step, params, *args, **kwargs)` that returns `(losses, (updates, active))`: `losses`
-      `[T]` and the leaves `[T, *shape]` of `updates` hold zeros for the other tasks, and `active`, bool
-      `[T]`, marks the one. `step` is an integer, traced or not, such as an optimizer's count.
+      A function `fn(step, params, *args, **kwargs)` that returns `(losses, (updates, active))`: `active`,
+      bool `[T]`, marks the task of this step. `losses` `[T]` and the leaves `[T, *shape]` of `updates`
+      are 0 for the other tasks. `step` is an integer, such as the step count of an optimizer; it may be
+      traced.
 
     Raises:
       ValueError: if `loss_fn` does not return one loss per task.
-      TypeError: for parameters that have no gradient.
+      TypeError: if a parameter is not real floating point.
 
     Example:
 

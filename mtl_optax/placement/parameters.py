@@ -1,4 +1,4 @@
-"""Methods on the parameters: one gradient per task, by T backward passes."""
+"""Methods on the parameters: T backward passes give one gradient per task."""
 
 from __future__ import annotations
 
@@ -24,38 +24,39 @@ def per_task_value_and_grad(
     """Differentiates a function that returns one loss per task.
 
     The counterpart of `jax.value_and_grad` for a `loss_fn` that returns a dictionary or tuple of scalars,
-    or an array `[T]`: row t of every gradient leaf is the gradient of loss t. Rows stand in the order of
-    the sorted names, of the tuple or of the array. One forward pass, T backward passes.
+    or an array `[T]`. Row t of every gradient leaf is the gradient of loss t. The rows are in the order
+    of the sorted names, of the tuple or of the array. It takes one forward pass and T backward passes.
 
     Notes:
-      From a dictionary or tuple every loss is differentiated alone, by "unroll" (and so by "auto" up to 64
-      tasks): a backward pass runs through the head of its own task only, and a task whose derivative is
-      not finite does not reach the rows of the others, so that the method skips it alone.
+      If the losses are a dictionary or tuple, "unroll" (and "auto" up to 64 tasks) differentiates every
+      loss separately. Each backward pass then goes through the head of one task only. A non-finite
+      derivative of one task does not affect the rows of the others, so the method excludes only this
+      task.
 
-      An array that `loss_fn` makes itself (`jnp.stack`, a `vmap` over heads), and the modes "vmap" and
-      "map", cannot keep the tasks apart. There the cotangents of the other losses are zeros that go
-      through all T heads in each of the T backward passes; where the derivative of one head is not
-      finite, 0 times it is NaN in every row, and the method skips all tasks. `diagnostics` shows the
-      counts under `skipped`. The same holds for heads inside one `custom_vjp`.
+      An array of losses (from `jnp.stack` or a `vmap` over heads), and the modes "vmap" and "map", cannot
+      separate the tasks. Each of the T backward passes then goes through all T heads, with cotangents of
+      0 for the other losses. If the derivative of one head is not finite, every row is NaN, because 0
+      times NaN is NaN, and the method excludes all tasks. `diagnostics` shows these counts as `skipped`.
+      The same is true for heads inside one `custom_vjp`.
 
     Args:
-      loss_fn: returns the losses, or `(losses, aux)` with `has_aux`. A dictionary or tuple is better than
-        an array.
-      argnums: which positional arguments to differentiate, as in `jax.grad`.
+      loss_fn: returns the losses, or `(losses, aux)` with `has_aux`. Prefer a dictionary or tuple to an
+        array.
+      argnums: the positional arguments with respect to which to differentiate, as in `jax.grad`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      mode: how the T backward passes run. "unroll": one after the other in one program; the fastest and
-        the one that keeps tasks apart, but tracing time grows with the square of T. "vmap": batched, T
-        times the memory of the cotangents. "map": a loop with the memory of one backward pass beyond
-        the result. "auto": "unroll" for T <= 64, and for T <= 8 where the losses are an array, which
-        takes T x T heads; "map" for more tasks.
+      mode: how the T backward passes are executed. "unroll" runs them one by one without a loop: it is
+        the fastest mode and separates the tasks, but tracing time grows with the square of T. "vmap"
+        batches them, and takes T times the memory of the cotangents. "map" runs them in a loop, with the
+        memory of one backward pass besides the result. "auto" is "unroll" for T <= 64 (T <= 8 if the
+        losses are an array) and "map" for more tasks.
 
     Returns:
-      A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`; the
-      losses are what `loss_fn` returned, and leaves of `grads` are `[T, *shape]`.
+      A function of the same arguments that returns `(losses, grads)` or `((losses, aux), grads)`. The
+      losses are those that `loss_fn` returns, and the leaves of `grads` are `[T, *shape]`.
 
     Raises:
-      TypeError, ValueError: if `loss_fn` does not return one scalar per task, for parameters that have no
-        real gradient (integers, keys, functions), or for an unknown mode.
+      TypeError, ValueError: if `loss_fn` does not return one scalar per task, a parameter is not real
+        floating point, or the mode is unknown.
 
     Example:
 
@@ -98,21 +99,21 @@ def split_value_and_grad(
     *,
     mode: Mode = "auto",
 ) -> Callable[..., Any]:
-    """Differentiates a shared bottom task by task, and the heads once.
+    """Differentiates the shared parameters per task, and the heads once.
 
-    The losses are `decode(heads, encode(shared, *args), *args)`. Gradients of `shared` come one per
-    task, by T backward passes through `encode`; those of `heads` are of the plain sum of losses, as in
-    MetaBalance and MultiBalance, from one backward pass.
+    The losses are `decode(heads, encode(shared, *args), *args)`. T backward passes through `encode` give
+    one gradient of `shared` per task. One backward pass gives the gradient of the plain sum of losses
+    with respect to `heads`, as in MetaBalance and MultiBalance.
 
     Notes:
-      Where `decode` returns a dictionary or tuple, modes "unroll" and "auto" (up to 64 tasks) keep a task
-      whose derivative is not finite out of the other tasks' rows of `shared_grads`; an array `[T]`, "vmap"
-      and "map" cannot, see `per_task_value_and_grad`. The gradient of that task's own head is not
-      finite: `skip_nonfinite` around the heads' optimizer leaves out such a step.
+      If `decode` returns a dictionary or tuple, a non-finite derivative of one task does not affect the
+      rows of the other tasks in `shared_grads` with the modes "unroll" and "auto" (up to 64 tasks). With
+      an array `[T]`, "vmap" or "map" it does; see `per_task_value_and_grad`. The gradient of the head of
+      this task is not finite: `skip_nonfinite` around the optimizer of the heads skips such a step.
 
-      Papers that weigh the losses themselves (EMTL eq. 13, MGDA, Nash-MTL) scale the heads too. Where
-      every head belongs to one task, multiply: `jax.tree.map(lambda g: w[t] * g, head_grads[t])` with
-      `w = mtl.head_weights(state)` from the state after `update`.
+      Some papers weight the losses (EMTL eq. 13, MGDA, Nash-MTL), and so the gradients of the heads too.
+      If every head belongs to one task, multiply them: `jax.tree.map(lambda g: w[t] * g, head_grads[t])`
+      with `w = mtl.head_weights(state)`, where `state` is the state after `update`.
 
     Args:
       encode: `encode(shared, *args) -> representation`, any pytree.
@@ -123,11 +124,12 @@ def split_value_and_grad(
 
     Returns:
       A function `fn(shared, heads, *args, **kwargs)` that returns `(losses, (shared_grads, head_grads))`,
-      with `(losses, aux)` for `losses` where `has_aux`. `args` and `kwargs` go to `encode` and `decode`.
-      Leaves of `shared_grads` are `[T, *shape]`, those of `head_grads` as in `heads`.
+      or `((losses, aux), (shared_grads, head_grads))` with `has_aux`. `args` and `kwargs` are passed to
+      `encode` and `decode`. The leaves of `shared_grads` are `[T, *shape]`, and those of `head_grads`
+      have the shapes of `heads`.
 
     Raises:
-      TypeError, ValueError: as `per_task_value_and_grad`.
+      TypeError, ValueError: as in `per_task_value_and_grad`.
 
     Example:
 
@@ -162,21 +164,21 @@ def split_value_and_grad(
 
 
 def stack_tasks(gradients_by_name: Mapping[str, Any], names: Any) -> tuple[Any, jax.Array]:
-    """Stacks gradients that were computed one task at a time.
+    """Stacks gradients that were computed separately per task.
 
-    For one data loader per task, or for a subset of the tasks in each step: the slots of tasks without a
-    gradient are filled with zeros and marked as absent.
+    It is meant for one data loader per task, or for a subset of the tasks per step. The entries of tasks
+    without a gradient are 0, and these tasks are marked as absent.
 
     Args:
-      gradients_by_name: the gradient of each task of this step, trees of one structure.
-      names: all task names, in any order; or a `Method` that has them.
+      gradients_by_name: the gradient of each task of this step; all have the same tree structure.
+      names: all task names, in any order, or a `Method` with named tasks.
 
     Returns:
       `(updates, active)`: a tree with leaves `[T, *shape]`, and bool `[T]`, both in the order of the sorted
       names, for `method.update(updates, state, params, active=active)`.
 
     Raises:
-      ValueError: for an unknown task, no gradient at all, or gradients of different structure or shape.
+      ValueError: if a task is unknown, there is no gradient, or gradients differ in structure or shape.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The gradients of T losses from one forward pass, one backward pass a loss."""
+"""The gradients of T losses, by one forward pass and one backward pass per loss."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from mtl_optax.core.arguments import check_choice
 
 Mode = Literal["auto", "vmap", "unroll", "map"]
 
-# Up to so many tasks "auto" is "unroll". For an MLP with 64 heads on a CPU that takes 7 s of tracing, 3 s
-# of compilation and 1 s a step; "map" goes through 64 x 64 heads, 11 s a step.
+# Up to this number of tasks, "auto" means "unroll". For an MLP with 64 heads on a CPU, "unroll" takes 7 s
+# of tracing, 3 s of compilation and 1 s per step; "map" differentiates 64 x 64 heads, in 11 s per step.
 _UNROLLED = 64
-# Every backward pass of an array [T] may go through all heads, each compiled apart: with 8 tasks in 6 s
-# against 1.5 s of "map" for 0.7 of the time of its step, with 16 in 21 s against 3 s for 0.9 of it.
+# The same limit for an array [T], each of whose T separately compiled backward passes may go through all
+# heads. With 8 tasks, "unroll" compiles in 6 s and "map" in 1.5 s, and a step takes 0.7 of the time of
+# "map". With 16 tasks these numbers are 21 s, 3 s and 0.9.
 _UNROLLED_OF_ARRAY = 8
 
 
 class Pullback(NamedTuple):
-    """What takes cotangents of the losses to those of the primals.
+    """The functions from cotangents of the losses to cotangents of the primals.
 
     Attributes:
-      whole: of a vector `[T]`.
-      of_task: of one loss alone, by its static index.
-      apart: whether `of_task` leaves out what only the other losses need.
+      whole: maps a cotangent `[T]` of all losses.
+      of_task: takes the static index of one loss, and maps the cotangent 1 of this loss.
+      apart: whether `of_task` excludes the operations that only the other losses need.
     """
 
     whole: Callable[[jax.Array], Any]
@@ -37,16 +38,17 @@ class Pullback(NamedTuple):
 
 
 def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Array, Pullback, Any]:
-    """`jax.vjp` of a function that returns `(losses, aux)`.
+    """Computes `jax.vjp` of a function that returns `(losses, aux)`, also per loss.
 
-    Losses that are returned as a tuple are transposed output by output, and what leads to the other outputs
-    is not there. An array `[T]` has one transpose: its unit cotangents send zeros through the heads of all
-    other tasks, T times the work, and NaN wherever the derivative of one of these is not finite.
+    If the losses are a tuple, each loss is transposed separately, without the operations of the other
+    losses. An array `[T]` has only one transpose: the cotangents of the other losses are 0, but they go
+    through all heads. This takes T times the work, and makes the result NaN if the derivative of another
+    loss is not finite.
 
     Args:
       losses_of: `(*primals) -> (losses, aux)`, the losses a tuple of T scalars or an array `[T]`.
-      *primals: what the losses are differentiated by. Leaves that are not floating point have the
-        cotangents of `jax.vjp`, of dtype `float0`.
+      *primals: the arguments with respect to which the losses are differentiated. As in `jax.vjp`, leaves
+        that are not floating point have cotangents of dtype `float0`.
 
     Returns:
       The losses `[T]`, their `Pullback`, and `aux`.
@@ -59,7 +61,7 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
       (3.0, 4.0)
     """
     leaves = jax.tree.leaves(primals)
-    # Only floats have tangents of their own type, which `linear_transpose` asks for.
+    # `linear_transpose` requires tangents of the primal's dtype, which only floating-point leaves have.
     floating = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
     floats = [jnp.asarray(x) for x, is_float in zip(leaves, floating, strict=True) if is_float]
     no_cotangents = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), primals)
@@ -89,18 +91,18 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
 def pull_each(
     pullback: Pullback, losses: jax.Array, mode: Mode, then: Callable[[Any], Any] = lambda g: g
 ) -> Any:
-    """The gradients of each loss, taken further by `then`, stacked along a new leading axis.
+    """Computes the gradients of each loss, applies `then`, and stacks the results along a new axis 0.
 
     Args:
       pullback: what `vjp_of_losses` returned.
       losses: the losses `[T]`.
-      mode: "vmap" takes all at once, "unroll" one after the other in one program, "map" in a loop with
-        the memory of one; "auto" is "unroll" up to a number of tasks, then "map". Only "unroll" keeps the
-        tasks apart.
+      mode: "vmap" batches the backward passes, "unroll" runs them one by one without a loop, and "map"
+        runs them in a loop with the memory of one pass. "auto" is "unroll" up to a limit on T, and "map"
+        above it. Only "unroll" differentiates each loss separately.
       then: applied to the gradients of each loss before they are stacked.
 
     Returns:
-      What `then` returns, with leaves `[T, ...]`.
+      The stacked results of `then`, with leaves `[T, ...]`.
 
     Example:
 
@@ -123,14 +125,14 @@ def pull_each(
 
 
 def check_mode(name: str, mode: Any) -> None:
-    """Raises where `mode` is none of the ways to take T backward passes.
+    """Raises if `mode` is not one of the modes of `pull_each`.
 
     Args:
-      name: whose error it is.
-      mode: what was given.
+      name: the name of the caller, for messages.
+      mode: the argument to check.
 
     Raises:
-      ValueError: with the modes that there are.
+      ValueError: if `mode` is unknown.
 
     Example:
 
@@ -140,12 +142,12 @@ def check_mode(name: str, mode: Any) -> None:
 
 
 def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
-    """`tree` with its chosen leaves replaced by those of `new`, in order.
+    """Replaces the chosen leaves of a tree by those of `new`, in order.
 
     Args:
       tree: any pytree.
-      chosen: for every leaf whether it is replaced.
-      new: as many leaves as are chosen.
+      chosen: one bool per leaf, whether to replace it.
+      new: one value per chosen leaf.
 
     Returns:
       A tree of the same structure.
@@ -163,5 +165,5 @@ def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any
 
 
 def _units(losses: jax.Array) -> jax.Array:
-    # With the losses' type inside `shard_map`, where what differs between devices says so.
+    # Added to zeros of the losses, which have the mapped axes of the losses in their type in `shard_map`.
     return jnp.eye(losses.shape[0], dtype=losses.dtype) + jnp.zeros_like(losses)[None]

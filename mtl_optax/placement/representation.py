@@ -1,11 +1,12 @@
-"""Methods on the shared representation: one backward pass for all tasks (MultiBalance's design).
+"""Methods on the shared representation: one backward pass for all tasks (the design of MultiBalance).
 
-Each head reads `stop_gradient(h) + z_t` with `z_t = 0`: the gradient with respect to `z_t` is that of
-task t with respect to the representation h. One linearisation of the loss function is transposed twice:
-for these T gradients, which the method combines; then for all parameters, with ones for the losses and
-the combination for h. So losses beside the fork, such as a penalty on the bottom's activations, share the
-one backward pass through the bottom. XLA merges what both transpositions have in common, the heads, and
-drops what only the first would pass on to the bottom. The method's state is an ordinary optax state.
+Each head reads `stop_gradient(h) + z_t` with `z_t = 0`, so the gradient with respect to `z_t` is the
+gradient of task t with respect to the representation h. The loss function is linearised once, and the
+result is transposed twice. The first transpose gives these T gradients, which the method combines. The
+second transpose gives the gradient with respect to all parameters: its cotangents are ones for the losses
+and the combined gradient for h. Losses that do not depend on the fork, such as a penalty on activations
+of the shared layers, therefore share the same backward pass. XLA merges the heads, which both transposes
+contain, and removes the unused part of the first. The state of the method is an ordinary optax state.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, s
 
 try:
     from jax.extend.core import get_opaque_trace_state
-except ImportError:  # where older releases of jax have it
+except ImportError:  # in older releases of jax
     from jax.core import get_opaque_trace_state  # type: ignore[attr-defined]
 
 _INNER_TRACE = (
@@ -46,24 +47,27 @@ def fork_value_and_grad(
     """Differentiates a multi-task model with a method on its shared representation.
 
     Let h be the representation and c_t the gradient of loss t with respect to task t's copy of h. The
-    shared bottom receives `method.update([c_1, ..., c_T])` in place of `sum_t c_t`. Each head is
-    differentiated on its own copy with weight 1, and the bottom once. What a loss takes from the bottom
-    past the fork (a penalty, a router's loss) is differentiated with weight 1 too, in the same pass.
+    shared layers receive `method.update([c_1, ..., c_T])` instead of `sum_t c_t` as the cotangent of h.
+    Each head is differentiated on its own copy with weight 1. The shared layers are differentiated once.
+    Losses that depend on the shared layers without the fork (a penalty, the loss of a router) have weight
+    1 too, in the same backward pass.
 
     Notes:
-      `loss_fn` is traced twice, so it must be pure, as for `jax.grad`. Call the function inside `jax.jit`:
-      the compiler removes what would be computed twice.
+      `loss_fn` is traced twice, so it must be pure, as for `jax.grad`. Call the function inside
+      `jax.jit`, where the compiler removes duplicated operations.
 
-      On a representation `[batch, width]` every step has other examples: methods that keep an average
-      of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples there.
+      The rows of a representation `[batch, width]` belong to different examples in every step. Methods
+      with an average of gradients (`moco`, `db_mtl`, `excess_mtl`) would average unrelated examples.
 
-      Where each task has inputs of its own, fork the representation of the concatenated batch, and let each
-      head read its rows. A tuple of one representation per task needs a method with `blocks="all"`:
-      leaf by leaf (the default of `metabalance`) only one task has a gradient, and nothing is balanced.
+      If each task has separate inputs, fork the representation of the concatenated batch, and let each
+      head read its rows. A tuple of one representation per task needs a method with `blocks="all"`: with
+      `blocks="leaf"` (the default of `metabalance`) every block has the gradient of only one task, and
+      nothing is balanced.
 
-      A task whose c_t is not finite is left out of the update and counted in `skipped`; the bottom and the
-      other heads are differentiated as without it. The gradient of its own head stays NaN or inf: put
-      `optax.zero_nans()` before the optimizer, or `optax.apply_if_finite` around that of the heads.
+      A task whose c_t is not finite is excluded from the update and counted in `skipped`; it does not
+      affect the gradients of the shared layers and the other heads. The gradient of its own head is still
+      NaN or infinite: use `optax.zero_nans()` before the optimizer, or `optax.apply_if_finite` around the
+      optimizer of the heads.
 
     Args:
       loss_fn: `loss_fn(params, fork, *args, **kwargs)` calls `copies = fork(representation)` exactly once
@@ -73,24 +77,23 @@ def fork_value_and_grad(
       method: any optax transformation that removes the task axis. It sees the representation as
         `params`, and the extra arguments `losses` and `active`.
       has_aux: whether `loss_fn` returns auxiliary data as well.
-      tasks: T or the task names; give the names if `method` is not itself a `Method` (a chain, a
-        wrapper), else `copies` is a tuple.
+      tasks: T or the task names. If `method` is not a `Method` but a chain or a wrapper, pass the names
+        here to get `copies` as a dictionary.
 
     Returns:
       A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns
-      `(losses, (grads, state))`, with `(losses, aux)` for `losses` where `has_aux`. `state` starts from
-      `method.init(representation)`. `extra_args` is a dictionary of further arguments for `method.update`
-      (`noise`, `order`, ...); all others go to `loss_fn`. The loss of a task that is not in `active`
-      (bool `[T]` or a dictionary) is pulled back with the cotangent 0: guard divisions such as
-      `/ mask.sum()` in it, whose derivative is not finite.
-      Cost: the backward pass of the plain sum of losses, plus what the method does with T arrays of the
-      representation's size; no stack of them is made.
+      `(losses, (grads, state))`, or `((losses, aux), (grads, state))` with `has_aux`. The initial `state`
+      is `method.init(representation)`. `extra_args` is a dictionary of further arguments for
+      `method.update` (`noise`, `order`, ...). All other arguments are passed to `loss_fn`. A task that is
+      not in `active` (bool `[T]` or a dictionary) has the cotangent 0: guard divisions in its loss whose
+      derivative is not finite, such as `/ mask.sum()`. Cost: the backward pass of the plain sum of
+      losses, plus the operations of the method on T arrays of the size of the representation, which are
+      not stacked.
 
     Raises:
       ValueError: if `loss_fn` does not call `fork` exactly once, or calls it inside another transformed
-        function; if the method does not remove the task axis; if nothing says how many tasks there
-        are.
-      TypeError: for a representation or parameters of integers.
+        function; if the method does not remove the task axis; or if the number of tasks is unknown.
+      TypeError: if a leaf of the representation or the parameters is not real floating point.
 
     Example:
 
@@ -122,12 +125,12 @@ def fork_value_and_grad(
         present = read_active("fork_value_and_grad", active, axis)
 
         def run(params: optax.Params, zeros: Any) -> Any:
-            """The losses and the representation, with `zeros` (None at first) added to the copies."""
+            """Returns the losses and the representation; adds `zeros` to the copies unless it is None."""
             seen: list[Any] = []
             here = get_opaque_trace_state()
 
             def fork(representation: optax.Params) -> Any:
-                # From an inner trace the representation would leak out, and its gradient would be 0.
+                # The representation would leak from an inner trace, and its gradient would be 0.
                 if get_opaque_trace_state() != here:
                     raise ValueError(_INNER_TRACE)
                 seen.append(representation)
@@ -146,7 +149,7 @@ def fork_value_and_grad(
 
         _, like = jax.eval_shape(lambda params: run(params, None)[0], params)
         check_representation(like)
-        # Of the representation's own type: split over a mesh as it is.
+        # `zeros_like` keeps the sharding of the representation.
         zeros = jax.tree.map(jnp.zeros_like, (like,) * axis.number)
         (losses, representation), tangents, result = jax.linearize(run, params, zeros, has_aux=True)
         given = result[0] if has_aux else result
@@ -177,17 +180,17 @@ def combine_cotangents(
     representation: optax.Params,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.OptState]:
-    """What a method makes of the T cotangents of a representation, and its new state.
+    """Combines the T cotangents of a representation by a method.
 
     Args:
       method: any optax transformation that removes the task axis.
-      cotangents: T trees shaped like the representation.
+      cotangents: T trees with the shapes of the representation.
       state: the method's state.
-      representation: the shared representation, which the method sees as `params`.
-      **extra_args: for the method: `losses`, `active`, and its own.
+      representation: the shared representation, which the method gets as `params`.
+      **extra_args: the extra arguments of the method: `losses`, `active`, and others.
 
     Returns:
-      `(update, state)`, the update in the dtypes of the representation.
+      `(update, state)`: the update has the dtypes of the representation.
 
     Raises:
       ValueError: if the method does not remove the task axis.
@@ -199,7 +202,7 @@ def combine_cotangents(
       >>> combine_cotangents(method, (h, 2 * h), method.init(h), h)[0].tolist()
       [3.0, 3.0, 3.0]
     """
-    # A method reads the T cotangents where they are; any other transformation gets a stack of them.
+    # A method reads the T cotangents without a copy; any other transformation gets them stacked.
     gather = TaskRows if isinstance(method, Method) else jnp.stack
     updates = jax.tree.map(lambda *rows: gather(rows), *cotangents)
     update, state = optax.with_extra_args_support(method).update(
@@ -217,19 +220,19 @@ def combine_cotangents(
 def tasks_of(
     name: str, method: Any, state: optax.OptState, tasks: int | Collection[str] | None
 ) -> Tasks:
-    """The tasks of a method: as given, as it says, or as many as the state of one inside it has.
+    """Finds the tasks: from `tasks`, from the method, or from the state of a method inside it.
 
     Args:
-      name: the caller's name, for messages.
+      name: the name of the caller, for messages.
       method: any optax transformation.
-      state: its state, or a carrier of it.
+      state: the state of `method`, or its carrier.
       tasks: T, the task names, or None.
 
     Returns:
       The tasks.
 
     Raises:
-      ValueError: if nothing says how many there are.
+      ValueError: if the number of tasks is unknown.
 
     Example:
 
@@ -251,13 +254,13 @@ def tasks_of(
 
 
 def check_representation(representation: optax.Params) -> None:
-    """Raises where a representation holds anything but real floating-point numbers.
+    """Raises if a leaf of the representation is not real floating point.
 
     Args:
       representation: any pytree of arrays or shapes.
 
     Raises:
-      TypeError: with the leaf's path.
+      TypeError: if a leaf is not real floating point; the message contains its path.
 
     Example:
 

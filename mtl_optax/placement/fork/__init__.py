@@ -1,1 +1,1 @@
-"""The fork as an operator, and the carrier in which a state travels as a cotangent."""
+"""The fork as an operator, and the carrier that encodes a state as a cotangent."""

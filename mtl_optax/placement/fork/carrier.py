@@ -1,7 +1,8 @@
-"""A method's state as a tree of floats, so that it can leave a backward pass as a cotangent.
+"""Encodes the state of a method as a tree of floats, so that a backward pass can return it.
 
-A cotangent must have the dtype of its primal and integers have none, so the state travels as a
-*carrier*: the same tree, with every integer split into float32 halves of 16 bits, which is exact.
+A backward pass returns the new state as a cotangent. A cotangent must have the dtype of its primal, and
+integers have no cotangents. The state is therefore encoded as a *carrier*: the same tree, in which every
+integer is split into 16-bit halves that float32 represents exactly.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from jax import lax
 
 
 def fork_init(method: optax.GradientTransformation, representation: optax.Params) -> Any:
-    """Makes the carrier of a method's state for `fork`.
+    """Makes the carrier of a method's initial state, for `fork`.
 
-    The carrier is the state `method.init(representation)` with float leaves only; it is a pytree to
-    donate, checkpoint and carry through `scan` like any other. The representation's values are not
-    read.
+    The carrier encodes the state `method.init(representation)` in float leaves. It can be donated,
+    checkpointed and carried through `scan` like any other pytree. The values of the representation are
+    not used.
 
     Args:
       method: any optax transformation that removes the task axis.
@@ -29,7 +30,7 @@ def fork_init(method: optax.GradientTransformation, representation: optax.Params
       The carrier.
 
     Raises:
-      TypeError: where the state holds a dtype that no float can carry (complex).
+      TypeError: if the state has a complex leaf, which cannot be encoded.
 
     Example:
 
@@ -47,18 +48,18 @@ def fork_init(method: optax.GradientTransformation, representation: optax.Params
 def fork_state(
     method: optax.GradientTransformation, carrier: optax.OptState, representation: optax.Params
 ) -> Any:
-    """Recovers the method's optax state from a carrier, for diagnostics and checkpoints.
+    """Decodes the optax state of a method from a carrier, for diagnostics and checkpoints.
 
     Args:
-      method: the method the carrier was made for.
-      carrier: what `fork_init` or the last backward pass returned.
+      method: the method whose state is encoded.
+      carrier: from `fork_init`, or from the last backward pass.
       representation: the representation or its `jax.ShapeDtypeStruct`.
 
     Returns:
       The state, with the dtypes of `method.init(representation)`.
 
     Raises:
-      ValueError: where the carrier is not of this method.
+      ValueError: if the carrier is not of this method and representation.
 
     Example:
 
@@ -76,13 +77,13 @@ def fork_state(
 
 
 def encode_state(state: optax.OptState) -> Any:
-    """The carrier of a state: integers and keys as float32 halves of 16 bits, floats as they are.
+    """Encodes a state: integers and keys become 16-bit halves in float32, floats stay unchanged.
 
     Args:
       state: the state of any optax transformation.
 
     Returns:
-      A pytree of floating arrays, from which `fork_state` makes the state again, bit for bit.
+      A pytree of floating arrays, from which `fork_state` recovers the state bit for bit.
 
     Example:
 
@@ -114,7 +115,7 @@ def _check_carrier(carrier: optax.OptState, like: optax.Params) -> None:
 
 
 def _encode(leaf: object) -> jax.Array:
-    """A float array that determines `leaf`: itself, or halves of 16 bits along a last axis."""
+    """Encodes `leaf` as a float array: itself, or 16-bit halves along a new last axis."""
     leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -133,7 +134,7 @@ def _encode(leaf: object) -> jax.Array:
 
 
 def _decode(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """The inverse of `_encode`, for a leaf of the shape and dtype of `like`."""
+    """Inverts `_encode`, for a leaf of the shape and dtype of `like`."""
     if jnp.issubdtype(like.dtype, jnp.floating):
         return leaf
     if like.dtype == jnp.bool_:
@@ -151,7 +152,7 @@ def _decode(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _key_impl(like: jax.ShapeDtypeStruct) -> Any:
-    """The generator of a key's dtype, which jax tells of arrays and tracers, not of shapes."""
+    """Returns the generator of a key; `jax.random.key_impl` needs a tracer, not a shape."""
     found: list[Any] = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
     return found[0]

@@ -1,13 +1,13 @@
-"""The fork as an operator, for code that does not own the call of `jax.grad`.
+"""The fork as an operator, for code that calls `jax.grad` itself.
 
-The same as `fork_value_and_grad`, for a trainer's own loop, or a fork inside `scan` or `remat`. Forward,
-`fork` hands out T copies of the representation. Backward, it receives one cotangent per task, lets the
-method combine them, and passes the combination down. The method's new state leaves the backward pass as
-the *cotangent of the old state*, so there is no side effect, and everything that JAX does to a gradient
-(jit, scan, remat, vmap, sharding) it does to this one.
+It computes the same as `fork_value_and_grad`, and is meant for the training loop of a framework, or for a
+fork inside `scan` or `remat`. In the forward pass, `fork` returns T copies of the representation. In the
+backward pass, it receives one cotangent per task, combines them by the method, and returns the
+combination. The new state of the method is returned as the *cotangent of the old state*. The fork has no
+side effect, so it works under every transformation of JAX (jit, scan, remat, vmap, sharding).
 
-A cotangent must have the dtype of its primal and integers have none, so the state travels as a
-*carrier*: see `carrier.py`.
+A cotangent must have the dtype of its primal, and integers have no cotangents. The state is therefore
+encoded as a *carrier*, see `carrier.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtl_optax.placement.representation import check_representation, combine_cot
 
 
 class ForkToken(NamedTuple):
-    """What ties a fork to the `join` of its losses: rows of losses, present tasks, and a mark."""
+    """Connects a fork to the `join` of its losses: rows of losses, present tasks, and join counts."""
 
     slots: jax.Array
 
@@ -40,35 +40,36 @@ def fork(
     *,
     tasks: int | Collection[str] | None = None,
 ) -> tuple[tuple[Any, ...], ForkToken]:
-    """Hands out T copies of a representation whose cotangents the method combines.
+    """Returns T copies of a representation, whose cotangents the method combines.
 
-    Let h be the representation and c_t the gradient of loss t with respect to copy t. Backward, the
-    shared bottom receives `method.update([c_1, ..., c_T])` in place of `sum_t c_t`. Each head is
-    differentiated on its own copy with weight 1, and the bottom once. Prefer `fork_value_and_grad`,
-    which needs no carrier and no `join`, unless the fork stands inside another transformed function.
+    Let h be the representation and c_t the gradient of loss t with respect to copy t. In the backward
+    pass, the shared layers receive `method.update([c_1, ..., c_T])` instead of `sum_t c_t` as the
+    cotangent of h. Each head is differentiated on its own copy with weight 1, and the shared layers once.
+    Prefer `fork_value_and_grad`, which needs no carrier and no `join`, unless the fork is inside another
+    transformed function.
 
     Notes:
       Differentiate with respect to the carrier too: its "gradient" is the carrier of the next step. Use
-      each carrier in one fork only, and give a `vmap` over models one carrier per model: cotangents of a
-      carrier that is used twice would be added.
+      each carrier in only one fork, and one carrier per model in a `vmap` over models, because JAX adds
+      the cotangents of an array that is used twice.
 
     Args:
-      method: any optax transformation that removes the task axis. It sees h as `params`, and the
-        extra arguments `losses` and `active`: wrap one that refuses what it does not know in
+      method: any optax transformation that removes the task axis. It gets h as `params`, and the extra
+        arguments `losses` and `active`. Wrap a transformation that rejects unknown arguments in
         `drop_extra_args(method, "losses", "active")`.
-      carrier: from `fork_init(method, h)`, or the last step's.
+      carrier: from `fork_init(method, h)`, or from the last step.
       representation: h, any pytree of arrays.
-      tasks: T; needed only for a transformation that holds no `Method`.
+      tasks: T; needed only for a transformation that contains no `Method`.
 
     Returns:
       `(copies, token)`: a tuple of T representations in the order of the tasks, one for each head, and
-      the token for `join`. Cost: the backward pass of the plain sum of losses, plus what the method does
-      with T arrays of the representation's size; no stack of them is made.
+      the token for `join`. Cost: the backward pass of the plain sum of losses, plus the operations of the
+      method on T arrays of the size of the representation, which are not stacked.
 
     Raises:
-      TypeError: if the representation holds integers; give those to the heads directly.
-      ValueError: if the carrier does not fit, nothing says how many tasks there are, the losses were not
-        joined though the method needs them, or the method does not remove the task axis.
+      TypeError: if the representation contains integers; pass these to the heads directly.
+      ValueError: if the carrier does not match, the number of tasks is unknown, the method needs losses
+        and they were not joined, or the method does not remove the task axis.
 
     Example:
 
@@ -88,25 +89,25 @@ def fork(
     """
     axis = tasks_of("fork", method, carrier, tasks)
     check_representation(representation)
-    fork_state(method, carrier, representation)  # raises here, where the caller can see it
-    # In a function, which JAX does not look into: one with a traced option is refused as an argument.
+    fork_state(method, carrier, representation)  # raises here, in the caller's stack trace
+    # Passed inside a function, because JAX rejects a method with a traced option as an argument.
     copies, slots = _fork(lambda: method, axis.number, representation, carrier)
     return copies, ForkToken(slots)
 
 
 def join(losses: Any, token: ForkToken, *, active: Active | None = None) -> jax.Array:
-    """Sums the losses of a fork's heads and hands the losses to the method.
+    """Sums the losses of a fork's heads, and passes the losses to the method.
 
     Args:
-      losses: `[T]` in the order of the copies, or a dictionary of scalars. For a method with
-        `axis_name`, equal on all devices: `lax.pmean` local losses first.
+      losses: `[T]` in the order of the copies, or a dictionary of scalars. For a method with `axis_name`
+        they must be equal on all devices: apply `lax.pmean` to local losses first.
       token: from the same `fork`.
-      active: bool `[T]` or a dictionary, tasks present in this batch; all by default. The loss of an
+      active: which tasks are in this batch, bool `[T]` or a dictionary; all by default. The loss of an
         absent task does not enter the sum.
 
     Returns:
-      The sum, a scalar to differentiate. Scale it (loss scaling) as you like: the method sees the
-      losses unscaled and the cotangents scaled.
+      The sum, a scalar to differentiate. It may be multiplied by a factor (loss scaling), which scales
+      the cotangents that the method gets, but not the losses.
 
     Raises:
       ValueError: if `losses` does not have one entry per copy.
@@ -176,8 +177,8 @@ def _fork_bwd(held: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any
     given: dict[str, Any] = {}
     if not is_zero(slots):
         losses, present, joined = slots
-        # A join that was traced away leaves zeros here: then nothing is known of the losses.
-        # `joined` counts the joins; of losses joined twice the cotangents have been added.
+        # `joined` counts the joins. It is 0 if the join was not differentiated, and the losses are
+        # unknown. The cotangents of losses that are joined twice have been added, so the sum is divided.
         given["losses"] = jnp.where(joined > 0, losses / jnp.maximum(joined, 1), jnp.nan)
         given["active"] = (present > 0) | (joined <= 0)
     try:
