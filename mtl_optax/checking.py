@@ -1,4 +1,4 @@
-"""A check of a whole optimizer, once, before training: does it remove the task axis and keep its state?"""
+"""A check of a whole optimizer before training: its task axis, its state, and its tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mtl_optax.small_runs import (
 )
 
 _GUIDE = "See docs/composition.md."
-# Wrappers of optax that cannot stand around a method, known by their states.
+# Wrappers of optax that cannot wrap a method, by the types of their states.
 _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
     optax.MultiStepsState: (
         "optax.MultiSteps",
@@ -67,42 +67,43 @@ def check(
     gradients: Any = None,
     **extra_args: Any,
 ) -> str:
-    """Checks that a whole optimizer keeps tasks apart, removes the task axis, and keeps its state.
+    """Checks that an optimizer separates the tasks, removes the task axis, and keeps its state.
 
-    Call it once, before training or in a test. It traces `tx.init` and `tx.update` on gradients of
-    shape `[T, *shape]` with `jax.eval_shape`, and finds what shows in shapes: a transformation with a
-    state before the method, a wrapper that cannot stand around one, a part of `optax.partition` or
-    `optax.masked` that keeps the task axis, a wrong number of tasks or other names.
+    Call it once, before training or in a test. It traces `tx.init` and `tx.update` with `jax.eval_shape`,
+    on gradients of shape `[T, *shape]`, and detects errors that affect shapes: a transformation with a
+    state before the method, a wrapper that cannot wrap a method, a part of `optax.partition` or
+    `optax.masked` that keeps the task axis, a wrong number of tasks, or wrong task names.
 
-    What stands before the first method it also runs, on leaves of at most two elements. There the
-    gradient of a task must not depend on those of other tasks (`clip_by_global_norm`, a norm over all
-    tasks), and no term of the parameters may be added to it (`add_decayed_weights`, once per task).
+    It also executes the transformations before the first method, on leaves of at most two elements. It
+    raises if the gradient of a task depends on the gradients of other tasks (`clip_by_global_norm` takes
+    one norm over all tasks), or if a term of the parameters is added (`add_decayed_weights` would add it
+    once per task).
 
     Notes:
-      It cannot find three things. `centralize` before a method takes the task axis for the first axis
-      of the parameter: put it after the method, or inside `mtl_optax.per_task`. An optimizer that fails
-      on leaves of two elements, for example because its labels depend on shapes, is not run, and neither
-      is what stands inside a branch of `lax.cond`. An order of the losses that is not that of the
-      gradients shows nowhere; named tasks rule it out.
+      It cannot detect three errors. First, `centralize` before a method treats the task axis as the first
+      axis of the parameter: put it after the method, or inside `mtl_optax.per_task`. Second,
+      transformations inside a branch of `lax.cond`, and optimizers that fail on leaves of two elements
+      (for example because labels depend on shapes), are not executed. Third, the losses may be in another
+      order than the gradients; named tasks prevent this.
 
     Args:
       tx: the whole optimizer, for example `optax.chain(method, optax.adam(1e-3))`.
       params: the parameters; shapes are enough.
-      tasks: T, or the task names; left out, those of the methods inside.
-      gradients: what `update` is given, where that is not one gradient per task for every parameter
-        (heads from `split_value_and_grad`); shapes are enough.
-      **extra_args: the extra arguments of `update`, such as those of a line search; for arrays, shapes
-        are enough. `losses` is `[T]` where it is not given.
+      tasks: T, or the task names; by default the tasks of the methods in `tx`.
+      gradients: the gradients for `update`, if they are not one gradient per task for every parameter
+        (such as the heads in `split_value_and_grad`); only shapes and dtypes are used.
+      **extra_args: the extra arguments of `update`, such as those of a line search; a
+        `jax.ShapeDtypeStruct` can replace an array. By default `losses` is an array `[T]`.
 
     Returns:
-      A line for each method that `update` calls: its name, its tasks in the order of the task axis, and
-      its target, where it has one.
+      One line per method that `update` calls: its name, its tasks in the order of the task axis, and its
+      target if there is one.
 
     Raises:
-      ValueError: if `init` or `update` raises, an update would not be shaped like the parameters, a
-        state would change its shape or dtype, tasks mix before a method, methods disagree about the
-        tasks, or `optax.inject_hyperparams` rounds a number to another one. The message says where, and
-        what to do.
+      ValueError: if `init` or `update` raises, the update does not have the shapes of the parameters, the
+        state changes its shape or dtype, a transformation before a method mixes tasks, methods have
+        different tasks, or the dtype of `optax.inject_hyperparams` is too small for a number. The message
+        contains the location and a remedy.
 
     Example:
 
@@ -133,7 +134,7 @@ def check(
     gradients = _arrays_of_variables(_shapes(gradients))
     extra_args = {"losses": jax.ShapeDtypeStruct((number,), jnp.float32), **extra_args}
     arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
-    # Functions and Python numbers stay what they are.
+    # Functions and Python numbers are not traced.
     others = {name: value for name, value in extra_args.items() if name not in arrays}
 
     def update(
@@ -142,7 +143,7 @@ def check(
         return update_fn(gradients, state, params, **arrays, **others)
 
     def step(state: optax.OptState, arrays: Any = arrays) -> Any:
-        # A state that is broadcast over the tasks is reported with its path, not by the first operation.
+        # A state that is broadcast over the tasks is reported below, with its path.
         with jax.numpy_rank_promotion("allow"):
             return jax.eval_shape(update, gradients, state, like, arrays)
 
@@ -175,7 +176,7 @@ def _refuse(fault: str | None) -> None:
 
 
 def _tasks_inside(tx: Any, state: optax.OptState) -> Tasks:
-    """The tasks of the methods in an optimizer. A chain hides their names, which `update` tells later."""
+    """Returns the tasks of the methods in an optimizer; in a chain only their number is known yet."""
     if isinstance(tx, Method):
         return tx.tasks
     made_for = {node.weights.shape[-1]: path for path, node in nodes_in(state, BalanceState)}
@@ -324,8 +325,8 @@ def _about_update(
 def _remedy(
     error: Exception, state: optax.OptState, without_losses: Callable[[], Any], variables: bool
 ) -> str:
-    """What to do about an error of somebody else's."""
-    # Python has no class for this one.
+    """Returns a remedy for an error that another library raised."""
+    # Python has no exception class for a missing keyword argument.
     if isinstance(error, TypeError) and "required keyword-only" in str(error):
         return (
             "Give check the extra arguments that update is given, such as "
@@ -354,7 +355,7 @@ def _remedy(
 
 
 def _passes(update: Callable[[], Any]) -> bool:
-    """Whether an update runs, as far as a method that misses the losses."""
+    """Whether an update runs, at least until a method raises because of missing losses."""
     try:
         update()
     except MissingLosses:
@@ -365,7 +366,7 @@ def _passes(update: Callable[[], Any]) -> bool:
 
 
 def _stands_around(state: optax.OptState) -> str | None:
-    """What to do about a wrapper that holds a method and cannot, where the state shows one."""
+    """Returns a remedy if the state shows a wrapper that cannot wrap a method."""
     for path, node in nodes_in(state, tuple(_CANNOT_STAND_AROUND)):
         if states_in(node):
             wrapper, why = _CANNOT_STAND_AROUND[type(node)]
@@ -374,7 +375,7 @@ def _stands_around(state: optax.OptState) -> str | None:
 
 
 def _quote(function: str, error: Exception, remedy: str) -> str:
-    """What a function raised, in one line, and the remedy; about 300 characters in all."""
+    """Returns an error as one line, and the remedy; about 300 characters in total."""
     text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
     room = 275 - len(remedy)
     text = text if len(text) <= room else f"{text[: room - 3]}..."
@@ -389,11 +390,11 @@ def _shapes(tree: optax.Params) -> Any:
 
 
 def _arrays_of_variables(tree: optax.Params) -> Any:
-    """A tree as `update` is given it by `nnx.Optimizer`: with arrays in place of Flax's variables."""
+    """Replaces the variables of Flax by arrays, as `nnx.Optimizer` does before `update`."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree
-    # Flax 0.12.0 has it under its old name.
+    # The name in Flax 0.12.0 is `pure`.
     return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
 
 
@@ -402,7 +403,7 @@ def _with_tasks(tree: optax.Params, num_tasks: int) -> Any:
 
 
 def _ones(tree: optax.Params) -> Any:
-    """Numbers where only shapes are given."""
+    """Replaces shapes by arrays of ones."""
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) if is_shape(x) else x, tree)
 

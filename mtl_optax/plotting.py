@@ -1,4 +1,4 @@
-"""Plots of the balance of the tasks over training; needs the extra `plot` (matplotlib).
+"""Plots of weights, norms, conflicts and losses over training; they need the extra `plot` (matplotlib).
 
 Every function draws on one `Axes` and returns it, so that plots can be placed side by side, restyled and
 saved like any other. A *history* is an entry of `diagnostics`, stacked over the steps: the second output
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-# One for each block, told apart without colour; from the ninth block on they repeat.
+# One line style per block; they repeat from the ninth block on.
 _STYLES = (
     "-",
     "--",
@@ -25,7 +25,7 @@ _STYLES = (
     (0, (6, 2, 1, 2, 1, 2)),
     (0, (8, 2, 3, 2)),
 )
-# Longer names than this, all together, overlap below a heat map.
+# Tick labels with more characters in total overlap below a heat map.
 _LONGEST_TICKS = 30
 
 
@@ -39,7 +39,7 @@ def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: A
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
-      The `Axes`. A single step is a point.
+      The `Axes`. A single step is drawn as a point.
 
     Raises:
       ImportError: if matplotlib is not installed.
@@ -65,7 +65,7 @@ def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
-      The `Axes`. A norm of 0 is a gap in its line.
+      The `Axes`. A norm of 0 is drawn as a gap.
 
     Raises:
       ImportError: if matplotlib is not installed.
@@ -221,7 +221,7 @@ def _plot_lines(
 
 
 def _legend_of_blocks(ax: Any, drawn: list[Any], blocks: list[str], names: list[str]) -> None:
-    """A line for every task and one for every block, beside the plot, not one for each pair."""
+    """Adds a legend beside the plot, with one line per task and one per block."""
     lines = drawn[: len(names)] + drawn[:: len(names)]
     legend = ax.legend(lines, names + blocks, loc="upper left", bbox_to_anchor=(1, 1))
     for handle in legend.legend_handles[len(names) :]:
@@ -231,7 +231,7 @@ def _legend_of_blocks(ax: Any, drawn: list[Any], blocks: list[str], names: list[
 def _read(
     caller: str, given: Any, what: str, task_names: Sequence[str] | None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays `[steps, T]` by block or run, "" where there is only one; and the labels of the tasks."""
+    """Returns the arrays `[steps, T]` by block or run ("" if there is one), and the task labels."""
     several = isinstance(given, Mapping) and not _is_by_task(given)
     parts = dict(given) if several else {"": given}
     arrays = {}

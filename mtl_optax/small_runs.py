@@ -1,4 +1,4 @@
-"""What `check` finds by running an optimizer on leaves of at most two elements."""
+"""The part of `check` that executes an optimizer, on leaves of at most two elements."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 def fault_before_methods(
     init: Any, update: Any, params: optax.Params, gradients: optax.Updates, num_tasks: int
 ) -> str | None:
-    """What is wrong with the gradients that reach the first method of each leaf.
+    """Detects wrong gradients at the input of the first method of each leaf.
 
-    The gradient of a task must not depend on those of the others: from one run to the next, half of them
-    grow by a factor of a million, and the other half must stay. And no term of the parameters may be
-    added to it: where all gradients are zero, other parameters must change nothing. (That a factor
-    depends on the parameters, as in `per_task(optax.adaptive_grad_clip(0.1), T)`, is right.)
+    The gradient of a task must not depend on the gradients of other tasks. To test this, half of the
+    gradients are multiplied by about a million, and the others must not change. No term of the parameters
+    may be added to a gradient. To test this, all gradients are 0, and a change of the parameters must
+    have no effect. (A factor may depend on the parameters, as in
+    `per_task(optax.adaptive_grad_clip(0.1), T)`.)
 
     Args:
-      init: that of the optimizer.
-      update: that of the optimizer.
-      params: shapes.
-      gradients: shapes, those of the parameters with or without a task axis.
+      init: the `init` of the optimizer.
+      update: the `update` of the optimizer.
+      params: the shapes of the parameters.
+      gradients: the shapes of the gradients, which have a task axis or not.
       num_tasks: T.
 
     Returns:
-      A sentence with the remedy, or None; None also where the optimizer refuses such small leaves.
+      A sentence with the remedy, or None. It is also None if the optimizer fails on such small leaves.
     """
     reach = _what_reaches_methods(init, update)
     random = np.random.default_rng(0)
@@ -68,7 +69,7 @@ def fault_before_methods(
                 )
         zeros = jax.tree.map(jnp.zeros_like, quiet)
         method = _differs(reach(zeros, weights), reach(zeros, others), rows=...)
-    # Not every optimizer works on other shapes, or outside of a branch of `lax.cond`.
+    # Some optimizers fail on other shapes, or call methods in a branch of `lax.cond`.
     except Exception:
         return None
     if method:
@@ -80,15 +81,15 @@ def fault_before_methods(
 
 
 def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptState) -> str | None:
-    """Which number `optax.inject_hyperparams` rounds to another one in the dtype of the parameters.
+    """Detects a number that `optax.inject_hyperparams` changes by rounding to the parameters' dtype.
 
-    That is one that moves, or whose distance from 1 moves, by more than a tenth, as a decay of 0.999 in
-    bfloat16, which is 1.
+    The number, or its distance from 1, must change by more than a tenth. For example, a decay of 0.999
+    becomes 1 in bfloat16.
 
     Args:
-      init: that of the optimizer.
-      params: shapes.
-      state: the shapes of its state.
+      init: the `init` of the optimizer.
+      params: the shapes of the parameters.
+      state: the shapes of the state.
 
     Returns:
       A sentence with the remedy, or None.
@@ -100,7 +101,7 @@ def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptStat
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_narrow(x) else x, narrow)
     try:
         states = [nodes_in(init(like), _INJECTED) for like in (narrow, wide)]
-    # Not every optimizer works on other shapes.
+    # Some optimizers fail on other shapes.
     except Exception:
         return None
     for (path, node), (_, meant) in zip(*states, strict=True):
@@ -120,34 +121,34 @@ def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptStat
 
 
 def gradients_like(params: optax.Params) -> Any:
-    """The tree of the gradients; the parameters of `optax.lookahead` are a pair, of which they know one."""
+    """Returns the tree of the gradients: the parameters, or the fast ones of `optax.lookahead`."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def leaves_in(tree: optax.Params) -> list[tuple[str, Any]]:
-    """The leaves of a tree, with their paths."""
+    """Returns the leaves of a tree, with their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
 def nodes_in(tree: optax.Params, kinds: type | tuple[type, ...]) -> list[tuple[str, Any]]:
-    """The outermost nodes of these types in a tree, with their paths."""
+    """Returns the outermost nodes of these types in a tree, with their paths."""
     is_one = lambda node: isinstance(node, kinds)  # noqa: E731
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one)
     return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_one(node)]
 
 
 def _what_reaches_methods(init: Any, update: Any) -> Any:
-    """A function from gradients and parameters to what the first method of each leaf is given.
+    """Returns a function from gradients and parameters to the inputs of the first method of each leaf.
 
-    The result is a dictionary by method and path, without the gradients that nothing has changed. A
-    later method of the same leaf does not count: between two methods tasks are meant to meet.
+    The function returns a dictionary by method and path, without gradients that are unchanged. Later
+    methods of the same leaf are ignored, because the first method may mix the tasks.
     """
 
     @jax.jit
     def reach(gradients: optax.Updates, params: optax.Params) -> dict[tuple[str, str], jax.Array]:
         came, first = dict(leaves_in(gradients)), {}
-        # What is raised behind the methods changes nothing of what has reached them.
+        # An error after the methods does not affect their recorded inputs.
         with update_calls() as calls, suppress(Exception), jax.numpy_rank_promotion("allow"):
             update(gradients, init(params), params)
         for method, updates in calls:
@@ -161,9 +162,9 @@ def _what_reaches_methods(init: Any, update: Any) -> Any:
 
 
 def _halves(num_tasks: int) -> Iterator[np.ndarray]:
-    """Masks `[T]` of which, for any two tasks, one holds the first and not the second.
+    """Yields masks `[T]` such that, for any two tasks, one mask has the first but not the second.
 
-    There are two for each binary digit of the tasks' numbers, since any two differ in some digit.
+    There are two masks per binary digit of the task index, because two indices differ in a digit.
     """
     tasks = np.arange(num_tasks)
     for digit in range((num_tasks - 1).bit_length()):
@@ -173,14 +174,14 @@ def _halves(num_tasks: int) -> Iterator[np.ndarray]:
 
 
 def _choose(is_loud: np.ndarray, quiet: Any, loud: Any, param: Any) -> Any:
-    """The rows of a leaf for all tasks; without a task axis it is left quiet."""
+    """Selects the row of each task from `loud` or `quiet`; without a task axis it returns `quiet`."""
     if quiet.ndim == param.ndim:
         return quiet
     return jnp.where(is_loud.reshape(-1, *[1] * param.ndim), loud, quiet)
 
 
 def _differs(reached: dict[tuple[str, str], Any], other: Any, rows: Any) -> str | None:
-    """The first method, and leaf, that two runs give other rows."""
+    """Describes the first method and leaf whose rows differ between two runs."""
     for key, leaf in reached.items():
         if not jnp.allclose(leaf[rows], other[key][rows], rtol=1e-3, atol=0, equal_nan=True):
             return "{} (leaf {})".format(*key)
@@ -188,7 +189,7 @@ def _differs(reached: dict[tuple[str, str], Any], other: Any, rows: Any) -> str 
 
 
 def _small(tree: optax.Params) -> Any:
-    """Of each leaf at most two elements, along the first dimension that has two."""
+    """Reduces each leaf to at most two elements, along the first dimension of size 2 or more."""
 
     def small(leaf: jax.Array) -> Any:
         shape = [min(size, 1) for size in leaf.shape]

@@ -1,4 +1,4 @@
-"""Reading the state of a method: weights, norms, cosines, counts of what went wrong."""
+"""Reads the state of a method: weights, norms, cosines, and counts of excluded tasks."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from mtl_optax.core.task_tree import assign_blocks
 def diagnostics(
     state: optax.OptState, method: Method | None = None, params: optax.Params | None = None
 ) -> dict[str, Any]:
-    """Reads weights, norms, cosines and counts of skipped tasks from any state that holds a method's.
+    """Reads weights, norms, cosines and counts of skipped tasks from the state of an optimizer.
 
-    Works on the state of a method, of a chain or wrapper around it, and on a fork's carrier, inside jit
-    too. Names are not in the state: give the method for the names of tasks, and the parameters as well
-    for the names of blocks.
+    `state` is the state of a method, the state of a chain or wrapper around it, or a fork's carrier. It
+    works inside jit too. The state contains no names: pass the method for the names of tasks, and also
+    the parameters for the names of blocks.
 
     Args:
       state: any pytree with the state of at least one method of this library.
-      method: the `Method` whose state it is. Without it tasks are numbered.
-      params: the parameters (shapes are enough). Without them blocks are numbered.
+      method: the `Method` of the state. Without it, tasks are numbered.
+      params: the parameters, of which only the shapes are used. Without them, blocks are numbered.
 
     Returns:
-      A dictionary with `weights` `[T]`, the weights used last, which multiply raw gradients; `norms`
-      `[T]` and `cosines` `[T, T]` where the method computed them; with the cosines also `alignment`,
-      `2 |mean_t g_t / |g_t||^2 - 1`, which is 1 where all gradients point one way; `skipped` `[T]`, how
-      often each task was excluded because it was not finite; `fallback_count`, for methods that count
-      the steps in which they had no solution (`nash_mtl`, `fairgrad`, `pcd`, `gradnorm`, and what is
-      built on them); and `steps`, updates done. With several blocks all but `skipped` and `steps` have a
-      leading block axis, or are dictionaries by block name. With task names each task axis becomes a
-      dictionary. For several methods in one state: the entries of the first one, and those of all in a
-      list under `all`.
+      A dictionary with `weights` `[T]`, the weights of the raw gradients in the last update; `norms`
+      `[T]` and `cosines` `[T, T]`, if the method computes them; with the cosines also `alignment`,
+      `2 |mean_t g_t / |g_t||^2 - 1`, which is 1 if all gradients have the same direction; `skipped`
+      `[T]`, how often each task was excluded because it was not finite; `fallback_count`, the number of
+      steps without a solution, for `nash_mtl`, `fairgrad`, `pcd`, `gradnorm` and methods that are built
+      on them; and `steps`, the number of updates. With several blocks, all entries except `skipped` and
+      `steps` have a leading block axis, or are dictionaries by block name. With task names, each task
+      axis becomes a dictionary. If the state contains several methods, the dictionary has the entries of
+      the first method, and `all` is a list with the entries of every method.
 
     Raises:
-      ValueError: if there is no state of a method in `state`, or `method` or `params` do not fit it.
+      ValueError: if `state` contains no state of a method, or `method` or `params` do not match it.
 
     References:
       The alignment score: Wang et al., Gradient Alignment in Physics-informed Neural Networks, 2025,
@@ -59,13 +59,13 @@ def diagnostics(
 
 
 def head_weights(state: optax.OptState) -> jax.Array:
-    """One weight per task, for the heads in papers that weigh the losses themselves.
+    """Returns one weight per task, for the heads in papers that weight the losses.
 
     Args:
       state: any pytree with the state of a method of this library.
 
     Returns:
-      `[T]`: the weights used last, averaged over blocks.
+      `[T]`: the weights of the last update, averaged over blocks.
 
     Raises:
       ValueError: if there is no state of a method in `state`.
@@ -100,7 +100,7 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
     tasks = None if method is None else method.task_names
     blocks = _block_names(state, method, params)
     read = {}
-    # With how many task axes each array ends.
+    # The last entry is the number of task axes, which are the last axes of the array.
     for key, array, axes in (
         ("weights", state.weights, 1),
         ("norms", state.norms, 1),
@@ -125,24 +125,24 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
     }
 
 
-def _alignment(cosine: jax.Array | None) -> jax.Array | None:
-    """The alignment score of the nonzero gradients in each block, `[B]`."""
-    if cosine is None:
-        return None
+def _alignment(cosine: Any) -> Any:
+    """Computes the alignment score of the nonzero gradients in each block, `[B]`."""
+    if isinstance(cosine, tuple):
+        return ()
     cosine = jnp.asarray(cosine)
     nonzero = jnp.sum(jnp.diagonal(cosine, axis1=-2, axis2=-1), axis=-1)
     return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
 
 
-def _fallback_count(rule_state: optax.OptState) -> jax.Array | None:
-    """What the rule, or one that it is built on, counts of its fallbacks in each block, `[B]`."""
+def _fallback_count(rule_state: optax.OptState) -> Any:
+    """Returns the fallback count of the rule, or of its base, in each block, `[B]`."""
     for _, count in optax.tree.get_all_with_path(rule_state, "fallback_count"):
         return _integers(count)
     return None
 
 
 def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:
-    """The last `axes` axes of an array as nested dictionaries, where tasks have names."""
+    """Converts the last `axes` axes of an array to nested dictionaries, if the tasks have names."""
     if names is None or axes == 0:
         return array
     rows = jnp.moveaxis(array, -axes, 0)
@@ -164,7 +164,7 @@ def _block_names(
 
 
 def _integers(leaf: object) -> jax.Array:
-    """Integers as they are, or from the halves of 16 bits in which a fork's carrier holds them."""
+    """Returns integers; decodes them from 16-bit halves if they are encoded in a fork's carrier."""
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf

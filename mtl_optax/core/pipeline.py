@@ -112,7 +112,7 @@ class Pipeline(Definition):
           A `BalanceState`.
         """
         state = first_state(self.rule, self.tasks.number, params, self.options.blocks)
-        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        # Equal zeros may share a buffer, which cannot be donated twice.
         return jax.tree.map(jnp.copy, state)
 
     def update(

@@ -1,4 +1,4 @@
-"""The one table of methods, which the README, the documentation and the examples' `--method` read."""
+"""The table of methods, which the README, the documentation and the `--method` of examples read."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class MethodRow(NamedTuple):
     Attributes:
       name: the public name.
       factory: the public factory, `factory(tasks, ...) -> Method`.
-      needs: what the method looks at by default: "losses", "norms", "gram" or "gradients" (element by
+      needs: what the method reads by default: "losses", "norms", "gram" or "gradients" (element by
         element).
-      family: the folder it lives in, which says what it costs: "losses", "norms", "gram" or "gradients"
-        (element by element, or with buffers of their size).
-      scale: "sum" where T equal gradients give T times one of them, "mean" where they give one,
-        "own" where the method sets the length itself.
+      family: the folder of the method, which determines its cost: "losses", "norms", "gram" or
+        "gradients" (element by element, or with buffers of their size).
+      scale: "sum" if the update of T equal gradients is T times this gradient, "mean" if it is this
+        gradient, "own" if the method determines the length.
       reference: authors, title and year.
     """
 

@@ -1,1 +1,1 @@
-"""Wrappers of optax transformations: over the task axis, over steps, against what is not finite."""
+"""Wrappers of optax transformations: per task, over several steps, and against non-finite numbers."""

@@ -19,7 +19,7 @@ from mtl_optax.wrappers.present import read_present
 
 
 class AccumulateState(NamedTuple):
-    """State of `accumulate`: sums over the micro-batches so far, and how often each task was in one."""
+    """State of `accumulate`: sums over the micro-batches so far, and how many of them had each task."""
 
     inner_state: optax.OptState
     micro_count: jax.Array
@@ -35,26 +35,26 @@ def accumulate(
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages per-task gradients over `every_k` micro-batches before `inner` sees them.
+    """Averages the gradients of each task over `every_k` micro-batches before `inner`.
 
-    The update is 0 on all calls but every `every_k`-th, when `inner` gets each task's mean gradient and
-    mean loss over the micro-batches in which the task was present and finite; a task that was in none
-    of them is passed on as inactive. `optax.MultiSteps` cannot do this: its accumulator has no task
-    axis. Where the micro-batches come from one batch, `optax.microbatching` over the function that
-    returns per-task gradients needs no state at all.
+    On every `every_k`-th call, `inner` gets the mean gradient and the mean loss of each task, over the
+    micro-batches in which this task was present and finite. A task that was in no micro-batch is
+    inactive. On the other calls the update is 0. `optax.MultiSteps` cannot do this, because its
+    accumulator has no task axis. If the micro-batches are parts of one batch, apply `optax.microbatching`
+    to the function that returns the task gradients instead; it needs no state.
 
     Args:
-      inner: the whole optimizer, balancing method included.
+      inner: the whole optimizer, which includes the balancing method.
       tasks: T, or the task names.
-      every_k: micro-batches per step, static.
+      every_k: the number of micro-batches per step, static.
       axis_name: see `MethodOptions`; `inner` needs it too.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to what `inner` returns. Memory: one float32 copy of
-      the T gradients.
+      A transformation from leaves `[T, *shape]` to the update of `inner`. Memory: one float32 copy of the
+      T gradients.
 
     Raises:
-      ValueError: for updates without the task axis, or `every_k` < 1.
+      ValueError: if the updates have no task axis, or `every_k` < 1.
 
     Example:
 
@@ -79,7 +79,7 @@ def accumulate(
             losses=jnp.zeros((axis.number,), dtype),
             present=jnp.zeros((axis.number,), dtype),
         )
-        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        # Equal zeros may share a buffer, which cannot be donated twice.
         return jax.tree.map(jnp.copy, state)
 
     def update_fn(
@@ -123,7 +123,7 @@ def accumulate(
             shapes, _ = jax.eval_shape(step, sums)
             return jax.tree.map(jnp.zeros_like, shapes), sums
 
-        # `check` wants to see what reaches the methods inside, which a branch would hide.
+        # In `check`, `inner` must run outside `cond`, so that its inputs can be recorded.
         if is_watched():
             return step(sums)
         return lax.cond(sums.micro_count == every_k, step, wait, sums)

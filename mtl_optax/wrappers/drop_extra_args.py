@@ -10,17 +10,17 @@ import optax
 def drop_extra_args(
     inner: optax.GradientTransformation, *names: str
 ) -> optax.GradientTransformationExtraArgs:
-    """Hides extra arguments from a transformation that refuses those it does not know.
+    """Removes extra arguments before a transformation that rejects unknown ones.
 
-    optax's line searches hand every extra argument to their `value_fn`, so `losses=`, which a method
-    earlier in the chain needs, makes them raise. Wrap them in `drop_extra_args(inner, "losses")`.
+    The line searches of optax pass every extra argument to their `value_fn`, so they raise on `losses=`,
+    which a method in the same chain needs. Wrap the line search in `drop_extra_args(inner, "losses")`.
 
     Args:
       inner: the transformation to wrap.
-      *names: the extra arguments that it must not see.
+      *names: the extra arguments to remove.
 
     Returns:
-      `inner` without those arguments.
+      A transformation that calls `inner` without these arguments.
 
     Raises:
       ValueError: if no name is given.

@@ -1,4 +1,4 @@
-"""Lifts an optax transformation over the task axis."""
+"""Applies an optax transformation to each task separately."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mtl_optax.core.types import Active, AxisName
 def per_task(
     inner: optax.GradientTransformation, tasks: int | Collection[str], *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Lifts any optax transformation over the task axis: `[T, ...]` to `[T, ...]`.
+    """Applies an optax transformation to the gradient of each task separately.
 
-    Every task gets its own copy of `inner` and of its state, by `vmap`. This makes a transformation that
-    has a state or takes norms correct before a balancing method: `per_task(optax.trace(0.9), T)` keeps
-    one momentum per task, `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient.
+    `vmap` over the tasks gives each task a separate state of `inner`. Use it before a balancing method
+    for a transformation that has a state or takes norms: `per_task(optax.trace(0.9), T)` has one momentum
+    per task, and `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient.
 
-    An absent or non-finite task leaves its own state as it was; its slot passes through unchanged, so
-    that the method after it excludes and counts it.
+    The state of an absent or non-finite task does not change. Its entries pass unchanged, so that the
+    next method excludes and counts it.
 
     Args:
       inner: a transformation from leaves `[*shape]` to leaves `[*shape]`.
@@ -35,7 +35,7 @@ def per_task(
       A transformation on leaves `[T, *shape]`. Memory: T states of `inner`.
 
     Raises:
-      ValueError: for updates without the task axis.
+      ValueError: if the updates have no task axis.
 
     Example:
 
@@ -66,7 +66,7 @@ def per_task(
 
 
 def init_each(inner: optax.GradientTransformation, params: optax.Params, num_tasks: int) -> Any:
-    """The states of one copy of `inner` per task, stacked along a leading axis."""
+    """Returns one state of `inner` per task, stacked along a leading axis."""
 
     def concrete(leaf: object) -> Any:
         shaped = isinstance(leaf, jax.ShapeDtypeStruct)
@@ -84,7 +84,7 @@ def update_each(
     keep: jax.Array,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
-    """The updates of one copy of `inner` per task; those not in `keep` [T] stay as they are."""
+    """Applies `inner` per task; gradient and state of tasks outside `keep` `[T]` do not change."""
     update = optax.with_extra_args_support(inner).update
 
     def one(

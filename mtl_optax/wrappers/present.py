@@ -1,4 +1,4 @@
-"""Which tasks of a step are present and finite."""
+"""The tasks that are present and finite in a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_present(
     dtype: DType,
     axis_name: AxisName,
 ) -> tuple[jax.Array, Any]:
-    """Which tasks are present and finite, bool `[T]`, and the losses `[T]` where they are given."""
+    """Returns which tasks are present and finite, bool `[T]`, and the losses `[T]` or None."""
     checks.check_updates(name, updates, tasks, params)
     keep = checks.read_active(name, active, tasks)
     keep = keep & task_tree.finite(updates, tasks.number, axis_name)

@@ -1,4 +1,4 @@
-"""Keeps the gradients of tasks that are absent from a step."""
+"""Stores the gradients of tasks that are absent from a step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RememberState(NamedTuple):
     """State of `remember`.
 
     Attributes:
-      inner_state: of the method underneath.
-      gradients: leaves `[T, *shape]`, averages of each task's gradients; start at 0.
-      share: `[T]`, the share of each average that is data: `1 - decay ** k` after k gradients.
-      losses: `[T]`, each task's last loss.
+      inner_state: the state of `inner`.
+      gradients: leaves `[T, *shape]`, the EMA of each task's gradients, which starts at 0.
+      share: `[T]`, the bias correction of each EMA: `1 - decay ** k` after k gradients.
+      losses: `[T]`, the last loss of each task.
     """
 
     inner_state: optax.OptState
@@ -41,33 +41,34 @@ def remember(
     tasks: int | Collection[str] | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the gradients of tasks that are absent from a step, so that a method sees all T.
+    r"""Stores the gradients of absent tasks, so that a method combines the gradients of all T tasks.
 
-    For one gradient a step (`one_task_value_and_grad`), one data loader per task, or a subset of the tasks
-    in each step. With :math:`\beta` = ``decay``, for a task that is present for the k-th time
+    It is meant for one gradient per step (`one_task_value_and_grad`), one data loader per task, or a
+    subset of the tasks per step. With :math:`\beta` = ``decay``, a task that is present for the k-th time
+    has
 
     .. math:: m_t \leftarrow \beta m_t + (1 - \beta) g_t, \qquad \hat m_t = m_t / (1 - \beta^k),
 
-    and the others keep theirs. ``inner`` gets :math:`\hat m` for all tasks that have been present at least
-    once, and the last losses.
+    and the averages of the other tasks do not change. ``inner`` gets :math:`\hat m` and the last losses
+    of all tasks that have been present at least once.
 
     Args:
       inner: a method, or a whole optimizer that begins with one.
-      decay: beta in [0, 1); 0 keeps the last gradient itself.
-      tasks: T, or the task names; needed only if `inner` is no `Method`.
+      decay: beta in [0, 1); 0 stores the last gradient itself.
+      tasks: T, or the task names; needed only if `inner` is not a `Method`.
       axis_name: see `MethodOptions`.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to what `inner` returns, with the state `RememberState`.
+      A transformation from leaves `[T, *shape]` to the update of `inner`, with the state `RememberState`.
       Memory: T gradients.
 
     Raises:
-      ValueError: for updates without the task axis, a decay outside its range, or a `tasks` that is not
-        the method's.
+      ValueError: if the updates have no task axis, `decay` is outside its range, or `tasks` differs from
+        the tasks of the method.
 
     Notes:
-      A task that is not finite counts as absent: its old gradient stays. On a representation
-      `[batch, width]` the kept gradients would belong to other examples: use it on parameters.
+      A non-finite task counts as absent, so its stored gradient does not change. Use this on parameters:
+      on a representation `[batch, width]` the stored gradients would belong to other examples.
 
     Example:
 
@@ -96,7 +97,7 @@ def remember(
             share=jnp.zeros((axis.number,), dtype),
             losses=jnp.zeros((axis.number,), dtype),
         )
-        # Equal zeros may share a buffer, and a shared buffer cannot be donated.
+        # Equal zeros may share a buffer, which cannot be donated twice.
         return jax.tree.map(jnp.copy, state)
 
     def update_fn(

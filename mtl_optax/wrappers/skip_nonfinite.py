@@ -1,4 +1,4 @@
-"""Skips a step that is not finite."""
+"""Skips non-finite steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtl_optax.core.types import AxisName
 
 
 class SkipNonfiniteState(NamedTuple):
-    """State of `skip_nonfinite`: the inner state, and how many steps were skipped (int32)."""
+    """State of `skip_nonfinite`: the inner state, and the number of skipped steps (int32)."""
 
     inner_state: optax.OptState
     skipped_steps: jax.Array
@@ -23,20 +23,21 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a whole step if anything in it is not finite.
+    """Skips a step if a gradient, a loss or the update is not finite.
 
-    If a gradient, a loss given as `losses=`, or the update that `inner` makes of them holds NaN or
-    infinity, the update is 0 and the inner state stays as it was. What the slots of an absent task
-    (`active=`) hold does not count. The methods exclude a non-finite task by themselves and go on with
-    the others; use this to skip the step instead, or to guard the heads, whose gradients no method sees.
-    `optax.apply_if_finite` cannot replace it: its zeros keep the task axis.
+    If a gradient, a loss in `losses=`, or the update of `inner` contains NaN or infinity, the update is 0
+    and the inner state does not change. The entries of absent tasks (`active=`) are ignored. A method
+    excludes a non-finite task and combines the others. Use this wrapper to skip the whole step instead,
+    or for the optimizer of the heads, whose gradients do not go through a method. `optax.apply_if_finite`
+    cannot replace it, because it returns zeros with the task axis.
 
     Args:
-      inner: the whole optimizer, balancing method included.
-      axis_name: see `MethodOptions`; all devices then skip together.
+      inner: the whole optimizer, which includes the balancing method.
+      axis_name: see `MethodOptions`; all devices then skip the same steps.
 
     Returns:
-      A transformation with the input and output of `inner`. Cost: one pass over gradients and update.
+      A transformation with the inputs and outputs of `inner`. Cost: one pass over the gradients and the
+      update.
 
     Example:
 
@@ -72,7 +73,7 @@ def skip_nonfinite(
 
 
 def _without_absent(tree: Any, active: Any) -> Any:
-    """The leaves `[T, ...]` of a tree with the slots of absent tasks set to 0."""
+    """Sets the entries of absent tasks to 0 in the leaves `[T, ...]` of a tree."""
     if active is None:
         return tree
     updates, losses = tree
@@ -80,7 +81,7 @@ def _without_absent(tree: Any, active: Any) -> Any:
     active = _in_order(active)
 
     def one(leaf: Any) -> Any:
-        # A head's gradient may have no task axis; then its numbers show in the update.
+        # The gradient of a head may have no task axis; the check of the update covers it.
         with_tasks = jnp.shape(leaf)[:1] == active.shape
         return task_tree.remove_absent(leaf, active) if with_tasks else leaf
 
@@ -88,7 +89,7 @@ def _without_absent(tree: Any, active: Any) -> Any:
 
 
 def _in_order(values: Any) -> Any:
-    """A dictionary or a sequence of one number per task as an array in the order of the tasks."""
+    """Converts a dictionary or sequence of one number per task to an array in task order."""
     if isinstance(values, Mapping):
         values = [values[name] for name in sorted(values)]
     if isinstance(values, (tuple, list)):
