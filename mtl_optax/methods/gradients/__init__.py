@@ -1,1 +1,1 @@
-"""Methods that work on gradients element by element, or keep buffers of their size."""
+"""Methods that read gradients element by element, or store buffers of their size."""

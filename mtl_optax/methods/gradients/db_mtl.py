@@ -78,8 +78,8 @@ def db_mtl(
       present averages.
 
       A zero average contributes 0, and with "min" makes the update 0. Norms of about 1e-8 or less are not
-      raised to the full common norm. A negative loss counts as 0. All zero: the update is 0. An absent
-      task keeps its average. T = 1: the averaged gradient.
+      raised to the full common norm. A negative loss counts as 0. If all gradients are zero, the update
+      is 0. An absent task keeps its average. T = 1: the averaged gradient.
 
     Example:
 

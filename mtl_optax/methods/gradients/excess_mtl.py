@@ -23,7 +23,7 @@ from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_s
 
 
 class ExcessMTLState(NamedTuple):
-    """State of `excess_mtl`, `[T]` a block. The sums of the squared gradients are in `state.averages`.
+    """State of `excess_mtl`, `[T]` per block. The sums of the squared gradients are in `state.averages`.
 
     Attributes:
       log_weights: logarithms of the weights; start at `-log(T)`.
@@ -84,8 +84,9 @@ def excess_mtl(
       With ``warmup_steps`` = 0 the baseline is the first step's e, and that step itself moves the
       weights by :math:`\eta e_t` undivided, as in the authors' code. Weights sum to 1 here, to T there.
 
-      A zero gradient has e = 0; a zero baseline counts as 1. All zero: the update is 0. An absent task
-      keeps its sums of squares and its share of the weights. T = 1: the gradient itself.
+      A zero gradient has e = 0; a zero baseline counts as 1. If all gradients are zero, the update is 0.
+      An absent task keeps its sums of squares and its share of the weights. With one task, the update is
+      its gradient.
 
     Example:
 

@@ -65,7 +65,7 @@ def graddrop(
       With `axis_name` every device draws the same numbers for its part of a leaf.
 
       A coordinate where all gradients are 0 gives 0. Opposite gradients of equal size are drawn with
-      equal probability. T = 1: the gradient itself.
+      equal probability. With one task, the update is its gradient.
 
     Example:
 

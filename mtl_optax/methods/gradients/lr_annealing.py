@@ -75,8 +75,8 @@ def lr_annealing(
       and this function take the mean over all elements. Another public program compares means with means,
       and one takes the absolute value of the mean, which is nearly 0 for gradients of both signs.
 
-      A zero gradient, of the target too, leaves the weights as they were. All zero: the update is 0. An
-      absent task keeps its weight. T = 1: the gradient itself.
+      A zero gradient, of the target too, leaves the weights as they were. If all gradients are zero, the
+      update is 0. An absent task keeps its weight. With one task, the update is its gradient.
 
     Example:
 

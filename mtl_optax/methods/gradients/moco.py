@@ -23,7 +23,7 @@ from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renorma
 
 
 class MoCoState(NamedTuple):
-    """State of `moco`, `[T]` a block. The averages y are in `state.averages`.
+    """State of `moco`, `[T]` per block. The averages y are in `state.averages`.
 
     Attributes:
       simplex_weights: lambda; starts at 1/T.

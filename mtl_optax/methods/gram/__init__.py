@@ -1,1 +1,1 @@
-"""Methods that look at the inner products of the task gradients: a `[T, T]` problem."""
+"""Methods that read the Gram matrix of the task gradients, `[T, T]`."""

@@ -54,12 +54,13 @@ def aligned_mtl(
       The preference is a vector of ones, as in the authors' code; other libraries use 1/T.
 
       Singular values below about 3e-3 (float32) or 6e-8 (float64) of the largest count as zero: they are
-      within the rounding error of the Gram matrix. A gradient that much shorter gets no weight, and with
-      "min" the length of the update jumps there. If norms differ that much, rescale first:
-      ``chain(metabalance(T, reduce=False), aligned_mtl(T))``.
+      within the rounding error of the Gram matrix. A gradient that is shorter by this factor has weight
+      0, and with "min" the length of the update is discontinuous there. If norms differ so much, rescale
+      the gradients first: ``chain(metabalance(T, reduce=False), aligned_mtl(T))``.
 
-      A zero gradient has weight 0. All zero: the update is 0. Identical gradients: their sum. Opposite
-      gradients of equal length: 0. T = 1: the gradient itself.
+      A zero gradient has weight 0. If all gradients are zero, the update is 0. For identical gradients it
+      is their sum, and for opposite gradients of equal length it is 0. With one task, the update is its
+      gradient.
 
     Example:
 

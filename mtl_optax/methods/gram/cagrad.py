@@ -57,13 +57,14 @@ def cagrad(
       ValueError: for a negative `c` or an unknown `rescale`.
 
     Notes:
-      Differences from the authors' code: the problem is solved exactly, on the cosine matrix (their
-      solver stops early, at uniform weights, for norms around 1e-3 or of very different size); the result
-      is not multiplied by T. To replace a sum of losses, chain ``optax.scale(T)`` after it.
+      There are two differences from the authors' code. The problem is solved exactly, on the cosine
+      matrix; their solver stops early, at uniform weights, for norms around 1e-3 or of very different
+      size. The result is not multiplied by T; to replace a sum of losses, chain ``optax.scale(T)`` after
+      the method.
 
-      A zero gradient counts in the mean only: its progress is 0 for any d. Zero mean, or all zero: the
-      update is 0. If 0 lies in the convex hull of the gradients, the correction to the mean is zero or
-      finite. T = 1: :math:`(1 + c)\, g`, rescaled.
+      A zero gradient affects only the mean, because its progress is 0 for any d. If the mean is zero, the
+      update is 0. If 0 is in the convex hull of the gradients, the correction of the mean is zero or
+      finite. With one task, the update is :math:`(1 + c)\, g`, rescaled.
 
     Example:
 

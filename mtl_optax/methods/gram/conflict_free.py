@@ -20,7 +20,7 @@ from mtl_optax.solvers.equal_projection import config_weights
 def conflict_free(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Takes the direction that has the same cosine with every gradient.
 
-    Made for physics-informed networks, whose losses (equation, boundary, data) differ by orders of
+    It is made for physics-informed networks, whose losses (equation, boundary, data) differ by orders of
     magnitude. The direction does not depend on the lengths of the gradients.
 
     With the unit gradients :math:`u_t` as rows of U:
@@ -42,8 +42,8 @@ def conflict_free(tasks: int | Collection[str], **options: Unpack[MethodOptions]
       independent gradients all cosines are positive, and no loss increases to first order. Otherwise
       equal cosines may not exist, and the least-squares direction can conflict.
 
-      A zero gradient is left out. All zero: the update is 0. Opposite gradients (no common direction): 0.
-      T = 1: the gradient itself.
+      A zero gradient is ignored. If all gradients are zero, or opposite (without a common direction), the
+      update is 0. With one task, the update is its gradient.
 
     Example:
 

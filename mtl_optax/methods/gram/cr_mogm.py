@@ -24,7 +24,7 @@ class CRMOGMState(NamedTuple):
 
     Attributes:
       smoothed: `[T]`, EMA of the weights.
-      seen: bool `[T]`, whether a task has been present yet.
+      seen: bool `[T]`, whether each task has been present.
       base: the state of the underlying method.
     """
 
@@ -51,25 +51,25 @@ def cr_mogm(
     .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda, \qquad
         update = \sum_t \lambda_t g_t
 
-    starting at the first :math:`\hat\lambda`. Scale: that of ``base``; mean-like by default.
+    which starts at the first :math:`\hat\lambda`. Scale: that of ``base``; mean-like by default.
     Algorithm 1 of the paper with a constant :math:`\alpha` = ``ema_decay``.
 
     Args:
       tasks: T, or the task names.
-      base: any weighting method of this library; None is exact `mgda`.
+      base: any weighting method of this library; None means `mgda`.
       ema_decay: :math:`\alpha`, the decay of the EMA, in [0, 1); with 0 the weights are those of `base`.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `CRMOGMState`. Needs: those of `base`. Cost: that of `base`.
+      A `Method` with the state `CRMOGMState`. It needs what `base` needs. Cost: that of `base`.
 
     Raises:
-      ValueError: for an `ema_decay` outside its range, or a `base` for another number of tasks.
-      TypeError: for a `base` that is not a weighting method.
+      ValueError: if `ema_decay` is outside its range, or `base` has another number of tasks.
+      TypeError: if `base` is not a weighting method.
 
     Notes:
-      Zero gradients and T = 1: as in `base`. The EMA of a task starts at its first weight. An absent
-      task keeps its EMA.
+      Zero gradients and T = 1 are treated as in `base`. The EMA of a task starts at its first weight. The
+      EMA of an absent task does not change.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""EMTL: equal relative rates of the tasks, by variance regularisation on top of MGDA."""
+"""EMTL: equal relative rates of the tasks, by variance regularisation of MGDA."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def emtl(
 
     With :math:`\alpha` the weights of ``base``, ``step_size`` :math:`\eta`, ``epsilon``
     :math:`\epsilon`, and the smallest :math:`\mu \ge 0` for which :math:`KL(p\|u) \le` ``kl_radius``,
-    u uniform:
+    where u is uniform:
 
     .. math::
         p_t \leftarrow \frac{(p_t e^{\eta R_t})^{1/(1+\mu)}}{\sum_s (p_s e^{\eta R_s})^{1/(1+\mu)}},
@@ -65,42 +65,43 @@ def emtl(
     :math:`\tfrac1T \sum_t p_t \alpha_t\, g_t / |g_t|`, which is not longer than 1/T. Equations 11 to 13
     and algorithm 1 of the paper.
 
-    By default the scales of the losses do not matter: if a loss is multiplied by c, so are :math:`L_t` and
-    :math:`g_t`, while :math:`\alpha_t`, :math:`R_t`, p and :math:`w_t g_t` stay as they are. With
-    ``epsilon > 0``, or a ``base`` whose weights depend on the lengths of the gradients, they do matter.
+    By default the update does not depend on the scales of the losses: a factor c in a loss multiplies
+    :math:`L_t` and :math:`g_t`, but it does not change :math:`\alpha_t`, :math:`R_t`, p and
+    :math:`w_t g_t`. With ``epsilon > 0``, or a ``base`` whose weights depend on the lengths of the
+    gradients, it does.
 
     Args:
       tasks: T, or the task names.
-      epsilon: share of the plain `base` update, in [0, 1]; 1 is that update divided by T.
+      epsilon: share of the plain update of `base`, in [0, 1]; 1 is this update divided by T.
       rho: strength of the regularisation; the radius of the ball is its square root.
       kl_radius: the radius of the ball; by default sqrt(rho).
       step_size: eta, the step size of the adversary.
-      base: the method that gives alpha, any weighting method of this library; None is exact MGDA on unit
+      base: the method that computes alpha, any weighting method of this library; None means MGDA on unit
         gradients, `mgda(tasks, normalize="l2")`.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `EMTLState`. Needs `losses=`. Cost: one pass over the gradients for the
-      Gram matrix, one for the sum, and a scalar root search.
+      A `Method` with the state `EMTLState`. `update` needs `losses=`. Cost: one pass over the gradients
+      for the Gram matrix, one for the sum, and a scalar root search.
 
     Raises:
-      ValueError: for numbers outside their range, or a `base` for another number of tasks.
-      TypeError: for a `base` that is not a weighting method.
+      ValueError: if a number is outside its range, or `base` has another number of tasks.
+      TypeError: if `base` is not a weighting method.
 
     Notes:
-      The paper has no public code, and its text does not say on which gradients MGDA runs. It claims that
-      the method does not depend on the losses' scales. On raw gradients (``base=mgda(tasks)``) it does:
-      for nearly orthogonal gradients :math:`\alpha_t` is proportional to :math:`1/|g_t|^2`, and
-      :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the paper's Figure 1 reach the
-      best mean, as in the paper; on raw gradients none does (``python -m examples.emtl figure1``, where
-      ``epsilon`` > 0 costs one of the five).
+      The paper has no public code, and its text does not say whether MGDA uses raw or unit gradients. It
+      claims that the method does not depend on the scales of the losses. With raw gradients
+      (``base=mgda(tasks)``) it does: for nearly orthogonal gradients :math:`\alpha_t` is proportional to
+      :math:`1/|g_t|^2`, and :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the
+      paper's Figure 1 reach the best mean, as in the paper; on raw gradients none does
+      (``python -m examples.emtl figure1``, where ``epsilon`` > 0 costs one of the five).
 
-      Norms and :math:`\alpha` are constants in the differentiation. The paper weights the losses, so the
-      heads are scaled too: see `split_value_and_grad`. The KL divergence never exceeds log T: for ``rho``
-      >= (log T)^2 (T = 2: 0.481) the ball is no constraint.
+      Norms and :math:`\alpha` are constant under differentiation. The paper weights the losses, so the
+      heads are scaled too: see `split_value_and_grad`. The KL divergence never exceeds log T, so for
+      ``rho`` >= (log T)^2 (0.481 for T = 2) the ball is no constraint.
 
-      A zero gradient has rate 0 and no second part; MGDA gives it all the weight, and the update is 0.
-      All zero: 0. T = 1: p = 1. An absent task keeps its share of p until it returns.
+      A zero gradient has rate 0 and no second term; MGDA gives it all the weight, and the update is 0.
+      With one task, p is 1. The share of p of an absent task does not change.
 
     Example:
 
@@ -137,7 +138,7 @@ def emtl(
         radius = jnp.sqrt(jnp.asarray(rho, dtype)) if kl_radius is None else kl_radius
         scores = jnp.asarray(step_size, dtype) * per_norm * inputs.losses
         log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(radius, dtype), active)
-        # An absent task keeps its share of p until it returns.
+        # The share of p of an absent task does not change.
         kept = keep_log_shares(log_p, state.log_p, active)
         p = jnp.where(active, jnp.exp(log_p), 0)
         eps = jnp.asarray(epsilon, dtype)

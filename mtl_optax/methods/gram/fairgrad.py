@@ -41,18 +41,17 @@ def fairgrad(
       one for the sum, and about ten `[T, T]` factorisations.
 
     Raises:
-      ValueError: for an alpha that is not positive.
+      ValueError: if `alpha` is not positive.
 
     Notes:
-      Newton's method on the cosine matrix finds the root to the dtype's precision. The authors' code
-      differs: its least-squares solver has large errors for norms that differ much or lie around 1e-3; it
-      multiplies by T and clips to norm 1 (chain ``optax.clip_by_global_norm(1.0)`` for that). The
-      authors' experiments use alpha = 2.
+      Newton's method on the cosine matrix finds the root to the dtype's precision. The authors' code uses
+      a least-squares solver, which has large errors for norms that differ much or are around 1e-3. It
+      also multiplies the update by T and clips it to norm 1 (chain ``optax.clip_by_global_norm(1.0)``
+      after the method for this). The authors' experiments use alpha = 2.
 
-      No root exists if a gradient is zero or 0 lies in the convex hull of the gradients (opposite
+      No root exists if a gradient is zero, or 0 is in the convex hull of the gradients (opposite
       gradients, more tasks than dimensions). Then the weights are those of MGDA, the update is 0, and
-      ``rule_state.fallback_count`` increases. All zero: 0, counted.
-      T = 1: :math:`w = |g|^{-2\alpha/(1+\alpha)}`.
+      ``rule_state.fallback_count`` increases. With one task, :math:`w = |g|^{-2\alpha/(1+\alpha)}`.
 
     Example:
 

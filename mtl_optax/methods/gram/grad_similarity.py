@@ -25,10 +25,10 @@ def grad_similarity(
     mode: Literal["unweighted", "weighted"] = "unweighted",
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Leaves out auxiliary gradients that conflict with the target's, then sums.
+    r"""Sums the gradients without the auxiliary ones that conflict with the target's.
 
-    An auxiliary task helps while its gradient agrees with the target's. Otherwise it is left out of this
-    step (with ``blocks="leaf"``: for this tensor).
+    An auxiliary task helps while its gradient agrees with the target's. Otherwise it is excluded from
+    this step (with ``blocks="leaf"``, for this tensor).
 
     .. math:: w_t = [\cos(g_t, g_{target}) \ge 0] \;\text{("unweighted")}, \qquad
         w_t = \max(0, \cos(g_t, g_{target})) \;\text{("weighted")}, \qquad w_{target} = 1, \qquad
@@ -47,7 +47,7 @@ def grad_similarity(
       A `Method`. Cost: one pass over the gradients for the Gram matrix, one for the sum.
 
     Raises:
-      ValueError: for an unknown target or mode.
+      ValueError: if the target or the mode is unknown.
 
     Notes:
       The paper has no public code. For a cosine of exactly 0 its unweighted form gives 1/2; here the
@@ -55,7 +55,8 @@ def grad_similarity(
       ``optax.chain(metabalance(T, reduce=False), grad_similarity(T), optax.adam(1e-3))``.
 
       The cosine of a zero gradient is 0. If the target is zero or absent, "unweighted" keeps all
-      auxiliaries and "weighted" none. All zero: the update is 0. T = 1: the gradient itself.
+      auxiliary gradients and "weighted" none. If all gradients are zero, the update is 0. With one task,
+      the update is its gradient.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Gradient surgery for a target task: auxiliary gradients projected where they conflict with it."""
+"""Gradient surgery for a target task: projects auxiliary gradients that conflict with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def grad_surgery(
     target: int | str | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Removes from each auxiliary gradient the part that conflicts with the target's, then sums.
+    r"""Sums the gradients, after the removal of the part that conflicts with the target's.
 
     PCGrad for one target task: the target's gradient is never changed, and auxiliary gradients are not
     projected on each other. To first order, no auxiliary slows the target down.
@@ -43,15 +43,16 @@ def grad_surgery(
       A `Method`. Cost: one pass over the gradients for the Gram matrix, one for the sum.
 
     Raises:
-      ValueError: for an unknown target.
+      ValueError: if the target is unknown.
 
     Notes:
-      The paper has no public code for this method. With ``reduce=False`` the slots hold
-      :math:`w_t g_t`, whose sum is the update; all corrections are in the target's weight. To combine
-      with MetaBalance: ``optax.chain(metabalance(T, reduce=False), grad_surgery(T), optax.adam(1e-3))``.
+      The paper has no public code for this method. With ``reduce=False`` the entries are :math:`w_t g_t`,
+      whose sum is the update; all corrections are in the weight of the target. To combine with
+      MetaBalance: ``optax.chain(metabalance(T, reduce=False), grad_surgery(T), optax.adam(1e-3))``.
 
       If the target is zero or absent, nothing conflicts and the update is the sum. An auxiliary gradient
-      opposite to the target's is removed. All zero: the update is 0. T = 1: the gradient itself.
+      opposite to the target's is removed. If all gradients are zero, the update is 0. With one task, the
+      update is its gradient.
 
     Example:
 

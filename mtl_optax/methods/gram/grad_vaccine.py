@@ -1,4 +1,4 @@
-"""Gradient Vaccine: gradients rotated towards the usual cosine of each pair of tasks."""
+"""Gradient Vaccine: rotates gradients towards the average cosine of each pair of tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GradVaccineState(NamedTuple):
     """State of `grad_vaccine`.
 
     Attributes:
-      similarity_ema: `[T, T]`, EMA of the cosine of task i's gradient (row) with task j's; starts at 0.
+      similarity_ema: `[T, T]`, EMA of the cosine of task i's gradient (row) with task j's, from 0.
     """
 
     similarity_ema: jax.Array
@@ -36,7 +36,7 @@ class _ScanState(NamedTuple):
     """Row i describes g_i', in units of |g_i|.
 
     Attributes:
-      added: `[T, T]`, what was added to g_i of each unit gradient j.
+      added: `[T, T]`, the coefficient of each unit gradient j that was added to g_i.
       along: `[T, T]`, inner products of g_i' with each unit gradient j.
       length: `[T]`, the norm of g_i'.
       similarity_ema: as in `GradVaccineState`.
@@ -58,7 +58,7 @@ def grad_vaccine(
     eps: Number = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Changes gradients whose cosine is below the average of their pair, not only conflicting ones.
+    r"""Rotates each gradient whose cosine with another one is below the average of their pair.
 
     PCGrad acts on negative inner products only, so it has no effect on tasks that are usually similar.
     Gradient Vaccine keeps an EMA of the cosine of each pair of tasks, and rotates a gradient whose cosine
@@ -79,7 +79,7 @@ def grad_vaccine(
       tasks: T, or the task names.
       ema_decay: the share of the EMA that is kept, in [0, 1); the paper's beta is 1 minus this.
       order: "random" shuffles the others for each task at every step; "cyclic" takes i+1, i+2, ...
-      seed: of the shuffling.
+      seed: the seed of the shuffling.
       eps: added to the denominators (see Notes); not negative.
       **options: see `MethodOptions`; the paper prefers one EMA per layer, ``blocks="leaf"``.
 
@@ -89,20 +89,20 @@ def grad_vaccine(
       passes over a `[T, T]` array.
 
     Raises:
-      ValueError: for an unknown `order`, one given to `update` that is not `[T, T]` integers, or numbers
-        outside their range.
+      ValueError: if `order` is unknown, the `order` of `update` is not integers `[T, T]`, or a number is
+        outside its range.
 
     Notes:
       The paper has no public code. As in common implementations, ``eps`` is added to both denominators,
       :math:`|g_i'||g_j|` (of c) and :math:`|g_j|\sqrt{1-\rho_{ij}^2}`. It is absolute: for norms far below
       1e-4 the default disables the method. With 0 the formula is exact.
 
-      With ``reduce=False`` the slots hold :math:`w_t g_t`, whose sum is the update.
+      With ``reduce=False`` the entries are :math:`w_t g_t`, whose sum is the update.
 
-      A zero gradient has cosine 0 with all others and is not changed. All zero: the update is 0. Opposite
-      gradients at the first step: 0, up to eps. Where the EMA is exactly 1, nothing is changed: no finite
-      multiple of :math:`g_j` gives that cosine. A pair with an absent task keeps its EMA. T = 1: the
-      gradient itself.
+      A zero gradient has cosine 0 with all others and is not changed. If all gradients are zero, the
+      update is 0. For opposite gradients the first update is 0, up to eps. If the EMA is exactly 1, the
+      gradient is not changed, because no finite multiple of :math:`g_j` gives this cosine. The EMA of a
+      pair with an absent task does not change. With one task, the update is its gradient.
 
     Example:
 

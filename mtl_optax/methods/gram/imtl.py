@@ -36,23 +36,24 @@ def imtl(
     .. math:: a = \text{the weights of IMTL-G for } e^{s_t} g_t, \qquad
         update = \sum_t a_t\, e^{s_t} g_t, \qquad \partial_{s_t} = e^{s_t} L_t - 1
 
-    where ``optimizer`` trains s. Scale: mean-like at the first step, where s = 0; later it follows
-    :math:`e^{s}`. Algorithm 1 of the paper.
+    where ``optimizer`` trains s. Scale: mean-like at the first step, at which s = 0; later it is
+    proportional to :math:`e^{s}`. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
-      optimizer: trains s, which starts at 0; any optax optimizer.
+      optimizer: any optax optimizer, which trains s from 0.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `TrainedState`, whose `values` are s. Needs `losses=`. Cost: one pass over
-      the gradients for the Gram matrix, one for the sum, and a `[T, T]` eigenvalue problem.
+      A `Method` with the state `TrainedState`, whose `values` are s. `update` needs `losses=`. Cost: one
+      pass over the gradients for the Gram matrix, one for the sum, and a `[T, T]` eigenvalue problem.
 
     Notes:
       The first update is that of `imtl_g`. As in public code, a does not enter the gradient of s. The
       weights of the heads are :math:`e^{s_t}`, without a.
 
-      Zero gradients, all zero, absent tasks: as in `imtl_g` and `imtl_l`. T = 1: :math:`e^{s} g`.
+      Zero gradients and absent tasks are treated as in `imtl_g` and `imtl_l`. With one task, the update
+      is :math:`e^{s} g`.
 
     Example:
 

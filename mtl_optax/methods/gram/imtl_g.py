@@ -39,12 +39,12 @@ def imtl_g(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Me
 
     Notes:
       As in the paper, the weights and the common projection can be negative: for some gradients the
-      update increases every loss. With `config` and `upgrad` this cannot happen.
+      update increases every loss. With `conflict_free` and `upgrad` this cannot happen.
 
       A zero gradient has weight 0. A singular C (more tasks than dimensions, identical gradients) is
-      inverted on its range. Where the unit gradients cancel (opposite gradients), the weights are
-      proportional to 1 / n and the update is 0. If no solution exists (all zero, coefficients of sum 0),
-      the weights are equal. T = 1: the gradient itself.
+      inverted on its range. If the unit gradients cancel (opposite gradients), the weights are
+      proportional to 1 / n and the update is 0. If no solution exists (all gradients are zero, or the
+      coefficients sum to 0), the weights are equal. With one task, the update is its gradient.
 
     Example:
 

@@ -29,7 +29,7 @@ def krum(
 ) -> Method:
     r"""Averages the task gradients closest to their neighbours and discards the others.
 
-    Made for federated learning, where some workers may send arbitrary gradients.
+    It is made for federated learning, in which some workers may send arbitrary gradients.
 
     With f = ``num_byzantine`` and m = ``num_selected``, the score of a task is the sum of the distances
     to its T - f - 2 nearest neighbours :math:`N_t`:
@@ -43,7 +43,7 @@ def krum(
       tasks: T, or the task names.
       num_byzantine: f, an integer from 0 to T - 3 (only 0 for T < 3).
       num_selected: m, an integer from 1 to T.
-      squared: True sums squared distances, as the paper does; False sums distances, as TorchJD does.
+      squared: True sums squared distances, as in the paper; False sums distances, as in TorchJD.
       **options: see `MethodOptions`.
 
     Returns:
@@ -51,13 +51,13 @@ def krum(
       the sum, and a sort of `[T, T]` distances.
 
     Raises:
-      ValueError: for integers outside their range.
+      ValueError: if an integer is outside its range.
 
     Notes:
       Equal scores share the remaining weight, so the order of the tasks does not matter. Two tasks always
-      have equal scores. At least one neighbour counts, also where absent tasks leave fewer than f + 3.
+      have equal scores. At least one neighbour counts, even if fewer than f + 3 tasks are present.
 
-      Identical gradients: the update is that gradient. All zero: 0. T = 1: the gradient itself.
+      For identical gradients, the update is this gradient. With one task, the update is its gradient.
 
     Example:
 
@@ -94,9 +94,9 @@ def krum(
 
 
 def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
-    """Distances between the gradients in units of the largest norm, `[T, T]`.
+    """Computes distances between the gradients in units of the largest norm, `[T, T]`.
 
-    Written as a difference of norms and a term for the angle: `|a|^2 + |b|^2 - 2 a.b` would cancel.
+    The sum of a difference of norms and a term for the angle is accurate; `|a|^2 + |b|^2 - 2 a.b` is not.
     """
     cosine = (
         cosine + cosine.T
@@ -111,7 +111,7 @@ def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
 
 
 def _mean_of_lowest(scores: jax.Array, active: jax.Array, number: int) -> jax.Array:
-    """Equal weights on the `number` lowest scores; equal scores share the weight that remains."""
+    """Returns equal weights for the `number` lowest scores; ties share the remaining weight."""
     dtype = scores.dtype
     count = jnp.minimum(jnp.sum(active, dtype=jnp.int32), number)
     last = jnp.sort(scores)[jnp.maximum(count - 1, 0)]

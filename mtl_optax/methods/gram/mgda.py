@@ -22,9 +22,9 @@ def mgda(
 ) -> Method:
     r"""Takes the convex combination of the task gradients with the smallest norm.
 
-    A step against it decreases every loss to first order; it is 0 exactly where no such step exists (a
-    Pareto-stationary point). Small gradients get large weights, so MGDA follows the tasks that have
-    nearly converged; ``normalize`` changes that.
+    A step in the opposite direction decreases every loss to first order. The update is 0 exactly if no
+    such step exists (at a Pareto-stationary point). Small gradients get large weights, so MGDA favours
+    the tasks that have nearly converged; ``normalize`` changes this.
 
     .. math:: a = \arg\min_{a \ge 0,\ \sum_t a_t = 1} \Big|\sum_t a_t\, g_t / c_t\Big|^2, \qquad
         update = \sum_t a_t g_t,
@@ -43,18 +43,20 @@ def mgda(
       pass over the gradients for the Gram matrix, one for the sum, and a `[T, T]` quadratic program.
 
     Raises:
-      ValueError: for an unknown `normalize`.
+      ValueError: if `normalize` is unknown.
 
     Notes:
       The solution is exact to the precision of the dtype; weights may be exactly 0. Public programs limit
-      the weights to 0.001 and 0.999 and stop after a fixed number of Frank-Wolfe steps. For gradient
-      norms a factor of 1000 apart, that changes the update by as much as its norm.
+      the weights to [0.001, 0.999] and stop after a fixed number of Frank-Wolfe steps. If gradient norms
+      differ by a factor of 1000, this changes the update by as much as its norm.
 
-      A zero gradient gets all the weight, and the update is 0, for every `normalize`. All zero: equal
-      weights. With "loss" and "loss+", a loss of 0 or below counts as a zero gradient. T = 1: weight 1.
+      A zero gradient gets all the weight, and the update is 0, for every `normalize`. If all gradients
+      are zero, the weights are equal. With "loss" and "loss+", the gradient of a loss of 0 or below
+      counts as zero. With one task, its weight is 1.
 
-      If the convex hull of gradients that are about 100 times (float32; 1e6 times in float64) as long as
-      another one contains 0, that one keeps a weight. The update is then at most as long as it, not 0.
+      There is one exception to exactness. If the convex hull of some gradients contains 0, and another
+      gradient is about 100 times shorter (1e6 times in float64) than these, the shorter one may keep a
+      weight. The update is then not 0, but at most as long as this gradient.
 
     Example:
 

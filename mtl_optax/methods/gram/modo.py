@@ -21,7 +21,7 @@ from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renorma
 
 
 class MoDoState(NamedTuple):
-    """State of `modo`, `[T]` a block.
+    """State of `modo`, `[T]` per block.
 
     Attributes:
       simplex_weights: lambda; starts uniform.
@@ -63,7 +63,7 @@ def modo(
       passes.
 
     Raises:
-      ValueError: for numbers outside their range, or a `gram` of the wrong shape.
+      ValueError: if a number is outside its range, or `gram` has the wrong shape.
 
     Notes:
       Without `gram=`, both samples are the gradients given to `update`. With it, ``gram[s, t]`` is the
@@ -72,8 +72,9 @@ def modo(
       to `update` are then those of a third batch, or ``first + second`` as in the authors' code (a sum,
       so the learning rate must be half as large).
 
-      A zero gradient gains weight only as that of the others decreases. All zero: the update is 0. An
-      absent task keeps its weight. T = 1: the gradient itself.
+      The weight of a zero gradient increases only because the others decrease. If all gradients are zero,
+      the update is 0. The weight of an absent task does not change. With one task, the update is its
+      gradient.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""MultiBalance: simplex weights learned step by step, for the shared representation."""
+"""MultiBalance: simplex weights by one projected gradient step per update."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renorma
 
 
 class MultiBalanceState(NamedTuple):
-    """State of `multibalance`, `[T]` a block.
+    """State of `multibalance`, `[T]` per block.
 
     Attributes:
       norm_ema: EMA of each task's gradient norm.
-      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
+      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
       simplex_weights: lambda; starts uniform.
     """
 
@@ -49,9 +49,10 @@ def multibalance(
 ) -> Method:
     r"""Learns simplex weights by one projected gradient step per update towards the min-norm point.
 
-    Stochastic MGDA for large models: the weights of one batch are not solved for, and gradients are
-    rescaled to the EMA of their norm, which limits the effect of a batch with very large gradients. Made
-    for the shared representation (`fork`), where it costs no backward pass; works on parameters too.
+    This is a stochastic MGDA for large models. It does not solve for the weights of each batch, and it
+    rescales gradients to the EMA of their norm, which limits the effect of a batch with very large
+    gradients. It is made for the shared representation (`fork`), where it needs no additional backward
+    pass, and also works on parameters.
 
     With :math:`n_t = |g_t|`, ``ema_decay`` :math:`1-\gamma`, ``weight_lr`` :math:`\beta`, ``prior``
     :math:`\lambda_0` and ``prior_strength`` :math:`\rho`:
@@ -68,12 +69,12 @@ def multibalance(
       tasks: T, or the task names.
       weight_lr: beta, the step size of the weights.
       prior: lambda_0, `[T]` or a dictionary by task name; None is 1/T each.
-      prior_strength: rho; the prior affects the step of the weights, not the update directly.
+      prior_strength: rho; the prior affects the update only through the step of the weights.
       ema_decay: 1 - gamma, in [0, 1); 0 uses the current norm, so that v = g.
-      direction: "gradient" is the inner product of equation 12; "cosine" is the form used in production
-        (section 5), with learning rates of 1 (ads) to 5 (feeds).
-      ema_init: how u starts, which the paper leaves open: "first" at the first norm, "zeros" at 0, "debias"
-        at 0 and divided by `1 - ema_decay ** k`.
+      direction: "gradient" is the inner product in equation 12; "cosine" is the form in production
+        (section 5), with learning rates from 1 (ads) to 5 (feeds).
+      ema_init: the initial value of u, which the paper does not specify: "first" is the first norm,
+        "zeros" is 0, and "debias" is 0 with a division of u by `1 - ema_decay ** k`.
       **options: see `MethodOptions`.
 
     Returns:
@@ -81,15 +82,16 @@ def multibalance(
       one for the sum.
 
     Raises:
-      ValueError: for an unknown `direction` or `ema_init`, a `prior` without T entries, or an `ema_decay`
+      ValueError: if `direction` or `ema_init` is unknown, `prior` does not have T entries, or a number is
         outside its range.
 
     Notes:
-      With ``update_every`` a kept weight is at most :math:`1/\gamma` times that of the present norms with
-      the kept :math:`\lambda`.
+      With ``update_every``, a reused weight is at most :math:`1/\gamma` times the weight for the current
+      norms and the stored :math:`\lambda`.
 
-      A zero gradient has :math:`v_t = 0` and cosine 0. All zero: the update is 0 and lambda stays. An
-      absent task keeps its average and its weight. T = 1: the gradient rescaled to its EMA.
+      A zero gradient has :math:`v_t = 0` and cosine 0. If all gradients are zero, the update is 0 and
+      lambda does not change. The average and the weight of an absent task do not change. With one task,
+      the update is its gradient, rescaled to the EMA of its norm.
 
     Example:
 
@@ -146,7 +148,7 @@ def multibalance(
         return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
 
     def bound(inputs: StepInputs, state: MultiBalanceState) -> jax.Array:
-        """The stored lambda times what v would be of these norms, over `1 - ema_decay`."""
+        """The weights for the current norms and the stored lambda, over `1 - ema_decay`."""
         norms, active = inputs.norms, inputs.active
         _, _, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         least = (1 - jnp.asarray(ema_decay, norms.dtype)) * norms
@@ -160,7 +162,7 @@ def multibalance(
 def _smooth_norms(
     norms: jax.Array, active: jax.Array, state: MultiBalanceState, ema_decay: Any, ema_init: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The new `norm_ema` and `seen`, and the smoothed norms u; all `[T]`."""
+    """Returns the new `norm_ema` and `seen`, and the smoothed norms u; all are `[T]`."""
     decay = jnp.asarray(ema_decay, norms.dtype)
     moved = decay * state.norm_ema + (1 - decay) * norms
     share = decay * state.seen + (1 - decay)

@@ -30,7 +30,7 @@ def nash_mtl(
 
     Args:
       tasks: T, or the task names.
-      **options: see `MethodOptions`; `update_every` is the paper's interval between new weights.
+      **options: see `MethodOptions`; `update_every` is the interval between new weights in the paper.
 
     Returns:
       A `Method` with the state `BargainingState`. Cost: one pass over the gradients for the Gram matrix,
@@ -39,14 +39,14 @@ def nash_mtl(
     Notes:
       The authors clip the update to a global norm of 1: put `optax.clip_by_global_norm(1.0)` after it.
 
-      The root is found by Newton's method on the cosine matrix, to the precision of the dtype. The
-      authors' code solves at most 20 convex programs on the host and silently keeps the previous weights
-      where they fail, which is most of the time for norms that differ much. Its weights also scale the
-      heads: see `split_value_and_grad`.
+      Newton's method on the cosine matrix finds the root to the precision of the dtype. The authors' code
+      solves at most 20 convex programs on the host. If they fail, which is usual for norms that differ
+      much, it silently reuses the previous weights. Its weights also scale the heads: see
+      `split_value_and_grad`.
 
-      No solution exists if a gradient is zero or 0 lies in the convex hull of the gradients. The weights
-      are then those of `mgda`, whose update is 0 there, and ``rule_state.fallback_count`` increases. All
-      zero: the update is 0, counted too. T = 1: the unit gradient.
+      No solution exists if a gradient is zero, or 0 is in the convex hull of the gradients. The weights
+      are then those of `mgda`, whose update is 0, and ``rule_state.fallback_count`` increases. With one
+      task, the update is its unit gradient.
 
     Example:
 

@@ -25,10 +25,10 @@ _LARGEST_WEIGHT = 2.0**60
 
 
 class OLAuxState(NamedTuple):
-    """State of `ol_aux`, `[T]` a block.
+    """State of `ol_aux`, `[T]` per block.
 
     Attributes:
-      task_weights: the weights of the next step; all start at 1, and the target's stays 1.
+      task_weights: the weights of the next step; all start at 1, and the weight of the target stays 1.
       products: inner products with the target's gradient, summed since the last change.
     """
 
@@ -59,7 +59,7 @@ def ol_aux(
     nonnegative: bool = True,
     **options: Unpack[MethodOptions],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Method:
-    r"""Learns the weights of auxiliary tasks from how much they help the target task.
+    r"""Learns the weights of auxiliary tasks from their effect on the target task.
 
     An auxiliary task helps if a step along its gradient decreases the target's loss; to first order, the
     decrease is the inner product of the two gradients.
@@ -79,7 +79,7 @@ def ol_aux(
       weight_lr: eta, in units of an inverse squared gradient norm.
       update_every: N, static: the number of steps between changes of the weights.
       filter_window: F, static: gradients are averaged over F steps for the inner products.
-      nonnegative: whether weights are kept at 0 or above.
+      nonnegative: whether negative weights are replaced by 0.
       **options: see `MethodOptions`, except `update_every`, which is an argument of this method.
 
     Returns:
@@ -88,17 +88,18 @@ def ol_aux(
       gradients of every task.
 
     Raises:
-      ValueError: for an unknown target, or an `update_every` or `filter_window` below 1.
+      ValueError: if the target is unknown, or `update_every` or `filter_window` is below 1.
 
     Notes:
       As in the authors' code, eta is the product of the learning rates of the weights (5) and of the model
-      (0.001), new weights are first used in the next step, weights may be kept at 0 or above, and both
-      gradients may be averaged (there F = 4; F = 1 is the paper). That code takes the gradient of the
-      total loss for the target's; the paper and this function take the target's own.
+      (0.001), new weights are first used in the next step, negative weights may be replaced by 0, and
+      both gradients may be averaged (with F = 4; the paper has F = 1). The authors' code uses the
+      gradient of the total loss instead of the target's; the paper and this function use the target's.
 
-      A zero gradient changes no weight. All zero: the update is 0. An absent task keeps its weight and its
-      sum of inner products; while the target is absent nothing is added. T = 1: the gradient itself.
-      Weights are limited to 2**60 in absolute value, to prevent overflow.
+      A zero gradient changes no weight. If all gradients are zero, the update is 0. The weight and the
+      sum of inner products of an absent task do not change; while the target is absent, no sum changes.
+      With one task, the update is its gradient. Weights are limited to 2**60 in absolute value, to
+      prevent overflow.
 
     Example:
 
@@ -141,7 +142,7 @@ def ol_aux(
 
 
 def _window_means(size: int) -> GradientAverage:
-    """The mean of each task's last `size` gradients, for the inner products only."""
+    """Returns the mean of each task's last `size` gradients, only for the inner products."""
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> OLAuxWindow:
         zeros = task_tree.per_task_zeros(params, num_tasks, dtype)
@@ -149,7 +150,7 @@ def _window_means(size: int) -> GradientAverage:
         return OLAuxWindow(window, jnp.zeros((num_tasks,), jnp.int32))
 
     def apply(inputs: StepInputs, state: OLAuxWindow) -> tuple[Any, OLAuxWindow]:
-        # An absent task overwrites nothing: its next gradient replaces its oldest one.
+        # The buffer of an absent task does not change; its next gradient replaces its oldest one.
         oldest = jnp.arange(size, dtype=jnp.int32)[:, None] == (state.filled % size)[None, :]
         replaced = oldest & inputs.active[None, :]
 

@@ -1,4 +1,4 @@
-"""PCD: the target's gradient under a constraint of minimum progress for every other task."""
+"""PCD: the target's gradient, with a minimum progress of every other task."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
 
 
 class PCDState(NamedTuple):
-    """State of `pcd`, `[T]` a block.
+    """State of `pcd`, `[T]` per block.
 
     Attributes:
       square_ema: EMA of each task's squared gradient norm; starts at 0.
-      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
-      fallback_count: int32 scalar a block, how often the constraints were dropped.
+      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
+      fallback_count: one int32 scalar per block, the number of steps without the constraints.
     """
 
     square_ema: jax.Array
@@ -45,11 +45,11 @@ def pcd(
     eps: Number = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Follows the target's gradient as closely as a minimum progress of every other task allows.
+    r"""Finds the update nearest to the target's gradient with a minimum progress of every other task.
 
-    The target task has priority, but the others must not be neglected: each is guaranteed a fraction
-    ``tau`` :math:`\tau` of the progress that its own gradient would make. Under these constraints the
-    update is as close to the target's gradient as possible.
+    The target task has priority, but each other task is guaranteed a fraction ``tau`` :math:`\tau` of the
+    progress that its own gradient would make. Under these constraints the update is as close to the
+    target's gradient as possible.
 
     .. math::
         \tilde g_t = g_t / \sqrt{\hat v_t + \epsilon}, \qquad
@@ -63,8 +63,8 @@ def pcd(
     Args:
       tasks: T, or the task names.
       target: name or index of the target task: required if the tasks have names, else 0 by default.
-      tau: guaranteed fraction in [0, 1]: a number, `[T]`, or a dictionary by task name (the target's
-        entry is not used).
+      tau: the guaranteed fraction in [0, 1]: a number, `[T]`, or a dictionary by task name. The entry of
+        the target is not used.
       ema_decay: the decay of the averages of the squared norms, in [0, 1).
       eps: added to these averages, in units of a squared norm; not negative.
       **options: see `MethodOptions`.
@@ -74,16 +74,16 @@ def pcd(
       the sum, and a `[T, T]` quadratic program.
 
     Raises:
-      ValueError: for an unknown target, a `tau` of the wrong shape, or numbers outside their range.
+      ValueError: if the target is unknown, `tau` has the wrong shape, or a number is outside its range.
 
     Notes:
-      The dual of the quadratic program is solved exactly, on cosines. If no direction satisfies all
-      constraints (opposite auxiliaries), or only one with multipliers above 1 / sqrt(machine epsilon), the
-      constraints are dropped: the update is the target's gradient, and ``rule_state.fallback_count``
+      The dual of the quadratic program is solved exactly, on cosines. The constraints are dropped if no
+      direction satisfies all of them (opposite auxiliary gradients), or if their multipliers exceed 1 /
+      sqrt(machine epsilon). The update is then the target's gradient, and ``rule_state.fallback_count``
       increases.
 
-      The constraint of a zero gradient always holds. Target zero or absent: the update is 0. T = 1: the
-      gradient itself.
+      The constraint of a zero gradient always holds. If the target is zero or absent, the update is 0.
+      With one task, the update is its gradient.
 
     Example:
 
@@ -136,7 +136,7 @@ def pcd(
 def _constrained(
     cosine: jax.Array, lengths: jax.Array, guaranteed: jax.Array, active: jax.Array, target: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Coefficients `[T]` of the solution on the unit gradients, and whether it is feasible.
+    """Returns coefficients `[T]` of the unit gradients, and whether they satisfy the constraints.
 
     The dual, with a multiplier z >= 0 for each auxiliary task, is a nonnegative least squares problem.
     """

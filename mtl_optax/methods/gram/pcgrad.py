@@ -28,7 +28,7 @@ def pcgrad(
     seed: int = 0,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Projects each task's gradient onto the normal plane of those it conflicts with, then sums.
+    r"""Sums the task gradients, each projected on the normal planes of the conflicting ones.
 
     Two gradients conflict if their inner product is negative: a step for one task increases the loss of
     the other. For each task i, starting at :math:`g_i' = g_i`, for every other j in its order:
@@ -41,7 +41,7 @@ def pcgrad(
     Args:
       tasks: T, or the task names.
       order: "random" shuffles the other tasks for each task at every step; "cyclic" is i+1, i+2, ...
-      seed: the shuffle depends on it and on the number of the step only.
+      seed: the seed of the shuffle, which depends only on it and on the number of the step.
       **options: see `MethodOptions`.
 
     Returns:
@@ -50,18 +50,20 @@ def pcgrad(
       Gram matrix, one for the sum, and T passes over a `[T, T]` array.
 
     Raises:
-      ValueError: for an unknown `order`, or one given to `update` that is not `[T, T]` integers.
+      ValueError: if `order` is unknown, or the `order` of `update` is not integers `[T, T]`.
 
     Notes:
-      The weights of the raw gradients come from the Gram matrix; no projected gradient is stored. With
-      `reduce=False` the entries are :math:`w_t g_t`, whose sum is the update, not the projected gradients.
+      The weights of the raw gradients are computed from the Gram matrix; no projected gradient is stored.
+      With `reduce=False` the entries are :math:`w_t g_t`, whose sum is the update, not the projected
+      gradients.
 
-      Differences from public code: j = i is skipped (the authors' code and others project on it, which
-      matters only for more tasks than dimensions); every row is shuffled (the authors' shuffle has no
-      effect: always 0 to T - 1); nothing is added to :math:`|g_j|^2`.
+      There are three differences from public code. The index j = i is skipped; the authors' code and
+      others project on it, which has an effect only for more tasks than dimensions. Every row is
+      shuffled; in the authors' code the order is always 0 to T - 1. Nothing is added to :math:`|g_j|^2`.
 
       For two tasks the update is twice that of `upgrad`; for more, conflicts can remain. A zero gradient
-      conflicts with none. All zero: 0. Two opposite gradients: 0. T = 1: the gradient itself.
+      conflicts with none. For two opposite gradients the update is 0. With one task, the update is its
+      gradient.
 
     Example:
 
@@ -86,7 +88,8 @@ def pcgrad(
         def project(
             carry: tuple[jax.Array, jax.Array], others: jax.Array
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            # Row i in units of |g_i|: what was added of each unit gradient, and its components along them.
+            # Row i in units of |g_i|: coefficients of the added unit gradients, and components along
+            # them.
             added, along = carry
             one_hot = (others[:, None] == own[None, :]).astype(cosine.dtype)
             component = jnp.sum(along * one_hot, axis=1)

@@ -1,4 +1,4 @@
-"""SDMGrad: min-norm weights by a few steps, regularised towards the mean gradient."""
+"""SDMGrad: min-norm weights by a few gradient steps, regularised towards the mean gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renorma
 
 
 class SDMGradState(NamedTuple):
-    """State of `sdmgrad`, `[T]` a block.
+    """State of `sdmgrad`, `[T]` per block.
 
     Attributes:
       simplex_weights: w; starts uniform.
@@ -68,7 +68,7 @@ def sdmgrad(
       `[T, T]` matrix; independent samples need more backward passes.
 
     Raises:
-      ValueError: for numbers outside their range, or a `gram` of the wrong shape.
+      ValueError: if a number is outside its range, or `gram` has the wrong shape.
 
     Notes:
       The paper uses three independent samples: two for K and one for the update. Without `gram=`, all
@@ -84,9 +84,10 @@ def sdmgrad(
       The authors' code adds 1e-4 to the squared norms before the root, multiplies the update by T and
       clips it to norm 1; for the last two chain ``optax.scale(T)`` and ``optax.clip_by_global_norm(1.0)``.
 
-      A zero gradient attracts weight, as in MGDA. All zero: the update is 0. Diagonal entries of `gram`
-      below 0 count as 0 in the mean norm; where that is 0 the weights stay. An absent task keeps its
-      weight. T = 1: the gradient itself.
+      The weight of a zero gradient increases, as in MGDA. If all gradients are zero, the update is 0.
+      Diagonal entries of `gram` below 0 count as 0 in the mean norm; if the mean norm is 0, the weights
+      do not change. The weight of an absent task does not change. With one task, the update is its
+      gradient.
 
     Example:
 
@@ -142,7 +143,7 @@ def sdmgrad(
 
 
 def _over_mean(norms: jax.Array, active: jax.Array) -> jax.Array:
-    """Norms divided by their mean; first by the largest, so that their sum cannot overflow."""
+    """Divides norms by their mean; first by the largest norm, so that their sum cannot overflow."""
     lengths = safe_divide(norms, jnp.max(norms))
     mean = jnp.sum(lengths) / count_active(active, norms.dtype)
     return safe_divide(lengths, mean)

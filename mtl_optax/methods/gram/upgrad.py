@@ -25,7 +25,7 @@ def upgrad(
     preference: PerTask | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Projects each gradient onto the cone of directions that conflict with no task, then averages.
+    r"""Averages the task gradients, each projected on the cone of directions without conflict.
 
     No loss increases to first order, and each task keeps as much of its own gradient as that allows. With
     :math:`P_C` the projection onto :math:`C = \{d : g_t \cdot d \ge 0 \text{ for all } t\}` and
@@ -48,12 +48,13 @@ def upgrad(
       ValueError: for a `preference` without T entries.
 
     Notes:
-      Exact, by nonnegative least squares on the cosine matrix. The authors' library adds 1e-4 to a
-      normalised Gram matrix, which leaves small conflicts, and treats gradients of norm below about 5e-3
-      as zero. For two tasks the update is half that of `pcgrad`.
+      Nonnegative least squares on the cosine matrix computes the exact projections. The authors' library
+      adds 1e-4 to a normalised Gram matrix, so that small conflicts remain, and treats gradients with a
+      norm below about 5e-3 as zero. For two tasks the update is half that of `pcgrad`.
 
-      A zero gradient is no constraint. Opposite gradients: what is orthogonal to them remains. 0 inside
-      the convex hull: the update is 0. All zero: 0. T = 1: the gradient itself.
+      A zero gradient is no constraint. For opposite gradients, only components orthogonal to them remain.
+      If 0 is inside the convex hull of the gradients, the update is 0. With one task, the update is its
+      gradient.
 
     Example:
 
@@ -79,9 +80,10 @@ def dualproj(
 ) -> Method:
     r"""Projects the mean gradient onto the cone of directions that conflict with no task.
 
-    No loss increases to first order; if the mean conflicts with no task, the update is the mean. Made for
-    continual learning (GEM), where the other gradients are those of earlier tasks. With :math:`P_C` the
-    projection onto :math:`C = \{d : g_t \cdot d \ge 0 \text{ for all } t\}` and ``preference`` :math:`u`:
+    No loss increases to first order. If the mean conflicts with no task, the update is the mean. The
+    method is made for continual learning (GEM), in which the other gradients are those of earlier tasks.
+    With :math:`P_C` the projection onto :math:`C = \{d : g_t \cdot d \ge 0 \text{ for all } t\}` and
+    ``preference`` :math:`u`:
 
     .. math:: update = P_C\Big(\sum_t u_t\, g_t\Big).
 
@@ -100,8 +102,8 @@ def dualproj(
       ValueError: for a `preference` without T entries.
 
     Notes:
-      Exact, by nonnegative least squares on the cosine matrix. For public code and degenerate input see
-      `upgrad`.
+      Nonnegative least squares on the cosine matrix computes the exact projection. For public code and
+      degenerate input, see `upgrad`.
 
     Example:
 

@@ -1,1 +1,1 @@
-"""Methods that read only the losses, or nothing: one backward pass is enough."""
+"""Methods that read only the losses, or nothing, and so need only one backward pass."""

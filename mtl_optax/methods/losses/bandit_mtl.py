@@ -22,7 +22,7 @@ from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
 
 
 class BanditMTLState(NamedTuple):
-    """State of `bandit_mtl`, `[T]` a block.
+    """State of `bandit_mtl`, `[T]` per block.
 
     Attributes:
       log_p: logarithm of the adversary's distribution over tasks; starts uniform.
@@ -59,7 +59,8 @@ def bandit_mtl(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `BanditMTLState`. Needs `losses=`. Cost: a scalar root search, O(T) a step.
+      A `Method` with the state `BanditMTLState`. `update` needs `losses=`. Cost: a scalar root search,
+      O(T) a step.
 
     Raises:
       ValueError: for numbers outside their range.
@@ -71,7 +72,7 @@ def bandit_mtl(
       entry of p underflows. Here the projection is exact, in logarithms, on the device.
 
       Losses may have any finite size and sign. An absent task keeps its share of p; the other weights are
-      normalised among themselves. T = 1: the gradient itself.
+      normalised among themselves. With one task, the update is its gradient.
 
     Example:
 

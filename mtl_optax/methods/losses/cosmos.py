@@ -48,7 +48,7 @@ def cosmos(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+      A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for a `preference` that is not `[T]` or a negative `lam`.

@@ -21,7 +21,7 @@ from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
 
 class DWAState(NamedTuple):
-    """State of `dwa`, `[T]` a block. Each task counts the steps at which it was present.
+    """State of `dwa`, `[T]` per block. Each task counts the steps at which it was present.
 
     Attributes:
       mean: mean loss of the current window so far.
@@ -64,7 +64,7 @@ def dwa(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `DWAState`. Needs `losses=`. Cost: O(T).
+      A `Method` with the state `DWAState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for numbers outside their range.
@@ -75,7 +75,7 @@ def dwa(
 
       Where :math:`\bar L_t(e-2) = 0` the ratio is 1; its size is at most 1.8e19 (float32). A task's
       windows count the steps at which it was present. The weights of the tasks present sum to their
-      number. T = 1: the gradient itself.
+      number. With one task, the update is its gradient.
 
     Example:
 

@@ -25,7 +25,7 @@ _EPSILON = 1e-8
 
 
 class FAMOState(NamedTuple):
-    """State of `famo`, `[T]` a block.
+    """State of `famo`, `[T]` per block.
 
     Attributes:
       logits: the trained logits and the state of their optimizer.
@@ -68,7 +68,8 @@ def famo(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `FAMOState`. Needs `losses=`, takes `losses_after=`. Cost: O(T).
+      A `Method` with the state `FAMOState`. `update` needs `losses=`, and takes `losses_after=`. Cost:
+      O(T).
 
     Raises:
       ValueError: for numbers outside their range, or `min_losses` or `losses_after` of the wrong shape.
@@ -86,7 +87,7 @@ def famo(
       in the previous step and its number is finite.
 
       A loss at or below its minimum counts as 1e-8 above it. Absent tasks are left out of both sums.
-      T = 1: the gradient itself.
+      With one task, the update is its gradient.
 
     Example:
 

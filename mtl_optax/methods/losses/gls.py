@@ -34,14 +34,14 @@ def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Metho
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+      A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Notes:
       Computed with logarithms: the product of a few losses can leave the range of float32.
 
       A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0, where F
       has no gradient, has weight 0 and is left out of the mean, like absent tasks. Weights are at most
-      1.8e19 (float32). T = 1: the gradient itself.
+      1.8e19 (float32). With one task, the update is its gradient.
 
     Example:
 

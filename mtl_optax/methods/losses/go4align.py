@@ -21,7 +21,7 @@ from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_soft
 
 
 class GO4AlignState(NamedTuple):
-    """State of `go4align`, `[T]` a block.
+    """State of `go4align`, `[T]` per block.
 
     Attributes:
       log_q: logarithm of the running distribution over tasks; starts uniform.
@@ -56,7 +56,7 @@ def go4align(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `GO4AlignState`. Needs `losses=`. Cost: O(T^2 K).
+      A `Method` with the state `GO4AlignState`. `update` needs `losses=`. Cost: O(T^2 K).
 
     Raises:
       ValueError: for numbers outside their range.
@@ -68,7 +68,8 @@ def go4align(
       one is taken.
 
       A negative loss is weighted by its absolute value. A loss of 0 has weight 0 and belongs to no group.
-      r is at most 1.8e19 (float32). An absent task keeps its share of q. T = 1: the gradient itself.
+      r is at most 1.8e19 (float32). An absent task keeps its share of q. With one task, the update is its
+      gradient.
 
     Example:
 

@@ -38,7 +38,7 @@ def imtl_l(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `TrainedState` (s). Needs `losses=`. Cost: O(T).
+      A `Method` with the state `TrainedState` (s). `update` needs `losses=`. Cost: O(T).
 
     Notes:
       The authors' code is not public.

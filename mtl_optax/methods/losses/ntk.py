@@ -67,7 +67,7 @@ def ntk(
 
     Notes:
       A trace that is 0, negative or not finite leaves its weight as it was. Absent tasks keep their weight
-      and do not count in the sum. T = 1: the gradient itself.
+      and do not count in the sum. With one task, the update is its gradient.
 
     Example:
 

@@ -49,7 +49,7 @@ def pbi(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+      A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for a `preference` or `reference` of the wrong shape, or a negative `theta`.
@@ -59,7 +59,7 @@ def pbi(
       `optax.inject_hyperparams` can change `preference` at every step.
 
       Losses on the direction, up to rounding: :math:`w = \hat r`, the smallest subgradient. Absent tasks
-      are left out of r and L. T = 1: the gradient itself.
+      are left out of r and L. With one task, the update is its gradient.
 
     Example:
 

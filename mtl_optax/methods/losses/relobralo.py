@@ -77,8 +77,8 @@ def relobralo(
       The draw of step k is `fold_in(key(seed), k)`, so that no key is in the state.
 
       A ratio to a loss of 0 counts as 1. A task is in its first step when it is first present; the others
-      keep their weights then. Absent tasks keep their weight and do not count in the softmax. T = 1: the
-      gradient itself.
+      keep their weights then. Absent tasks keep their weight and do not count in the softmax. With one
+      task, the update is its gradient.
 
     Example:
 

@@ -37,7 +37,7 @@ def rlw(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` without a rule state. Takes `noise=`, z `[T]`, instead of a draw. Cost: O(T).
+      A `Method` whose rule has no state. Takes `noise=`, z `[T]`, instead of a draw. Cost: O(T).
 
     Raises:
       ValueError: for `noise` that is not `[T]`.
@@ -45,7 +45,7 @@ def rlw(
     Notes:
       The key of step k is `fold_in(key(seed), k)`: a resumed run draws what an uninterrupted one would.
 
-      Absent tasks are left out of the softmax. T = 1: the gradient itself.
+      Absent tasks are left out of the softmax. With one task, the update is its gradient.
 
     Example:
 

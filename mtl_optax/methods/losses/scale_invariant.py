@@ -39,7 +39,7 @@ def scale_invariant(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` without a rule state. Needs `losses=`. Cost: O(T).
+      A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for a negative `eps`.

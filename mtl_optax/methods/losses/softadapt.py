@@ -71,7 +71,7 @@ def softadapt(
       this function divide by the sum of their sizes. Its epsilon of 1e-8 in denominators is left out.
 
       In "loss_weighted" a negative mean loss counts by its size. A task that was never present before has
-      the change 0. Absent tasks do not count. T = 1: the gradient itself.
+      the change 0. Absent tasks do not count. With one task, the update is its gradient.
 
     Example:
 

@@ -21,7 +21,7 @@ from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
 
 class STCHState(NamedTuple):
-    """State of `stch`, `[T]` a block.
+    """State of `stch`, `[T]` per block.
 
     Attributes:
       nadir: mean loss over the steps that measure it.
@@ -61,7 +61,7 @@ def stch(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `STCHState`. Needs `losses=`. Cost: O(T).
+      A `Method` with the state `STCHState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for numbers outside their range.

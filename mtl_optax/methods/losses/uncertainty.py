@@ -56,7 +56,7 @@ def uncertainty(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `TrainedState` (s or sigma). Needs `losses=`. Cost: O(T).
+      A `Method` with the state `TrainedState` (s or sigma). `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: for an unknown form, or a sigma that does not start positive.

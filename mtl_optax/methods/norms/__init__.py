@@ -1,1 +1,1 @@
-"""Methods that look at the norms of the task gradients."""
+"""Methods that read the norms of the task gradients."""

@@ -24,7 +24,7 @@ from mtl_optax.solvers.log_weights import largest_weight
 
 
 class GradNormState(NamedTuple):
-    """State of `gradnorm`, `[T]` a block.
+    """State of `gradnorm`, `[T]` per block.
 
     Attributes:
       trained_weights: the weights and the state of their optimizer.
@@ -68,8 +68,8 @@ def gradnorm(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `GradNormState`. Needs `losses=`. Cost: one pass over the gradients for the
-      norms, one for the sum.
+      A `Method` with the state `GradNormState`. `update` needs `losses=`. Cost: one pass over the
+      gradients for the norms, one for the sum.
 
     Raises:
       ValueError: for a negative `alpha`.
@@ -85,7 +85,7 @@ def gradnorm(
 
       For a zero gradient the derivative of its weight is 0. A first loss of 0 has the relative loss 1; a
       loss with the opposite sign of the first has the relative loss 0. An absent task keeps its weight.
-      T = 1: the gradient itself.
+      With one task, the update is its gradient.
 
     Example:
 

@@ -78,8 +78,8 @@ def inverse_norm(
       multi-task learning, applied to gradients.
 
       Weights are at most 1.8e19 (float32). A zero gradient says nothing about its weight, which stays as it
-      was. All zero: the update is 0. An
-      absent task keeps its weight. T = 1: the gradient itself.
+      was. If all gradients are zero, the update is 0. An absent task keeps its weight. With one task, the
+      update is its gradient.
 
     Example:
 

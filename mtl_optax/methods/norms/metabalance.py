@@ -19,7 +19,7 @@ from mtl_optax.solvers.arithmetic import safe_divide
 
 
 class MetaBalanceState(NamedTuple):
-    """State of `metabalance`, `[T]` a block.
+    """State of `metabalance`, `[T]` per block.
 
     Attributes:
       norm_ema: EMA of each task's gradient norm; starts at 0.
@@ -94,8 +94,8 @@ def metabalance(
       :math:`r\, m_{target} / ((1-\beta) n_t) + (1 - r)`: a weight computed from the zeros of rare gradients
       would enlarge the next one without limit.
 
-      A zero gradient moves its average towards 0 and adds nothing. All zero: the update is 0. T = 1: the
-      gradient itself.
+      A zero gradient moves its average towards 0 and adds nothing. If all gradients are zero, the update
+      is 0. With one task, the update is its gradient.
 
     Example:
 

@@ -19,7 +19,7 @@ from mtl_optax.solvers.arithmetic import safe_divide
 
 
 class RotoGradState(NamedTuple):
-    """State of `rotograd_scale`, `[T]` a block.
+    """State of `rotograd_scale`, `[T]` per block.
 
     Attributes:
       initial_norms: each task's reference norm; 0 until its first nonzero gradient.
@@ -66,8 +66,8 @@ def rotograd_scale(
       are not typical. In that code a gradient that starts at 0 makes its ratio huge from then on; here
       the first norm above 0 is the reference.
 
-      A zero gradient has :math:`\alpha = 0` and adds nothing. All zero: the update is 0. An absent task
-      keeps its reference norm. T = 1: the gradient itself.
+      A zero gradient has :math:`\alpha = 0` and adds nothing. If all gradients are zero, the update is 0.
+      An absent task keeps its reference norm. With one task, the update is its gradient.
 
     Example:
 
