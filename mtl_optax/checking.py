@@ -102,8 +102,8 @@ def check(
     Raises:
       ValueError: if `init` or `update` raises, the update does not have the shapes of the parameters, the
         state changes its shape or dtype, a transformation before a method mixes tasks, methods have
-        different tasks, or the dtype of `optax.inject_hyperparams` is too small for a number. The message
-        contains the location and a remedy.
+        different tasks, or `optax.inject_hyperparams` changes a number by rounding. The message contains
+        the location and a remedy.
 
     Example:
 

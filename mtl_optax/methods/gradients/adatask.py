@@ -1,4 +1,4 @@
-"""AdaTask: separate optimizer statistics for every task."""
+"""AdaTask: separate optimizer statistics per task."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def adatask(
 ) -> Method:
     r"""Sums the steps of one adaptive optimizer per task.
 
-    In Adam on the summed gradient, the task with the largest gradients dominates the second moment and
-    so sets the learning rate for all tasks. AdaTask keeps separate optimizer statistics per task.
+    If Adam is applied to the summed gradient, the task with the largest gradients dominates the second
+    moment, and so determines the step size of all tasks. AdaTask keeps separate optimizer statistics per
+    task.
 
     With one copy of ``inner``, and of its state, per task:
 
@@ -38,7 +39,7 @@ def adatask(
     Args:
       tasks: T, or the task names.
       inner: the adaptive scaling without the learning rate, such as `optax.scale_by_adam()` or
-        `optax.scale_by_rms()`. Follow the method by `optax.scale_by_learning_rate`.
+        `optax.scale_by_rms()`. Put `optax.scale_by_learning_rate` after the method.
       axis_name: see `MethodOptions`.
 
     Returns:
@@ -46,13 +47,13 @@ def adatask(
       memory: T states of `inner`.
 
     Notes:
-      Equal to `optax.chain(per_task(inner, T), sum_tasks(T))`, with statistics in float32 where the
-      gradients are narrower.
+      The method is equal to `optax.chain(per_task(inner, T), sum_tasks(T))`, but its statistics are at
+      least float32.
 
-      A zero gradient, as in the authors' code, decays the moments of its task and takes the step of the
-      remaining momentum. A task excluded by `active=` keeps its state. All zero: the steps that `inner`
-      takes. T = 1: `inner` itself. Task-specific parameters get one ordinary optimizer in the authors'
-      code (`optax.partition`).
+      As in the authors' code, a zero gradient decays the moments of its task, and the remaining momentum
+      still contributes to the update. The state of a task that is excluded by `active=` does not change.
+      With one task, the method is `inner` itself. In the authors' code, task-specific parameters have one
+      ordinary optimizer (use `optax.partition`).
 
     Example:
 
@@ -71,7 +72,7 @@ def adatask(
     check_transformation("adatask", "inner", inner)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> optax.OptState:
-        # Inside `init_each`, which makes arrays of parameters that are given by shape only.
+        # Called inside `init_each`, which replaces shapes by arrays.
         widened = optax.GradientTransformation(
             lambda params: inner.init(_widen(params)), inner.update
         )

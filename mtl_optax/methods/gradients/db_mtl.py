@@ -34,7 +34,7 @@ def db_mtl(
     norm: Literal["max", "min", "median", "mean"] = "max",
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Balances losses and gradients: gradients of log losses, rescaled to one norm.
+    r"""Averages the gradients of log losses, and rescales them to one norm.
 
     Losses in different units give gradients of different magnitude. The logarithm removes the units;
     rescaling the averaged gradients to the largest norm removes the remaining differences.
@@ -52,18 +52,18 @@ def db_mtl(
     Args:
       tasks: T, or the task names.
       ema_decay: the decay of the averages of the gradients, in [0, 1); 0 disables the average.
-      beta_sigma: exponent of the decrease of that decay over the steps.
+      beta_sigma: exponent by which this decay decreases over the steps.
       log_losses: True uses gradients of log losses, and `update` requires `losses=`; False uses the raw
         gradients.
       norm: the common norm: "max", "min", "median" (mean of the middle two) or "mean".
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method`; `state.averages` are the averages b, which `state.weights` multiply. Cost: one pass over
+      A `Method`. `state.averages` are the averages b, which `state.weights` multiply. Cost: one pass over
       the gradients for the averages, one for the norms, one for the sum; memory: T gradients.
 
     Raises:
-      ValueError: for an unknown `norm`, or `ema_decay` outside [0, 1).
+      ValueError: if `norm` is unknown, or `ema_decay` is outside [0, 1).
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
@@ -74,12 +74,13 @@ def db_mtl(
       over all parameters. The authors train the task heads on the plain sum of log losses. The other
       choices of `norm` are those compared in the MultiBalance paper.
 
-      With ``update_every`` a kept weight is at most :math:`1 / (1 - \beta k^{-\sigma})` times that of the
-      present averages.
+      With ``update_every``, a reused weight is at most :math:`1 / (1 - \beta k^{-\sigma})` times the
+      weight for the current averages.
 
-      A zero average contributes 0, and with "min" makes the update 0. Norms of about 1e-8 or less are not
-      raised to the full common norm. A negative loss counts as 0. If all gradients are zero, the update
-      is 0. An absent task keeps its average. T = 1: the averaged gradient.
+      A zero average contributes 0, and with "min" it makes the update 0. Norms of about 1e-8 or less are
+      not rescaled to the full common norm. A negative loss counts as 0. If all gradients are zero, the
+      update is 0. The average of an absent task does not change. With one task, the update is its
+      averaged gradient.
 
     Example:
 
@@ -122,7 +123,7 @@ def db_mtl(
         return common / (inputs.norms + _EPS), state
 
     def bound(inputs: StepInputs, state: optax.OptState) -> jax.Array:
-        """The weights of the present averages, over the share of the present gradient in them."""
+        """The weights for the current averages, over the share of the current gradient in them."""
         weights, _ = weigh(inputs, state)
         return safe_divide(weights, new_share(inputs.step, weights.dtype), jnp.inf)
 
@@ -136,7 +137,7 @@ def db_mtl(
 def _divide(updates: optax.Updates, divisors: jax.Array) -> Any:
     """Divides each task's gradient by its entry of `divisors`, in the dtype of `divisors`."""
     size = sum(leaf[0].size for leaf in jax.tree.leaves(updates))
-    # A loss near 0 must not leave an average whose squared norm overflows, on up to 2**16 devices.
+    # A loss near 0 must not cause an average whose squared norm overflows, on up to 2**16 devices.
     limit = 2.0**-8 * (float(jnp.finfo(divisors.dtype).max) / max(size, 1)) ** 0.5
 
     def one(leaf: jax.Array) -> jax.Array:

@@ -26,9 +26,9 @@ class ExcessMTLState(NamedTuple):
     """State of `excess_mtl`, `[T]` per block. The sums of the squared gradients are in `state.averages`.
 
     Attributes:
-      log_weights: logarithms of the weights; start at `-log(T)`.
+      log_weights: logarithms of the weights, which start at `-log(T)`.
       baseline: mean excess risk over the steps that measure it.
-      seen: int32, how many of these steps each task has taken.
+      seen: int32, the number of these steps so far, per task.
     """
 
     log_weights: jax.Array
@@ -47,9 +47,9 @@ def excess_mtl(
 ) -> Method:
     r"""Gives larger weights to tasks with larger excess risk.
 
-    A task with noisy labels keeps a large loss however well it is learned, and methods that weigh by
-    losses favour it. The excess risk, the loss above the best reachable one, excludes this noise. It is
-    estimated to second order with AdaGrad's diagonal Hessian.
+    A task with noisy labels has a large loss even after training, so methods that weigh by losses favour
+    it. The excess risk, which is the difference to the lowest possible loss, excludes this noise. It is
+    estimated to second order with the diagonal Hessian of AdaGrad.
 
     With ``eps`` :math:`\epsilon`, ``step_size`` :math:`\eta` and the sum of squares over all steps k:
 
@@ -66,7 +66,7 @@ def excess_mtl(
       tasks: T, or the task names.
       step_size: eta, >= 0.
       warmup_steps: number of steps that measure the baseline, with equal weights; three epochs in the
-        paper. A Python integer >= 0.
+        paper; a Python integer >= 0.
       eps: added to the sums of squares, >= 0.
       **options: see `MethodOptions`.
 
@@ -75,18 +75,19 @@ def excess_mtl(
       over the gradients and these sums for e, one for the update; memory: T gradients.
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the sums of squares would mix
       unrelated examples of successive batches, unless its rows keep their meaning.
 
-      With ``warmup_steps`` = 0 the baseline is the first step's e, and that step itself moves the
-      weights by :math:`\eta e_t` undivided, as in the authors' code. Weights sum to 1 here, to T there.
+      With ``warmup_steps`` = 0, as in the authors' code, the baseline is e at the first step, and this
+      step changes the weights by :math:`\eta e_t` without the division. Here the weights sum to 1; in the
+      authors' code they sum to T.
 
-      A zero gradient has e = 0; a zero baseline counts as 1. If all gradients are zero, the update is 0.
-      An absent task keeps its sums of squares and its share of the weights. With one task, the update is
-      its gradient.
+      A zero gradient has e = 0. A zero baseline counts as 1. If all gradients are zero, the update is 0.
+      The sums of squares and the share of the weights of an absent task do not change. With one task, the
+      update is its gradient.
 
     Example:
 
@@ -113,7 +114,7 @@ def excess_mtl(
         )
 
     def scale_by_hessian(inputs: StepInputs, squares: Any) -> tuple[optax.Updates, optax.OptState]:
-        """`g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
+        """Returns `g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
         squares = jax.tree.map(_add_square, squares, inputs.updates)
 
         def one(gradient: jax.Array, total: jax.Array) -> jax.Array:
@@ -125,7 +126,7 @@ def excess_mtl(
     def weigh(inputs: StepInputs, state: ExcessMTLState) -> tuple[jax.Array, ExcessMTLState]:
         active, dtype = inputs.active, inputs.norms.dtype
         excess = inputs.norms**2
-        # The first steps measure the baseline; without warm-up the first one also moves the weights.
+        # The first steps measure the baseline; without warm-up, the first step also changes the weights.
         measures = active & (state.seen < max(warmup_steps, 1))
         mean = state.baseline + (excess - state.baseline) / (state.seen + 1).astype(dtype)
         relative = safe_divide(excess, state.baseline, excess)

@@ -1,4 +1,4 @@
-"""GradDrop: at every coordinate, only the gradients of one randomly drawn sign are kept."""
+"""GradDrop: keeps the gradients of one randomly drawn sign at every coordinate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def graddrop(
 ) -> Method:
     r"""Keeps the gradients of one randomly drawn sign at every coordinate.
 
-    Where tasks disagree on the sign of a coordinate, their sum is a compromise, and training can stop at
+    If tasks disagree on the sign of a coordinate, their gradients partly cancel, and training can stop at
     a joint saddle point. GradDrop draws the sign instead, with probabilities proportional to the summed
     magnitudes of either sign.
 
@@ -41,31 +41,32 @@ def graddrop(
 
     Args:
       tasks: T, or the task names.
-      leak: share of a dropped gradient that is kept, in [0, 1]; a number, `[T]`, or a dictionary by
+      leak: the share of a dropped gradient that is kept, in [0, 1]: a number, `[T]`, or a dictionary by
         task name.
       seed: seed of the random numbers, which also depend on the step and the leaf.
       axis_name: see `MethodOptions`.
 
     Returns:
-      A `Method`; `update` takes the extra argument `noise=`. `state.weights` are the share of each task's
-      L1 norm that is in the update. Cost: one uniform number per element, two passes over the gradients;
-      no state.
+      A `Method` whose rule has no state; `update` takes the extra argument `noise=`. `state.weights` are
+      the share of each task's L1 norm in the update. Cost: one uniform number per element, and two passes
+      over the gradients.
 
     Raises:
-      ValueError: for a leak outside [0, 1] or without T entries, or `noise` that does not fit.
+      ValueError: if `leak` is outside [0, 1] or does not have T entries, or `noise` has a wrong structure
+        or shape.
 
     Notes:
-      `noise=` fixes or shares the draw: a tree of uniform numbers with the structure of the parameters,
-      whose leaves may have size 1 along any axis.
+      `noise=` replaces the random numbers: it is a tree of uniform numbers with the structure of the
+      parameters, whose leaves may have size 1 along any axis.
 
-      The paper means the method for the representation (`fork`), and published implementations draw one
-      mask per feature for the whole batch; here every element has its own. One implementation averages
-      over tasks. In another the leak is inverted (1 drops everything); here 1 keeps everything.
+      The paper applies the method to the representation (`fork`). Published implementations draw one mask
+      per feature for the whole batch; here every element has a separate mask. One implementation averages
+      over tasks. Another one inverts the leak (1 drops everything); here 1 keeps everything.
 
       With `axis_name` every device draws the same numbers for its part of a leaf.
 
-      A coordinate where all gradients are 0 gives 0. Opposite gradients of equal size are drawn with
-      equal probability. With one task, the update is its gradient.
+      If all gradients are 0 at a coordinate, so is the update. Opposite gradients of equal size are kept
+      with equal probability. With one task, the update is its gradient.
 
     Example:
 
@@ -101,7 +102,7 @@ def graddrop(
 
 
 def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
-    """The masked gradients `[T, *shape]` of one leaf, at least in float32."""
+    """Returns the masked gradients `[T, *shape]` of one leaf, at least in float32."""
     wide = leaf.astype(statistics_dtype(leaf))
     total, mass = jnp.sum(wide, axis=0), jnp.sum(jnp.abs(wide), axis=0)
     positive = 0.5 * (1 + safe_divide(total, mass))  # the probability of the positive sign
@@ -112,7 +113,7 @@ def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
 
 
 def _l1_norms(leaves: list[jax.Array], inputs: StepInputs) -> jax.Array:
-    """Each task's L1 norm, `[T]`."""
+    """Returns the L1 norm of each task, `[T]`."""
     total = jnp.zeros(inputs.active.shape, inputs.dtype)
     for leaf in leaves:
         axes = tuple(range(1, leaf.ndim))
@@ -123,7 +124,7 @@ def _l1_norms(leaves: list[jax.Array], inputs: StepInputs) -> jax.Array:
 def _noise_leaves(
     noise: Any, leaves: list[jax.Array], treedef: Any, key: jax.Array
 ) -> list[jax.Array]:
-    """One array of uniform numbers per leaf: the caller's, or drawn in at least float32."""
+    """Returns one array of uniform numbers per leaf: `noise`, or random numbers in at least float32."""
     if noise is None:
         keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
         return [

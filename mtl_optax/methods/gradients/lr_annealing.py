@@ -26,7 +26,7 @@ class LRAnnealingState(NamedTuple):
     """State of `lr_annealing`.
 
     Attributes:
-      weight_ema: `[T]`, the average of the weights; starts at 1, and the target's stays there.
+      weight_ema: `[T]`, the EMA of the weights, from 1; the weight of the target stays 1.
     """
 
     weight_ema: jax.Array
@@ -42,8 +42,8 @@ def lr_annealing(
 ) -> Method:
     r"""Raises the weights of boundary losses until their gradients match the equation's largest entry.
 
-    In a physics-informed network the gradient of the equation's loss, the ``target``, is often so much
-    larger than those of the boundary and initial conditions that these are never fitted.
+    In a physics-informed network, the gradient of the equation's loss, the ``target``, is often so much
+    larger than the gradients of the boundary and initial conditions that the conditions are not fitted.
 
     With :math:`g_t` the gradient of task t over all parameters and ``ema_decay`` :math:`\beta`:
 
@@ -52,8 +52,8 @@ def lr_annealing(
         w_t \leftarrow \beta w_t + (1 - \beta) \hat w_t, \qquad w_{target} = 1, \qquad
         update = \sum_t w_t g_t,
 
-    maximum and mean over the elements. The weights start at 1, and the new ones are used at once. Scale:
-    sum-like, with weights far above 1. Algorithm 1 of the paper.
+    where maximum and mean are over the elements. The weights start at 1, and the update uses the new
+    weights. Scale: sum-like, with weights far above 1. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
@@ -67,16 +67,18 @@ def lr_annealing(
       values, one for the sum.
 
     Raises:
-      ValueError: for an unknown target, or a decay outside its range.
+      ValueError: if the target is unknown, or `ema_decay` is outside its range.
 
     Notes:
-      The paper writes the average with :math:`\alpha = 0.9` on the new value, its program 0.1, which is
-      the default here. That program takes the mean over each tensor and then the mean of these; the paper
-      and this function take the mean over all elements. Another public program compares means with means,
-      and one takes the absolute value of the mean, which is nearly 0 for gradients of both signs.
+      In the paper the new value has the weight :math:`\alpha = 0.9` in the average; in the authors'
+      program it has 0.1, which is the default here. This program averages the means of the tensors; the
+      paper and this function take the mean over all elements. Another public program takes the mean of
+      the target's gradient instead of its maximum. A third one takes the absolute value of the mean,
+      which is nearly 0 for gradients of both signs.
 
-      A zero gradient, of the target too, leaves the weights as they were. If all gradients are zero, the
-      update is 0. An absent task keeps its weight. With one task, the update is its gradient.
+      A zero gradient does not change its weight; if the target's gradient is zero, no weight changes. If
+      all gradients are zero, the update is 0. The weight of an absent task does not change. With one
+      task, the update is its gradient.
 
     Example:
 
@@ -117,7 +119,7 @@ def lr_annealing(
 def _absolute_statistics(
     inputs: StepInputs, target: int, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
-    """The largest absolute entry of the target's gradient, and the mean absolute entry of all `[T]`."""
+    """Returns the largest absolute entry of the target's gradient, and the mean ones of all `[T]`."""
     largest, total, size = (
         jnp.zeros((), inputs.dtype),
         jnp.zeros(inputs.active.shape, inputs.dtype),

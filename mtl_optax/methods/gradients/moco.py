@@ -1,4 +1,4 @@
-"""MoCo: min-norm weights of moving averages of the gradients, one small step per update."""
+"""MoCo: min-norm weights of averaged gradients, by one small step per update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MoCoState(NamedTuple):
     """State of `moco`, `[T]` per block. The averages y are in `state.averages`.
 
     Attributes:
-      simplex_weights: lambda; starts at 1/T.
+      simplex_weights: lambda, which starts at 1/T.
     """
 
     simplex_weights: jax.Array
@@ -41,7 +41,7 @@ def moco(
     rho: Number = 0.1,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Combines moving averages of the task gradients by slowly moving min-norm weights.
+    r"""Combines moving averages of the task gradients by slowly changing min-norm weights.
 
     The min-norm weights of one batch are biased, because the noise of the batch enters quadratically.
     MoCo averages the gradients over the steps first, and moves the weights by one small step per update
@@ -61,30 +61,31 @@ def moco(
     Args:
       tasks: T, or the task names.
       ema_decay: the share of the averages that is kept, in [0, 1); the paper's beta is 1 minus this.
-      weight_lr: step of the weights; its unit is one over a squared gradient norm.
+      weight_lr: step size of the weights, in units of an inverse squared gradient norm.
       rho: regularisation of the weights towards uniform.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `MoCoState`; `state.averages` are y, which `state.weights` (lambda)
+      A `Method` with the state `MoCoState`. `state.averages` are y, which `state.weights` (lambda)
       multiply. Cost: one pass over the gradients for the averages, one for the Gram matrix, one for the
       sum; memory: T gradients.
 
     Raises:
-      ValueError: for `ema_decay` outside [0, 1).
+      ValueError: if `ema_decay` is outside [0, 1).
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
       examples of successive batches, unless its rows keep their meaning.
 
-      As in the first author's code: projection onto the simplex, no normalisation, no projection of
-      :math:`y` onto a ball, and the update uses the new :math:`y` and :math:`\lambda` (the printed
-      algorithm uses the old ones). A widely used library replaces the projection by a softmax, which
-      forgets the weights of earlier steps and stays close to uniform; this is not done here.
+      As in the first author's code, the weights are projected onto the simplex, gradients are not
+      normalised, :math:`y` is not projected onto a ball, and the update uses the new :math:`y` and
+      :math:`\lambda` (the algorithm in the paper uses the old ones). A widely used library replaces the
+      projection by a softmax, which ignores the weights of earlier steps and stays close to uniform; this
+      method does not.
 
-      A zero gradient decays its average. All zero from the start: the update is 0. An absent task keeps
-      its average and its share of :math:`\lambda`; the others divide the rest in the same proportions.
-      T = 1: the averaged gradient.
+      A zero gradient decays its average. If all gradients have been zero, the update is 0. The average
+      and the share of :math:`\lambda` of an absent task do not change; the other tasks divide the rest in
+      the same proportions. With one task, the update is its averaged gradient.
 
     Example:
 
@@ -127,7 +128,7 @@ def moco(
 
 
 def _gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:
-    """`Y Y' weights`, finite where the Gram matrix would overflow."""
+    """Returns `Y Y' weights`, finite even if the Gram matrix would overflow."""
     largest = jnp.max(norms)
     relative = safe_divide(norms, largest)
     product = relative * jnp.sum(cosine * (relative * weights)[None, :], axis=1)

@@ -1,4 +1,4 @@
-"""MTAdam: Adam with separate moments per task, and gradients rescaled to the norm of an anchor."""
+"""MTAdam: Adam with separate moments per task, and gradients with the norm of an anchor task."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def scale_by_mtadam(
 
     The gradient norms of tasks change during training, so fixed loss weights do not keep tasks balanced.
     MTAdam rescales all gradients to the norm of an anchor task in every step and tensor, and divides by
-    the largest second moment, so that no task takes an uncontrolled step.
+    the largest second moment, so that no task takes an excessively large step.
 
     In every tensor, with :math:`n_t` the norm of task t's gradient, ``ranks`` :math:`r_t` and the anchor
     a, the first task whose average :math:`m_t` is positive:
@@ -82,28 +82,28 @@ def scale_by_mtadam(
       b3: decay of the norm averages.
       eps: added to the root of the second moments, as in Adam.
       ranks: relative gradient norms of the tasks after rescaling, `[T]` or a dictionary by task name;
-        None is one each.
+        None means 1 for every task.
       axis_name: see `MethodOptions`.
 
     Returns:
-      A `Method` with `MTAdamState` in `state.rule_state`. The update is a direction with the sign of
+      A `Method` with `MTAdamState` in `state.rule_state`. The update has the sign of
       `optax.scale_by_adam`. `state.weights` are the factors of the gradients, averaged over tensors.
       Cost: one pass over the gradients for the norms, one for the moments; memory: 2T gradients.
 
     Raises:
-      ValueError: for `ranks` without T entries, decays outside [0, 1], or a negative `eps`.
+      ValueError: if `ranks` does not have T entries, a decay is outside [0, 1), or `eps` is negative.
 
     Notes:
-      It replaces Adam: put `optax.scale_by_learning_rate` after it in the chain, and
+      This method replaces Adam: put `optax.scale_by_learning_rate` after it in the chain, and
       `optax.add_decayed_weights` between them for weight decay.
 
-      Differences from the authors' code: there, averages below 1e-10 count as 0 whatever the scale of the
-      loss; a tensor without any gradient raises; weight decay is added to every task's gradient, T times
-      in all; AMSGrad is an option.
+      The authors' code differs: averages below 1e-10 count as 0 for any scale of the loss, a tensor
+      without any gradient raises, weight decay is added to the gradient of every task (T times in total),
+      and AMSGrad is an option.
 
-      A zero average means that the task has had zero gradients only; it contributes 0. All zero: the
-      update is the remaining momentum. An absent task keeps its moments and is left out of the sum and
-      the maximum. T = 1: Adam.
+      The average of a task is zero if it has had only zero gradients; the task then contributes 0. If all
+      gradients of a step are zero, the update is the remaining momentum. The moments of an absent task do
+      not change, and the sum and the maximum exclude it. With one task, the method is Adam.
 
     Example:
 
@@ -147,9 +147,9 @@ def scale_by_mtadam(
         ):
             target = rank * ema[jnp.argmax(ema > 0)]
             wide = leaf.astype(dtype)
-            # Divided first: the ratio of the two averages alone may overflow.
+            # The division is first, because the ratio of the two averages may overflow.
             unit = safe_divide(wide, along_tasks(ema, leaf.ndim), wide)
-            # What counts as a zero gradient can be large beside an average that has decayed.
+            # A gradient that counts as zero can still be large relative to an average that has decayed.
             scaled = jnp.clip(unit * along_tasks(target, leaf.ndim), -longest, longest)
             present = along_tasks(active, leaf.ndim)
             mus.append(jnp.where(present, decays.b1 * mu + (1 - decays.b1) * scaled, mu))
@@ -168,7 +168,7 @@ def scale_by_mtadam(
 def _norm_averages(
     inputs: StepInputs, state: MTAdamState, decay: jax.Array, axis_name: AxisName
 ) -> list[jax.Array]:
-    """The new averages `[T]` of every tensor."""
+    """Returns the new averages `[T]` of every tensor."""
     blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
     norms, _ = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
     averages = []
@@ -182,7 +182,7 @@ def _norm_averages(
 def _adam_direction(
     mu: jax.Array, nu: jax.Array, counts: jax.Array, active: jax.Array, decays: _Decays
 ) -> jax.Array:
-    """The summed first moments over the root of the largest second moment, of the active tasks."""
+    """Divides the summed first moments of the active tasks by the root of their largest second moment."""
     seen = jnp.maximum(counts, 1).astype(mu.dtype)
     present = along_tasks(active, mu.ndim)
     first = mu / along_tasks(1 - decays.b1**seen, mu.ndim)

@@ -1,4 +1,4 @@
-"""Trimmed mean: at every coordinate, the average without the extreme gradients."""
+"""Trimmed mean: the average without the extreme gradients, at every coordinate."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def trimmed_mean(
       axis_name: see `MethodOptions`.
 
     Returns:
-      A `Method`; `state.weights` are each task's mean weight over the elements. Cost: :math:`T^2`
-      comparisons per element in one pass; no state.
+      A `Method` whose rule has no state. `state.weights` are each task's mean weight over the elements.
+      Cost: :math:`T^2` comparisons per element in one pass.
 
     Raises:
-      ValueError: for a negative `trim_number`, or one too large for T.
+      ValueError: if `trim_number` is negative, or too large for T.
 
     Notes:
       The method was made for distributed learning with faulty workers, where all gradients estimate the
       same vector. On different tasks it drops the gradients that differ most.
 
-      Zeros are values like any other. With fewer than 2k + 1 tasks present, the result is their median.
-      T = 1 needs k = 0: the gradient itself.
+      Zeros count like any other value. If fewer than 2k + 1 tasks are present, the update is their
+      median. With one task, k must be 0, and the update is its gradient.
 
     Example:
 
@@ -78,7 +78,7 @@ def trimmed_mean(
             ranks = _ranks(leaf, inputs.active)
             kept = (ranks >= trim) & (ranks < last) & along_tasks(inputs.active, leaf.ndim)
             wide = leaf.astype(statistics_dtype(leaf))
-            # Divided before the sum, which may overflow where the mean does not.
+            # The division is before the sum, which may overflow even if the mean does not.
             share = wide / count.astype(wide.dtype)
             update.append(jnp.sum(jnp.where(kept, share, 0), axis=0))
             axes = tuple(range(1, leaf.ndim))
@@ -94,9 +94,9 @@ def trimmed_mean(
 
 
 def _ranks(leaf: jax.Array, active: jax.Array) -> jax.Array:
-    """The rank of every entry among those of the active tasks; ties are ordered by task index.
+    """Returns the rank of every entry among the active tasks; ties are ordered by task index.
 
-    Comparing all pairs fuses with the code around it; a sort would be a pass of its own.
+    The comparison of all pairs fuses with the surrounding code; a sort would need a separate pass.
     """
     axis = jnp.arange(leaf.shape[0], dtype=jnp.int32)
     earlier = along_tasks(axis, leaf.ndim)[None] < along_tasks(axis, leaf.ndim)[:, None]

@@ -24,7 +24,7 @@ def grad_surgery(
     target: int | str | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Sums the gradients, after the removal of the part that conflicts with the target's.
+    r"""Removes the part of each auxiliary gradient that conflicts with the target, and sums the results.
 
     PCGrad for one target task: the target's gradient is never changed, and auxiliary gradients are not
     projected on each other. To first order, no auxiliary slows the target down.

@@ -28,7 +28,7 @@ def pcgrad(
     seed: int = 0,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Sums the task gradients, each projected on the normal planes of the conflicting ones.
+    r"""Projects each task gradient on the normal planes of conflicting gradients, and sums the results.
 
     Two gradients conflict if their inner product is negative: a step for one task increases the loss of
     the other. For each task i, starting at :math:`g_i' = g_i`, for every other j in its order:

@@ -25,7 +25,7 @@ def upgrad(
     preference: PerTask | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Averages the task gradients, each projected on the cone of directions without conflict.
+    r"""Projects each task gradient on the cone of directions without conflict, and averages the results.
 
     No loss increases to first order, and each task keeps as much of its own gradient as that allows. With
     :math:`P_C` the projection onto :math:`C = \{d : g_t \cdot d \ge 0 \text{ for all } t\}` and

@@ -1,4 +1,4 @@
-"""GradNorm: trained weights that bring the gradient norms to targets set by the training rates."""
+"""GradNorm: trains weights so that gradient norms depend on the training rates."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class GradNormState(NamedTuple):
 
     Attributes:
       trained_weights: the weights and the state of their optimizer.
-      first_losses: each task's loss when it was first present.
-      seen: bool, whether the task was ever present.
-      fallback_count: int32 scalar, updates that kept the old weights because no new one was positive.
+      first_losses: the loss of each task when it was first present.
+      seen: bool, whether each task has been present.
+      fallback_count: int32 scalar, the number of updates without a positive new weight.
     """
 
     trained_weights: TrainedState
@@ -58,13 +58,13 @@ def gradnorm(
         \bar G = \tfrac1T \sum_t w_t n_t \text{ (constant)}, \qquad
         \partial_{w_t} = \mathrm{sign}(w_t n_t - \bar G r_t^\alpha)\, n_t ,
 
-    and the weights are rescaled to sum to T. They start at 1 and are used before the step. Scale:
-    sum-like. Algorithm 1 of the paper.
+    and the weights are rescaled to sum to T. They start at 1, and the update uses the weights before the
+    step. Scale: sum-like. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
       alpha: >= 0; larger values enforce equal training rates more strongly.
-      optimizer: trains the weights; any optax optimizer.
+      optimizer: any optax optimizer, which trains the weights.
       **options: see `MethodOptions`.
 
     Returns:
@@ -72,20 +72,20 @@ def gradnorm(
       gradients for the norms, one for the sum.
 
     Raises:
-      ValueError: for a negative `alpha`.
+      ValueError: if `alpha` is negative.
 
     Notes:
       The paper takes the norms on the last shared layer. To save cost, apply the method to the
       representation (`mtl_optax.fork`) or to that layer only (`optax.partition`).
 
-      In the paper weights can become negative; here they are at least 0. If none stays positive, the old
-      ones are kept and `fallback_count` increases. Published programs differ: a softmax of logits trained
-      by the network's optimizer, a new optimizer at every step (only signs then matter), the opposite
-      sign of the exponent.
+      In the paper weights can become negative; here they are at least 0. If no weight stays positive, the
+      weights do not change and `fallback_count` increases. Published programs differ: one trains the
+      logits of a softmax with the network's optimizer, one uses a new optimizer at every step (so that
+      only signs matter), and one has the opposite sign of the exponent.
 
       For a zero gradient the derivative of its weight is 0. A first loss of 0 has the relative loss 1; a
-      loss with the opposite sign of the first has the relative loss 0. An absent task keeps its weight.
-      With one task, the update is its gradient.
+      loss with the opposite sign of the first has the relative loss 0. The weight of an absent task does
+      not change. With one task, the update is its gradient.
 
     Example:
 
@@ -118,7 +118,7 @@ def gradnorm(
         gradient = weight_gradient(inputs, weights, first)
         largest = largest_weight(weights.dtype)
         trained = train(optimizer, state.trained_weights, gradient, active, 0.0, largest)
-        # Absent tasks keep their weights: the active ones sum to what they summed to before.
+        # The sum of the active weights does not change, because absent tasks keep their weights.
         total = jnp.sum(jnp.where(active, trained.values, 0))
         old_total = jnp.sum(jnp.where(active, weights, 0))
         fails = jnp.any(active) & ~(total > 0)

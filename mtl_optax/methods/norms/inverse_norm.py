@@ -24,7 +24,7 @@ class InverseNormState(NamedTuple):
     """State of `inverse_norm`.
 
     Attributes:
-      weight_ema: `[T]`, the average of the weights; starts at 1.
+      weight_ema: `[T]`, the EMA of the weights, which starts at 1.
     """
 
     weight_ema: jax.Array
@@ -43,8 +43,8 @@ def inverse_norm(
     r"""Weighs each task by the inverse of its gradient norm.
 
     The losses of a physics-informed network (equation, boundary, initial condition) have gradients that
-    differ by orders of magnitude, and the largest one decides alone. With weights inverse to the norms
-    all weighted gradients have the same norm.
+    differ by orders of magnitude, and the largest one dominates. With weights inverse to the norms, all
+    weighted gradients have the same norm.
 
     With :math:`n_t` the norm of task t's gradient, ``power`` p and ``ema_decay`` :math:`\beta`:
 
@@ -53,15 +53,15 @@ def inverse_norm(
         w_t \leftarrow \beta w_t + (1 - \beta) \hat w_t, \qquad update = \sum_t w_t g_t,
 
     where :math:`\bar n` is the mean of the norms (``reference="mean"``) or their root mean square
-    ("rms"). The weights start at 1, and the new ones are used at once. Scale: sum-like. Section 4 of the
-    expert's guide, "grad norm" weighting.
+    ("rms"). The weights start at 1, and the update uses the new weights. Scale: sum-like. Section 4 of
+    the expert's guide, "grad norm" weighting.
 
     Args:
       tasks: T, or the task names.
       reference: the common norm.
       power: p >= 0; 0 is the plain sum.
       ema_decay: beta in [0, 1); the average is over the weights, not over the norms.
-      eps: relative bound on the weights, >= 0: none exceeds ``1 / eps`` to the power p.
+      eps: relative bound on the weights, >= 0: no weight exceeds ``1 / eps`` to the power p.
       **options: see `MethodOptions`.
 
     Returns:
@@ -69,17 +69,17 @@ def inverse_norm(
       for the sum.
 
     Raises:
-      ValueError: for an unknown reference or numbers outside their range.
+      ValueError: if the reference is unknown, or a number is outside its range.
 
     Notes:
-      The jaxpi library computes the weights after every 1000th step and uses them from the next step on,
-      with ``eps=1e-5``. `weighted_value_and_grad` with ``update_every=1000`` has the same weights, and uses
-      them in the step that computes them. ``reference="rms"`` with a power below 1 is the rule of NTK-based
-      multi-task learning, applied to gradients.
+      The jaxpi library computes the weights after every 1000th step, with ``eps=1e-5``, and uses them
+      from the next step on. `weighted_value_and_grad` with ``update_every=1000`` computes the same
+      weights, and uses them from the same step on. ``reference="rms"`` with a power below 1 is the rule
+      of NTK-based multi-task learning, applied to gradients.
 
-      Weights are at most 1.8e19 (float32). A zero gradient says nothing about its weight, which stays as it
-      was. If all gradients are zero, the update is 0. An absent task keeps its weight. With one task, the
-      update is its gradient.
+      Weights are at most 1.8e19 (float32). A zero gradient does not change its weight. If all gradients
+      are zero, the update is 0. The weight of an absent task does not change. With one task, the update
+      is its gradient.
 
     Example:
 

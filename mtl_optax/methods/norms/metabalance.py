@@ -1,4 +1,4 @@
-"""MetaBalance: auxiliary gradients brought to the magnitude of the target's."""
+"""MetaBalance: rescales auxiliary gradients to the magnitude of the target's gradient."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class MetaBalanceState(NamedTuple):
     """State of `metabalance`, `[T]` per block.
 
     Attributes:
-      norm_ema: EMA of each task's gradient norm; starts at 0.
-      seen: the share of each average that is data: `1 - ema_decay ** k` after k steps.
+      norm_ema: EMA of each task's gradient norm, which starts at 0.
+      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
     """
 
     norm_ema: jax.Array
@@ -40,16 +40,15 @@ def metabalance(
     ema_decay: Number = 0.9,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Brings the gradient of every auxiliary task to the magnitude of the target task's.
+    r"""Rescales the gradient of every auxiliary task to the magnitude of the target's gradient.
 
-    Name the task that matters with ``target=``; only where the tasks have no names may it be left out, and
-    is the first one then. There is one weight per task and tensor, and the heads keep weight 1;
-    ``blocks="all"`` makes it one weight per task, for the heads too.
+    There is one weight per task and tensor, and the heads have weight 1. With ``blocks="all"`` there is
+    one weight per task, for the heads too.
 
-    For training where one task matters (buy) and the others should help it (click, cart). An auxiliary
-    task with a much larger gradient dominates the shared parameters; one with a much smaller gradient
-    has no effect. MetaBalance rescales auxiliary gradients, tensor by tensor, by the ratio of the moving
-    averages of the gradient norms.
+    The method is made for training in which one task, the ``target``, matters (buy) and the other tasks
+    should help it (click, cart). An auxiliary task with a much larger gradient dominates the shared
+    parameters, and one with a much smaller gradient has no effect. MetaBalance rescales auxiliary
+    gradients per tensor, by the ratio of the EMAs of the gradient norms.
 
     In every block, with :math:`n_t` the norm of task t's gradient, ``ema_decay`` :math:`\beta` and
     ``relax_factor`` :math:`r`:
@@ -59,15 +58,16 @@ def metabalance(
         w_t = r\, m_{target} / m_t + (1 - r), \qquad w_{target} = 1, \qquad
         update = \sum_t w_t g_t
 
-    where ``strategy`` applies, else :math:`w_t = 1`. With r = 1 all magnitudes are equal, with r = 0
-    nothing changes. Scale: sum-like. Algorithm 1 of the paper; the strategies are its algorithm 2.
+    if ``strategy`` selects the task, else :math:`w_t = 1`. With r = 1 all magnitudes are equal; with r =
+    0 the update is the plain sum. Scale: sum-like. Algorithm 1 of the paper; the strategies are its
+    algorithm 2.
 
     Args:
       tasks: T, or the task names.
       target: name or index of the target task: required if the tasks have names, else 0 by default.
       relax_factor: r in [0, 1].
-      strategy: "shrink" (A) rescales only auxiliaries larger than the target, "enlarge" (B) only
-        smaller ones, "both" (C) all.
+      strategy: "shrink" (A) rescales only auxiliary gradients larger than the target's, "enlarge" (B)
+        only smaller ones, "both" (C) all of them.
       ema_decay: beta in [0, 1).
       **options: see `MethodOptions`; here `blocks` is "leaf" by default, as in the paper.
 
@@ -76,26 +76,27 @@ def metabalance(
       for the sum.
 
     Raises:
-      ValueError: for an unknown target or strategy, or numbers outside their range.
+      ValueError: if the target or the strategy is unknown, or a number is outside its range.
 
     Notes:
-      The averages start at 0 without bias correction, as in the authors' code; only their ratio is used,
-      so the bias cancels between tasks that were present equally often. For other tasks the ratio is
-      corrected: an auxiliary that first appears late would be enlarged a hundredfold otherwise.
+      As in the authors' code, the averages start at 0 without bias correction. Only their ratio is used,
+      so the bias cancels if both tasks were present equally often. Otherwise the ratio is corrected,
+      because the gradient of a task that first appears late would be enlarged by a factor of a hundred.
 
-      Where the target has had no gradient but 0, as in the head of an auxiliary task, there is no
-      magnitude to match, and the weights are 1.
+      If the target has had only zero gradients in a block, as in the head of an auxiliary task, the
+      weights of this block are 1.
 
-      Differences from the authors' code, which has strategy "both" only: r = 1 is allowed; a tensor
-      without a gradient counts as a zero gradient (the code leaves every later tensor unbalanced); where
-      :math:`m_t = 0` the weight is 1 (the code divides by zero).
+      The authors' code has only the strategy "both", and differs in three points. It does not allow r =
+      1. If a tensor has no gradient, it does not balance any later tensor; here the gradient counts as
+      zero. If :math:`m_t = 0`, it divides by zero; here the weight is 1.
 
-      With ``update_every`` a kept weight is limited to that of the least average these norms could leave,
-      :math:`r\, m_{target} / ((1-\beta) n_t) + (1 - r)`: a weight computed from the zeros of rare gradients
-      would enlarge the next one without limit.
+      With ``update_every``, a reused weight is at most
+      :math:`r\, m_{target} / ((1-\beta) n_t) + (1 - r)`, the weight for the smallest average that the
+      current norm allows. Otherwise a weight that was computed after many zero gradients could enlarge
+      the next nonzero gradient without bound.
 
-      A zero gradient moves its average towards 0 and adds nothing. If all gradients are zero, the update
-      is 0. With one task, the update is its gradient.
+      A zero gradient decays its average and contributes 0. If all gradients are zero, the update is 0.
+      With one task, the update is its gradient.
 
     Example:
 
@@ -122,7 +123,7 @@ def metabalance(
     def average(
         inputs: StepInputs, state: MetaBalanceState
     ) -> tuple[MetaBalanceState, jax.Array, jax.Array]:
-        """The new averages, the target's to compare each of them with, and which weights may change."""
+        """Returns the new averages, the target's to compare with each, and which weights may change."""
         decay = jnp.asarray(ema_decay, inputs.norms.dtype)
 
         def move(old: jax.Array, new: Any) -> jax.Array:
@@ -136,7 +137,7 @@ def metabalance(
 
     def rescaled(reference: jax.Array, norms: jax.Array) -> jax.Array:
         relax = jnp.asarray(relax_factor, norms.dtype)
-        # An average decays below the smallest norm, and the ratio alone may then overflow.
+        # An average can decay below the smallest norm, and the ratio may then overflow.
         return safe_divide(relax * reference, norms, relax) + (1 - relax)
 
     def weigh(inputs: StepInputs, state: MetaBalanceState) -> tuple[jax.Array, MetaBalanceState]:
@@ -146,9 +147,9 @@ def metabalance(
         return jnp.where(balanced & applies, rescaled(reference, ema), 1), state
 
     def bound(inputs: StepInputs, state: MetaBalanceState) -> jax.Array:
-        """The weights with the least average that these norms could leave, `(1 - ema_decay) * norms`."""
+        """The weights for the smallest averages that these norms allow, `(1 - ema_decay) * norms`."""
         moved, reference, balanced = average(inputs, state)
-        # As `reference`, it is taken for the share of this task's average that is data.
+        # Multiplied by `seen`, as `reference` is: both have the bias of this task's average.
         least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.seen * inputs.norms
         limits = rescaled(reference, least)
         if strategy == "enlarge":  # no weight is below 1

@@ -1,4 +1,4 @@
-"""RotoGrad's scaling: all gradients at one norm, weighted towards the slowest convergence."""
+"""The scaling of RotoGrad: rescales all gradients to one norm, which depends on the slowest tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RotoGradState(NamedTuple):
     """State of `rotograd_scale`, `[T]` per block.
 
     Attributes:
-      initial_norms: each task's reference norm; 0 until its first nonzero gradient.
+      initial_norms: the reference norm of each task, which is 0 until its first nonzero gradient.
     """
 
     initial_norms: jax.Array
@@ -32,11 +32,11 @@ class RotoGradState(NamedTuple):
 def rotograd_scale(
     tasks: int | Collection[str], *, burn_in: int = 20, **options: Unpack[MethodOptions]
 ) -> Method:
-    r"""Gives all task gradients the same norm, set mostly by the tasks that converge slowest.
+    r"""Gives all task gradients the same norm, which depends mostly on the slowest tasks.
 
     A task with a much larger gradient dominates the shared parameters. The common norm is a mean of the
-    norms, weighted by how little each has decreased, so that steps stay long while a task has not
-    converged.
+    norms, in which norms that have decreased least have the largest weights, so that steps stay long
+    while a task has not converged.
 
     .. math::
         \alpha_t = \frac{n_t / n_t^0}{\sum_s n_s / n_s^0}, \qquad C = \sum_t \alpha_t n_t, \qquad
@@ -47,7 +47,8 @@ def rotograd_scale(
 
     Args:
       tasks: T, or the task names.
-      burn_in: update, counted from 0, at which the reference norms are taken again; 0 keeps the first.
+      burn_in: the update, counted from 0, at which the reference norms are measured again; 0 keeps the
+        first norms.
       **options: see `MethodOptions`.
 
     Returns:
@@ -55,19 +56,19 @@ def rotograd_scale(
       the sum.
 
     Raises:
-      ValueError: for a negative `burn_in`.
+      ValueError: if `burn_in` is negative.
 
     Notes:
-      Meant for the representation (`mtl_optax.fork`). The paper's other half, a trained rotation of the
-      representation for each task, has model parameters and an optimizer of its own. It is no
-      transformation of gradients and not part of this function.
+      The method is made for the representation (`mtl_optax.fork`). The second part of the paper, a
+      trained rotation of the representation per task, has model parameters and a separate optimizer. It
+      is not a transformation of gradients, and not part of this function.
 
-      As in the authors' code, the reference norms are taken again once, because those of the first batches
-      are not typical. In that code a gradient that starts at 0 makes its ratio huge from then on; here
+      As in the authors' code, the reference norms are measured again once, because those of the first
+      batches are not typical. In this code the ratio of a gradient that starts at 0 is always huge; here
       the first norm above 0 is the reference.
 
-      A zero gradient has :math:`\alpha = 0` and adds nothing. If all gradients are zero, the update is 0.
-      An absent task keeps its reference norm. With one task, the update is its gradient.
+      A zero gradient has :math:`\alpha = 0` and contributes 0. If all gradients are zero, the update is
+      0. The reference norm of an absent task does not change. With one task, the update is its gradient.
 
     Example:
 
