@@ -43,7 +43,7 @@ def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: A
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: for a history or names of the wrong shape.
+      ValueError: if the history or the names have the wrong shape.
 
     Example:
 
@@ -69,7 +69,7 @@ def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: for a history or names of the wrong shape.
+      ValueError: if the history or the names have the wrong shape.
 
     Example:
 
@@ -97,7 +97,7 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: for cosines or names of the wrong shape.
+      ValueError: if the cosines or the names have the wrong shape.
 
     Example:
 
@@ -161,7 +161,7 @@ def plot_pareto(
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: for losses, names or tasks of the wrong shape.
+      ValueError: if the losses, names or tasks have the wrong shape.
 
     Example:
 

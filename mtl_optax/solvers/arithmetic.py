@@ -1,4 +1,4 @@
-"""Arithmetic that stays finite."""
+"""Arithmetic with finite results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def safe_divide(
     *,
     where: jax.Array | None = None,
 ) -> jax.Array:
-    """`numerator / denominator` where the denominator is positive, and `otherwise` elsewhere.
+    """Returns `numerator / denominator` where the denominator is positive, and `otherwise` elsewhere.
 
-    The division never sees a denominator of 0, so neither the result nor its derivative is NaN.
+    No division by 0 occurs, so neither the result nor its derivative is NaN.
 
     Args:
       numerator: broadcasts against `denominator`.

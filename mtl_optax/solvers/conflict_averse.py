@@ -27,7 +27,7 @@ class _Pivoting(NamedTuple):
     level: jax.Array  # progress that every task must reach
     low: jax.Array  # bracket of the level
     high: jax.Array
-    fewest: jax.Array  # smallest number of violated conditions seen so far
+    fewest: jax.Array  # smallest number of violated conditions so far
     patience: jax.Array  # full exchanges still allowed without improvement
     step: jax.Array
     done: jax.Array
@@ -104,7 +104,8 @@ def conflict_averse_weights(
     usable = active & (norms > 0)
     largest = jnp.max(norms)
     smallest = jnp.min(jnp.where(usable, norms, jnp.inf))
-    # Lengths are in units of the largest norm, levels in units of the largest times the smallest norm.
+    # Lengths are in units of the largest norm, and levels in units of the largest times the smallest
+    # norm.
     lengths = safe_divide(uniform * norms, largest)
     slack = product(cosine, lengths)
     ratio = safe_divide(smallest, norms, where=usable)

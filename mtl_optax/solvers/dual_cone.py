@@ -1,4 +1,4 @@
-"""Projection onto the dual cone of the gradients: the nearest update that conflicts with no task."""
+"""Projection onto the dual cone of the gradients: the nearest update without a conflict."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def dualproj_weights(
       preference: `[T]`, u; one over the number of active tasks by default.
 
     Returns:
-      Weights `[T]` on the raw gradients. Without conflict they equal u. A zero gradient keeps its u. If 0
+      Weights `[T]` on the raw gradients. Without conflict they equal u. The weight of a zero gradient is its u. If 0
       lies inside the convex hull of the gradients, the weighted sum is 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     cosine = semidefinite(cosine)
     preference = _preference(preference, active, norms)
-    # In units of the largest norm, so that nothing overflows.
+    # Lengths are in units of the largest norm, so that nothing overflows.
     largest = jnp.max(norms)
     lengths = safe_divide(preference * norms, largest)
     added = nonnegative_least_squares(cosine, -product(cosine, lengths))

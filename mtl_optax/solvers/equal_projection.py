@@ -18,7 +18,7 @@ def _common_direction(cosine: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 def _exists(squared_length: jax.Array, size: int) -> jax.Array:
-    """Whether a sum of unit gradients is more than the rounding error of a sum that is exactly 0."""
+    """Whether a sum of unit gradients is longer than the rounding error of a sum that is 0."""
     noise = 4 * size * jnp.finfo(squared_length.dtype).eps
     return squared_length > noise * noise
 
@@ -37,10 +37,10 @@ def equal_projection_weights(
       active: bool `[T]`, the tasks that count; all by default.
 
     Returns:
-      Weights `[T]` on the raw gradients. A singular C is inverted on its range. Where the unit gradients
-      cancel (opposite gradients), the weights are proportional to 1 / n, as they are next to this case. If
-      no solution exists (all gradients zero, or coefficients of sum 0), the weights are uniform. A zero
-      gradient has weight 0.
+      Weights `[T]` on the raw gradients. A singular C is inverted on its range. If the unit gradients
+      cancel (opposite gradients), the weights are proportional to 1 / n, as they are close to this case.
+      If no solution exists (all gradients zero, or coefficients of sum 0), the weights are uniform. A
+      zero gradient has weight 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     coefficients = _common_direction(cosine, norms)
@@ -58,7 +58,7 @@ def equal_projection_weights(
 def config_weights(
     cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
 ) -> jax.Array:
-    r"""ConFIG: the direction with the same cosine to every gradient, of the summed projections' length.
+    r"""ConFIG: the direction with the same cosine to every gradient, as long as the summed projections.
 
     With :math:`x = C^+ 1`, the direction :math:`d_0` is :math:`\sum_i x_i g_i / n_i`, normalised, and the
     length is :math:`\sum_i g_i \cdot d_0`.

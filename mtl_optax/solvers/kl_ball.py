@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
-# A round costs its number of operations, whatever their size: few rounds with many points are cheapest.
+# The cost of a round does not depend on the number of points, so few rounds with many points are fastest.
 # From a bracket of 1/16,000 of the range, three Newton steps reach float64 accuracy.
 GRID_ROUNDS = 2
 GRID_POINTS = 128
@@ -45,11 +45,13 @@ def kl_ball_mirror_step(
     the bracket, and Newton steps inside it find the root.
 
     Args:
-      log_p: `[T]`, logarithm of the present distribution, normalised or not.
+      log_p: `[T]`, logarithm of the current distribution, normalised or not.
       scores: `[T]`, s: the step size times the reward of each task. Clipped to an eighth of the largest
         number, so entries may be infinite.
-      radius: largest divergence from uniform; 0 gives uniform, `log T` or more is no constraint.
-      active: bool `[T]`, the tasks that count; the divergence is from uniform over these. All by default.
+      radius: largest divergence from uniform; 0 gives the uniform distribution, and `log T` or more is no
+        constraint.
+      active: bool `[T]`, the tasks that count; the divergence is from the uniform distribution over
+        these. All by default.
 
     Returns:
       The logarithm of the new distribution, `[T]`, finite and normalised over the active tasks. Inactive

@@ -1,4 +1,4 @@
-"""Weights from logarithms and ratios of losses, finite for every finite loss."""
+"""Weights from logarithms and ratios of losses, which are finite for every finite loss."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ def min_norm_weights(
     convex hull contains 0. All coefficients are at most 1, so norms of different orders of magnitude cost
     no accuracy.
 
-    One exception: if the convex hull of gradients that are all about 100 times (float32; 1e6 times in
-    float64) as long as another one contains 0, that one keeps a weight, up to 1. The combination is then
-    at most as long as it, but not 0.
+    There is one exception. If the convex hull of some gradients contains 0, and another gradient is about
+    100 times shorter (1e6 times in float64) than these, the shorter one may keep a weight, up to 1. The
+    combination is then not 0, but at most as long as this gradient.
 
     Args:
       cosine: cosines C of the gradients, `[T, T]`.

@@ -1,4 +1,4 @@
-"""Nonnegative least squares in Gram form, which the other solvers use."""
+"""Nonnegative least squares in Gram form, on which other solvers are built."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def _descend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Active-set method of Lawson and Hanson: one variable at a time, with a decreasing objective.
 
-    Slower than block pivoting, but it also converges where that cycles: for many gradients in few
-    dimensions. Signs are then decided by rounding, so each solution is refined first. Does nothing if
-    `skip` is True.
+    It is slower than block pivoting, but it also converges if that cycles, as for many gradients in few
+    dimensions. Rounding then decides signs, so each solution is refined first. It does nothing if `skip`
+    is True.
 
     Returns:
       The passive set, its inverse factor, and a feasible point on the set.
@@ -182,8 +182,8 @@ def nonnegative_least_squares(
 
     Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): solves for the variables assumed
     positive (the passive set) and exchanges every variable whose sign condition is violated. This takes a
-    few Cholesky factorisations, where moving one variable at a time takes one for each. If it does not
-    converge, the method of Lawson and Hanson (1974) is used.
+    few Cholesky factorisations; an exchange of single variables would take one per variable. If it does
+    not converge, the method of Lawson and Hanson (1974) is used.
 
     Args:
       matrix: M, positive semidefinite `[T, T]`; it may be singular.

@@ -67,7 +67,7 @@ def db_mtl(
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
-      examples of successive batches, unless its rows keep their meaning.
+      examples of successive batches, unless its rows always have the same meaning.
 
       As in the authors' code, the averages start at 0 without bias correction (the first update is
       :math:`1 - \beta` times as large as a later one), the update is a sum over tasks, and the norms are

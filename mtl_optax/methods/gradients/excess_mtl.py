@@ -79,7 +79,7 @@ def excess_mtl(
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the sums of squares would mix
-      unrelated examples of successive batches, unless its rows keep their meaning.
+      unrelated examples of successive batches, unless its rows always have the same meaning.
 
       With ``warmup_steps`` = 0, as in the authors' code, the baseline is e at the first step, and this
       step changes the weights by :math:`\eta e_t` without the division. Here the weights sum to 1; in the

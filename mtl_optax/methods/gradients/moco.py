@@ -75,7 +75,7 @@ def moco(
 
     Notes:
       Use it on parameters. On a representation `[batch, width]` (`fork`) the averages would mix unrelated
-      examples of successive batches, unless its rows keep their meaning.
+      examples of successive batches, unless its rows always have the same meaning.
 
       As in the first author's code, the weights are projected onto the simplex, gradients are not
       normalised, :math:`y` is not projected onto a ball, and the update uses the new :math:`y` and

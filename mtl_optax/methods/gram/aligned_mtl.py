@@ -48,7 +48,7 @@ def aligned_mtl(
       eigenvalue problem.
 
     Raises:
-      ValueError: for an unknown `scale`.
+      ValueError: if `scale` is unknown.
 
     Notes:
       The preference is a vector of ones, as in the authors' code; other libraries use 1/T.

@@ -54,7 +54,7 @@ def cagrad(
       `[T, T]` factorisations.
 
     Raises:
-      ValueError: for a negative `c` or an unknown `rescale`.
+      ValueError: if `c` is negative, or `rescale` is unknown.
 
     Notes:
       There are two differences from the authors' code. The problem is solved exactly, on the cosine

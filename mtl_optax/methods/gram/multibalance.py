@@ -68,7 +68,7 @@ def multibalance(
     Args:
       tasks: T, or the task names.
       weight_lr: beta, the step size of the weights.
-      prior: lambda_0, `[T]` or a dictionary by task name; None is 1/T each.
+      prior: lambda_0, `[T]` or a dictionary by task name; None means 1/T for every task.
       prior_strength: rho; the prior affects the update only through the step of the weights.
       ema_decay: 1 - gamma, in [0, 1); 0 uses the current norm, so that v = g.
       direction: "gradient" is the inner product in equation 12; "cosine" is the form in production

@@ -37,7 +37,7 @@ def upgrad(
 
     Args:
       tasks: T, or the task names.
-      preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
+      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T over the present tasks.
       **options: see `MethodOptions`.
 
     Returns:
@@ -45,7 +45,7 @@ def upgrad(
       the sum, and a batch of T quadratic programs of size T.
 
     Raises:
-      ValueError: for a `preference` without T entries.
+      ValueError: if `preference` does not have T entries.
 
     Notes:
       Nonnegative least squares on the cosine matrix computes the exact projections. The authors' library
@@ -91,7 +91,7 @@ def dualproj(
 
     Args:
       tasks: T, or the task names.
-      preference: u, `[T]` or a dictionary by task name, not negative; None is 1/T over the tasks present.
+      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T over the present tasks.
       **options: see `MethodOptions`.
 
     Returns:
@@ -99,7 +99,7 @@ def dualproj(
       the sum, and a quadratic program of size T.
 
     Raises:
-      ValueError: for a `preference` without T entries.
+      ValueError: if `preference` does not have T entries.
 
     Notes:
       Nonnegative least squares on the cosine matrix computes the exact projection. For public code and

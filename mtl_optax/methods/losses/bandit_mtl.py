@@ -25,7 +25,7 @@ class BanditMTLState(NamedTuple):
     """State of `bandit_mtl`, `[T]` per block.
 
     Attributes:
-      log_p: logarithm of the adversary's distribution over tasks; starts uniform.
+      log_p: logarithm of the adversary's distribution over tasks, which starts uniform.
     """
 
     log_p: jax.Array
@@ -41,9 +41,9 @@ def bandit_mtl(
 ) -> Method:
     r"""Gives larger weights to tasks with larger losses, within a KL ball around equal weights.
 
-    Regularises the variance of the task losses. An adversary p does mirror ascent on
-    :math:`\sum_t p_t L_t` under :math:`KL(p \| u) \le` ``kl_radius``, u uniform. With ``step_size``
-    :math:`\eta` and the smallest :math:`\mu \ge 0` that satisfies the constraint:
+    The method regularises the variance of the task losses. An adversary p does mirror ascent on
+    :math:`\sum_t p_t L_t` under :math:`KL(p \| u) \le` ``kl_radius``, where u is uniform. With
+    ``step_size`` :math:`\eta` and the smallest :math:`\mu \ge 0` that satisfies the constraint:
 
     .. math::
         w_t = p_t / T, \qquad
@@ -60,19 +60,20 @@ def bandit_mtl(
 
     Returns:
       A `Method` with the state `BanditMTLState`. `update` needs `losses=`. Cost: a scalar root search,
-      O(T) a step.
+      O(T) per iteration.
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
-      The divergence is at most log T: a larger ``kl_radius`` (the default, for T <= 3) has no effect.
+      The divergence is at most log T, so a larger ``kl_radius`` (such as the default for T <= 3) is no
+      constraint.
 
       Published programs search for :math:`\mu` on the host, and fail for :math:`\eta L > 709` or once an
       entry of p underflows. Here the projection is exact, in logarithms, on the device.
 
-      Losses may have any finite size and sign. An absent task keeps its share of p; the other weights are
-      normalised among themselves. With one task, the update is its gradient.
+      Losses may have any finite size and sign. The share of p of an absent task does not change; the
+      other weights are normalised without it. With one task, the update is its gradient.
 
     Example:
 

@@ -31,7 +31,7 @@ def cosmos(
 ) -> Method:
     r"""Minimises a weighted sum of the losses and their angle to a preference vector.
 
-    A weighted sum alone reaches only the convex part of a Pareto front, and favours its ends. With
+    A weighted sum reaches only the convex part of a Pareto front, and favours its ends. With
     ``preference`` r and ``lam`` :math:`\lambda`, the objective :math:`r \cdot L - \lambda \cos(r, L)` has
     the weights
 
@@ -42,8 +42,8 @@ def cosmos(
 
     Args:
       tasks: T, or the task names.
-      preference: r, `[T]` or a dictionary by task name, nonnegative; None is 1 over the number of
-        tasks present.
+      preference: r, `[T]` or a dictionary by task name, nonnegative; None means 1 over the number of
+        present tasks.
       lam: weight of the angle, >= 0; 0.01 to 8 in the paper. 0 is `fixed_weights(preference)`.
       **options: see `MethodOptions`.
 
@@ -51,7 +51,7 @@ def cosmos(
       A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for a `preference` that is not `[T]` or a negative `lam`.
+      ValueError: if `preference` is not `[T]`, or `lam` is negative.
 
     Notes:
       Weights can be negative: a loss that is too small for the preference may increase. Their size is at
@@ -60,7 +60,8 @@ def cosmos(
       The paper also draws r from a Dirichlet distribution at every step, as an input of the network, to
       learn the whole front. `optax.inject_hyperparams` can change `preference` at every step.
 
-      All losses 0: w = r. Absent tasks are left out of r and L. T = 1: r times the gradient.
+      If all losses are 0, w = r. Absent tasks are excluded from r and L. With one task, the update is r
+      times its gradient.
 
     Example:
 

@@ -25,10 +25,10 @@ class DWAState(NamedTuple):
 
     Attributes:
       mean: mean loss of the current window so far.
-      seen: int32, steps of the current window so far.
+      seen: int32, the number of steps of the current window so far.
       last: mean loss of the last complete window.
       before: mean loss of the window before that.
-      windows: int32, complete windows so far, at most 2.
+      windows: int32, the number of complete windows so far, at most 2.
     """
 
     mean: jax.Array
@@ -48,14 +48,15 @@ def dwa(
 ) -> Method:
     r"""Gives larger weights to tasks whose losses decrease slowly.
 
-    Tasks train at different rates; those with the least relative progress get more weight. With
-    :math:`\bar L_t(e)` the mean loss of task t over window e (``window`` steps; an epoch in the paper) and
-    ``temperature`` :math:`\tau`:
+    Tasks train at different rates, and those with the least relative progress get more weight. With
+    :math:`\bar L_t(e)` the mean loss of task t over window e (``window`` steps; an epoch in the paper)
+    and ``temperature`` :math:`\tau`:
 
     .. math::
         w_t = T\, \mathrm{softmax}_t\big( \bar L_t(e-1) / \bar L_t(e-2) / \tau \big),
 
-    and 1 during the first two windows. Scale: sum-like; the weights sum to T. Equation 7 of the paper.
+    and :math:`w_t = 1` during the first two windows. Scale: sum-like; the weights sum to T. Equation 7 of
+    the paper.
 
     Args:
       tasks: T, or the task names.
@@ -67,15 +68,15 @@ def dwa(
       A `Method` with the state `DWAState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
-      Windows are those of the authors' code. Another published program fills the first ones with ones, so
+      The windows are as in the authors' code. Another published program initialises them with ones, so
       that its first ratios compare losses with 1.
 
-      Where :math:`\bar L_t(e-2) = 0` the ratio is 1; its size is at most 1.8e19 (float32). A task's
-      windows count the steps at which it was present. The weights of the tasks present sum to their
-      number. With one task, the update is its gradient.
+      If :math:`\bar L_t(e-2) = 0`, the ratio is 1. Its absolute value is at most 1.8e19 (float32). A
+      task's windows count the steps at which it was present. The weights of the present tasks sum to
+      their number. With one task, the update is its gradient.
 
     Example:
 

@@ -20,7 +20,7 @@ from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
-# Part of the method's definition: keeps the logarithm of a loss at its minimum finite.
+# Part of the definition of the method: the logarithm of a loss at its minimum is finite.
 _EPSILON = 1e-8
 
 
@@ -49,16 +49,17 @@ def famo(
 ) -> Method:
     r"""Balances the relative rates at which the losses decrease, without task gradients.
 
-    Trains logits :math:`\xi` so that all log losses decrease at the same rate, from loss values alone.
-    With :math:`D_t = L_t -` ``min_losses`` :math:`+ 10^{-8}`, ``gamma`` :math:`\gamma` and
-    :math:`z = \mathrm{softmax}(\xi)`:
+    The method trains logits :math:`\xi` so that all log losses decrease at the same rate. It needs only
+    the values of the losses. With :math:`D_t = L_t -` ``min_losses`` :math:`+ 10^{-8}`, ``gamma``
+    :math:`\gamma` and :math:`z = \mathrm{softmax}(\xi)`:
 
     .. math::
         w_t = \frac{z_t / D_t}{\sum_s z_s / D_s}, \qquad
         \nabla_\xi = J_{softmax}^T \big( \log D^{before} - \log D^{after} \big) + \gamma\, \xi,
 
-    for a step of Adam(``weight_lr``) on :math:`\xi`; "before" and "after" are losses of *the same batch*
-    before and after the network's step. Scale: mean-like; the weights sum to 1. Algorithm 1 of the paper.
+    which is the gradient for a step of Adam(``weight_lr``) on :math:`\xi`. The words "before" and "after"
+    denote the losses of *the same batch* before and after the step of the network. Scale: mean-like; the
+    weights sum to 1. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
@@ -72,21 +73,21 @@ def famo(
       O(T).
 
     Raises:
-      ValueError: for numbers outside their range, or `min_losses` or `losses_after` of the wrong shape.
+      ValueError: if a number is outside its range, or `min_losses` or `losses_after` has the wrong shape.
 
     Notes:
-      `losses_after=` are the losses of the previous batch after the previous step: one more forward pass.
-      Without it the losses of the present batch are used, at no cost, but the difference between the
-      batches enters the gradient.
+      `losses_after=` are the losses of the previous batch after the previous step, which take one more
+      forward pass. Without them, the losses of the current batch are used. This has no cost, but the
+      difference between the batches enters the gradient.
 
-      As in the authors' code, ``gamma`` is L2 regularisation inside Adam, not decoupled decay. The code's
-      default is 0.01; most of its scripts use 0.001.
+      As in the authors' code, ``gamma`` is L2 regularisation inside Adam, not decoupled decay. The
+      default of this code is 0.01; most of its scripts use 0.001.
 
-      The first update does not change the logits. Without `losses_after`, a task that is present trains
-      its logit from its losses now and when it was last present. With it, a task trains if it was present
-      in the previous step and its number is finite.
+      The first update does not change the logits. Without `losses_after`, the logit of a present task is
+      trained from its losses now and when it was last present. With `losses_after`, the logit of a task
+      is trained if it was present in the previous step and its entry is finite.
 
-      A loss at or below its minimum counts as 1e-8 above it. Absent tasks are left out of both sums.
+      A loss at or below its minimum counts as 1e-8 above it. Absent tasks are excluded from both sums.
       With one task, the update is its gradient.
 
     Example:

@@ -22,8 +22,8 @@ def fixed_weights(
 ) -> Method:
     """Multiplies each task gradient by a given number.
 
-    The update is `sum_t weights[t] * g_t` with constant weights: linear scalarisation, the baseline that
-    a careful search over weights can make hard to beat. Scale: sum-like with weights of one.
+    The update is `sum_t weights[t] * g_t` with constant weights (linear scalarisation). With a careful
+    search over the weights, it is a strong baseline. Scale: sum-like if the weights are 1.
 
     Args:
       tasks: T, or the task names.

@@ -22,12 +22,12 @@ from mtl_optax.solvers.log_weights import exp_weights, magnitudes
 def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Minimises the geometric mean of the losses.
 
-    The same relative decrease of any loss then counts the same, whatever its unit. The objective
+    Equal relative decreases of different losses then have the same effect, in any unit. The objective
     :math:`F = (\prod_t L_t)^{1/T}` has the gradient :math:`\sum_t w_t g_t` with
 
     .. math:: w_t = F / (T L_t).
 
-    Scale: the method's own; every weight is 1/T where all losses are equal. Equation 2 of the paper.
+    Scale: the method's own; if all losses are equal, every weight is 1/T. Equation 2 of the paper.
 
     Args:
       tasks: T, or the task names.
@@ -37,11 +37,12 @@ def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Metho
       A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Notes:
-      Computed with logarithms: the product of a few losses can leave the range of float32.
+      The mean is computed with logarithms, because the product of a few losses can be outside the range
+      of float32.
 
-      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0, where F
-      has no gradient, has weight 0 and is left out of the mean, like absent tasks. Weights are at most
-      1.8e19 (float32). With one task, the update is its gradient.
+      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0, at which
+      F has no gradient, has weight 0 and is excluded from the mean, as are absent tasks. Weights are at
+      most 1.8e19 (float32). With one task, the update is its gradient.
 
     Example:
 

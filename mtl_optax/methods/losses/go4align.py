@@ -1,4 +1,4 @@
-"""GO4Align: one weight for each group of tasks with similar risk."""
+"""GO4Align: one weight per group of tasks with similar risk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GO4AlignState(NamedTuple):
     """State of `go4align`, `[T]` per block.
 
     Attributes:
-      log_q: logarithm of the running distribution over tasks; starts uniform.
+      log_q: logarithm of the running distribution over tasks, which starts uniform.
     """
 
     log_q: jax.Array
@@ -38,16 +38,17 @@ def go4align(
     step_size: Number = 1e-4,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Groups tasks by a running measure of their risk and gives each group one weight.
+    r"""Groups tasks by a running measure of their risk, and computes one weight per group.
 
-    Of many tasks, those that progress alike get the same weight. With ``step_size`` :math:`\beta`:
+    Tasks with similar progress get the same weight. With ``step_size`` :math:`\beta`:
 
     .. math::
         q_t \leftarrow \frac{q_t e^{-\beta L_t}}{\sum_s q_s e^{-\beta L_s}}, \qquad
         r_t = q_t \frac{\sum_s L_s}{L_t}, \qquad
         w_t = \text{mean of } r \text{ over the group of } t,
 
-    with ``num_groups`` groups by k-means on r. Scale: the method's own. Algorithm 1 of the paper.
+    where k-means on r determines ``num_groups`` groups. Scale: the method's own. Algorithm 1 of the
+    paper.
 
     Args:
       tasks: T, or the task names.
@@ -59,17 +60,17 @@ def go4align(
       A `Method` with the state `GO4AlignState`. `update` needs `losses=`. Cost: O(T^2 K).
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
-      The authors' code has one group by default, which gives all tasks one weight; here ``num_groups`` has
-      no default. Its k-means starts at random on the host (and its import is commented out); here it is
-      the exact optimum in one dimension, by dynamic programming on the device. Of equally good groupings
-      one is taken.
+      The authors' code has one group by default, and so one weight for all tasks; here ``num_groups`` has
+      no default. Its k-means has a random start and runs on the host (and its import is commented out);
+      here dynamic programming on the device finds the optimum in one dimension. If several groupings are
+      optimal, one of them is used.
 
       A negative loss is weighted by its absolute value. A loss of 0 has weight 0 and belongs to no group.
-      r is at most 1.8e19 (float32). An absent task keeps its share of q. With one task, the update is its
-      gradient.
+      r is at most 1.8e19 (float32). The share of q of an absent task does not change. With one task, the
+      update is its gradient.
 
     Example:
 

@@ -29,12 +29,12 @@ def imtl_l(
 
     .. math:: w_t = e^{s_t}, \qquad \partial_{s_t} = e^{s_t} L_t - 1 .
 
-    The weights use s before the step. Scale: the method's own. The loss half of algorithm 1 of the paper;
-    `imtl` combines it with the gradient half, `imtl_g`.
+    The weights use s before the step. Scale: the method's own. It is the loss part of algorithm 1 of the
+    paper; `imtl` combines it with the gradient part, `imtl_g`.
 
     Args:
       tasks: T, or the task names.
-      optimizer: trains s, which starts at 0; any optax optimizer.
+      optimizer: any optax optimizer, which trains s from 0.
       **options: see `MethodOptions`.
 
     Returns:
@@ -43,8 +43,8 @@ def imtl_l(
     Notes:
       The authors' code is not public.
 
-      For losses of 0 or below, s has no finite optimum: weights are kept between 1/1.8e19 and 1.8e19
-      (float32). The s of an absent task does not change. T = 1: one trained scale.
+      If a loss is 0 or below, s has no finite optimum, so weights are limited to [1/1.8e19, 1.8e19]
+      (float32). The s of an absent task does not change.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Lagrangian: minimise some losses subject to limits on others."""
+"""Lagrangian: minimises some losses subject to limits on the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class LagrangianState(NamedTuple):
     """State of `lagrangian`.
 
     Attributes:
-      multipliers: `[T]`, of the constraints; start at 0, and stay 0 for objectives.
+      multipliers: `[T]`, the multipliers of the constraints, which start at 0; they stay 0 for
+        objectives.
     """
 
     multipliers: jax.Array
@@ -41,23 +42,24 @@ def lagrangian(
 ) -> Method:
     r"""Minimises some losses subject to upper limits on the others.
 
-    For constrained and safe reinforcement learning, for fairness or cost constraints: a weight that has
-    to be tuned by hand is replaced by a limit that has a meaning. With ``limits`` :math:`c_t`,
-    ``step_size`` :math:`\eta` and ``damping`` d, for the constrained tasks
+    The method is made for constrained and safe reinforcement learning, and for fairness or cost
+    constraints. It replaces a weight, which must be tuned, by a limit in the unit of the loss. With
+    ``limits`` :math:`c_t`, ``step_size`` :math:`\eta` and ``damping`` d, for the constrained tasks
 
     .. math::
         w_t = \max(0,\; \mu_t + d\,(L_t - c_t)), \qquad
         \mu_t \leftarrow \max(0,\; \mu_t + \eta\, (L_t - c_t)),
 
-    and :math:`w_t = 1` for the others, the objectives. The multipliers :math:`\mu` are used first and moved
-    after, by projected gradient ascent on the Lagrangian. Scale: the method's own. The basic differential
-    multiplier method of the paper; with damping its modified one, which does not oscillate.
+    and :math:`w_t = 1` for the others, the objectives. The update uses the multipliers :math:`\mu` before
+    their step of projected gradient ascent on the Lagrangian. Scale: the method's own. This is the basic
+    differential multiplier method of the paper; with damping it is the modified method, which does not
+    oscillate.
 
     Args:
       tasks: T, or the task names.
       limits: a dictionary from the names of the constrained tasks to their limits, or `[T]` with None (or
         infinity) for objectives.
-      step_size: eta > 0; its unit is one over a loss.
+      step_size: eta > 0, in units of an inverse loss.
       damping: d >= 0.
       **options: see `MethodOptions`.
 
@@ -65,11 +67,12 @@ def lagrangian(
       A `Method` with the state `LagrangianState`; `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for limits of unknown tasks or not `[T]`, no objective, or numbers outside their range.
+      ValueError: if a limited task is unknown, `limits` is not `[T]`, there is no objective, or a number
+        is outside its range.
 
     Notes:
-      The multipliers converge only if the learning rate of the network is small against the time in which
-      they move. An absent task keeps its multiplier.
+      The multipliers converge only if they change slowly compared with the parameters of the network. The
+      multiplier of an absent task does not change.
 
     Example:
 
@@ -112,7 +115,7 @@ def lagrangian(
 
 
 def _read_limits(limits: Any, axis: Tasks) -> tuple[np.ndarray, np.ndarray]:
-    """The limits `[T]`, 0 for objectives, and which tasks have one."""
+    """Returns the limits `[T]`, 0 for objectives, and which tasks have a limit."""
     if isinstance(limits, Mapping):
         names = axis.names or ()
         unknown = sorted(set(limits) - set(names))

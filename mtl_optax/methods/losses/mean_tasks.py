@@ -20,7 +20,7 @@ from mtl_optax.core.tasks import read_tasks
 def mean_tasks(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     """Averages the task gradients.
 
-    The update is the mean of `g_t` over the tasks present. Scale: mean-like.
+    The update is the mean of `g_t` over the present tasks. Scale: mean-like.
 
     Args:
       tasks: T, or the task names.

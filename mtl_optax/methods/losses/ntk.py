@@ -24,7 +24,7 @@ class NTKState(NamedTuple):
     """State of `ntk`.
 
     Attributes:
-      weight_ema: `[T]`, the average of the weights; starts at 1.
+      weight_ema: `[T]`, the EMA of the weights, which starts at 1.
     """
 
     weight_ema: jax.Array
@@ -40,34 +40,35 @@ def ntk(
 ) -> Method:
     r"""Weighs each loss by how slowly its residuals converge under gradient descent.
 
-    Near the start of training a residual of a wide network decays at the rate of the eigenvalues of its
-    block :math:`K_t = J_t J_t^\top` of the neural tangent kernel. Weights inverse to the traces give all
-    blocks the same mean rate. With the ``traces`` :math:`\mathrm{tr}(K_t)` and ``ema_decay``
+    Near the start of training, the residuals of a wide network decay at the rates of the eigenvalues of
+    their block :math:`K_t = J_t J_t^\top` of the neural tangent kernel. Weights inverse to the traces
+    give all blocks the same mean rate. With the ``traces`` :math:`\mathrm{tr}(K_t)` and ``ema_decay``
     :math:`\beta`:
 
     .. math::
         \hat w_t = \frac{\sum_s \mathrm{tr}(K_s)}{\mathrm{tr}(K_t)}, \qquad
         w_t \leftarrow \beta w_t + (1 - \beta) \hat w_t, \qquad update = \sum_t w_t g_t.
 
-    ``reference="mean"`` has the mean of the traces in place of their sum. The weights start at 1. Scale:
-    sum-like, about T times that with "sum". Algorithm 1 of the paper.
+    ``reference="mean"`` uses the mean of the traces instead of their sum. The weights start at 1. Scale:
+    sum-like; with "sum", the weights are about T times as large. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
       reference: numerator of the weights.
-      ema_decay: beta in [0, 1); the paper has no average, jaxpi 0.9 with "mean".
+      ema_decay: beta in [0, 1); the paper uses no average, and jaxpi uses 0.9 with "mean".
       **options: see `MethodOptions`.
 
     Returns:
       A `Method` with the state `NTKState`; `update` takes `traces=`, `[T]` or a dictionary by task name,
-      from `ntk_trace`. Without it the weights stay as they are: give it every so many steps. Cost: O(T).
+      from `ntk_trace`. Without it the weights do not change, so traces can be computed only every k-th
+      step. Cost: O(T).
 
     Raises:
-      ValueError: for an unknown reference, or `traces` without one entry per task.
+      ValueError: if the reference is unknown, or `traces` does not have one entry per task.
 
     Notes:
-      A trace that is 0, negative or not finite leaves its weight as it was. Absent tasks keep their weight
-      and do not count in the sum. With one task, the update is its gradient.
+      A trace that is 0, negative or not finite does not change its weight. The weights of absent tasks do
+      not change, and the sum excludes them. With one task, the update is its gradient.
 
     Example:
 
@@ -117,24 +118,25 @@ def ntk_trace(
     num_samples: int | None = None,
     key: Any = None,
 ) -> jax.Array:
-    r"""The trace of a residual function's block of the neural tangent kernel.
+    r"""Computes the trace of a residual function's block of the neural tangent kernel.
 
-    With J the Jacobian of the residuals with respect to the parameters, :math:`\mathrm{tr}(J J^\top) =
-    \sum_{ij} J_{ij}^2`. Exact, one backward pass per residual; or estimated from ``num_samples`` random
-    sign vectors v by the mean of :math:`|J^\top v|^2` (Hutchinson), one backward pass each.
+    With J the Jacobian of the residuals with respect to the parameters,
+    :math:`\mathrm{tr}(J J^\top) = \sum_{ij} J_{ij}^2`. The exact trace takes one backward pass per residual.
+    With ``num_samples``, it is estimated by the mean of :math:`|J^\top v|^2` over random sign vectors v
+    (Hutchinson), with one backward pass per sample.
 
     Args:
       residual_fn: `residual_fn(params, *args)` returns an array of residuals of any shape.
       params: the parameters.
-      *args: passed on.
-      num_samples: None for the exact trace.
-      key: a random key, for the estimate.
+      *args: passed to `residual_fn`.
+      num_samples: the number of samples; None means the exact trace.
+      key: a random key, required with `num_samples`.
 
     Returns:
       A scalar.
 
     Raises:
-      ValueError: if samples are asked for without a key.
+      ValueError: if `num_samples` is given without a key.
 
     Example:
 

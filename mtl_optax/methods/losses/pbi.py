@@ -31,19 +31,20 @@ def pbi(
 ) -> Method:
     r"""Minimises the losses along a preference direction, with a penalty on the distance from it.
 
-    Reaches points of a Pareto front that no weighted sum reaches. With the unit vector :math:`\hat r` of
-    ``preference``, ``theta`` :math:`\theta` and ``reference`` z, the losses have the component
-    :math:`d_1 = (L - z) \cdot \hat r` and the distance :math:`d_2 = |L - z - d_1 \hat r|`. The objective
-    :math:`d_1 + \theta d_2` has the weights
+    The method reaches points of a Pareto front that no weighted sum reaches. With the unit vector
+    :math:`\hat r` of ``preference``, ``theta`` :math:`\theta` and ``reference`` z, the losses have the
+    component :math:`d_1 = (L - z) \cdot \hat r` and the distance :math:`d_2 = |L - z - d_1 \hat r|`. The
+    objective :math:`d_1 + \theta d_2` has the weights
 
     .. math:: w = \hat r + \theta\, (L - z - d_1 \hat r) / d_2 .
 
-    Scale: the method's own; :math:`|w| = \sqrt{1 + \theta^2}`. The minimising form (footnote 6) of the
-    decomposition in the paper, which is about evolutionary search.
+    Scale: the method's own; :math:`|w| = \sqrt{1 + \theta^2}`. This is the minimising form (footnote 6)
+    of the decomposition in the paper, which is about evolutionary search.
 
     Args:
       tasks: T, or the task names.
-      preference: r, `[T]` or a dictionary by task name, nonnegative, not all 0; None is equal preference.
+      preference: r, `[T]` or a dictionary by task name, nonnegative, not all 0; None means equal
+        preferences.
       theta: penalty, >= 0; the paper uses 5.
       reference: z, a lower bound of the losses, a scalar, `[T]`, or a dictionary by task name.
       **options: see `MethodOptions`.
@@ -52,14 +53,14 @@ def pbi(
       A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for a `preference` or `reference` of the wrong shape, or a negative `theta`.
+      ValueError: if `preference` or `reference` has the wrong shape, or `theta` is negative.
 
     Notes:
       Weights can be negative: a loss that is too small for the preference may increase.
       `optax.inject_hyperparams` can change `preference` at every step.
 
-      Losses on the direction, up to rounding: :math:`w = \hat r`, the smallest subgradient. Absent tasks
-      are left out of r and L. With one task, the update is its gradient.
+      If the losses are on the direction, up to rounding, :math:`w = \hat r`, the smallest subgradient.
+      Absent tasks are excluded from r and L. With one task, the update is its gradient.
 
     Example:
 
@@ -86,7 +87,7 @@ def pbi(
         unit_losses, _ = unit(jnp.where(active, inputs.losses - origin, 0))
         residual = unit_losses - jnp.sum(unit_losses * direction) * direction
         unit_residual, distance = unit(residual)
-        # A smaller residual consists of rounding errors, and so would its direction.
+        # A smaller residual, and so its direction, consists of rounding errors.
         apart = distance > 4 * axis.number * float(jnp.finfo(dtype).eps)
         return direction + jnp.asarray(theta, dtype) * jnp.where(apart, unit_residual, 0), state
 

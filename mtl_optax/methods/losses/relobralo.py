@@ -24,10 +24,10 @@ class ReLoBRaLoState(NamedTuple):
     """State of `relobralo`.
 
     Attributes:
-      weight_ema: `[T]`, the weights; start at 1.
-      first_losses: `[T]`, each task's loss when it was first present.
-      last_losses: `[T]`, its loss when it was last present.
-      seen: int32 `[T]`, steps at which it was, up to 2.
+      weight_ema: `[T]`, the weights, which start at 1.
+      first_losses: `[T]`, the loss of each task when it was first present.
+      last_losses: `[T]`, the loss of each task when it was last present.
+      seen: int32 `[T]`, the number of steps at which each task was present, at most 2.
     """
 
     weight_ema: jax.Array
@@ -48,37 +48,37 @@ def relobralo(
 ) -> Method:
     r"""Balances losses by their progress since the last step and, at random, since the first.
 
-    With ``temperature`` :math:`\tau`, ``ema_decay`` :math:`\alpha` and a draw :math:`b` that is 1 with the
-    probability ``rho``:
+    With ``temperature`` :math:`\tau`, ``ema_decay`` :math:`\alpha` and a random :math:`b` that is 1 with
+    the probability ``rho``, else 0:
 
     .. math::
         \lambda_t(k, k') = T\, \mathrm{softmax}_t\Big( \frac{L_t(k)}{\tau L_t(k')} \Big), \qquad
         w(k) = \alpha \big( b\, w(k-1) + (1 - b)\, \lambda(k, 0) \big) + (1 - \alpha)\, \lambda(k, k-1).
 
-    The first step has the weights 1, the second :math:`\lambda(1, 0)`. Scale: sum-like; the weights sum to
-    T. Equations 10 and 11 of the paper.
+    In the first step the weights are 1, and in the second they are :math:`\lambda(1, 0)`. Scale:
+    sum-like; the weights sum to T. Equations 10 and 11 of the paper.
 
     Args:
       tasks: T, or the task names.
       ema_decay: alpha, the weight of the past, in [0, 1).
       rho: probability of using the past weights instead of looking back at the first losses, in [0, 1].
       temperature: tau > 0; larger values make the weights more equal.
-      seed: of the random stream, an integer.
+      seed: an integer, the seed of the random numbers.
       **options: see `MethodOptions`.
 
     Returns:
       A `Method` with the state `ReLoBRaLoState`; `update` needs `losses=`, and takes `noise=`, a uniform
-      number in [0, 1) to use instead of a draw (b = 1 where it is below ``rho``). Cost: O(T).
+      number in [0, 1) instead of a random one (b = 1 if it is below ``rho``). Cost: O(T).
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
-      The draw of step k is `fold_in(key(seed), k)`, so that no key is in the state.
+      The key of step k is `fold_in(key(seed), k)`, so that the state contains no key.
 
-      A ratio to a loss of 0 counts as 1. A task is in its first step when it is first present; the others
-      keep their weights then. Absent tasks keep their weight and do not count in the softmax. With one
-      task, the update is its gradient.
+      A ratio to a loss of 0 counts as 1. The first step of a task is the one in which it is first
+      present; its weight is then 1. The weights of absent tasks do not change, and the softmax excludes
+      them. With one task, the update is its gradient.
 
     Example:
 

@@ -24,28 +24,31 @@ def rlw(
 ) -> Method:
     r"""Draws random weights at every step.
 
-    A baseline: a gain that random weights reach as well is not due to a method's choice of weights.
+    This is a baseline: if random weights reach the same result as a method, it is not due to the weights
+    of the method.
 
     .. math:: w = \mathrm{softmax}(z), \qquad z_t \sim N(0, 1)
 
-    Scale: mean-like; the weights sum to 1 and are 1/T on average. Section 3 of the paper; of its
-    distributions this is the one in the authors' code.
+    Scale: mean-like; the weights sum to 1 and are 1/T on average. Section 3 of the paper; the normal
+    distribution is the one in the authors' code.
 
     Args:
       tasks: T, or the task names.
-      seed: of the random stream, an integer.
+      seed: an integer, the seed of the random numbers.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` whose rule has no state. Takes `noise=`, z `[T]`, instead of a draw. Cost: O(T).
+      A `Method` whose rule has no state. `update` takes `noise=`, z `[T]`, instead of random numbers.
+      Cost: O(T).
 
     Raises:
-      ValueError: for `noise` that is not `[T]`.
+      ValueError: if `noise` is not `[T]`.
 
     Notes:
-      The key of step k is `fold_in(key(seed), k)`: a resumed run draws what an uninterrupted one would.
+      The key of step k is `fold_in(key(seed), k)`, so a resumed run has the same weights as an
+      uninterrupted one.
 
-      Absent tasks are left out of the softmax. With one task, the update is its gradient.
+      Absent tasks are excluded from the softmax. With one task, the update is its gradient.
 
     Example:
 

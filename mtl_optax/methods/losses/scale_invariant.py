@@ -26,12 +26,12 @@ def scale_invariant(
 ) -> Method:
     r"""Minimises the sum of the logarithms of the losses.
 
-    The unit of a loss then does not matter. With ``eps`` :math:`\epsilon`,
+    The update then does not depend on the unit of a loss. With ``eps`` :math:`\epsilon`,
     :math:`\sum_t \log(L_t + \epsilon)` has the gradient :math:`\sum_t w_t g_t` with
 
     .. math:: w_t = 1 / (L_t + \epsilon).
 
-    Scale: the method's own. A baseline in section 5 of the Nash-MTL paper, there without ``eps``.
+    Scale: the method's own. This is a baseline in section 5 of the Nash-MTL paper, which has no ``eps``.
 
     Args:
       tasks: T, or the task names.
@@ -42,12 +42,12 @@ def scale_invariant(
       A `Method` whose rule has no state. `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for a negative `eps`.
+      ValueError: if `eps` is negative.
 
     Notes:
       A negative loss has the weight :math:`1/(|L_t| + \epsilon)`, so that it still decreases; a loss of 0
-      without ``eps`` has weight 0. Weights are at most 1.8e19 (float32). T = 1: the gradient divided by
-      the loss.
+      without ``eps`` has weight 0. Weights are at most 1.8e19 (float32). With one task, the update is its
+      gradient divided by the loss.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""SoftAdapt: weights by how the losses changed in the last step."""
+"""SoftAdapt: weights from the change of the losses in the last step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SoftAdaptState(NamedTuple):
 
     Attributes:
       last_losses: `[T]`, the losses of the step at which each task was last present.
-      seen: bool `[T]`, whether it was.
+      seen: bool `[T]`, whether each task has been present.
     """
 
     last_losses: jax.Array
@@ -40,9 +40,9 @@ def softadapt(
     variant: Literal["original", "normalized", "loss_weighted"] = "original",
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Gives larger weights to tasks whose losses fall least, or rise.
+    r"""Gives larger weights to tasks whose losses decrease least or increase.
 
-    With :math:`s_t = L_t(k) - L_t(k-1)` the change of loss t since the step before and ``beta``
+    With :math:`s_t = L_t(k) - L_t(k-1)` the change of loss t since the previous step and ``beta``
     :math:`\beta`, by ``variant``:
 
     .. math::
@@ -55,7 +55,8 @@ def softadapt(
 
     Args:
       tasks: T, or the task names.
-      beta: positive to favour the tasks that do worst, negative to favour those that do best.
+      beta: if positive, the weights favour the tasks with the least progress; if negative, those with the
+        most.
       variant: the formula (above). "normalized" does not depend on the unit of the losses.
       **options: see `MethodOptions`.
 
@@ -63,15 +64,16 @@ def softadapt(
       A `Method` with the state `SoftAdaptState`; `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for an unknown variant.
+      ValueError: if the variant is unknown.
 
     Notes:
-      The authors' program also takes finite differences of higher order over more steps, and divides by
-      the plain sum of the changes in the normalized variant, which can be 0 or negative; the paper and
-      this function divide by the sum of their sizes. Its epsilon of 1e-8 in denominators is left out.
+      The authors' program also supports finite differences of higher order over more steps. In the
+      normalized variant it divides by the plain sum of the changes, which can be 0 or negative; the paper
+      and this function divide by the sum of absolute values. It adds 1e-8 to denominators; this function
+      does not.
 
-      In "loss_weighted" a negative mean loss counts by its size. A task that was never present before has
-      the change 0. Absent tasks do not count. With one task, the update is its gradient.
+      In "loss_weighted" the absolute value of a mean loss is used. If a task was never present before,
+      its change is 0. Absent tasks are excluded. With one task, the update is its gradient.
 
     Example:
 

@@ -25,7 +25,8 @@ class STCHState(NamedTuple):
 
     Attributes:
       nadir: mean loss over the steps that measure it.
-      seen: int32, steps at which the task was present, at most `warmup_steps + nadir_steps`.
+      seen: int32, the number of steps at which each task was present, at most
+        `warmup_steps + nadir_steps`.
     """
 
     nadir: jax.Array
@@ -43,14 +44,14 @@ def stch(
 ) -> Method:
     r"""Minimises a smooth maximum of the losses, each relative to its mean early in training.
 
-    A maximum uses only the worst task and is not smooth. Its smooth form can reach every Pareto-optimal
-    point and uses all tasks. With ``mu`` :math:`\mu` and the nadir :math:`z_t`, the mean loss over the
+    A maximum uses only the worst task and is not smooth. A smooth maximum uses all tasks and can reach
+    every Pareto-optimal point. With ``mu`` :math:`\mu` and the nadir :math:`z_t`, the mean loss over the
     ``nadir_steps`` steps after the first ``warmup_steps``, the objective
     :math:`T \mu \log \sum_t (L_t / z_t)^{1/\mu}` has the weights
 
     .. math:: w_t = T\, \mathrm{softmax}_t\big( \log(L_t / z_t) / \mu \big) / L_t .
 
-    Until the nadir of every task present is known, :math:`w_t = 1 / L_t` (the sum of log losses). Scale:
+    Until the nadir of every present task is known, :math:`w_t = 1 / L_t` (the sum of log losses). Scale:
     the method's own. Equation 10 of the paper, in the form of the authors' code.
 
     Args:
@@ -64,16 +65,17 @@ def stch(
       A `Method` with the state `STCHState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for numbers outside their range.
+      ValueError: if a number is outside its range.
 
     Notes:
-      The paper's equation has losses minus an ideal point, and a preference vector; the code has log
-      losses relative to the nadir. Its warm-up is in epochs: ``warmup_steps`` = epochs x steps per epoch,
-      ``nadir_steps`` = one epoch.
+      The equation in the paper has losses minus an ideal point, and a preference vector; the authors'
+      code has log losses relative to the nadir. The warm-up in the code is in epochs: ``warmup_steps`` is
+      epochs times steps per epoch, and ``nadir_steps`` is one epoch.
 
-      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0 has weight
-      0 and is left out of the softmax (the code adds 1e-20). Weights are at most 1.8e19 (float32). Each
-      task counts the steps at which it was present. T = 1: the gradient divided by the loss.
+      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0 has
+      weight 0 and is excluded from the softmax (the code adds 1e-20). Weights are at most 1.8e19
+      (float32). Each task counts the steps at which it was present. With one task, the update is its
+      gradient divided by the loss.
 
     Example:
 

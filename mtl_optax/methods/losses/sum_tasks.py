@@ -20,8 +20,8 @@ from mtl_optax.core.tasks import read_tasks
 def sum_tasks(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     """Sums the task gradients: plain multi-task training.
 
-    The update is `sum_t g_t` over the tasks present. Scale: sum-like. It ends a chain of transformations
-    that keep the task axis, and is the baseline of every comparison.
+    The update is `sum_t g_t` over the present tasks. Scale: sum-like. Use it as a baseline, or at the end
+    of a chain of transformations that keep the task axis.
 
     Args:
       tasks: T, or the task names.

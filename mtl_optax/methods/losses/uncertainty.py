@@ -1,4 +1,4 @@
-"""Uncertainty weighting: each task's noise level is learned with the network."""
+"""Uncertainty weighting: learns the noise level of each task with the network."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def uncertainty(
         \text{half\_sigma: } L/(2\sigma^2) + \log\sigma.
 
     The weights are the derivatives with respect to L: :math:`e^{-s}/2`, :math:`e^{-s}`,
-    :math:`1/\sigma^2`, :math:`1/(2\sigma^2)`, before the step. Scale: the method's own; at the optimum
-    every weighted loss is 1/2 (logvar: 1). half_logvar is the paper's regression form (equation 7), sigma
-    the form of its classification likelihood.
+    :math:`1/\sigma^2`, :math:`1/(2\sigma^2)`, at the values before the step. Scale: the method's own; at
+    the optimum every weighted loss is 1/2 (logvar: 1). The form half_logvar is the paper's regression
+    form (equation 7), and sigma is the form of its classification likelihood.
 
     Args:
       tasks: T, or the task names.
-      form: the objective, see above.
+      form: the objective (above).
       init: first value of s, or of sigma (positive; 1 is neutral): a number, `[T]`, or a dictionary by task
         name.
-      optimizer: trains s or sigma; any optax optimizer.
+      optimizer: any optax optimizer, which trains s or sigma.
       **options: see `MethodOptions`.
 
     Returns:
       A `Method` with the state `TrainedState` (s or sigma). `update` needs `losses=`. Cost: O(T).
 
     Raises:
-      ValueError: for an unknown form, or a sigma that does not start positive.
+      ValueError: if the form is unknown, or the initial sigma is not positive.
 
     Notes:
       Published programs differ in the form. The gradient of logvar is twice that of half_logvar, and so is
       the step of an optimizer such as SGD.
 
-      Weights are kept between 1/1.8e19 and 1.8e19 (float32): the optimal weight of a loss of 0 is
-      infinite, and a negative loss drives its weight to the upper bound. Add a constant to losses that can
-      be negative. The number of an absent task does not change. T = 1: one trained weight.
+      Weights are limited to [1/1.8e19, 1.8e19] (float32), because the optimal weight of a loss of 0 is
+      infinite, and the weight of a negative loss increases up to the bound. Add a constant to losses that
+      can be negative. The trained value of an absent task does not change.
 
     Example:
 

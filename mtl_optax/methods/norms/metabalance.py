@@ -131,7 +131,7 @@ def metabalance(
 
         ema, seen = move(state.norm_ema, inputs.norms), move(state.seen, 1)
         known = (seen > 0) & (ema[index] > 0)
-        share = safe_divide(seen, seen[index], seen, where=known)  # exactly 1 where all are present
+        share = safe_divide(seen, seen[index], seen, where=known)  # exactly 1 if all are present
         balanced = known & (jnp.arange(axis.number) != index)
         return MetaBalanceState(ema, seen), ema[index] * share, balanced
 
