@@ -1,9 +1,9 @@
 """Inner products of the task gradients, per block.
 
 There are two implementations. On a single CPU device, `gram_cpu.py` reads the gradients in pieces that
-fit the cache, because one matrix product over millions of columns reads memory again for every pair of
-tasks. On all other backends, and on every mesh, plain products and sums are used: they need no reshape of
-a sharded axis, and the devices exchange only the sums, not the gradients.
+fit the cache, because one matrix product over millions of columns would read the gradients from memory
+for every pair of tasks. On all other backends, and on every mesh, plain products and sums are used: they
+need no reshape of a sharded axis, and the devices exchange only the sums, not the gradients.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The number of tasks, their names, and their order.
 
-Task names are sorted, as JAX sorts the keys of a dictionary, in whatever order they are passed. Every
-array `[T]` and every task axis has this order.
+Task names are sorted, as JAX sorts the keys of a dictionary, and every array `[T]` and every task axis
+has this order. The order in which the names are passed has no effect.
 """
 
 from __future__ import annotations

@@ -83,9 +83,9 @@ def conflict_averse_weights(
     :math:`|e| \le c|g_0|`. It is a nonnegative combination z of the gradients.
 
     If the tasks with progress exactly :math:`\mu` are known, :math:`|e|^2` is a quadratic function of
-    :math:`\mu`. Block principal pivoting finds these tasks and the quadratic gives the level, in turns,
-    within a bracket. In the paper's notation :math:`z = c |g_0| w / |g_w|`; this form needs no division by
-    :math:`|g_w|`, which can be 0.
+    :math:`\mu`. Block principal pivoting finds these tasks, and the quadratic function gives the level;
+    both alternate, within a bracket. In the paper's notation :math:`z = c |g_0| w / |g_w|`; this form
+    needs no division by :math:`|g_w|`, which can be 0.
 
     Args:
       cosine: `[T, T]`, cosines of the gradients.

@@ -33,8 +33,8 @@ def dualproj_weights(
       preference: `[T]`, u; one over the number of active tasks by default.
 
     Returns:
-      Weights `[T]` on the raw gradients. Without conflict they equal u. The weight of a zero gradient is its u. If 0
-      lies inside the convex hull of the gradients, the weighted sum is 0.
+      Weights `[T]` on the raw gradients. Without conflict they are equal to u. The weight of a zero
+      gradient is its u. If 0 lies inside the convex hull of the gradients, the weighted sum is 0.
     """
     cosine, norms, active = mask_inactive(cosine, norms, active)
     cosine = semidefinite(cosine)

@@ -27,7 +27,7 @@ def upgrad(
 ) -> Method:
     r"""Projects each task gradient on the cone of directions without conflict, and averages the results.
 
-    No loss increases to first order, and each task keeps as much of its own gradient as that allows. With
+    No loss increases to first order, and each task keeps as much of its gradient as this allows. With
     :math:`P_C` the projection onto :math:`C = \{d : g_t \cdot d \ge 0 \text{ for all } t\}` and
     ``preference`` :math:`u`:
 
@@ -37,7 +37,7 @@ def upgrad(
 
     Args:
       tasks: T, or the task names.
-      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T over the present tasks.
+      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T for present tasks.
       **options: see `MethodOptions`.
 
     Returns:
@@ -91,7 +91,7 @@ def dualproj(
 
     Args:
       tasks: T, or the task names.
-      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T over the present tasks.
+      preference: u, `[T]` or a dictionary by task name, not negative; None means 1/T for present tasks.
       **options: see `MethodOptions`.
 
     Returns:

@@ -120,10 +120,10 @@ def ntk_trace(
 ) -> jax.Array:
     r"""Computes the trace of a residual function's block of the neural tangent kernel.
 
-    With J the Jacobian of the residuals with respect to the parameters,
-    :math:`\mathrm{tr}(J J^\top) = \sum_{ij} J_{ij}^2`. The exact trace takes one backward pass per residual.
-    With ``num_samples``, it is estimated by the mean of :math:`|J^\top v|^2` over random sign vectors v
-    (Hutchinson), with one backward pass per sample.
+    With J the Jacobian of the residuals with respect to the parameters, the trace is
+    :math:`\mathrm{tr}(J J^\top) = \sum_{ij} J_{ij}^2`. The exact trace takes one backward pass per
+    residual. With ``num_samples``, the trace is estimated by the mean of :math:`|J^\top v|^2` over random
+    sign vectors v (Hutchinson), with one backward pass per sample.
 
     Args:
       residual_fn: `residual_fn(params, *args)` returns an array of residuals of any shape.

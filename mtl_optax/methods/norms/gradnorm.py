@@ -49,9 +49,9 @@ def gradnorm(
 ) -> Method:
     r"""Trains weights so that tasks with slow progress get larger gradients.
 
-    Tasks with large gradients dominate the shared parameters, whatever their progress. With :math:`n_t`
-    the norm of task t's raw gradient, ``alpha`` :math:`\alpha`, and :math:`r_t` the loss relative to its
-    first value, divided by the mean of this over the tasks, ``optimizer`` minimises
+    Tasks with large gradients dominate the shared parameters, independently of their progress. With
+    :math:`n_t` the norm of task t's raw gradient, ``alpha`` :math:`\alpha`, and :math:`r_t` the loss
+    relative to its first value, divided by the mean of this over the tasks, ``optimizer`` minimises
 
     .. math::
         \sum_t \big| w_t n_t - \bar G\, r_t^\alpha \big|, \qquad

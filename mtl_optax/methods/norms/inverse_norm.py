@@ -74,8 +74,8 @@ def inverse_norm(
     Notes:
       The jaxpi library computes the weights after every 1000th step, with ``eps=1e-5``, and uses them
       from the next step on. `weighted_value_and_grad` with ``update_every=1000`` computes the same
-      weights, and uses them from the same step on. ``reference="rms"`` with a power below 1 is the rule
-      of NTK-based multi-task learning, applied to gradients.
+      weights, but already uses them in the step that computes them. ``reference="rms"`` with a power
+      below 1 is the rule of NTK-based multi-task learning, applied to gradients.
 
       Weights are at most 1.8e19 (float32). A zero gradient does not change its weight. If all gradients
       are zero, the update is 0. The weight of an absent task does not change. With one task, the update
