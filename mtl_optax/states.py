@@ -125,16 +125,16 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
     }
 
 
-def _alignment(cosine: Any) -> Any:
+def _alignment(cosine: jax.Array | None) -> jax.Array | None:
     """Computes the alignment score of the nonzero gradients in each block, `[B]`."""
-    if isinstance(cosine, tuple):
-        return ()
+    if cosine is None:
+        return None
     cosine = jnp.asarray(cosine)
     nonzero = jnp.sum(jnp.diagonal(cosine, axis1=-2, axis2=-1), axis=-1)
     return 2 * jnp.sum(cosine, axis=(-2, -1)) / jnp.maximum(nonzero, 1) ** 2 - 1
 
 
-def _fallback_count(rule_state: optax.OptState) -> Any:
+def _fallback_count(rule_state: optax.OptState) -> jax.Array | None:
     """Returns the fallback count of the rule, or of its base, in each block, `[B]`."""
     for _, count in optax.tree.get_all_with_path(rule_state, "fallback_count"):
         return _integers(count)

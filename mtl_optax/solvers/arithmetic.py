@@ -37,7 +37,7 @@ def safe_divide(
 
 
 def count_active(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The number of active tasks, at least 1: what a mean over them divides by.
+    """Counts the active tasks; the result is at least 1, so that a mean can be divided by it.
 
     Args:
       active: bool `[T]`.
