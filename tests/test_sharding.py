@@ -467,11 +467,13 @@ def test_local_losses_inside_shard_map(mode, form):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_weighted_gradients_inside_shard_map(broken):
+@pytest.mark.parametrize("mode", ["auto", "products"])
+@pytest.mark.parametrize("factory", [mtl.inverse_norm, mtl.upgrad])
+def test_weighted_gradients_inside_shard_map(broken, mode, factory):
     """Steps with new weights and with old ones, of one pass and of T, equal those on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
     w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
-    method = mtl.inverse_norm(2, update_every=2)
+    method = factory(2, update_every=2)
 
     def two_steps(w, x, mean):
         def losses_of(w):
@@ -479,7 +481,8 @@ def test_weighted_gradients_inside_shard_map(broken):
             a, b = mean((jnp.mean(h**2), jnp.mean(h - 1)))
             return a, jnp.sqrt(0.0 * b) if broken else b
 
-        fn, state = mtl.weighted_value_and_grad(losses_of, method), method.init(w)
+        fn = mtl.weighted_value_and_grad(losses_of, method, mode=mode)
+        state = method.init(w)
         for _ in range(2):
             losses, (update, state) = fn(w, state)
         return losses, update, state
@@ -494,6 +497,65 @@ def test_weighted_gradients_inside_shard_map(broken):
     expected = jax.jit(lambda w, x: two_steps(w, x, lambda losses: losses))(w, x)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
     assert got[2].skipped.tolist() == [0, 2 * broken] and bool(jnp.any(got[1] != 0))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("total", [True, False], ids=["losses of all", "losses of each device"])
+def test_products_of_parameters_in_parts(total, check_vma):
+    """Each device has a part of the parameters; its losses are summed over all, or are its own part."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AXIS_TYPES["auto"],))
+    w = jax.random.normal(jax.random.key(0), (16, 3))
+
+    def losses_of(w, add):
+        a, b = (jnp.sin(w) ** 2).sum(), (jnp.cos(3 * w) - w).sum()
+        return add(a), add(b)
+
+    def step(w, mode, add=lambda x: x, axis_name=None):
+        method = mtl.upgrad(2, axis_name=axis_name)
+        fn = mtl.weighted_value_and_grad(lambda w: losses_of(w, add), method, mode=mode)
+        _, (update, state) = fn(w, method.init(w))
+        return update, state.weights, state.cosine
+
+    def sharded(mode):
+        add = (lambda x: jax.lax.psum(x, "model")) if total else (lambda x: x)
+        parts = jax.shard_map(
+            lambda w: step(w, mode, add, "model"),
+            mesh=mesh,
+            in_specs=P("model"),
+            out_specs=(P("model"), P(), P()),
+            check_vma=check_vma,
+        )
+        return jax.jit(parts)(w)
+
+    got = sharded("products")
+    chex.assert_trees_all_close(got, sharded("auto"), rtol=1e-5, atol=1e-6)
+    if check_vma or not total:
+        chex.assert_trees_all_close(got, jax.jit(step, static_argnums=1)(w, "auto"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_products_on_a_mesh(kind):
+    mesh = make_mesh(kind)
+    w, x = jnp.ones((8, 6)) / 8, jax.random.normal(jax.random.key(0), (16, 8))
+
+    def losses_of(w, x):
+        h = jnp.tanh((x[:, :, None] * w[None]).sum(1))
+        return (h**2).mean(), (h - 1).mean(), jnp.sqrt(0.0 * h.sum())
+
+    method = mtl.upgrad(3)
+
+    def step(w, state, x, mode):
+        return mtl.weighted_value_and_grad(losses_of, method, mode=mode)(w, state, x)[1]
+
+    expected = jax.jit(step, static_argnums=3)(w, method.init(w), x, "auto")
+    placed = place({"w": w, "x": x}, {"w": P(None, "model"), "x": P("data", None)}, mesh)
+    with jax.set_mesh(mesh):
+        update, state = jax.jit(step, static_argnums=3)(
+            placed["w"], method.init(placed["w"]), placed["x"], "products"
+        )
+    assert update.sharding.spec == P(None, "model") and state.skipped.tolist() == [0, 0, 1]
+    got = jax.tree.map(np.asarray, (update, state.weights))
+    chex.assert_trees_all_close(got, (expected[0], expected[1].weights), rtol=1e-5, atol=1e-6)
 
 
 def test_accumulate_on_an_explicit_mesh():

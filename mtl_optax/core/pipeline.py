@@ -188,10 +188,15 @@ class Pipeline(Definition):
         """Adds norms and cosines, if the rule needs them, and makes non-finite tasks inactive."""
         seen = (updates, blocks, inputs.active, inputs.dtype, self.options.axis_name)
         if cosines:
-            cosine, norms, finite = task_tree.gram(*seen)
+            return self.measured(inputs, *task_tree.gram(*seen))
+        return self.measured(inputs, None, *task_tree.norms(*seen))
+
+    def measured(
+        self, inputs: StepInputs, cosine: jax.Array | None, norms: jax.Array, finite: jax.Array
+    ) -> StepInputs:
+        """As `measure`, with what is there already."""
+        if cosine is not None:
             inputs = inputs._replace(cosine=cosine)
-        else:
-            norms, finite = task_tree.norms(*seen)
         if self.rule.needs & {"norms", "gram"}:
             inputs = inputs._replace(norms=norms)
         return inputs.restrict(finite)

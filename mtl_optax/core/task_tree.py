@@ -92,9 +92,7 @@ def gram(
     summed over those mapped axes.
     """
     products = _in_blocks(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
-    norms, finite = _norms(jnp.diagonal(products, axis1=1, axis2=2), active)
-    cosine, _ = jax.vmap(cosine_matrix)(products, norms > 0)
-    return cosine.astype(dtype), norms.astype(dtype), finite
+    return cosines_of(products, active, dtype)
 
 
 def norms(
@@ -106,8 +104,16 @@ def norms(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns norms `[B, T]` and which tasks are finite `[T]`, as `gram` without the cosines."""
     squares = _in_blocks(squared_norms, 1, updates, blocks, active, dtype, axis_name)
-    norms, finite = _norms(squares, active)
-    return norms.astype(dtype), finite
+    return norms_of(squares, active, dtype)
+
+
+def cosines_of(
+    products: jax.Array, active: jax.Array, dtype: DType
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `gram` returns, from inner products `[B, T, T]`."""
+    norms, finite = norms_of(jnp.diagonal(products, axis1=1, axis2=2), active, dtype)
+    cosine, _ = jax.vmap(cosine_matrix)(products, norms > 0)
+    return cosine.astype(dtype), norms, finite
 
 
 def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
@@ -115,6 +121,12 @@ def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -
     whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
     everyone = jnp.ones((num_tasks,), bool)
     return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]
+
+
+def squared_norm(gradient: optax.Params, axis_name: AxisName = None) -> jax.Array:
+    """The squared norm of one gradient, a tree without a task axis and with at least one leaf."""
+    rows = [leaf[None] for leaf in jax.tree.leaves(gradient)]
+    return sum_over(squared_norms(rows, (0,) * len(rows), 1)[0, 0], axis_name)
 
 
 def sum_over(x: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -138,7 +150,7 @@ def _in_blocks(
     return sum_over(products(leaves, blocks.of_leaf, blocks.count), axis_name)
 
 
-def _norms(squares: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+def norms_of(squares: jax.Array, active: jax.Array, dtype: DType) -> tuple[jax.Array, jax.Array]:
     """Returns norms `[B, T]`, 0 for non-finite or inactive tasks, and which tasks are finite `[T]`."""
     # All tests use the root. XLA would duplicate the sum of squares in every operation that reads a cheap
     # function of it, one per leaf; it does not duplicate a root, which it considers expensive.
@@ -146,7 +158,8 @@ def _norms(squares: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]
     # A task that is non-finite in one block is excluded from all blocks.
     finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
     smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
-    return jnp.where((active & finite)[None] & (roots >= smallest), roots, 0), finite
+    norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0)
+    return norms.astype(dtype), finite
 
 
 # --- the results of methods -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from mtl_optax.core.arguments import check_choice
 
@@ -114,22 +115,76 @@ def pull_each(
     """
     num_tasks = losses.shape[0]
     if mode == "auto":
-        most = _UNROLLED if pullback.apart else _UNROLLED_OF_ARRAY
-        mode = "unroll" if num_tasks <= most else "map"
+        mode = "unroll" if is_unrolled(pullback, num_tasks) else "map"
     if mode == "vmap":
         return jax.vmap(lambda unit: then(pullback.whole(unit)))(_units(losses))
     if mode == "map":
-        return jax.lax.map(lambda unit: then(pullback.whole(unit)), _units(losses))
+        return lax.map(lambda unit: then(pullback.whole(unit)), _units(losses))
     each = [then(pullback.of_task(t)) for t in range(num_tasks)]
     return jax.tree.map(lambda *rows: jnp.stack(rows), *each)
 
 
-def check_mode(name: str, mode: Any) -> None:
-    """Raises if `mode` is not one of the modes of `pull_each`.
+def pull_in_turn(
+    pullback: Pullback, losses: jax.Array, then: Callable[[int | jax.Array, Any], Any]
+) -> Any:
+    """As `pull_each`, with the gradient of one loss at a time also where the losses are kept apart.
+
+    Each loss has a branch of its own inside a loop: XLA would start the backward passes of an unrolled
+    program together, and hold the gradients of all of them.
+
+    Args:
+      pullback: what `vjp_of_losses` returned.
+      losses: the losses `[T]`.
+      then: `(t, gradients of loss t) -> rows`.
+
+    Returns:
+      What `then` returns, with leaves `[T, ...]`.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> losses, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
+      >>> pull_in_turn(pullback, losses, lambda t, grads: t * grads[0]).tolist()
+      [0.0, 3.0]
+    """
+    num_tasks = losses.shape[0]
+    units = _units(losses)
+    branches = [lambda t=t: then(t, pullback.of_task(t)) for t in range(num_tasks)]
+
+    def row(t: jax.Array) -> Any:
+        if is_unrolled(pullback, num_tasks):
+            return lax.switch(t, branches)
+        return then(t, pullback.whole(units[t]))
+
+    return lax.map(row, jnp.arange(num_tasks))
+
+
+def is_unrolled(pullback: Pullback, num_tasks: int) -> bool:
+    """Whether "auto" makes a program of its own for each loss, which keeps the tasks apart.
+
+    Args:
+      pullback: what `vjp_of_losses` returned.
+      num_tasks: T.
+
+    Returns:
+      False for many losses, whose programs would take long to compile.
+
+    Example:
+
+      >>> _, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
+      >>> is_unrolled(pullback, 2), is_unrolled(pullback, 1000)
+      (True, False)
+    """
+    return num_tasks <= (_UNROLLED if pullback.apart else _UNROLLED_OF_ARRAY)
+
+
+def check_mode(name: str, mode: Any, *more: str) -> None:
+    """Raises if `mode` is not one of the modes of `pull_each`, or one `more`.
 
     Args:
       name: the name of the caller, for messages.
       mode: the argument to check.
+      *more: the modes that the caller has beside those of `pull_each`.
 
     Raises:
       ValueError: if `mode` is unknown.
@@ -138,7 +193,7 @@ def check_mode(name: str, mode: Any) -> None:
 
       >>> check_mode("per_task_value_and_grad", "unroll")
     """
-    check_choice(name, "mode", mode, get_args(Mode))
+    check_choice(name, "mode", mode, (*get_args(Mode), *more))
 
 
 def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
