@@ -19,6 +19,7 @@ from examples.benchmarks.steps import steps
     [
         places.step_times,
         places.savings,
+        places.products,
         places.map_memory,
         methods.updates,
         methods.solvers,

@@ -522,7 +522,11 @@ def test_products_of_parameters_in_parts(total, check_vma):
             lambda w: step(w, mode, add, "model"),
             mesh=mesh,
             in_specs=P("model"),
-            out_specs=(P("model"), P("model"), P("model")),  # losses of a device may make a task inactive
+            out_specs=(
+                P("model"),
+                P("model"),
+                P("model"),
+            ),  # losses of a device may make a task inactive
             check_vma=check_vma,
         )
         return jax.jit(parts)(w)

@@ -25,6 +25,7 @@ from examples.command import OneLineParser, check_writable, run_command
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
+    "products": places.products,
     "map": places.map_memory,
     "vocabulary": vocabulary,
     "updates": methods.updates,
