@@ -107,6 +107,22 @@ def test_a_task_that_breaks_on_a_step_between_is_left_out_and_counted():
     assert state.skipped.tolist() == [0, 1, 0]
 
 
+def test_a_task_that_is_broken_outside_the_chosen_leaves_is_left_out_of_all():
+    def loss_fn(params, scale):
+        a, b = params["dense"] ** 2, params["dense"] * 3
+        return a + params["table"].sum(), b + jnp.sqrt(0.0 * params["table"].sum())
+
+    params, chosen = (
+        {"dense": jnp.asarray(2.0), "table": jnp.ones(3)},
+        {"dense": True, "table": False},
+    )
+    update, state = run(
+        mtl.sum_tasks(2), "products", loss_fn=loss_fn, params=params, weights_from=chosen
+    )
+    assert update["dense"] == 4.0 and update["table"].tolist() == [1.0] * 3
+    assert state.skipped.tolist() == [0, 2]
+
+
 def test_an_array_of_losses_skips_all_tasks():
     update, state = assert_equal(mtl.upgrad(T), loss_fn=array_of, scales=[EMPTY])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(update))

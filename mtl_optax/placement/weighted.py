@@ -72,7 +72,8 @@ def weighted_value_and_grad(
         norms took 1.1 times as long. "auto" never chooses it: what fits into the memory of a device is not
         known here. Inner products of two tasks have the precision of the model's own arithmetic, norms
         float32 at least; float16 has not the range for them. Heads of a tuple or dictionary are kept apart
-        up to 64 tasks.
+        up to 64 tasks. With `weights_from`, a task that is broken outside the chosen leaves is left out of
+        all leaves.
 
     Returns:
       A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns `(losses,
