@@ -266,16 +266,17 @@ def test_a_representation_may_hold_integers(mode):
 
 
 def test_unknown_mode_is_refused():
-    message = 'mode must be "auto", "vmap", "unroll" or "map"; found \'fast\'.'
+    all_gradients = '"auto", "vmap", "unroll" or "map"'
+    products = '"auto", "vmap", "unroll", "map" or "products"'
     places = (
-        (mtl.per_task_value_and_grad, [plain_losses]),
-        (mtl.split_value_and_grad, [plain_losses] * 2),
-        (mtl.weighted_value_and_grad, [plain_losses, METHOD]),
+        (mtl.per_task_value_and_grad, [plain_losses], all_gradients),
+        (mtl.split_value_and_grad, [plain_losses] * 2, all_gradients),
+        (mtl.weighted_value_and_grad, [plain_losses, METHOD], products),
     )
-    for place, arguments in places:
+    for place, arguments, modes in places:
         with pytest.raises(ValueError) as caught:
             place(*arguments, mode="fast")
-        assert str(caught.value) == f"{place.__name__}: {message}"
+        assert str(caught.value) == f"{place.__name__}: mode must be {modes}; found 'fast'."
 
 
 # --- split_value_and_grad ----------------------------------------------------------------------------

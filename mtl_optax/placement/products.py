@@ -16,7 +16,12 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.placement.pull_back import Pullback, is_unrolled, pull_in_turn
+from mtl_optax.placement.pull_back import (
+    Pullback,
+    chosen_leaves,
+    is_unrolled,
+    pull_in_turn,
+)
 
 
 def squared_norms(
@@ -41,7 +46,9 @@ def squared_norms(
       [1.0, 9.0]
     """
     return pull_in_turn(
-        pullback, losses, lambda _, grads: task_tree.squared_norm(_chosen(grads, chosen), axis_name)
+        pullback,
+        losses,
+        lambda _, grads: task_tree.squared_norm(chosen_leaves(grads, chosen), axis_name),
     )
 
 
@@ -80,11 +87,11 @@ def gram_matrix(
     num_tasks = losses.shape[0]
 
     def row(t: int | jax.Array, grads: Any) -> tuple[jax.Array, jax.Array]:
-        gradient = _chosen(grads, chosen)
+        gradient = chosen_leaves(grads, chosen)
         local = task_tree.squared_norm(gradient)
         square = task_tree.sum_over(local, axis_name)
-        units = jnp.broadcast_to(jnp.zeros_like(square, losses.dtype), losses.shape)
-        products = _tangents(pullback, losses, chosen, gradient, units).astype(dtype)
+        like = jnp.broadcast_to(jnp.zeros_like(square, losses.dtype), losses.shape)
+        products = _tangents(pullback, losses, chosen, gradient, like).astype(dtype)
         # With `check_vma=True` the sum over devices has another type, and the transpose has summed.
         if jax.typeof(local) == jax.typeof(square):
             products = task_tree.sum_over(products, axis_name)
@@ -135,7 +142,7 @@ def weighted_sum(
       (1.0, [True, False])
     """
     cotangents = jnp.where(active, task_tree.narrow(weights, losses.dtype), 0)
-    once = _chosen(pullback.whole(cotangents), chosen)
+    once = chosen_leaves(pullback.whole(cotangents), chosen)
     fits = jnp.isfinite(task_tree.squared_norm(once, axis_name))
     if not is_unrolled(pullback, losses.shape[0]):
         return [jnp.where(fits, leaf, 0) for leaf in once], active & fits
@@ -144,7 +151,7 @@ def weighted_sum(
         wide = weights.dtype
         return [
             task_tree.narrow(x.astype(wide) + weights[t] * g.astype(wide), x.dtype)
-            for x, g in zip(total, _chosen(pullback.of_task(t), chosen), strict=True)
+            for x, g in zip(total, chosen_leaves(pullback.of_task(t), chosen), strict=True)
         ]
 
     def finite() -> jax.Array:
@@ -158,11 +165,6 @@ def weighted_sum(
         missing = ~fits & went_in[t]
         total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)
     return total, went_in
-
-
-def _chosen(grads: Any, chosen: Sequence[bool]) -> list[jax.Array]:
-    leaves = jax.tree.leaves(grads)
-    return [leaf for leaf, here in zip(leaves, chosen, strict=True) if here]
 
 
 def _tangents(
@@ -179,7 +181,7 @@ def _tangents(
     """
 
     def pull(cotangents: jax.Array) -> list[jax.Array]:
-        return _chosen(pullback.whole(cotangents + jnp.zeros_like(losses)), chosen)
+        return chosen_leaves(pullback.whole(cotangents + jnp.zeros_like(losses)), chosen)
 
     try:
         return jax.linear_transpose(pull, like)(gradient)[0]

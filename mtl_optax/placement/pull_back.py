@@ -196,6 +196,24 @@ def check_mode(name: str, mode: Any, *more: str) -> None:
     check_choice(name, "mode", mode, (*get_args(Mode), *more))
 
 
+def chosen_leaves(tree: optax.Params, chosen: Sequence[bool]) -> list[Any]:
+    """Returns the chosen leaves of a tree.
+
+    Args:
+      tree: any pytree.
+      chosen: for every leaf whether it is chosen.
+
+    Returns:
+      A list of leaves, in the order of the tree.
+
+    Example:
+
+      >>> chosen_leaves({"a": 1, "b": 2}, [False, True])
+      [2]
+    """
+    return [leaf for leaf, here in zip(jax.tree.leaves(tree), chosen, strict=True) if here]
+
+
 def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
     """Replaces the chosen leaves of a tree by those of `new`, in order.
 

@@ -21,6 +21,7 @@ from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import (
     Mode,
     check_mode,
+    chosen_leaves,
     pull_each,
     replace_leaves,
     vjp_of_losses,
@@ -134,7 +135,7 @@ def weighted_value_and_grad(
         def gradients(wanted: list[bool]) -> list[jax.Array]:
             """The wanted leaves of all gradients, `[T, *shape]`."""
             assert mode != "products"
-            return pull_each(pullback, losses, mode, lambda grads: _leaves(grads[0], wanted))
+            return pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], wanted))
 
         def weighted_sum(
             weights: jax.Array, active: jax.Array, wanted: list[bool]
@@ -144,7 +145,7 @@ def weighted_value_and_grad(
                 parts = pullback, losses, weights[0], active, wanted, axis_name
                 return products.weighted_sum(*parts)
             cotangents = jnp.where(active, task_tree.narrow(weights[0], losses.dtype), 0)
-            once = _leaves(pullback.whole(cotangents)[0], wanted)
+            once = chosen_leaves(pullback.whole(cotangents)[0], wanted)
 
             def task_by_task() -> tuple[list[jax.Array], jax.Array]:
                 grads = gradients(wanted)
@@ -235,7 +236,3 @@ def _mask(params: optax.Params, weights_from: Any) -> list[bool]:
             f"weighted_value_and_grad: weights_from chooses none of the {len(leaves)} leaves of params."
         )
     return mask
-
-
-def _leaves(tree: optax.Params, wanted: list[bool]) -> list[Any]:
-    return [leaf for leaf, here in zip(jax.tree.leaves(tree), wanted, strict=True) if here]
