@@ -110,7 +110,7 @@ def weighted_value_and_grad(
     """
     check_mode("weighted_value_and_grad", mode, "products")
     _check_method(method)
-    road, axis_name = method.definition, method.options.axis_name
+    pipeline, axis_name = method.definition, method.options.axis_name
 
     def value_and_grad(
         params: optax.Params,
@@ -128,9 +128,9 @@ def weighted_value_and_grad(
         task_vector("weighted_value_and_grad", "the losses of loss_fn", named, method.tasks)
         chosen = _mask(params, weights_from)
         others = [not here for here in chosen]
-        given = road.read(state, losses, active, params, extra_args)
+        given = pipeline.read(state, losses, active, params, extra_args)
         check_fields(method.name, method.rule, state, ())
-        inputs = road.inputs(given, state).restrict(jnp.isfinite(losses))
+        inputs = pipeline.inputs(given, state).restrict(jnp.isfinite(losses))
 
         def gradients(wanted: list[bool]) -> list[jax.Array]:
             """The wanted leaves of all gradients, `[T, *shape]`."""
@@ -160,22 +160,26 @@ def weighted_value_and_grad(
             seen = (inputs.active, inputs.dtype)
             if "gram" in method.needs:
                 gram = products.gram_matrix(pullback, losses, chosen, axis_name, inputs.dtype)
-                measured = road.measured(inputs, *task_tree.cosines_of(gram[None], *seen))
+                measured = pipeline.measured(inputs, *task_tree.cosines_of(gram[None], *seen))
             else:
                 squares = products.squared_norms(pullback, losses, chosen, axis_name)
-                measured = road.measured(inputs, None, *task_tree.norms_of(squares[None], *seen))
-            state = road.weigh(state, measured)
+                measured = pipeline.measured(
+                    inputs, None, *task_tree.norms_of(squares[None], *seen)
+                )
+            state = pipeline.weigh(state, measured)
             everything = [True] * len(chosen)
-            update, active = weighted_sum(road.applied_weights(state), measured.active, everything)
+            update, active = weighted_sum(
+                pipeline.applied_weights(state), measured.active, everything
+            )
             return update, state, active
 
         def by_gradients(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
             """New weights and the weighted sum of the gradients that they were computed from."""
             grads = gradients(chosen)
             blocks = _one_block(grads)
-            measured = road.measure(grads, blocks, inputs, cosines="gram" in method.needs)
-            state, active = road.weigh(state, measured), measured.active
-            update = task_tree.combine(grads, road.applied_weights(state), active, blocks)
+            measured = pipeline.measure(grads, blocks, inputs, cosines="gram" in method.needs)
+            state, active = pipeline.weigh(state, measured), measured.active
+            update = task_tree.combine(grads, pipeline.applied_weights(state), active, blocks)
             if all(chosen):
                 return update, state, active
             rest, active = weighted_sum(state.weights, active, others)
@@ -190,9 +194,11 @@ def weighted_value_and_grad(
         if method.options.update_every == 1:
             update, state, went_in = fresh(state)
         else:
-            update, state, went_in = lax.cond(road.due(state, inputs.active), fresh, kept, state)
+            update, state, went_in = lax.cond(
+                pipeline.due(state, inputs.active), fresh, kept, state
+            )
         update = jax.tree.structure(params).unflatten(update)
-        return result, (update, road.finish(state, given, went_in))
+        return result, (update, pipeline.finish(state, given, went_in))
 
     return value_and_grad
 
