@@ -194,7 +194,7 @@ class Pipeline(Definition):
     def measured(
         self, inputs: StepInputs, cosine: jax.Array | None, norms: jax.Array, finite: jax.Array
     ) -> StepInputs:
-        """As `measure`, with what is there already."""
+        """Adds given norms and cosines, as `measure` does with those that it computes."""
         if cosine is not None:
             inputs = inputs._replace(cosine=cosine)
         if self.rule.needs & {"norms", "gram"}:

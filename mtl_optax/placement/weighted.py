@@ -36,27 +36,29 @@ def weighted_value_and_grad(
     weights_from: Any = None,
     mode: Mode | Literal["products"] = "auto",
 ) -> Callable[..., Any]:
-    """Differentiates per task only what the weights are made of, and the rest once.
+    """Computes the update of a weighting method on the parameters, with fewer passes or less memory.
 
-    Three savings for weighting methods on parameters. With `weights_from`, the method looks at the
-    gradients of the chosen leaves only (a few dense layers, say, and not the embedding tables); the others
-    take one backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
-    T backward passes happen on every k-th step only; in between, one pass with the cached weights
-    differentiates everything.
+    There are three savings. With `weights_from`, the method looks at the gradients of the chosen leaves
+    only (for example, of a few dense layers and not of the embedding tables); the other leaves take one
+    backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
+    T backward passes happen on every k-th step only; on the steps between, one backward pass with the
+    stored weights differentiates everything.
 
     With `mode="products"`, memory holds no gradient of a task, however many tasks there are. With the
     Jacobian J of the losses, `g_t = J^T e_t` is a backward pass, and its inner products with all gradients
     are `J g_t`, a forward pass, in which each layer's part of `g_t` is used as soon as it is there. One
     backward pass of the weighted sum follows.
 
-    A single pass takes no task apart: where the derivative of one is not finite, so is the whole. That step
-    then takes T passes more (2 T with "products"), and sums what is finite: a broken task is left out and
-    counted as skipped, an absent one is left out, and the others train on. So guard the divisions in the
-    loss of a task that is often absent. An array `[T]`, "vmap" and "map" cannot keep tasks apart (see
-    `per_task_value_and_grad`): there the update of such a step is 0, and all tasks are counted.
+    One backward pass of a weighted sum cannot leave a task out: if the derivative of one loss is not
+    finite, neither is the sum. Such a step takes T more passes (2 T with "products") and sums the gradients
+    that are finite: a broken task is left out and counted as skipped, an absent one is left out, and the
+    others train on. Guard the divisions in the loss of a task that is often absent. An array `[T]`, "vmap"
+    and "map" cannot keep tasks apart (see `per_task_value_and_grad`): there the update of such a step is 0,
+    and all tasks are counted.
 
-    Nor has a single pass the norms of the tasks, to limit kept weights by: where gradients are zero in most
-    steps, or their norms jump, leave `update_every` at 1 (docs/recipes/update_every.md).
+    One backward pass does not give the norms per task either, by which kept weights are limited elsewhere.
+    If gradients are zero in most steps, or their norms jump, leave `update_every` at 1
+    (docs/recipes/update_every.md).
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
