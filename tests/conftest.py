@@ -6,11 +6,9 @@ plotting backend are read once, at import.
 
 import importlib.metadata
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Compiling takes nearly all of the tests' time, and a fifth of it without these optimisations. XLA ends
@@ -37,14 +35,8 @@ import pytest  # noqa: E402
 # A state without the task axis must never broadcast silently against gradients that have it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = Path(__file__).resolve().parent / "golden"
-
-
-def load_golden(name: str) -> dict[str, Any]:
-    """Read one file of reference numbers, e.g. ``load_golden("gradient/mgda")``."""
-    with (GOLDEN / f"{name}.json").open(encoding="utf-8") as file:
-        return json.load(file)
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 
 
 @pytest.fixture
@@ -102,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,6 +1,6 @@
 """The Python programs of the documentation, and what they print.
 
-`python tests/docs_pages.py [PAGE ...]` runs the pages and stores their output in them.
+`python docs/run_pages.py [PAGE ...]` runs the pages and stores their output in them.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 # A program, and after it what it prints, if that is shown.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")

@@ -1,4 +1,4 @@
-"""The README's list of methods, written from `METHODS`: `python tests/methods_table.py` renews it."""
+"""The README's list of methods, written from `METHODS`: `python docs/methods_table.py` renews it."""
 
 import re
 import textwrap

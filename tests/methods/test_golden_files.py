@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from golden_cases import CASES, load
+from golden_cases import CASES, GOLDEN, load
 
-TESTS = Path(__file__).resolve().parent
-GOLDEN = TESTS / "golden"
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_every_golden_file_has_its_number_of_cases() -> None:
@@ -26,7 +25,7 @@ def test_every_golden_file_is_read_by_a_test() -> None:
     """Tests name the files that they read in full: "gradient/mgda"."""
     strings = {
         node.value
-        for path in TESTS.glob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

@@ -33,7 +33,7 @@ from examples.recommender.runner import Job, Runner
 from examples.recommender.significance import paired_over_seeds
 from examples.recommender.training import Plan, Run
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = LogConfig(impressions=600, ctr=0.3, ctcvr=0.1)
 MODEL = partial(SharedBottom, embedding=2, bottom=(4,), tower=(3,))
 CONFIG = TrainConfig(epochs=4, patience=1, batch=90, learning_rate=1e-2)

@@ -8,15 +8,15 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import docs_pages
 import jax
 import numpy as np
 import pytest
+import run_pages
 
 import mtl_optax
 from mtl_optax import plotting
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 # Losses after hundreds of steps in float32: rounding differs between processors and releases of XLA,
 # and training amplifies it.
@@ -52,31 +52,30 @@ def test_every_method_has_a_picture_of_its_path() -> None:
 
 def test_pages_with_programs_are_found() -> None:
     """The slow test below has something to run, on every page that should have a program."""
-    names = {page.relative_to(DOCS).as_posix() for page in docs_pages.pages()}
+    names = {page.relative_to(DOCS).as_posix() for page in run_pages.pages()}
     recipes = {f"recipes/{file.name}" for file in (DOCS / "recipes").glob("*.md")}
     assert names >= {"start/first_step.md", "idea.md", "choose.md"} | recipes - {"recipes/index.md"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", docs_pages.pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", run_pages.pages(), ids=lambda page: page.stem)
 def test_programs_run_and_print_what_the_page_shows(page: Path) -> None:
-    for number, (block, printed) in enumerate(docs_pages.outputs(page), 1):
+    for number, (block, printed) in enumerate(run_pages.outputs(page), 1):
         if block.shown is None:
             assert not printed, f"block {number} prints, but the page does not show what"
             continue
-        shown = docs_pages.NUMBER.split(block.shown), docs_pages.NUMBER.findall(block.shown)
-        found = docs_pages.NUMBER.split(printed), docs_pages.NUMBER.findall(printed)
+        shown = run_pages.NUMBER.split(block.shown), run_pages.NUMBER.findall(block.shown)
+        found = run_pages.NUMBER.split(printed), run_pages.NUMBER.findall(printed)
         # Columns may move with the length of a number.
         words = [[part.split() for part in text] for text, _ in (shown, found)]
-        assert words[0] == words[1], f"block {number}: run python tests/docs_pages.py"
+        assert words[0] == words[1], f"block {number}: run python docs/run_pages.py"
         numbers = [list(map(float, values)) for _, values in (found, shown)]
         assert numbers[0] == pytest.approx(numbers[1], **TOLERANCE), f"block {number}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mgda", "metabalance"])
-def test_paths_end_where_the_pages_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(DOCS)
+def test_paths_end_where_the_pages_say(name: str) -> None:
     import toy_paths
 
     found = toy_paths.ends_of(toy_paths.paths(name))
@@ -132,10 +131,7 @@ def test_reading_the_site_needs_no_network(site: Path) -> None:
     assert (site / "_static" / "STIXTwoMath-Regular.ttf").exists()
 
 
-def test_the_page_of_results_holds_every_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(DOCS)
+def test_the_page_of_results_holds_every_table(tmp_path: Path) -> None:
     import result_pages
 
     source, folder = tmp_path / "source", tmp_path / "page"

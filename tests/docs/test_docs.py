@@ -15,7 +15,7 @@ from methods_table import renewed
 
 import mtl_optax
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MARKED = {
     "main": 'python -m pip install -e ".[examples]" && python -m examples.compare',
@@ -75,7 +75,7 @@ def test_public_callables_are_documented(name: str) -> None:
 
 
 def test_readme_lists_the_methods() -> None:
-    assert renewed(README) == README, "run: python tests/methods_table.py"
+    assert renewed(README) == README, "run: python docs/methods_table.py"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

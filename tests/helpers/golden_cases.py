@@ -7,15 +7,17 @@ zeros, tasks with absent ones: what an absent task's slot holds must not matter,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_golden
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # How many cases each file of reference numbers holds: one that goes missing is an error.
 CASES = {
     "gradient/aligned_mtl": 22,
@@ -69,7 +71,7 @@ CASES = {
 # How many numbers each check compares: rows of a static file (two counts: in double and in single
 # precision) or steps of sequences. A filter or a condition that begins to leave one out is an error.
 COMPARED: dict[str, Any] = {
-    # test_golden_gram.py
+    # methods/test_golden_gram.py
     "mgda": (22, 22),
     "mgda weights": 18,
     "mgda_normalized none": (16, 16),
@@ -97,7 +99,7 @@ COMPARED: dict[str, Any] = {
     "krum_byz1_sel1": 5,
     "krum_byz1_sel2": 5,
     "krum_byz0_sel1": 5,
-    # test_golden_gram_sequences.py
+    # methods/test_golden_gram_sequences.py
     "nash_mtl sequences, every 1": 39,
     "nash_mtl sequences, every 3": 52,
     "gradvac": 90,
@@ -113,7 +115,7 @@ COMPARED: dict[str, Any] = {
     "multibalance cos debias": 44,
     "multibalance cos noema": 44,
     "cr_mogm": 52,
-    # test_golden_gradients.py
+    # methods/test_golden_gradients.py
     "graddrop": 40,
     "moco": 52,
     "db_mtl max": 20,
@@ -128,10 +130,10 @@ COMPARED: dict[str, Any] = {
     "trimmed_mean_1": 16,
     "trimmed_mean_2": 5,
     "mtadam updates": 3,
-    # test_golden_losses.py: the cases of the variant that the library has
+    # methods/test_golden_losses.py: the cases of the variant that the library has
     "loss/gradnorm": 2,
     "loss/dwa": 2,
-    # test_solvers.py
+    # solvers/test_solvers.py
     "solver mgda": (22, 22),
     "solver nash_mtl": (17, 17),
     "solver cagrad": (20, 20),
@@ -148,7 +150,7 @@ COMPARED: dict[str, Any] = {
 
 def load(name: str) -> list[Any]:
     """The cases of one file of reference numbers, e.g. `load("gradient/mgda")`."""
-    cases = load_golden(name)["cases"]
+    cases = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
     assert len(cases) == CASES[name], name
     return cases
 

@@ -1,26 +1,18 @@
-"""Every notebook runs from top to bottom and prints what is stored in it.
-
-`python tests/test_notebooks.py [NAME ...]` runs them and stores their outputs.
-"""
+"""Every notebook runs from top to bottom and prints what is stored in it."""
 
 import ast
-import copy
 import importlib.util
-import os
 import re
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("nbclient")
+from run_notebooks import ENVIRONMENT, NOTEBOOKS, ROOT, execute, read
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # An absolute path in an output would be one of the machine that ran it.
 MACHINE_PATH = re.compile(r"(?:^|[\s\"'(=])(?:/(?:home|root|tmp|usr|work|opt|Users|var)/|[A-Z]:\\)")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
@@ -28,13 +20,6 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 # processors and releases of XLA, and training amplifies it.
 TOLERANCE = {"rel": 0.03, "abs": 0.003}
 WIDE_TOLERANCE = {"rel": 0.3, "abs": 0.003}
-# What a reader has: the pictures in the page, one device. The stored outputs are those of a CPU.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "",
-}
 # A test needs no network: addresses lead nowhere, and a notebook goes on with what it has.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 # The tag of cells whose text is not the same everywhere: times, and results on data that is fetched.
@@ -47,30 +32,12 @@ MAX_BYTES = 400_000
 all_notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def read(path: Path) -> Any:
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    return notebook
-
-
 def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def outputs(notebook: Any) -> list[Any]:
     return [output for cell in code_cells(notebook) for output in cell.outputs]
-
-
-def execute(notebook: Any, folder: Path) -> Any:
-    """The notebook with the outputs of a run in `folder`."""
-    metadata = copy.deepcopy(notebook.metadata)
-    resources = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, resources=resources, record_timing=False
-    )
-    executed = client.execute()
-    executed.metadata = metadata  # the kernel adds its versions
-    return executed
 
 
 def shown(cell: Any) -> tuple[str, list[str]]:
@@ -237,11 +204,3 @@ def test_tables_are_split_over_all_devices(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_what_counts_as_different(found: str, different: bool) -> None:
     assert differs(found, "click 0.401, spend 128.0", TOLERANCE) == different
-
-
-if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
-    chosen = sys.argv[1:] or [path.stem for path in NOTEBOOKS]
-    for notebook_path in [ROOT / "notebooks" / f"{name}.ipynb" for name in chosen]:
-        with tempfile.TemporaryDirectory() as directory:
-            nbformat.write(execute(read(notebook_path), Path(directory)), notebook_path)
