@@ -53,7 +53,7 @@ html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 pygments_style = "friendly"
 
 method_pages.write(HERE / "methods")
-result_pages.write(HERE / "results", HERE.parent / "examples" / "results")
+result_pages.write(HERE / "results", HERE.parent / "examples" / "studies" / "results")
 
 
 def keep_colons_of_returns(app, what, name, obj, options, lines):

@@ -1,4 +1,4 @@
-"""Writes the page of results from `examples/results`, whatever is there.
+"""Writes the page of results from `examples/studies/results`, whatever is there.
 
 `conf.py` calls `write` before each build; the pages are not under version control.
 """
@@ -15,8 +15,8 @@ Tables and pictures that the examples of this library wrote, with the commands t
 seeds and beside the plain sum of the losses. A disappointing number stands here like any other.
 """
 NOTHING = """\
-This copy holds no results yet. `python -m examples.compare` and `python -m examples.physics` make their
-tables on your machine.
+This copy holds no results yet. `python -m examples.compare` and `python -m examples.studies.physics` make
+their tables on your machine.
 """
 PICTURES = {".png", ".svg"}
 

@@ -26,7 +26,7 @@ import mtl_optax as mtl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script sees its own folder alone
 
-from examples.emtl import toy
+from examples.models import toy
 
 FOLDER = Path(__file__).resolve().parent / "methods" / "paths"
 STEPS, LEARNING_RATE = 4000, 0.02

@@ -27,20 +27,26 @@ import jax
 import numpy as np
 
 import mtl_optax as mtl
-from examples import tables
-from examples.command import OneLineParser, check_numbers, nearest, run_command, unknown
-from examples.recommender import report
-from examples.recommender.choices import SINGLE, SUM, Choice, known_methods, parse_choice
-from examples.recommender.data import Dataset, Split, make_dataset
-from examples.recommender.download import write_atomically
-from examples.recommender.errors import UserError
-from examples.recommender.evaluation import TEST, VALIDATION, rank_by_item_scores
-from examples.recommender.network import NetworkConfig
-from examples.recommender.runner import Job, Runner
-from examples.recommender.significance import paired_difference
-from examples.recommender.sources import load_log
-from examples.recommender.timing import step_seconds
-from examples.recommender.training import Plan, Run, TrainConfig, Trainer, popularity
+from examples.studies.harness import tables
+from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
+from examples.studies.harness.command import (
+    OneLineParser,
+    check_numbers,
+    nearest,
+    run_command,
+    unknown,
+)
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness.statistics import paired_difference
+from examples.studies.recommender import report
+from examples.studies.recommender.data import Dataset, Split, make_dataset
+from examples.studies.recommender.download import write_atomically
+from examples.studies.recommender.evaluation import TEST, VALIDATION, rank_by_item_scores
+from examples.studies.recommender.network import NetworkConfig
+from examples.studies.recommender.sources import load_log
+from examples.studies.recommender.step_times import step_seconds
+from examples.studies.recommender.training import Plan, Run, TrainConfig, Trainer, popularity
 
 SEARCHED, STANDARDISED = "searched weights", "standardised labels"
 FIXED = (SEARCHED, STANDARDISED)  # rows with weights that this command finds

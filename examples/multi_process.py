@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
-from examples.command import OneLineParser, run_command
+from examples.studies.harness.command import OneLineParser, run_command
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from small_model import (
 )
 
 import mtl_optax as mtl
-from examples.benchmarks.tpu import Problem, measure, tpu_mesh
 
+tpu = pytest.importorskip("examples.studies.benchmarks.tpu", reason="needs a checkout")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -46,7 +46,7 @@ def everywhere(tree, mesh):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_compiles(family, chips):
     """As on a representation split over the batch, which also stands for split parameters."""
-    mesh = tpu_mesh(chips)
+    mesh = tpu.tpu_mesh(chips)
     methods = {n: make(n, T) for n, row in mtl.METHODS.items() if row.family == family}
     representation = floats({"h": (2 * chips, 128)})
     grads = floats({"h": (T, 2 * chips, 128)})
@@ -68,7 +68,7 @@ def test_every_method_compiles(family, chips):
 
 @pytest.mark.parametrize("chips", [4, 256])
 def test_every_placement_compiles(chips):
-    mesh = tpu_mesh(chips)
+    mesh = tpu.tpu_mesh(chips)
     params = floats(MODEL_SHAPES)
     batch = floats({"x": (2 * chips, 6), "y": (2 * chips, T)})
     chosen = {
@@ -95,13 +95,13 @@ def test_every_placement_compiles(chips):
 
 
 def test_a_fork_adds_one_small_all_reduce():
-    """On a small recommender; `python -m examples.benchmarks.tpu` has bytes and memory of a real one.
+    """On a small recommender; the benchmark `tpu` has bytes and memory of a real one.
 
     All of this one's temporaries fit the memory on the chip, so they say nothing of a larger one's.
     """
-    problem = Problem(tables=2, rows=4096, bottom=(256, 128, 64), batch=2048)
-    mesh = tpu_mesh(4)
-    plain, fork = (measure(name, problem, mesh) for name in ("plain", "fork"))
+    problem = tpu.Problem(tables=2, rows=4096, bottom=(256, 128, 64), batch=2048)
+    mesh = tpu.tpu_mesh(4)
+    plain, fork = (tpu.measure(name, problem, mesh) for name in ("plain", "fork"))
     assert fork.flops <= 1.01 * plain.flops
     added = [more - less for more, less in zip(fork.collectives, plain.collectives, strict=True)]
     assert added[0] == 1

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from examples import command, tables
-from examples.recommender.errors import UserError
+from examples.studies.harness import command, tables
+from examples.studies.harness.errors import UserError
 
 PROGRAMS = [
     "compare",
-    "metabalance.__main__",
-    "multibalance.__main__",
-    "emtl.__main__",
-    "physics.__main__",
-    "benchmarks.__main__",
-    "benchmarks.growth",
-    "benchmarks.tpu",
+    "studies.metabalance.__main__",
+    "studies.multibalance.__main__",
+    "studies.emtl.__main__",
+    "studies.physics.__main__",
+    "studies.benchmarks.__main__",
+    "studies.benchmarks.growth",
+    "studies.benchmarks.tpu",
     "multi_process",
 ]
 
@@ -128,7 +128,7 @@ def test_a_note_is_no_list(text, escaped):
 HOLD = """
 import sys
 from pathlib import Path
-from examples.command import claimed
+from examples.studies.harness.command import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

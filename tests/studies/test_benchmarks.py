@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
-from examples.benchmarks import growth, hlo, methods, peers, places
-from examples.benchmarks.__main__ import SECTIONS, main
-from examples.benchmarks.problems import TINY
-from examples.benchmarks.report import Row
-from examples.benchmarks.steps import steps
+from examples.studies.benchmarks import growth, hlo, methods, peers, places
+from examples.studies.benchmarks.__main__ import SECTIONS, main
+from examples.studies.benchmarks.problems import TINY
+from examples.studies.benchmarks.report import Row
+from examples.studies.benchmarks.steps import steps
 
 
 @pytest.mark.parametrize(

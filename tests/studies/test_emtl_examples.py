@@ -12,12 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from examples.emtl import figure1, tables, toy
-from examples.emtl.__main__ import main
-from examples.ranking.data import BINARY, Dataset
-from examples.ranking.synthetic import LogConfig, synthetic
-from examples.recommender.choices import Choice
-from examples.recommender.training import Plan, Run, Setting
+from examples.models import toy
+from examples.studies.emtl import figure1, tables
+from examples.studies.emtl.__main__ import main
+from examples.studies.harness.choices import Choice
+from examples.studies.ranking.data import BINARY, Dataset
+from examples.studies.ranking.synthetic import LogConfig, synthetic
+from examples.studies.recommender.training import Plan, Run, Setting
 
 
 def test_losses_at_points_computed_by_hand() -> None:
@@ -77,7 +78,7 @@ def test_figure1_writes_a_table_a_csv_and_a_picture(
     monkeypatch.setattr(figure1, "options_of_emtl", options)
     assert main(["figure1", "--steps", "20", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "figure1.md").read_text("utf-8")
-    assert "python -m examples.emtl figure1" in text
+    assert "python -m examples.studies.emtl figure1" in text
     assert text.count("\n| plain sum |") == 1
     assert "\n| raw gradients | as they are | 0.3 | 0.1 | 0 | 0 |" in text
     with (tmp_path / "figure1.csv").open(encoding="utf-8") as stream:
@@ -119,7 +120,7 @@ def test_errors_are_one_line(
 ) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("examples.emtl: error: ")
+    assert error.startswith("examples.studies.emtl: error: ")
     assert said in error
     assert error.count("\n") == 1
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.emtl import dense, dense_metrics, dense_report
-from examples.emtl.__main__ import main
-from examples.emtl.dense_metrics import delta_m, loss, measure
-from examples.emtl.scenes import (
+from examples.models.segnet_mtan import Predictions
+from examples.studies.emtl import dense, dense_metrics, dense_report
+from examples.studies.emtl.__main__ import main
+from examples.studies.emtl.dense_metrics import delta_m, loss, measure
+from examples.studies.emtl.scenes import (
     BALL,
     BOX,
     CYLINDER,
@@ -29,11 +30,10 @@ from examples.emtl.scenes import (
     synthetic_scenes,
     trace,
 )
-from examples.emtl.scenes_nyuv2 import read_nyuv2
-from examples.models.segnet_mtan import Predictions
-from examples.recommender.choices import parse_choice
-from examples.recommender.errors import UserError
-from examples.recommender.training import Plan, Run, Setting
+from examples.studies.emtl.scenes_nyuv2 import read_nyuv2
+from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.errors import UserError
+from examples.studies.recommender.training import Plan, Run, Setting
 
 
 def signed_distance(thing, points):
@@ -304,7 +304,7 @@ def test_the_command(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["table2", "--quick", "--seeds", "1", "--out", str(out)]) == 0
     text = (out / "table2.md").read_text()
-    assert "SYNTHETIC SCENES" in text and "python -m examples.emtl table2 --quick" in text
+    assert "SYNTHETIC SCENES" in text and "python -m examples.studies.emtl table2 --quick" in text
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + len(dense.ROWS)
     stored = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
     assert len(stored) == len(dense.ROWS)

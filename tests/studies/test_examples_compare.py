@@ -16,13 +16,14 @@ import pytest
 
 import mtl_optax as mtl
 from examples import compare
-from examples.recommender import download, report, runner, sources, training
-from examples.recommender.checkpoints import UnfinishedRun
-from examples.recommender.data import REGRESSION, Interactions
-from examples.recommender.errors import UserError
-from examples.recommender.evaluation import COLUMNS, held_out_users
-from examples.recommender.network import NetworkConfig
-from examples.recommender.training import PARTS, Run, TrainConfig, Trainer
+from examples.studies.harness import runner
+from examples.studies.harness.checkpoints import UnfinishedRun
+from examples.studies.harness.errors import UserError
+from examples.studies.recommender import download, report, sources, training
+from examples.studies.recommender.data import REGRESSION, Interactions
+from examples.studies.recommender.evaluation import COLUMNS, held_out_users
+from examples.studies.recommender.network import NetworkConfig
+from examples.studies.recommender.training import PARTS, Run, TrainConfig, Trainer
 
 TINY = TrainConfig(
     epochs=2,

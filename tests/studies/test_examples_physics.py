@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
-from examples.physics import __main__ as command
-from examples.physics import problems, report, training
-from examples.physics.__main__ import SHORT, main
-from examples.physics.pointwise import residual_attention
+from examples.studies.physics import __main__ as command
+from examples.studies.physics import problems, report, training
+from examples.studies.physics.__main__ import SHORT, main
+from examples.studies.physics.pointwise import residual_attention
 
 
 def exact_network(name):
@@ -116,7 +116,7 @@ def test_the_table_has_errors_and_ratios():
     }
     rows = report.lines_of("helmholtz", runs)
     assert rows[2] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
-    text = report.markdown(["helmholtz"], runs, SMALL, "python -m examples.physics")
+    text = report.markdown(["helmholtz"], runs, SMALL, "python -m examples.studies.physics")
     assert "| upgrad | 0.2000 | 0.1000 | 0.3000 | 1.00 | 2.00 |" in text
     assert "upgrad, 0.2000, 10.0 times below the plain sum's." in text
     assert report.timing_lines({"plain sum": [1.0, 2.0, 4.0], "x": [2.0, 3.0, 6.0]})[1:] == [
@@ -146,7 +146,7 @@ def test_one_gradient_takes_one_branch():
 def test_bad_arguments(arguments, shown, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("examples.physics: error: ") and shown in error
+    assert error.startswith("examples.studies.physics: error: ") and shown in error
 
 
 def test_ctrl_c_ends_the_other_trainings_with_their_chunk(monkeypatch, capsys):
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_the_other_trainings_with_their_chunk(monkeypatch, capsys):
     methods = ["plain sum", "upgrad", "mgda"]
     assert main(["--jobs", "2", "--problems", "helmholtz", "--methods", *methods]) == 130
     assert "mgda" not in chunks
-    assert capsys.readouterr().err.endswith("examples.physics: stopped\n")
+    assert capsys.readouterr().err.endswith("examples.studies.physics: stopped\n")
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_the_command(tmp_path, capsys):
     rows = (tmp_path / "physics.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * (len(training.ROWS) + len(SHORT))
     assert all(np.isfinite(float(row.split(",")[-2])) for row in rows[1:])
-    assert "python -m examples.physics --quick" in (tmp_path / "table.md").read_text()
+    assert "python -m examples.studies.physics --quick" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "helmholtz.png").stat().st_size > 10_000
 
 

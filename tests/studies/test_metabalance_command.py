@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from examples.metabalance import __main__ as command
-from examples.metabalance import study
-from examples.recommender import sources
-from examples.recommender.choices import parse_choice
-from examples.recommender.data import PAPER_SPLIT, make_dataset
-from examples.recommender.network import NetworkConfig
-from examples.recommender.training import Trainer
+from examples.studies.harness.choices import parse_choice
+from examples.studies.metabalance import __main__ as command
+from examples.studies.metabalance import study
+from examples.studies.recommender import sources
+from examples.studies.recommender.data import PAPER_SPLIT, make_dataset
+from examples.studies.recommender.network import NetworkConfig
+from examples.studies.recommender.training import Trainer
 
 TINY = replace(
     study.TRAIN,
@@ -79,7 +79,7 @@ def test_knobs_reach_the_first_method_of_a_chain():
 def test_bad_arguments(arguments, shown, capsys):
     assert command.main(arguments) == 2
     text = capsys.readouterr().err
-    assert text.startswith("examples.metabalance: error: ") and shown in text
+    assert text.startswith("examples.studies.metabalance: error: ") and shown in text
 
 
 def test_data_prints_sizes_and_the_rows_that_train_nothing(folder, capsys):

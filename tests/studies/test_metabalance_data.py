@@ -6,12 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from examples.metabalance import readers, synthetic
-from examples.metabalance.knn import item_knn_scores
-from examples.metabalance.readers import filtered, ijcai_2015, read_raw, userbehavior_2017
-from examples.metabalance.synthetic import TABLE_5, oracle_scores, synthetic_log, truth
-from examples.recommender.data import PAPER_SPLIT, Split, behaviours, make_dataset
-from examples.recommender.errors import UserError
+from examples.studies.harness.errors import UserError
+from examples.studies.metabalance import readers, synthetic
+from examples.studies.metabalance.knn import item_knn_scores
+from examples.studies.metabalance.readers import filtered, ijcai_2015, read_raw, userbehavior_2017
+from examples.studies.metabalance.synthetic import TABLE_5, oracle_scores, synthetic_log, truth
+from examples.studies.recommender.data import PAPER_SPLIT, Split, behaviours, make_dataset
 
 USERS, ITEMS = 100, 5000  # what the raw files call their first user and item
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
-from examples.multibalance import __main__ as command
-from examples.multibalance import pictures, speed, study
+from examples.studies.multibalance import __main__ as command
+from examples.studies.multibalance import pictures, speed, study
 
 TINY = [study.SUM, study.MULTIBALANCE]
 
@@ -34,7 +34,7 @@ def run(tmp_path, *arguments):
 def test_bad_arguments(arguments, shown, capsys):
     assert command.main(arguments) == 2
     text = capsys.readouterr().err
-    assert text.startswith("examples.multibalance: error: ") and shown in text
+    assert text.startswith("examples.studies.multibalance: error: ") and shown in text
 
 
 def test_gradient_vaccine_searches_the_papers_beta():
@@ -70,7 +70,7 @@ def check_table(folder, name, labels):
     for label in labels:
         assert f"| {label} |" in text
     assert "SYNTHETIC" in text and "true probabilities" in text
-    assert f"python -m examples.multibalance {name}" in text
+    assert f"python -m examples.studies.multibalance {name}" in text
     rows = read(folder / f"{name}.csv")
     assert {row["method"] for row in rows} == set(labels)
     assert {row["task"] for row in rows} == {"CTR", "CVR", "Conv|imp"}

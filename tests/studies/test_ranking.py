@@ -15,23 +15,23 @@ import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.shared_bottom import SharedBottom
-from examples.ranking import report, sources, synthetic
-from examples.ranking.data import REGRESSION, Task, encode, split_rows, standardise
-from examples.ranking.metrics import (
+from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness.statistics import paired_over_seeds
+from examples.studies.ranking import report, sources, synthetic
+from examples.studies.ranking.data import REGRESSION, Task, encode, split_rows, standardise
+from examples.studies.ranking.metrics import (
     auc,
     measure,
     normalized_entropy,
     normalized_loss,
     of_truth,
 )
-from examples.ranking.network import Network
-from examples.ranking.synthetic import LogConfig
-from examples.ranking.training import TrainConfig, Trainer
-from examples.recommender.choices import parse_choice
-from examples.recommender.errors import UserError
-from examples.recommender.runner import Job, Runner
-from examples.recommender.significance import paired_over_seeds
-from examples.recommender.training import Plan, Run
+from examples.studies.ranking.network import Network
+from examples.studies.ranking.synthetic import LogConfig
+from examples.studies.ranking.training import TrainConfig, Trainer
+from examples.studies.recommender.training import Plan, Run
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = LogConfig(impressions=600, ctr=0.3, ctcvr=0.1)
@@ -431,7 +431,7 @@ class Kept:
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
-    monkeypatch.setattr("examples.ranking.training.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("examples.studies.ranking.training.SECONDS_BETWEEN_SAVES", 0.0)
     choice, kept = parse_choice("multibalance(place='representation')"), Kept()
     (whole,) = trainer.train(choice, [plan(trainer)], measure=False)
 

@@ -13,10 +13,13 @@ from scipy import stats
 from sklearn.metrics import ndcg_score
 
 import mtl_optax as mtl
-from examples import tables
-from examples.recommender import evaluation, report, sources, steps
-from examples.recommender.choices import known_methods, parse_choice
-from examples.recommender.data import (
+from examples.studies.harness import steps, tables
+from examples.studies.harness.choices import known_methods, parse_choice
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.statistics import holm, paired_difference
+from examples.studies.harness.steps import make_step
+from examples.studies.recommender import evaluation, report, sources
+from examples.studies.recommender.data import (
     PAPER_SPLIT,
     RANKING,
     REGRESSION,
@@ -28,13 +31,10 @@ from examples.recommender.data import (
     make_dataset,
     with_target,
 )
-from examples.recommender.errors import UserError
-from examples.recommender.evaluation import COLUMNS, METRICS, TEST, VALIDATION
-from examples.recommender.network import Batch, Network, NetworkConfig
-from examples.recommender.pairs import pair_table
-from examples.recommender.significance import holm, paired_difference
-from examples.recommender.steps import make_step
-from examples.recommender.training import Plan, TrainConfig, Trainer, popularity
+from examples.studies.recommender.evaluation import COLUMNS, METRICS, TEST, VALIDATION
+from examples.studies.recommender.network import Batch, Network, NetworkConfig
+from examples.studies.recommender.pairs import pair_table
+from examples.studies.recommender.training import Plan, TrainConfig, Trainer, popularity
 
 TINY = TrainConfig(
     epochs=2,

@@ -94,7 +94,7 @@ def emtl(
       (``base=mgda(tasks)``) it does: for nearly orthogonal gradients :math:`\alpha_t` is proportional to
       :math:`1/|g_t|^2`, and :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the
       paper's Figure 1 reach the best mean, as in the paper; on raw gradients none does
-      (``python -m examples.emtl figure1``, where ``epsilon`` > 0 costs one of the five).
+      (``python -m examples.studies.emtl figure1``, where ``epsilon`` > 0 costs one of the five).
 
       Norms and :math:`\alpha` are constant under differentiation. The paper weights the losses, so the
       heads are scaled too: see `split_value_and_grad`. The KL divergence never exceeds log T, so for

@@ -1,1 +1,0 @@
-"""EMTL's experiments (Yuan and Zhang, 2023): `python -m examples.emtl COMMAND`."""

@@ -1,0 +1,99 @@
+"""Sections on methods alone: `update`, solvers, and the time to compile. Times are medians of rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import mtl_optax as mtl
+from examples.studies.benchmarks.report import Row
+from examples.studies.harness.timing import interleaved, several
+from mtl_optax.solvers.aligned import aligned_weights
+from mtl_optax.solvers.conflict_averse import conflict_averse_weights
+from mtl_optax.solvers.cosine import cosine_matrix
+from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
+from mtl_optax.solvers.equal_projection import equal_projection_weights
+from mtl_optax.solvers.min_norm import min_norm_weights
+from mtl_optax.solvers.nash import nash_bargaining_weights
+
+SHAPES = ((2, 10_000), (4, 10_000), (8, 10_000), (8, 1_000_000), (16, 1_000_000))
+SOLVERS = {
+    "min-norm point (mgda)": min_norm_weights,
+    "projection of the sum (dualproj)": dualproj_weights,
+    "projection of each (upgrad)": upgrad_weights,
+    "conflict-averse (cagrad)": conflict_averse_weights,
+    "bargaining (nash_mtl)": nash_bargaining_weights,
+    "aligned (aligned_mtl)": aligned_weights,
+    "equal projections (imtl_g)": equal_projection_weights,
+}
+
+
+def gradients(num_tasks: int, size: int, seed: int = 0) -> jax.Array:
+    """Partly conflicting gradients `[T, size]`, of different lengths."""
+    first, second = jax.random.split(jax.random.key(seed))
+    common = jax.random.normal(first, (1, size))
+    own = jax.random.normal(second, (num_tasks, size))
+    lengths = 2.0 ** jnp.linspace(-1, 1, num_tasks)[:, None]
+    return (own - own.mean(0, keepdims=True) + 0.2 * common) * lengths
+
+
+def gram_methods() -> list[str]:
+    """The methods on the Gram matrix that keep no buffers of the gradients' size."""
+    return [row.name for row in mtl.METHODS.values() if row.family == "gram"]
+
+
+def update_call(name: str, stacked: jax.Array) -> Callable[[], Any]:
+    """The compiled `update` of a method on one leaf, ready to be timed."""
+    num_tasks = stacked.shape[0]
+    method = mtl.METHODS[name].factory(num_tasks)
+    state = method.init(stacked[0])
+    losses = jnp.ones(num_tasks)
+    arguments = (stacked, state, losses)
+    update = jax.jit(lambda g, s, losses: method.update(g, s, losses=losses))
+    compiled = update.lower(*arguments).compile()
+    return lambda: compiled(*arguments)
+
+
+def updates(quick: bool) -> Iterator[Row]:
+    """`update` alone, milliseconds."""
+    for num_tasks, size in ((2, 50),) if quick else SHAPES:
+        names = gram_methods()[:1] if quick else gram_methods()
+        stacked = gradients(num_tasks, size)
+        target = 0.2 if size <= 10_000 else None
+        for name in names:
+            call = update_call(name, stacked)
+            times, rounds = (1, 1) if quick else (20, 15) if size <= 10_000 else (1, 9)
+            seconds = interleaved({name: several(call, times)}, rounds)[name]
+            milliseconds = 1e3 * statistics.median(seconds) / times
+            yield Row("update alone", f"{name} [{num_tasks}, {size}]", milliseconds, "ms", target)
+
+
+def solvers(quick: bool) -> Iterator[Row]:
+    """Solvers alone, from cosines and norms to weights, microseconds."""
+    num_tasks = 2 if quick else 8
+    g = gradients(num_tasks, 20)
+    cosine, norms = cosine_matrix(g @ g.T)
+    for name, solve in dict(list(SOLVERS.items())[:1] if quick else SOLVERS).items():
+        compiled = jax.jit(solve).lower(cosine, norms).compile()
+        call = several(lambda compiled=compiled: compiled(cosine, norms), 1 if quick else 50)
+        seconds = interleaved({name: call}, 1 if quick else 15)[name]
+        microseconds = 1e6 * statistics.median(seconds) / (1 if quick else 50)
+        yield Row("solver alone", f"{name}, T={num_tasks}", microseconds, "us", 100.0)
+
+
+def compile_times(quick: bool) -> Iterator[Row]:
+    """Tracing and compiling `update` for many leaves, seconds."""
+    for num_leaves in (2,) if quick else (3, 500):
+        params = {f"leaf_{i}": jnp.zeros((4, 3 + i % 5)) for i in range(num_leaves)}
+        method = mtl.multibalance(4)
+        stacked = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
+        state = method.init(params)
+        start = time.perf_counter()
+        jax.jit(method.update).lower(stacked, state).compile()
+        seconds = time.perf_counter() - start
+        yield Row("compile", f"multibalance, T=4, {num_leaves} leaves", seconds, "s")

@@ -1,0 +1,56 @@
+"""One table of everything that was measured, on the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from examples.studies.harness import tables
+
+
+class Row(NamedTuple):
+    """One measured number.
+
+    Attributes:
+      section: which measurement it belongs to.
+      case: what was measured.
+      value: the number.
+      unit: of `value`; "x" for a ratio.
+      target: what it should not exceed; None where there is no target.
+    """
+
+    section: str
+    case: str
+    value: float
+    unit: str
+    target: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met."""
+        if self.target is None:
+            return ""
+        return "yes" if self.value <= self.target else "no"
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        target = "" if self.target is None else f"<= {self.target:g}"
+        return self.section, self.case, f"{self.value:.3f} {self.unit}", target, self.verdict
+
+
+TITLE, HEADER = "mtl_optax: time and memory", ("section", "case", "measured", "target", "met")
+
+
+def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """The header and the rows of the table."""
+    return [HEADER, *(row.cells() for row in rows)]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table as Markdown."""
+    return tables.markdown(lines_of(rows), TITLE, left=2)
+
+
+def show(rows: Iterable[Row]) -> None:
+    """Prints the table."""
+    tables.show(lines_of(rows), TITLE, left=2)

@@ -1,0 +1,122 @@
+"""The rows of a table, each tuned with as many trials as the others."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from examples.studies.harness.choices import Choice, parse_choice
+from examples.studies.harness.runner import Job, Runner
+from examples.studies.recommender.training import Plan, Run, Setting
+
+Draw = Callable[[np.random.Generator, int], Any]
+
+
+def uniform(low: float, high: float) -> Draw:
+    """A knob between two bounds."""
+    return lambda generator, num_tasks: generator.uniform(low, high)
+
+
+def log_uniform(low: float, high: float) -> Draw:
+    """A knob whose logarithm is uniform."""
+    return lambda generator, num_tasks: np.exp(generator.uniform(np.log(low), np.log(high)))
+
+
+def ema_decay(low: float, high: float) -> Draw:
+    """A decay; the logarithm of what it leaves out, between two bounds, is uniform."""
+    left_out = log_uniform(low, high)
+    return lambda generator, num_tasks: 1.0 - left_out(generator, num_tasks)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row: what is trained, and what its trials search beside the learning rate.
+
+    Attributes:
+      label: as the paper calls it.
+      choice: as `--method` of `examples.compare` reads it.
+      knobs: the options that are searched.
+      start: the knobs of the first trial: the paper's value, or the method's default.
+    """
+
+    label: str
+    choice: str
+    knobs: Mapping[str, Draw] = field(default_factory=dict)
+    start: Mapping[str, Any] = field(default_factory=dict)
+
+    def parsed(self) -> Choice:
+        """The choice under the row's label."""
+        found = parse_choice(self.choice)
+        return Choice(self.label, found.parts, found.place)
+
+    def trials(self, count: int, num_tasks: int, config: Any) -> list[Plan]:
+        """Settings of seed 0: the first is the start, the others are drawn at random.
+
+        `config` has the learning rate and the weight decay of the first. A trial has the same two in every
+        row, whatever options the row has.
+        """
+        of_knobs, of_settings = np.random.default_rng(1).spawn(2)
+        rate, decay = config.learning_rate, config.weight_decay
+        start = {k: np.ones(num_tasks) if k == "weights" else v for k, v in self.start.items()}
+        plans = [Plan(0, Setting(rate, decay, start))]
+        factor = log_uniform(1 / 3, 3)
+        for _ in range(count - 1):
+            drawn = {name: draw(of_knobs, num_tasks) for name, draw in self.knobs.items()}
+            scaled = (value * factor(of_settings, num_tasks) for value in (rate, decay))
+            plans.append(Plan(0, Setting(*scaled, drawn)))
+        return plans
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A row with the best of its trials.
+
+    Attributes:
+      entry: what was trained.
+      plan: the best trial's.
+      searched: the runs of the trials.
+      runs: of the best trial's setting, one a seed, with test metrics.
+    """
+
+    entry: Entry
+    plan: Plan
+    searched: Sequence[Run]
+    runs: Sequence[Run]
+
+
+def tuned(runner: Runner[Any], entries: Sequence[Entry], trials: int, seeds: int) -> list[Tuned]:
+    """Every entry with the best of its trials on the validation set, over all seeds.
+
+    The runner's trainer has a `dataset` with tasks and a `config` with the settings to start from.
+    """
+    trainer = runner.trainer
+    tasks = len(trainer.dataset.tasks)
+    plans = [entry.trials(trials, tasks, trainer.config) for entry in entries]
+    found = runner.train(
+        [
+            Job(entry.parsed(), of_entry, measure=False)
+            for entry, of_entry in zip(entries, plans, strict=True)
+        ]
+    )
+    best = [
+        of_entry[int(np.argmax([run.best_value for run in runs]))]
+        for of_entry, runs in zip(plans, found, strict=True)
+    ]
+    measured = runner.train(
+        [
+            Job(entry.parsed(), [replace(plan, seed=seed) for seed in range(seeds)])
+            for entry, plan in zip(entries, best, strict=True)
+        ]
+    )
+    return [Tuned(*row) for row in zip(entries, best, found, measured, strict=True)]
+
+
+def setting_in_words(plan: Plan) -> str:
+    """The learning rate, the decay and the options of a plan."""
+    rate, decay = float(plan.setting.learning_rate), float(plan.setting.weight_decay)
+    found = [f"learning rate {rate:.2g}, decay {decay:.2g}"]
+    for name, value in plan.setting.knobs.items():
+        numbers = ", ".join(f"{number:.2g}" for number in np.ravel(value))
+        found.append(f"{name} {numbers}")
+    return ", ".join(found)

@@ -1,0 +1,173 @@
+"""Who did what with which item, and the training, validation and test sets made of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from examples.studies.harness.errors import UserError
+
+RANKING, REGRESSION = "ranking", "regression"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One label of a (user, item) pair.
+
+    Attributes:
+      name: for tables.
+      kind: `RANKING` (positive or not; cross-entropy) or `REGRESSION` (a number; squared error).
+      unit: of a regression's number, as the data file has it.
+    """
+
+    name: str
+    kind: str = RANKING
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Distinct pairs with their labels.
+
+    Attributes:
+      pairs: `[P, 2]` int32, users and items, sorted by user, then by item.
+      values: `[P, T]` float32. Ranking: 1 where the pair is a positive, else 0. Regression: the number.
+    """
+
+    pairs: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def where(self, chosen: np.ndarray) -> "Interactions":
+        """The chosen rows, in the same order."""
+        return Interactions(self.pairs[chosen], self.values[chosen])
+
+    def positives(self, task: int) -> np.ndarray:
+        """The pairs `[N, 2]` that are positives of a ranking task."""
+        return self.pairs[self.values[:, task] > 0]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Everything that was recorded; the first task is the target."""
+
+    name: str
+    num_users: int
+    num_items: int
+    tasks: tuple[Task, ...]
+    interactions: Interactions
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training and evaluation read; no pair is in two of the three sets."""
+
+    name: str
+    num_users: int
+    num_items: int
+    tasks: tuple[Task, ...]
+    train: Interactions
+    validation: Interactions
+    test: Interactions
+
+    @property
+    def ranking_tasks(self) -> list[int]:
+        """The places of the ranking tasks; the target's is 0."""
+        return [place for place, task in enumerate(self.tasks) if task.kind == RANKING]
+
+    @property
+    def regression_tasks(self) -> list[int]:
+        """The places of the regression tasks."""
+        return [place for place, task in enumerate(self.tasks) if task.kind == REGRESSION]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of the pairs that are held out.
+
+    Attributes:
+      validation, test: of the target's positives.
+      others: of all other pairs, in each of the two sets; 0 keeps every auxiliary pair for training.
+      by_user: cut the same shares from every user, rather than from all pairs together.
+      seed: of the data's split, not of the training.
+    """
+
+    validation: float = 0.2
+    test: float = 0.2
+    others: float = 0.1
+    by_user: bool = True
+    seed: int = 0
+
+
+# MetaBalance, appendix A.2: purchases at random, and all auxiliary pairs that are left for training.
+PAPER_SPLIT = Split(validation=0.1, test=0.2, others=0.0, by_user=False)
+
+
+def behaviours(name: str, num_users: int, num_items: int, pairs: Mapping[str, np.ndarray]) -> Log:
+    """A log of ranking tasks from the pairs `[N, 2]` of each behaviour, the target first."""
+    stacked = np.concatenate([np.asarray(found).reshape(-1, 2) for found in pairs.values()])
+    keys = stacked[:, 0].astype(np.int64) * num_items + stacked[:, 1]
+    task = np.repeat(np.arange(len(pairs)), [len(found) for found in pairs.values()])
+    distinct, place = np.unique(keys, return_inverse=True)
+    values = np.zeros((len(distinct), len(pairs)), np.float32)
+    values[place, task] = 1
+    both = np.stack([distinct // num_items, distinct % num_items], axis=1).astype(np.int32)
+    tasks = tuple(Task(behaviour) for behaviour in pairs)
+    return Log(name, num_users, num_items, tasks, Interactions(both, values))
+
+
+def make_dataset(log: Log, split: Split) -> Dataset:
+    """Hold pairs out for validation and test.
+
+    A pair is held out with all of its labels. Otherwise the test set leaks: a rating of 5 is also "a
+    rating", four of five purchases are also views, and an auxiliary task would teach the shared bottom
+    the very pairs that are to be ranked.
+    """
+    is_target = log.interactions.values[:, 0] > 0
+    part = np.zeros(len(is_target), np.int8)
+    generator = np.random.default_rng(split.seed)
+    for group, validation, test in (
+        (is_target, split.validation, split.test),
+        (~is_target, split.others, split.others),
+    ):
+        users = log.interactions.pairs[group, 0]
+        groups = users if split.by_user else np.zeros_like(users)
+        part[group] = _split_groups(groups, validation, test, generator)
+    train, validation, test = (log.interactions.where(part == which) for which in range(3))
+    for held_out in (train, validation, test):
+        if not len(held_out.positives(0)):
+            raise UserError(
+                "the target task has too few pairs a user to hold some out (5 are needed)"
+            )
+    return Dataset(log.name, log.num_users, log.num_items, log.tasks, train, validation, test)
+
+
+def _split_groups(
+    groups: np.ndarray, validation: float, test: float, generator: np.random.Generator
+) -> np.ndarray:
+    """0 (training), 1 (validation) or 2 (test) for each pair of the sorted `groups`.
+
+    The same shares are cut from each, rounded down: a user with few pairs keeps them for training.
+    """
+    order = np.lexsort((generator.random(len(groups)), groups))
+    _, starts, counts = np.unique(groups, return_index=True, return_counts=True)
+    place = np.arange(len(groups)) - np.repeat(starts, counts)
+    count = np.repeat(counts, counts)
+    test_pairs, all_held_out = np.floor(test * count), np.floor((test + validation) * count)
+    part = np.where(place < test_pairs, 2, np.where(place < all_held_out, 1, 0))
+    result = np.empty(len(groups), np.int8)
+    result[order] = part
+    return result
+
+
+def with_target(log: Log, target: str) -> Log:
+    """The same log with another ranking task as the target."""
+    names = [task.name for task in log.tasks if task.kind == RANKING]
+    if target not in names:
+        raise UserError(f"--target {target}: {log.name} has the ranking tasks {', '.join(names)}")
+    first = [task.name for task in log.tasks].index(target)
+    order = [first, *(place for place in range(len(log.tasks)) if place != first)]
+    found = Interactions(log.interactions.pairs, log.interactions.values[:, order])
+    return replace(log, tasks=tuple(log.tasks[place] for place in order), interactions=found)
