@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,31 +30,31 @@ def check_integer(name: str, what: str, value: Any, low: int, high: int | None =
         )
 
 
-def check_seed(name: str, seed: Any) -> None:
-    """Raises if `seed` is not an integer or a scalar array of integers."""
-    dtype = getattr(seed, "dtype", type(seed))
-    if isinstance(seed, bool) or not jax.dtypes.issubdtype(dtype, np.integer) or np.shape(seed):
-        raise TypeError(f"{name}: seed must be an integer, found {describe(seed)}.")
+def check_seed(name: str, what: str, value: Any) -> None:
+    """Raises if `value` is not an integer or a scalar array of integers."""
+    dtype = getattr(value, "dtype", type(value))
+    if isinstance(value, bool) or not jax.dtypes.issubdtype(dtype, np.integer) or np.shape(value):
+        raise TypeError(f"{name}: {what} must be an integer, found {describe(value)}.")
 
 
-def check_range(name: str, **ranges: tuple[Any, float, float]) -> None:
-    """Raises if a value is not a number, or is a Python number outside its closed range.
+def check_range(
+    name: str, what: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> None:
+    """Raises if `value` is not a number, or is a Python number outside a closed range.
 
     The value of a scalar array is not checked, so that `optax.inject_hyperparams` can schedule any
     number.
     """
-    for what, (value, low, high) in ranges.items():
-        _check_number(name, what, value)
-        if isinstance(value, _NUMBER) and not low <= value <= high:
-            raise ValueError(f"{name}: {what} must be in [{low}, {high}], found {value}.")
+    _check_number(name, what, value)
+    if isinstance(value, _NUMBER) and not low <= value <= high:
+        raise ValueError(f"{name}: {what} must be in [{low}, {high}], found {value}.")
 
 
-def check_decay(name: str, **decays: Any) -> None:
+def check_decay(name: str, what: str, value: Any) -> None:
     """Raises if the decay of an EMA is outside [0, 1): with 1 the average would never change."""
-    for what, value in decays.items():
-        _check_number(name, what, value)
-        if isinstance(value, _NUMBER) and not 0 <= value < 1:
-            raise ValueError(f"{name}: {what} must be in [0, 1), found {value}.")
+    _check_number(name, what, value)
+    if isinstance(value, _NUMBER) and not 0 <= value < 1:
+        raise ValueError(f"{name}: {what} must be in [0, 1), found {value}.")
 
 
 def check_bool(name: str, what: str, value: Any) -> None:

@@ -11,6 +11,11 @@ import numpy as np
 from mtl_optax.core.rule import StepInputs
 
 
+def step_key(seed: int | jax.Array, inputs: StepInputs) -> jax.Array:
+    """Returns the random key of a step, so that a state needs no key."""
+    return jax.random.fold_in(jax.random.key(seed), inputs.step)
+
+
 def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | None:
     """Returns the extra argument `gram`, `[T, T]`, with 0 for inactive tasks; None if it is not given.
 
@@ -30,7 +35,7 @@ def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | Non
 
 
 def projection_order(
-    name: str, num_tasks: int, order: str, seed: int, inputs: StepInputs
+    name: str, num_tasks: int, order: str, seed: int | jax.Array, inputs: StepInputs
 ) -> jax.Array:
     """Returns integers `[T, T]`: gradient i is projected on the other gradients in the order of row i.
 
@@ -51,6 +56,5 @@ def projection_order(
     ascending = jnp.arange(num_tasks, dtype=jnp.int32)
     if order == "cyclic":
         return (ascending[:, None] + 1 + ascending[None, :]) % num_tasks
-    key = jax.random.fold_in(jax.random.key(seed), inputs.step)
     rows = jnp.broadcast_to(ascending[None, :], (num_tasks, num_tasks))
-    return jax.random.permutation(key, rows, axis=1, independent=True)
+    return jax.random.permutation(step_key(seed, inputs), rows, axis=1, independent=True)

@@ -180,11 +180,11 @@ def task_numbers(
         value = value.tolist()
     if isinstance(value, (tuple, list)):
         for entry in value:
-            check_range(name, **{what: (entry, low, high)})
+            check_range(name, what, entry, low, high)
         traced = any(isinstance(entry, jax.Array) for entry in value)
         value = jnp.stack(list(map(jnp.asarray, value))) if traced else np.array(value)
     elif np.ndim(value) == 0:
-        check_range(name, **{what: (value, low, high)})
+        check_range(name, what, value, low, high)
     shape = np.shape(value)
     if shape != (tasks.number,) and not (or_one and shape == ()):
         one = "be a number or " * or_one

@@ -9,8 +9,6 @@ from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import mask_inactive
 from mtl_optax.solvers.spectral import kept_eigenpairs, rotate
 
-SCALES = ("min", "median", "rmse")
-
 
 def _common_value(singular: jax.Array, kept: jax.Array, scale: str) -> jax.Array:
     """The value that all singular values become; `singular` is ascending, the kept ones are last."""

@@ -86,7 +86,7 @@ def remember(
       2025, section 3.3, https://arxiv.org/abs/2408.11104
     """
     axis = _tasks_of(inner, tasks)
-    check_decay("remember", decay=decay)
+    check_decay("remember", "decay", decay)
     update_inner = optax.with_extra_args_support(inner).update
 
     def init_fn(params: optax.Params) -> RememberState:

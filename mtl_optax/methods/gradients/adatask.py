@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_transformation
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
@@ -21,7 +20,7 @@ from mtl_optax.wrappers.per_task import init_each, update_each
 
 @factory
 def adatask(
-    tasks: int | Collection[str], inner: optax.GradientTransformation, *, axis_name: AxisName = None
+    tasks: int | Collection[str], inner: Transformation, *, axis_name: AxisName = None
 ) -> Method:
     r"""Sums the steps of one adaptive optimizer per task.
 
@@ -69,7 +68,6 @@ def adatask(
       Approach to Multi-Task Learning, 2023, https://arxiv.org/abs/2211.15055
     """
     axis = read_tasks("adatask", tasks)
-    check_transformation("adatask", "inner", inner)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> optax.OptState:
         # Called inside `init_each`, which replaces shapes by arrays.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, Literal, Unpack
 
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_bool, check_choice, check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import AnyNumber, Decay, Flag, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.
@@ -28,9 +26,9 @@ _EPS = 1e-8
 def db_mtl(
     tasks: int | Collection[str],
     *,
-    ema_decay: Number = 0.9,
-    beta_sigma: Number = 0.0,
-    log_losses: bool = True,
+    ema_decay: Decay = 0.9,
+    beta_sigma: AnyNumber = 0.0,
+    log_losses: Flag = True,
     norm: Literal["max", "min", "median", "mean"] = "max",
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -99,10 +97,6 @@ def db_mtl(
       Recommendation System, 2024, https://arxiv.org/abs/2411.11871
     """
     axis = read_tasks("db_mtl", tasks)
-    check_decay("db_mtl", ema_decay=ema_decay)
-    check_range("db_mtl", beta_sigma=(beta_sigma, -math.inf, math.inf))
-    check_bool("db_mtl", "log_losses", log_losses)
-    check_choice("db_mtl", "norm", norm, tuple(_COMMON))
 
     def average(
         inputs: StepInputs, averages: optax.OptState

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, NonnegativeInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_softmax
 
@@ -40,9 +39,9 @@ class ExcessMTLState(NamedTuple):
 def excess_mtl(
     tasks: int | Collection[str],
     *,
-    step_size: Number = 1.0,
-    warmup_steps: int = 0,
-    eps: Number = 1e-7,
+    step_size: Nonnegative = 1.0,
+    warmup_steps: NonnegativeInt = 0,
+    eps: Nonnegative = 1e-7,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Gives larger weights to tasks with larger excess risk.
@@ -103,8 +102,6 @@ def excess_mtl(
       2024, https://arxiv.org/abs/2402.02009
     """
     axis = read_tasks("excess_mtl", tasks)
-    check_range("excess_mtl", step_size=(step_size, 0, math.inf), eps=(eps, 0, math.inf))
-    check_integer("excess_mtl", "warmup_steps", warmup_steps, 0)
 
     def init(dtype: DType) -> ExcessMTLState:
         return ExcessMTLState(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_seed
-from mtl_optax.core.factory import factory
+from mtl_optax.core.extra_args import step_key
+from mtl_optax.core.factory import Seed, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
@@ -22,7 +22,7 @@ from mtl_optax.solvers.arithmetic import safe_divide
 
 @factory
 def graddrop(
-    tasks: int | Collection[str], *, leak: Number = 0.0, seed: int = 0, axis_name: AxisName = None
+    tasks: int | Collection[str], *, leak: Number = 0.0, seed: Seed = 0, axis_name: AxisName = None
 ) -> Method:
     r"""Keeps the gradients of one randomly drawn sign at every coordinate.
 
@@ -83,14 +83,12 @@ def graddrop(
     """
     axis = read_tasks("graddrop", tasks)
     leak = task_numbers("graddrop", "leak", leak, axis, 0, 1, or_one=True)
-    check_seed("graddrop", seed)
 
     def apply(
         inputs: StepInputs, state: optax.OptState
     ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
         leaves, treedef = jax.tree.flatten(inputs.updates)
-        key = jax.random.fold_in(jax.random.key(seed), inputs.step)
-        noise = _noise_leaves(inputs.extra["noise"], leaves, treedef, key)
+        noise = _noise_leaves(inputs.extra["noise"], leaves, treedef, step_key(seed, inputs))
         leaks = jnp.broadcast_to(jnp.asarray(leak, inputs.dtype), (axis.number,))
         masked = [_mask(leaf, uniform, leaks) for leaf, uniform in zip(leaves, noise, strict=True)]
         update = [jnp.sum(leaf, axis=0) for leaf in masked]

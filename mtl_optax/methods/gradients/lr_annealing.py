@@ -11,13 +11,12 @@ import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_decay
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.tasks import find_target, read_tasks
-from mtl_optax.core.types import AxisName, DType, Number
+from mtl_optax.core.types import AxisName, DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -37,7 +36,7 @@ def lr_annealing(
     tasks: int | Collection[str],
     *,
     target: int | str | None = None,
-    ema_decay: Number = 0.9,
+    ema_decay: Decay = 0.9,
     axis_name: AxisName = None,
 ) -> Method:
     r"""Raises the weights of boundary losses until their gradients match the equation's largest entry.
@@ -94,7 +93,6 @@ def lr_annealing(
     """
     axis = read_tasks("lr_annealing", tasks)
     index = find_target("lr_annealing", target, axis)
-    check_decay("lr_annealing", ema_decay=ema_decay)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> LRAnnealingState:
         return LRAnnealingState(jnp.ones((num_tasks,), dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import AnyNumber, Decay, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
@@ -36,9 +34,9 @@ class MoCoState(NamedTuple):
 def moco(
     tasks: int | Collection[str],
     *,
-    ema_decay: Number = 0.9,
-    weight_lr: Number = 0.1,
-    rho: Number = 0.1,
+    ema_decay: Decay = 0.9,
+    weight_lr: AnyNumber = 0.1,
+    rho: AnyNumber = 0.1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Combines moving averages of the task gradients by slowly changing min-norm weights.
@@ -100,9 +98,6 @@ def moco(
       Learning: A Provably Convergent Stochastic Approach, 2023, https://arxiv.org/abs/2210.12624
     """
     axis = read_tasks("moco", tasks)
-    any_number = (-math.inf, math.inf)
-    check_decay("moco", ema_decay=ema_decay)
-    check_range("moco", weight_lr=(weight_lr, *any_number), rho=(rho, *any_number))
 
     def init(dtype: DType) -> MoCoState:
         return MoCoState(jnp.full((axis.number,), 1 / axis.number, dtype))

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.tasks import read_tasks, task_numbers
-from mtl_optax.core.types import AxisName, DType, Number, PerTask
+from mtl_optax.core.types import AxisName, DType, PerTask
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -50,10 +49,10 @@ class _Decays(NamedTuple):
 def scale_by_mtadam(
     tasks: int | Collection[str],
     *,
-    b1: Number = 0.9,
-    b2: Number = 0.999,
-    b3: Number = 0.9,
-    eps: Number = 1e-8,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    b3: Decay = 0.9,
+    eps: Nonnegative = 1e-8,
     ranks: PerTask | None = None,
     axis_name: AxisName = None,
 ) -> Method:
@@ -119,8 +118,6 @@ def scale_by_mtadam(
       https://arxiv.org/abs/2006.14683
     """
     axis = read_tasks("scale_by_mtadam", tasks)
-    check_decay("scale_by_mtadam", b1=b1, b2=b2, b3=b3)
-    check_range("scale_by_mtadam", eps=(eps, 0, float("inf")))
     if ranks is not None:
         ranks = task_numbers("scale_by_mtadam", "ranks", ranks, axis, 0)
 

@@ -8,13 +8,12 @@ from typing import Literal, Unpack
 import jax
 import optax
 
-from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.solvers.aligned import SCALES, aligned_weights
+from mtl_optax.solvers.aligned import aligned_weights
 
 
 @factory
@@ -76,7 +75,6 @@ def aligned_mtl(
       Learning, 2023, https://arxiv.org/abs/2305.19000
     """
     axis = read_tasks("aligned_mtl", tasks)
-    check_choice("aligned_mtl", "scale", scale, SCALES)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         weights = aligned_weights(inputs.cosine, inputs.norms, inputs.active, scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Literal, Unpack
 
@@ -10,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import Number
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 
 
@@ -24,7 +21,7 @@ from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 def cagrad(
     tasks: int | Collection[str],
     *,
-    c: Number = 0.4,
+    c: Nonnegative = 0.4,
     rescale: Literal[0, 1, 2] = 1,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -80,8 +77,6 @@ def cagrad(
       https://arxiv.org/abs/2110.14048
     """
     axis = read_tasks("cagrad", tasks)
-    check_range("cagrad", c=(c, 0, math.inf))
-    check_integer("cagrad", "rescale", rescale, 0, 2)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         radius = jnp.asarray(c, inputs.norms.dtype)

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_decay
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule, rule_of
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 
 
 class CRMOGMState(NamedTuple):
@@ -38,7 +37,7 @@ def cr_mogm(
     tasks: int | Collection[str],
     *,
     base: optax.GradientTransformation | None = None,
-    ema_decay: Number = 0.9,
+    ema_decay: Decay = 0.9,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Averages the weights of another method over time.
@@ -87,7 +86,6 @@ def cr_mogm(
       https://papers.neurips.cc/paper_files/paper/2022/hash/f91bd64a3620aad8e70a27ad9cb3ca57-Abstract-Conference.html
     """
     axis = read_tasks("cr_mogm", tasks)
-    check_decay("cr_mogm", ema_decay=ema_decay)
     inner = min_norm_rule("none") if base is None else rule_of("cr_mogm", base, axis.number)
 
     def init(dtype: DType) -> CRMOGMState:

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, Share, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule, rule_of
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares
@@ -39,10 +38,10 @@ class EMTLState(NamedTuple):
 def emtl(
     tasks: int | Collection[str],
     *,
-    epsilon: Number = 0.0,
-    rho: Number = 0.1,
-    kl_radius: Number | None = None,
-    step_size: Number = 0.5,
+    epsilon: Share = 0.0,
+    rho: Nonnegative = 0.1,
+    kl_radius: Nonnegative | None = None,
+    step_size: Nonnegative = 0.5,
     base: optax.GradientTransformation | None = None,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -119,11 +118,6 @@ def emtl(
       Yuan and Zhang, Equitable Multi-task Learning, 2023, https://arxiv.org/abs/2306.09373
     """
     axis = read_tasks("emtl", tasks)
-    check_range(
-        "emtl", epsilon=(epsilon, 0, 1), rho=(rho, 0, math.inf), step_size=(step_size, 0, math.inf)
-    )
-    if kl_radius is not None:
-        check_range("emtl", kl_radius=(kl_radius, 0, math.inf))
     inner = min_norm_rule("l2") if base is None else rule_of("emtl", base, axis.number)
 
     def init(dtype: DType) -> EMTLState:

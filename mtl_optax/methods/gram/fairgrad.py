@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Unpack
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import fair_rule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import Number
 
 
 @factory
 def fairgrad(
-    tasks: int | Collection[str], *, alpha: Number = 1.0, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], *, alpha: Nonnegative = 1.0, **options: Unpack[MethodOptions]
 ) -> Method:
     r"""Allocates progress between tasks by alpha-fairness.
 
@@ -66,7 +63,6 @@ def fairgrad(
       https://arxiv.org/abs/2402.15638
     """
     axis = read_tasks("fairgrad", tasks)
-    check_range("fairgrad", alpha=(alpha, 0, math.inf))
     if isinstance(alpha, (int, float)) and alpha == 0:
         raise ValueError("fairgrad: alpha must be positive; for the mean use mean_tasks.")
 

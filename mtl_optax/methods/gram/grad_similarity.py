@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
@@ -73,7 +72,6 @@ def grad_similarity(
     """
     axis = read_tasks("grad_similarity", tasks)
     index = find_target("grad_similarity", target, axis)
-    check_choice("grad_similarity", "mode", mode, ("unweighted", "weighted"))
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         similarity = inputs.cosine[:, index]

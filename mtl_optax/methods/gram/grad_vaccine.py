@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Literal, NamedTuple, Unpack
 
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice, check_decay, check_range, check_seed
 from mtl_optax.core.extra_args import projection_order
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Nonnegative, Seed, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.projections import projected_sum_weights
 
@@ -52,10 +50,10 @@ class _ScanState(NamedTuple):
 def grad_vaccine(
     tasks: int | Collection[str],
     *,
-    ema_decay: Number = 0.99,
+    ema_decay: Decay = 0.99,
     order: Literal["random", "cyclic"] = "random",
-    seed: int = 0,
-    eps: Number = 1e-8,
+    seed: Seed = 0,
+    eps: Nonnegative = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Rotates each gradient whose cosine with another one is below the average of their pair.
@@ -120,10 +118,6 @@ def grad_vaccine(
       in Massively Multilingual Models, 2021, https://arxiv.org/abs/2010.05874
     """
     axis = read_tasks("grad_vaccine", tasks)
-    check_choice("grad_vaccine", "order", order, ("random", "cyclic"))
-    check_seed("grad_vaccine", seed)
-    check_decay("grad_vaccine", ema_decay=ema_decay)
-    check_range("grad_vaccine", eps=(eps, 0, math.inf))
     own = jnp.arange(axis.number, dtype=jnp.int32)
 
     def init(dtype: DType) -> GradVaccineState:

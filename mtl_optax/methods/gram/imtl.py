@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_transformation
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -24,7 +23,7 @@ from mtl_optax.solvers.equal_projection import equal_projection_weights
 def imtl(
     tasks: int | Collection[str],
     *,
-    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    optimizer: Transformation = optax.adam(1e-3),
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Scales all losses to the same size, then gives all tasks the same progress.
@@ -69,7 +68,6 @@ def imtl(
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
     axis = read_tasks("imtl", tasks)
-    check_transformation("imtl", "optimizer", optimizer)
     scales = trained_scale_rule(optimizer, axis.number)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_bool, check_integer
-from mtl_optax.core.factory import factory
+from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.factory import Flag, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -24,7 +24,7 @@ def krum(
     *,
     num_byzantine: int = 0,
     num_selected: int = 1,
-    squared: bool = False,
+    squared: Flag = False,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Averages the task gradients closest to their neighbours and discards the others.
@@ -73,7 +73,6 @@ def krum(
       https://papers.nips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html
     """
     axis = read_tasks("krum", tasks)
-    check_bool("krum", "squared", squared)
     check_integer("krum", "num_byzantine", num_byzantine, 0, max(0, axis.number - 3))
     check_integer("krum", "num_selected", num_selected, 1, axis.number)
 

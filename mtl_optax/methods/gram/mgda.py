@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, Unpack
 
-from mtl_optax.core.arguments import check_choice
 from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
@@ -76,5 +75,4 @@ def mgda(
       https://arxiv.org/abs/1810.04650
     """
     axis = read_tasks("mgda", tasks)
-    check_choice("mgda", "normalize", normalize, ("none", "l2", "loss", "loss+"))
     return from_rule("mgda", axis, min_norm_rule(normalize), **options)

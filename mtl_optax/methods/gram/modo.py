@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_range
 from mtl_optax.core.extra_args import given_gram
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -34,8 +32,8 @@ class MoDoState(NamedTuple):
 def modo(
     tasks: int | Collection[str],
     *,
-    weight_lr: Number = 0.1,
-    rho: Number = 0.1,
+    weight_lr: Nonnegative = 0.1,
+    rho: Nonnegative = 0.1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Moves simplex weights one step towards the min-norm point, from two independent samples.
@@ -89,7 +87,6 @@ def modo(
       Generalization and Conflict-Avoidance, 2023, https://arxiv.org/abs/2305.20057
     """
     axis = read_tasks("modo", tasks)
-    check_range("modo", weight_lr=(weight_lr, 0, math.inf), rho=(rho, 0, math.inf))
 
     def init(dtype: DType) -> MoDoState:
         return MoDoState(jnp.full((axis.number,), 1 / axis.number, dtype))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
-from mtl_optax.core.types import DType, Number, PerTask
+from mtl_optax.core.types import DType, PerTask
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -39,10 +37,10 @@ class MultiBalanceState(NamedTuple):
 def multibalance(
     tasks: int | Collection[str],
     *,
-    weight_lr: Number = 1.0,
+    weight_lr: Nonnegative = 1.0,
     prior: PerTask | None = None,
-    prior_strength: Number = 0.1,
-    ema_decay: Number = 0.9,
+    prior_strength: Nonnegative = 0.1,
+    ema_decay: Decay = 0.9,
     direction: Literal["cosine", "gradient"] = "cosine",
     ema_init: Literal["first", "zeros", "debias"] = "first",
     **options: Unpack[MethodOptions],
@@ -107,16 +105,8 @@ def multibalance(
       https://arxiv.org/abs/2411.11871
     """
     axis = read_tasks("multibalance", tasks)
-    check_choice("multibalance", "direction", direction, ("cosine", "gradient"))
-    check_choice("multibalance", "ema_init", ema_init, ("first", "zeros", "debias"))
     if prior is not None:
         prior = task_numbers("multibalance", "prior", prior, axis, 0)
-    check_decay("multibalance", ema_decay=ema_decay)
-    check_range(
-        "multibalance",
-        weight_lr=(weight_lr, 0, math.inf),
-        prior_strength=(prior_strength, 0, math.inf),
-    )
 
     def init(dtype: DType) -> MultiBalanceState:
         zeros = jnp.zeros((axis.number,), dtype)

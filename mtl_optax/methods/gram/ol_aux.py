@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
@@ -11,14 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_bool, check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Flag, Nonnegative, PositiveInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.tasks import find_target, read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 
 # Limit of the absolute value of a weight, so that its product with a gradient stays finite.
 _LARGEST_WEIGHT = 2.0**60
@@ -53,10 +51,10 @@ def ol_aux(
     tasks: int | Collection[str],
     *,
     target: int | str | None = None,
-    weight_lr: Number = 0.005,
-    update_every: int = 5,
-    filter_window: int = 1,
-    nonnegative: bool = True,
+    weight_lr: Nonnegative = 0.005,
+    update_every: PositiveInt = 5,
+    filter_window: PositiveInt = 1,
+    nonnegative: Flag = True,
     **options: Unpack[MethodOptions],  # pyright: ignore[reportGeneralTypeIssues]
 ) -> Method:
     r"""Learns the weights of auxiliary tasks from their effect on the target task.
@@ -116,10 +114,6 @@ def ol_aux(
     """
     axis = read_tasks("ol_aux", tasks)
     index = find_target("ol_aux", target, axis)
-    check_range("ol_aux", weight_lr=(weight_lr, 0, math.inf))
-    check_bool("ol_aux", "nonnegative", nonnegative)
-    check_integer("ol_aux", "update_every", update_every, 1)
-    check_integer("ol_aux", "filter_window", filter_window, 1)
 
     def init(dtype: DType) -> OLAuxState:
         return OLAuxState(jnp.ones((axis.number,), dtype), jnp.zeros((axis.number,), dtype))

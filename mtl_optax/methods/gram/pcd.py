@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -41,8 +39,8 @@ def pcd(
     *,
     target: int | str | None = None,
     tau: Number = 0.02,
-    ema_decay: Number = 0.999,
-    eps: Number = 1e-8,
+    ema_decay: Decay = 0.999,
+    eps: Nonnegative = 1e-8,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Finds the update nearest to the target's gradient with a minimum progress of every other task.
@@ -100,8 +98,6 @@ def pcd(
     axis = read_tasks("pcd", tasks)
     index = find_target("pcd", target, axis)
     tau = task_numbers("pcd", "tau", tau, axis, 0, 1, or_one=True)
-    check_decay("pcd", ema_decay=ema_decay)
-    check_range("pcd", eps=(eps, 0, math.inf))
 
     def init(dtype: DType) -> PCDState:
         zeros = jnp.zeros((axis.number,), dtype)

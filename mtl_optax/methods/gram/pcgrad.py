@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice, check_seed
 from mtl_optax.core.extra_args import projection_order
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Seed, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -25,7 +24,7 @@ def pcgrad(
     tasks: int | Collection[str],
     *,
     order: Literal["random", "cyclic"] = "random",
-    seed: int = 0,
+    seed: Seed = 0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Projects each task gradient on the normal planes of conflicting gradients, and sums the results.
@@ -78,8 +77,6 @@ def pcgrad(
       https://arxiv.org/abs/2001.06782
     """
     axis = read_tasks("pcgrad", tasks)
-    check_choice("pcgrad", "order", order, ("random", "cyclic"))
-    check_seed("pcgrad", seed)
     own = jnp.arange(axis.number, dtype=jnp.int32)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.core.arguments import check_integer, check_range
 from mtl_optax.core.extra_args import given_gram
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, NonnegativeInt, Share, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -37,10 +35,10 @@ class SDMGradState(NamedTuple):
 def sdmgrad(
     tasks: int | Collection[str],
     *,
-    lam: Number = 0.3,
-    num_steps: int = 20,
-    step_size: Number = 10.0,
-    momentum: Number = 0.5,
+    lam: Nonnegative = 0.3,
+    num_steps: NonnegativeInt = 20,
+    step_size: Nonnegative = 10.0,
+    momentum: Share = 0.5,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Combines the min-norm direction with the mean gradient.
@@ -102,13 +100,6 @@ def sdmgrad(
       Algorithms, 2023, https://arxiv.org/abs/2305.18409
     """
     axis = read_tasks("sdmgrad", tasks)
-    check_integer("sdmgrad", "num_steps", num_steps, 0)
-    check_range(
-        "sdmgrad",
-        lam=(lam, 0, math.inf),
-        step_size=(step_size, 0, math.inf),
-        momentum=(momentum, 0, 1),
-    )
 
     def init(dtype: DType) -> SDMGradState:
         return SDMGradState(jnp.full((axis.number,), 1 / axis.number, dtype))

@@ -9,13 +9,12 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
@@ -35,8 +34,8 @@ class BanditMTLState(NamedTuple):
 def bandit_mtl(
     tasks: int | Collection[str],
     *,
-    step_size: Number = 0.5,
-    kl_radius: Number = 1.2,
+    step_size: Nonnegative = 0.5,
+    kl_radius: Nonnegative = 1.2,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Gives larger weights to tasks with larger losses, within a KL ball around equal weights.
@@ -89,9 +88,6 @@ def bandit_mtl(
       2021, https://aclanthology.org/2021.acl-long.428
     """
     axis = read_tasks("bandit_mtl", tasks)
-    check_range(
-        "bandit_mtl", step_size=(step_size, 0, math.inf), kl_radius=(kl_radius, 0, math.inf)
-    )
 
     def init(dtype: DType) -> BanditMTLState:
         return BanditMTLState(jnp.full((axis.number,), -math.log(axis.number), dtype))

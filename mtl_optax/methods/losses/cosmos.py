@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Unpack
 
@@ -10,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_numbers
-from mtl_optax.core.types import Number, PerTask
+from mtl_optax.core.types import PerTask
 from mtl_optax.solvers.log_weights import largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
 
@@ -26,7 +24,7 @@ def cosmos(
     tasks: int | Collection[str],
     *,
     preference: PerTask | None = None,
-    lam: Number = 1.0,
+    lam: Nonnegative = 1.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises a weighted sum of the losses and their angle to a preference vector.
@@ -76,7 +74,6 @@ def cosmos(
       https://arxiv.org/abs/2103.13392
     """
     axis = read_tasks("cosmos", tasks)
-    check_range("cosmos", lam=(lam, 0, math.inf))
     if preference is not None:
         preference = task_numbers("cosmos", "preference", preference, axis, 0)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Positive, PositiveInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -42,8 +40,8 @@ class DWAState(NamedTuple):
 def dwa(
     tasks: int | Collection[str],
     *,
-    temperature: Number = 2.0,
-    window: int = 1,
+    temperature: Positive = 2.0,
+    window: PositiveInt = 1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Gives larger weights to tasks whose losses decrease slowly.
@@ -93,8 +91,6 @@ def dwa(
       https://arxiv.org/abs/1803.10704
     """
     axis = read_tasks("dwa", tasks)
-    check_range("dwa", temperature=(temperature, 1e-6, math.inf))
-    check_integer("dwa", "window", window, 1)
 
     def init(dtype: DType) -> DWAState:
         zeros, counts = jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32)

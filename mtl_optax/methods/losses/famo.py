@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, NamedTuple, Unpack
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -42,8 +41,8 @@ class FAMOState(NamedTuple):
 def famo(
     tasks: int | Collection[str],
     *,
-    gamma: Number = 1e-2,
-    weight_lr: Number = 0.025,
+    gamma: Nonnegative = 1e-2,
+    weight_lr: optax.ScalarOrSchedule = 0.025,
     min_losses: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -109,10 +108,8 @@ def famo(
       https://arxiv.org/abs/2306.03792
     """
     axis = read_tasks("famo", tasks)
-    check_range("famo", gamma=(gamma, 0, math.inf))
-    is_schedule = callable(weight_lr)
-    if not is_schedule:
-        check_range("famo", weight_lr=(weight_lr, 0, math.inf))
+    if not callable(weight_lr):
+        check_range("famo", "weight_lr", weight_lr, 0)
     min_losses = task_numbers("famo", "min_losses", min_losses, axis, or_one=True)
     optimizer = optax.adam(weight_lr)
 

@@ -9,13 +9,13 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.arguments import check_integer
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.k_means import k_means_on_line
 from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_softmax, magnitudes
 
@@ -35,7 +35,7 @@ def go4align(
     tasks: int | Collection[str],
     *,
     num_groups: int,
-    step_size: Number = 1e-4,
+    step_size: Nonnegative = 1e-4,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Groups tasks by a running measure of their risk, and computes one weight per group.
@@ -85,7 +85,6 @@ def go4align(
       2024, https://arxiv.org/abs/2404.06486
     """
     axis = read_tasks("go4align", tasks)
-    check_range("go4align", step_size=(step_size, 0, math.inf))
     check_integer("go4align", "num_groups", num_groups, 1, axis.number)
 
     def init(dtype: DType) -> GO4AlignState:

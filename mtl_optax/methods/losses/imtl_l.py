@@ -7,8 +7,7 @@ from typing import Unpack
 
 import optax
 
-from mtl_optax.core.arguments import check_transformation
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import trained_scale_rule
@@ -19,7 +18,7 @@ from mtl_optax.core.tasks import read_tasks
 def imtl_l(
     tasks: int | Collection[str],
     *,
-    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    optimizer: Transformation = optax.adam(1e-3),
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Learns one scale per task that brings every loss to 1.
@@ -60,6 +59,5 @@ def imtl_l(
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
     axis = read_tasks("imtl_l", tasks)
-    check_transformation("imtl_l", "optimizer", optimizer)
     rule = trained_scale_rule(optimizer, axis.number)
     return from_rule("imtl_l", axis, rule, **options)

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import Tasks, read_tasks, task_numbers
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -36,8 +35,8 @@ def lagrangian(
     tasks: int | Collection[str],
     *,
     limits: Any,
-    step_size: Number,
-    damping: Number = 0.0,
+    step_size: Nonnegative,
+    damping: Nonnegative = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises some losses subject to upper limits on the others.
@@ -89,7 +88,6 @@ def lagrangian(
       https://papers.nips.cc/paper/4-constrained-differential-optimization
     """
     axis = read_tasks("lagrangian", tasks)
-    check_range("lagrangian", step_size=(step_size, 0, math.inf), damping=(damping, 0, math.inf))
     limit, constrained = _read_limits(limits, axis)
 
     def init(dtype: DType) -> LagrangianState:

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_choice, check_decay
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks, task_vector
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -35,7 +34,7 @@ def ntk(
     tasks: int | Collection[str],
     *,
     reference: Literal["sum", "mean"] = "sum",
-    ema_decay: Number = 0.0,
+    ema_decay: Decay = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Weighs each loss by how slowly its residuals converge under gradient descent.
@@ -83,8 +82,6 @@ def ntk(
       https://arxiv.org/abs/2007.14527
     """
     axis = read_tasks("ntk", tasks)
-    check_choice("ntk", "reference", reference, ("sum", "mean"))
-    check_decay("ntk", ema_decay=ema_decay)
 
     def init(dtype: DType) -> NTKState:
         return NTKState(jnp.ones((axis.number,), dtype))

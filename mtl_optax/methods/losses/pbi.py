@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Unpack
 
@@ -10,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -25,7 +23,7 @@ def pbi(
     tasks: int | Collection[str],
     *,
     preference: PerTask | None = None,
-    theta: Number = 5.0,
+    theta: Nonnegative = 5.0,
     reference: Number = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -75,7 +73,6 @@ def pbi(
       https://doi.org/10.1109/TEVC.2007.892759
     """
     axis = read_tasks("pbi", tasks)
-    check_range("pbi", theta=(theta, 0, math.inf))
     if preference is not None:
         preference = task_numbers("pbi", "preference", preference, axis, 0)
     reference = task_numbers("pbi", "reference", reference, axis, or_one=True)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.core.arguments import check_decay, check_range, check_seed
-from mtl_optax.core.factory import factory
+from mtl_optax.core.extra_args import step_key
+from mtl_optax.core.factory import Decay, Positive, Seed, Share, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -40,10 +40,10 @@ class ReLoBRaLoState(NamedTuple):
 def relobralo(
     tasks: int | Collection[str],
     *,
-    ema_decay: Number = 0.999,
-    rho: Number = 0.999,
-    temperature: Number = 1.0,
-    seed: int = 0,
+    ema_decay: Decay = 0.999,
+    rho: Share = 0.999,
+    temperature: Positive = 1.0,
+    seed: Seed = 0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Balances losses by their progress since the last step and, at random, since the first.
@@ -95,13 +95,6 @@ def relobralo(
       https://arxiv.org/abs/2110.09813
     """
     axis = read_tasks("relobralo", tasks)
-    check_decay("relobralo", ema_decay=ema_decay)
-    check_seed("relobralo", seed)
-    check_range(
-        "relobralo",
-        rho=(rho, 0, 1),
-        temperature=(temperature, 1e-6, float("inf")),
-    )
 
     def init(dtype: DType) -> ReLoBRaLoState:
         zeros = jnp.zeros((axis.number,), dtype)
@@ -135,11 +128,10 @@ def relobralo(
     return from_rule("relobralo", axis, rule, **options)
 
 
-def _draw(inputs: StepInputs, seed: int) -> jax.Array:
+def _draw(inputs: StepInputs, seed: int | jax.Array) -> jax.Array:
     noise = inputs.extra["noise"]
     if noise is None:
-        key = jax.random.fold_in(jax.random.key(seed), inputs.step)
-        return jax.random.uniform(key, (), jnp.float32)
+        return jax.random.uniform(step_key(seed, inputs), (), jnp.float32)
     if np.shape(noise) != ():
         raise ValueError(f"relobralo: noise must be one number; found shape {np.shape(noise)}.")
     return jnp.asarray(noise)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_seed
-from mtl_optax.core.factory import factory
+from mtl_optax.core.extra_args import step_key
+from mtl_optax.core.factory import Seed, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -20,7 +20,7 @@ from mtl_optax.solvers.log_weights import log_softmax
 
 @factory
 def rlw(
-    tasks: int | Collection[str], *, seed: int | jax.Array = 0, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], *, seed: Seed = 0, **options: Unpack[MethodOptions]
 ) -> Method:
     r"""Draws random weights at every step.
 
@@ -63,13 +63,11 @@ def rlw(
       Multi-Task Learning, 2022, https://arxiv.org/abs/2111.10603
     """
     axis = read_tasks("rlw", tasks)
-    check_seed("rlw", seed)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         noise = inputs.extra["noise"]
         if noise is None:
-            key = jax.random.fold_in(jax.random.key(seed), inputs.step)
-            noise = jax.random.normal(key, (axis.number,), jnp.float32)
+            noise = jax.random.normal(step_key(seed, inputs), (axis.number,), jnp.float32)
         noise = task_vector("rlw", "noise", noise, axis)
         return jnp.exp(log_softmax(noise, inputs.active)), state
 

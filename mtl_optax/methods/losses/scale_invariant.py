@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Unpack
 
@@ -10,19 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import Number
 from mtl_optax.solvers.log_weights import largest_weight
 
 
 @factory
 def scale_invariant(
-    tasks: int | Collection[str], *, eps: Number = 0.0, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], *, eps: Nonnegative = 0.0, **options: Unpack[MethodOptions]
 ) -> Method:
     r"""Minimises the sum of the logarithms of the losses.
 
@@ -62,7 +59,6 @@ def scale_invariant(
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
     axis = read_tasks("scale_invariant", tasks)
-    check_range("scale_invariant", eps=(eps, 0, math.inf))
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         dtype = inputs.losses.dtype

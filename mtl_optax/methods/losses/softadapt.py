@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import AnyNumber, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
@@ -36,7 +34,7 @@ class SoftAdaptState(NamedTuple):
 def softadapt(
     tasks: int | Collection[str],
     *,
-    beta: Number = 0.1,
+    beta: AnyNumber = 0.1,
     variant: Literal["original", "normalized", "loss_weighted"] = "original",
     **options: Unpack[MethodOptions],
 ) -> Method:
@@ -90,8 +88,6 @@ def softadapt(
       with Multi-Part Loss Functions, 2019, https://arxiv.org/abs/1912.12355
     """
     axis = read_tasks("softadapt", tasks)
-    check_choice("softadapt", "variant", variant, ("original", "normalized", "loss_weighted"))
-    check_range("softadapt", beta=(beta, -math.inf, math.inf))
 
     def init(dtype: DType) -> SoftAdaptState:
         return SoftAdaptState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), bool))

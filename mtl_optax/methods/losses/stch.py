@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_integer, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import NonnegativeInt, Positive, PositiveInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
@@ -37,9 +35,9 @@ class STCHState(NamedTuple):
 def stch(
     tasks: int | Collection[str],
     *,
-    mu: Number = 1.0,
-    warmup_steps: int = 0,
-    nadir_steps: int = 1,
+    mu: Positive = 1.0,
+    warmup_steps: NonnegativeInt = 0,
+    nadir_steps: PositiveInt = 1,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Minimises a smooth maximum of the losses, each relative to its mean early in training.
@@ -92,9 +90,6 @@ def stch(
       Optimization, 2024, https://arxiv.org/abs/2402.19078
     """
     axis = read_tasks("stch", tasks)
-    check_range("stch", mu=(mu, 1e-6, math.inf))
-    check_integer("stch", "warmup_steps", warmup_steps, 0)
-    check_integer("stch", "nadir_steps", nadir_steps, 1)
 
     def init(dtype: DType) -> STCHState:
         return STCHState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32))

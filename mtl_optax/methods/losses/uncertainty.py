@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtl_optax.core.arguments import check_choice, check_transformation
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -28,7 +27,7 @@ def uncertainty(
     *,
     form: Literal["half_logvar", "logvar", "sigma", "half_sigma"] = "half_logvar",
     init: Number = 0.0,
-    optimizer: optax.GradientTransformation = optax.adam(1e-2),
+    optimizer: Transformation = optax.adam(1e-2),
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Weighs each loss by the inverse of a learned noise variance.
@@ -83,8 +82,6 @@ def uncertainty(
       and Semantics, 2018, https://arxiv.org/abs/1705.07115
     """
     axis = read_tasks("uncertainty", tasks)
-    check_transformation("uncertainty", "optimizer", optimizer)
-    check_choice("uncertainty", "form", form, ("half_logvar", "logvar", "sigma", "half_sigma"))
     logarithmic = form in ("half_logvar", "logvar")
     init = task_numbers("uncertainty", "init", init, axis, or_one=True)
     if not logarithmic and not isinstance(init, jax.Array) and np.any(np.less_equal(init, 0)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
@@ -10,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range, check_transformation
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Nonnegative, Transformation, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.trained_values import TrainedState, start, train
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -43,8 +41,8 @@ class GradNormState(NamedTuple):
 def gradnorm(
     tasks: int | Collection[str],
     *,
-    alpha: Number = 1.5,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    alpha: Nonnegative = 1.5,
+    optimizer: Transformation = optax.adam(0.025),
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Trains weights so that tasks with slow progress get larger gradients.
@@ -101,8 +99,6 @@ def gradnorm(
       Balancing in Deep Multitask Networks, 2018, https://arxiv.org/abs/1711.02257
     """
     axis = read_tasks("gradnorm", tasks)
-    check_transformation("gradnorm", "optimizer", optimizer)
-    check_range("gradnorm", alpha=(alpha, 0, math.inf))
 
     def init(dtype: DType) -> GradNormState:
         return GradNormState(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -35,9 +33,9 @@ def inverse_norm(
     tasks: int | Collection[str],
     *,
     reference: Literal["mean", "rms"] = "mean",
-    power: Number = 1.0,
-    ema_decay: Number = 0.9,
-    eps: Number = 0.0,
+    power: Nonnegative = 1.0,
+    ema_decay: Decay = 0.9,
+    eps: Nonnegative = 0.0,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Weighs each task by the inverse of its gradient norm.
@@ -95,13 +93,6 @@ def inverse_norm(
       2023, https://arxiv.org/abs/2308.08468
     """
     axis = read_tasks("inverse_norm", tasks)
-    check_choice("inverse_norm", "reference", reference, ("mean", "rms"))
-    check_decay("inverse_norm", ema_decay=ema_decay)
-    check_range(
-        "inverse_norm",
-        power=(power, 0, math.inf),
-        eps=(eps, 0, math.inf),
-    )
 
     def init(dtype: DType) -> InverseNormState:
         return InverseNormState(jnp.ones((axis.number,), dtype))

@@ -8,13 +8,12 @@ from typing import Any, Literal, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_choice, check_decay, check_range
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Decay, Share, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.tasks import find_target, read_tasks
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
@@ -35,9 +34,9 @@ def metabalance(
     tasks: int | Collection[str],
     *,
     target: int | str | None = None,
-    relax_factor: Number = 0.7,
+    relax_factor: Share = 0.7,
     strategy: Literal["shrink", "enlarge", "both"] = "both",
-    ema_decay: Number = 0.9,
+    ema_decay: Decay = 0.9,
     **options: Unpack[MethodOptions],
 ) -> Method:
     r"""Rescales the gradient of every auxiliary task to the magnitude of the target's gradient.
@@ -113,9 +112,6 @@ def metabalance(
     """
     axis = read_tasks("metabalance", tasks)
     index = find_target("metabalance", target, axis)
-    check_choice("metabalance", "strategy", strategy, ("shrink", "enlarge", "both"))
-    check_range("metabalance", relax_factor=(relax_factor, 0, 1))
-    check_decay("metabalance", ema_decay=ema_decay)
 
     def init(dtype: DType) -> MetaBalanceState:
         return MetaBalanceState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), dtype))

@@ -8,8 +8,7 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.arguments import check_integer
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import NonnegativeInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
@@ -30,7 +29,7 @@ class RotoGradState(NamedTuple):
 
 @factory
 def rotograd_scale(
-    tasks: int | Collection[str], *, burn_in: int = 20, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], *, burn_in: NonnegativeInt = 20, **options: Unpack[MethodOptions]
 ) -> Method:
     r"""Gives all task gradients the same norm, which depends mostly on the slowest tasks.
 
@@ -83,7 +82,6 @@ def rotograd_scale(
       https://arxiv.org/abs/2103.02631
     """
     axis = read_tasks("rotograd_scale", tasks)
-    check_integer("rotograd_scale", "burn_in", burn_in, 0)
 
     def init(dtype: DType) -> RotoGradState:
         return RotoGradState(jnp.zeros((axis.number,), dtype))
