@@ -182,7 +182,7 @@ def overview() -> str:
         "",
     ]
     for family, (title, sentence) in FAMILIES.items():
-        rows = sorted(r for r in mtl.METHODS.values() if r.family == family)
+        rows = [row for _, row in sorted(mtl.METHODS.items()) if row.family == family]
         parts += [f"## {title}", "", sentence, ""]
         parts += ["| method | looks at | scale | paper |", "|---|---|---|---|"]
         for row in rows:
@@ -195,11 +195,48 @@ def overview() -> str:
     return "\n".join(parts)
 
 
+def public_names() -> list[str]:
+    """The public names of `mtl_optax`."""
+    return [
+        name
+        for name, value in vars(mtl).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
+
+
+def states() -> list[str]:
+    """The public names of the states."""
+    return sorted(name for name in public_names() if name.endswith(("State", "Window")))
+
+
+def states_page() -> str:
+    """The page of all states."""
+    return "\n".join(
+        [
+            "# States",
+            "",
+            "`diagnostics` reads them; their fields are here for those who write checkpoints by hand or "
+            "look at a method's memory.",
+            "",
+            "```{eval-rst}",
+            *(f".. autoclass:: mtl_optax.{name}" for name in states()),
+            "```",
+            "",
+        ]
+    )
+
+
 def write(folder: Path) -> None:
     """Writes the pages into `folder`; pages that are as they should be are left alone."""
     ends = json.loads((folder / "paths" / "ends.json").read_text("utf-8"))
+    missing = mtl.METHODS.keys() - ends.keys()
+    if missing:
+        import toy_paths
+
+        ends = toy_paths.main(sorted(missing))
     pages = {row.name: page(row, ends) for row in mtl.METHODS.values()}
     pages["index"] = overview()
+    pages["states"] = states_page()
     for name, text in pages.items():
         file = folder / f"{name}.md"
         if not file.exists() or file.read_text("utf-8") != text:

@@ -107,8 +107,8 @@ def draw(found: np.ndarray, file: Path) -> None:
     Image.open(file).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
-def main(names: list[str]) -> None:
-    """Draws the given methods, or all."""
+def main(names: list[str]) -> dict[str, list[list[float]]]:
+    """Draws the given methods, or all, and returns the ends of all paths."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = FOLDER / "ends.json"
     ends = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -120,6 +120,7 @@ def main(names: list[str]) -> None:
     ends = {name: ends[name] for name in sorted(ends)}
     lines = [f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in ends.items()]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    return ends
 
 
 if __name__ == "__main__":

@@ -1,211 +1,122 @@
 """Multi-task gradient balancing for JAX, as optax transformations that remove the task axis."""
 
-from mtl_optax.checking import check
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.shared_rules import BargainingState
-from mtl_optax.core.state import BalanceState
-from mtl_optax.core.trained_values import TrainedState
-from mtl_optax.methods.gradients.adatask import adatask
-from mtl_optax.methods.gradients.db_mtl import db_mtl
-from mtl_optax.methods.gradients.excess_mtl import ExcessMTLState, excess_mtl
-from mtl_optax.methods.gradients.graddrop import graddrop
-from mtl_optax.methods.gradients.lr_annealing import LRAnnealingState, lr_annealing
-from mtl_optax.methods.gradients.moco import MoCoState, moco
-from mtl_optax.methods.gradients.scale_by_mtadam import MTAdamState, scale_by_mtadam
-from mtl_optax.methods.gradients.trimmed_mean import trimmed_mean
-from mtl_optax.methods.gram.aligned_mtl import aligned_mtl
-from mtl_optax.methods.gram.cagrad import cagrad
-from mtl_optax.methods.gram.conflict_free import conflict_free
-from mtl_optax.methods.gram.cr_mogm import CRMOGMState, cr_mogm
-from mtl_optax.methods.gram.emtl import EMTLState, emtl
-from mtl_optax.methods.gram.fairgrad import fairgrad
-from mtl_optax.methods.gram.grad_similarity import grad_similarity
-from mtl_optax.methods.gram.grad_surgery import grad_surgery
-from mtl_optax.methods.gram.grad_vaccine import GradVaccineState, grad_vaccine
-from mtl_optax.methods.gram.imtl import imtl
-from mtl_optax.methods.gram.imtl_g import imtl_g
-from mtl_optax.methods.gram.krum import krum
-from mtl_optax.methods.gram.mgda import mgda
-from mtl_optax.methods.gram.modo import MoDoState, modo
-from mtl_optax.methods.gram.multibalance import MultiBalanceState, multibalance
-from mtl_optax.methods.gram.nash_mtl import nash_mtl
-from mtl_optax.methods.gram.ol_aux import OLAuxState, OLAuxWindow, ol_aux
-from mtl_optax.methods.gram.pcd import PCDState, pcd
-from mtl_optax.methods.gram.pcgrad import pcgrad
-from mtl_optax.methods.gram.sdmgrad import SDMGradState, sdmgrad
-from mtl_optax.methods.gram.upgrad import dualproj, upgrad
-from mtl_optax.methods.losses.bandit_mtl import BanditMTLState, bandit_mtl
-from mtl_optax.methods.losses.cosmos import cosmos
-from mtl_optax.methods.losses.dwa import DWAState, dwa
-from mtl_optax.methods.losses.famo import FAMOState, famo
-from mtl_optax.methods.losses.fixed_weights import fixed_weights
-from mtl_optax.methods.losses.gls import gls
-from mtl_optax.methods.losses.go4align import GO4AlignState, go4align
-from mtl_optax.methods.losses.imtl_l import imtl_l
-from mtl_optax.methods.losses.lagrangian import LagrangianState, lagrangian
-from mtl_optax.methods.losses.mean_tasks import mean_tasks
-from mtl_optax.methods.losses.ntk import NTKState, ntk, ntk_trace
-from mtl_optax.methods.losses.pbi import pbi
-from mtl_optax.methods.losses.relobralo import ReLoBRaLoState, relobralo
-from mtl_optax.methods.losses.rlw import rlw
-from mtl_optax.methods.losses.scale_invariant import scale_invariant
-from mtl_optax.methods.losses.softadapt import SoftAdaptState, softadapt
-from mtl_optax.methods.losses.stch import STCHState, stch
-from mtl_optax.methods.losses.sum_tasks import sum_tasks
-from mtl_optax.methods.losses.uncertainty import uncertainty
-from mtl_optax.methods.norms.gradnorm import GradNormState, gradnorm
-from mtl_optax.methods.norms.inverse_norm import InverseNormState, inverse_norm
-from mtl_optax.methods.norms.metabalance import MetaBalanceState, metabalance
-from mtl_optax.methods.norms.rotograd_scale import RotoGradState, rotograd_scale
-from mtl_optax.methods.table import METHODS, MethodRow
-from mtl_optax.placement.fork.carrier import fork_init, fork_state
-from mtl_optax.placement.fork.operator import ForkToken, fork, join
-from mtl_optax.placement.losses import weigh_losses
-from mtl_optax.placement.one_task import one_task_value_and_grad
-from mtl_optax.placement.parameters import (
-    per_task_value_and_grad,
-    split_value_and_grad,
-    stack_tasks,
-)
-from mtl_optax.placement.representation import fork_value_and_grad
-from mtl_optax.placement.weighted import weighted_value_and_grad
-from mtl_optax.rule import GradientAverage, StepInputs, UpdateRule, WeightRule, from_rule
-from mtl_optax.states import diagnostics, head_weights
-from mtl_optax.wrappers.accumulate import AccumulateState, accumulate
-from mtl_optax.wrappers.drop_extra_args import drop_extra_args
-from mtl_optax.wrappers.per_task import per_task
-from mtl_optax.wrappers.remember import RememberState, remember
-from mtl_optax.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
+from mtl_optax.checking import check as check
+from mtl_optax.core.method import Method as Method
+from mtl_optax.core.method import MethodOptions as MethodOptions
+from mtl_optax.core.shared_rules import BargainingState as BargainingState
+from mtl_optax.core.state import BalanceState as BalanceState
+from mtl_optax.core.trained_values import TrainedState as TrainedState
+from mtl_optax.methods.gradients.adatask import adatask as adatask
+from mtl_optax.methods.gradients.db_mtl import db_mtl as db_mtl
+from mtl_optax.methods.gradients.excess_mtl import ExcessMTLState as ExcessMTLState
+from mtl_optax.methods.gradients.excess_mtl import excess_mtl as excess_mtl
+from mtl_optax.methods.gradients.graddrop import graddrop as graddrop
+from mtl_optax.methods.gradients.lr_annealing import LRAnnealingState as LRAnnealingState
+from mtl_optax.methods.gradients.lr_annealing import lr_annealing as lr_annealing
+from mtl_optax.methods.gradients.moco import MoCoState as MoCoState
+from mtl_optax.methods.gradients.moco import moco as moco
+from mtl_optax.methods.gradients.scale_by_mtadam import MTAdamState as MTAdamState
+from mtl_optax.methods.gradients.scale_by_mtadam import scale_by_mtadam as scale_by_mtadam
+from mtl_optax.methods.gradients.trimmed_mean import trimmed_mean as trimmed_mean
+from mtl_optax.methods.gram.aligned_mtl import aligned_mtl as aligned_mtl
+from mtl_optax.methods.gram.cagrad import cagrad as cagrad
+from mtl_optax.methods.gram.conflict_free import conflict_free as conflict_free
+from mtl_optax.methods.gram.cr_mogm import CRMOGMState as CRMOGMState
+from mtl_optax.methods.gram.cr_mogm import cr_mogm as cr_mogm
+from mtl_optax.methods.gram.emtl import EMTLState as EMTLState
+from mtl_optax.methods.gram.emtl import emtl as emtl
+from mtl_optax.methods.gram.fairgrad import fairgrad as fairgrad
+from mtl_optax.methods.gram.grad_similarity import grad_similarity as grad_similarity
+from mtl_optax.methods.gram.grad_surgery import grad_surgery as grad_surgery
+from mtl_optax.methods.gram.grad_vaccine import GradVaccineState as GradVaccineState
+from mtl_optax.methods.gram.grad_vaccine import grad_vaccine as grad_vaccine
+from mtl_optax.methods.gram.imtl import imtl as imtl
+from mtl_optax.methods.gram.imtl_g import imtl_g as imtl_g
+from mtl_optax.methods.gram.krum import krum as krum
+from mtl_optax.methods.gram.mgda import mgda as mgda
+from mtl_optax.methods.gram.modo import MoDoState as MoDoState
+from mtl_optax.methods.gram.modo import modo as modo
+from mtl_optax.methods.gram.multibalance import MultiBalanceState as MultiBalanceState
+from mtl_optax.methods.gram.multibalance import multibalance as multibalance
+from mtl_optax.methods.gram.nash_mtl import nash_mtl as nash_mtl
+from mtl_optax.methods.gram.ol_aux import OLAuxState as OLAuxState
+from mtl_optax.methods.gram.ol_aux import OLAuxWindow as OLAuxWindow
+from mtl_optax.methods.gram.ol_aux import ol_aux as ol_aux
+from mtl_optax.methods.gram.pcd import PCDState as PCDState
+from mtl_optax.methods.gram.pcd import pcd as pcd
+from mtl_optax.methods.gram.pcgrad import pcgrad as pcgrad
+from mtl_optax.methods.gram.sdmgrad import SDMGradState as SDMGradState
+from mtl_optax.methods.gram.sdmgrad import sdmgrad as sdmgrad
+from mtl_optax.methods.gram.upgrad import dualproj as dualproj
+from mtl_optax.methods.gram.upgrad import upgrad as upgrad
+from mtl_optax.methods.losses.bandit_mtl import BanditMTLState as BanditMTLState
+from mtl_optax.methods.losses.bandit_mtl import bandit_mtl as bandit_mtl
+from mtl_optax.methods.losses.cosmos import cosmos as cosmos
+from mtl_optax.methods.losses.dwa import DWAState as DWAState
+from mtl_optax.methods.losses.dwa import dwa as dwa
+from mtl_optax.methods.losses.famo import FAMOState as FAMOState
+from mtl_optax.methods.losses.famo import famo as famo
+from mtl_optax.methods.losses.fixed_weights import fixed_weights as fixed_weights
+from mtl_optax.methods.losses.gls import gls as gls
+from mtl_optax.methods.losses.go4align import GO4AlignState as GO4AlignState
+from mtl_optax.methods.losses.go4align import go4align as go4align
+from mtl_optax.methods.losses.imtl_l import imtl_l as imtl_l
+from mtl_optax.methods.losses.lagrangian import LagrangianState as LagrangianState
+from mtl_optax.methods.losses.lagrangian import lagrangian as lagrangian
+from mtl_optax.methods.losses.mean_tasks import mean_tasks as mean_tasks
+from mtl_optax.methods.losses.ntk import NTKState as NTKState
+from mtl_optax.methods.losses.ntk import ntk as ntk
+from mtl_optax.methods.losses.ntk import ntk_trace as ntk_trace
+from mtl_optax.methods.losses.pbi import pbi as pbi
+from mtl_optax.methods.losses.relobralo import ReLoBRaLoState as ReLoBRaLoState
+from mtl_optax.methods.losses.relobralo import relobralo as relobralo
+from mtl_optax.methods.losses.rlw import rlw as rlw
+from mtl_optax.methods.losses.scale_invariant import scale_invariant as scale_invariant
+from mtl_optax.methods.losses.softadapt import SoftAdaptState as SoftAdaptState
+from mtl_optax.methods.losses.softadapt import softadapt as softadapt
+from mtl_optax.methods.losses.stch import STCHState as STCHState
+from mtl_optax.methods.losses.stch import stch as stch
+from mtl_optax.methods.losses.sum_tasks import sum_tasks as sum_tasks
+from mtl_optax.methods.losses.uncertainty import uncertainty as uncertainty
+from mtl_optax.methods.norms.gradnorm import GradNormState as GradNormState
+from mtl_optax.methods.norms.gradnorm import gradnorm as gradnorm
+from mtl_optax.methods.norms.inverse_norm import InverseNormState as InverseNormState
+from mtl_optax.methods.norms.inverse_norm import inverse_norm as inverse_norm
+from mtl_optax.methods.norms.metabalance import MetaBalanceState as MetaBalanceState
+from mtl_optax.methods.norms.metabalance import metabalance as metabalance
+from mtl_optax.methods.norms.rotograd_scale import RotoGradState as RotoGradState
+from mtl_optax.methods.norms.rotograd_scale import rotograd_scale as rotograd_scale
+from mtl_optax.methods.table import MethodRow as MethodRow
+from mtl_optax.methods.table import method_table as _method_table
+from mtl_optax.placement.fork.carrier import fork_init as fork_init
+from mtl_optax.placement.fork.carrier import fork_state as fork_state
+from mtl_optax.placement.fork.operator import ForkToken as ForkToken
+from mtl_optax.placement.fork.operator import fork as fork
+from mtl_optax.placement.fork.operator import join as join
+from mtl_optax.placement.losses import weigh_losses as weigh_losses
+from mtl_optax.placement.one_task import one_task_value_and_grad as one_task_value_and_grad
+from mtl_optax.placement.parameters import per_task_value_and_grad as per_task_value_and_grad
+from mtl_optax.placement.parameters import split_value_and_grad as split_value_and_grad
+from mtl_optax.placement.parameters import stack_tasks as stack_tasks
+from mtl_optax.placement.representation import fork_value_and_grad as fork_value_and_grad
+from mtl_optax.placement.weighted import weighted_value_and_grad as weighted_value_and_grad
+from mtl_optax.rule import GradientAverage as GradientAverage
+from mtl_optax.rule import StepInputs as StepInputs
+from mtl_optax.rule import UpdateRule as UpdateRule
+from mtl_optax.rule import WeightRule as WeightRule
+from mtl_optax.rule import from_rule as from_rule
+from mtl_optax.states import diagnostics as diagnostics
+from mtl_optax.states import head_weights as head_weights
+from mtl_optax.wrappers.accumulate import AccumulateState as AccumulateState
+from mtl_optax.wrappers.accumulate import accumulate as accumulate
+from mtl_optax.wrappers.drop_extra_args import drop_extra_args as drop_extra_args
+from mtl_optax.wrappers.per_task import per_task as per_task
+from mtl_optax.wrappers.remember import RememberState as RememberState
+from mtl_optax.wrappers.remember import remember as remember
+from mtl_optax.wrappers.skip_nonfinite import SkipNonfiniteState as SkipNonfiniteState
+from mtl_optax.wrappers.skip_nonfinite import skip_nonfinite as skip_nonfinite
 
 __version__ = "0.1.0"
 
-# In the groups of the documentation.
-__all__ = [  # noqa: RUF022
-    "__version__",
-    # The table of methods, and the type of all of them.
-    "METHODS",
-    "MethodRow",
-    "Method",
-    "MethodOptions",
-    # Methods on losses or nothing.
-    "bandit_mtl",
-    "cosmos",
-    "dwa",
-    "famo",
-    "fixed_weights",
-    "gls",
-    "go4align",
-    "imtl_l",
-    "lagrangian",
-    "mean_tasks",
-    "ntk",
-    "ntk_trace",
-    "pbi",
-    "relobralo",
-    "rlw",
-    "scale_invariant",
-    "softadapt",
-    "stch",
-    "sum_tasks",
-    "uncertainty",
-    # Methods on norms.
-    "gradnorm",
-    "inverse_norm",
-    "metabalance",
-    "rotograd_scale",
-    # Methods on the Gram matrix.
-    "aligned_mtl",
-    "cagrad",
-    "conflict_free",
-    "cr_mogm",
-    "dualproj",
-    "emtl",
-    "fairgrad",
-    "grad_similarity",
-    "grad_surgery",
-    "grad_vaccine",
-    "imtl",
-    "imtl_g",
-    "krum",
-    "mgda",
-    "modo",
-    "multibalance",
-    "nash_mtl",
-    "ol_aux",
-    "pcd",
-    "pcgrad",
-    "sdmgrad",
-    "upgrad",
-    # Methods on gradients element by element, or with buffers of their size.
-    "adatask",
-    "db_mtl",
-    "excess_mtl",
-    "graddrop",
-    "lr_annealing",
-    "moco",
-    "scale_by_mtadam",
-    "trimmed_mean",
-    # Placement: parameters, losses, representation.
-    "per_task_value_and_grad",
-    "split_value_and_grad",
-    "weighted_value_and_grad",
-    "stack_tasks",
-    "one_task_value_and_grad",
-    "weigh_losses",
-    "fork_value_and_grad",
-    # The fork as an operator.
-    "fork",
-    "join",
-    "fork_init",
-    "fork_state",
-    "ForkToken",
-    # Wrappers.
-    "accumulate",
-    "drop_extra_args",
-    "per_task",
-    "remember",
-    "skip_nonfinite",
-    # Reading states, and checking a whole optimizer.
-    "check",
-    "diagnostics",
-    "head_weights",
-    # A method of one's own.
-    "from_rule",
-    "WeightRule",
-    "UpdateRule",
-    "GradientAverage",
-    "StepInputs",
-    # States.
-    "AccumulateState",
-    "RememberState",
-    "BalanceState",
-    "BanditMTLState",
-    "BargainingState",
-    "CRMOGMState",
-    "DWAState",
-    "EMTLState",
-    "ExcessMTLState",
-    "FAMOState",
-    "GO4AlignState",
-    "GradNormState",
-    "SoftAdaptState",
-    "ReLoBRaLoState",
-    "NTKState",
-    "LagrangianState",
-    "LRAnnealingState",
-    "InverseNormState",
-    "GradVaccineState",
-    "MTAdamState",
-    "MetaBalanceState",
-    "MoCoState",
-    "MoDoState",
-    "MultiBalanceState",
-    "OLAuxState",
-    "OLAuxWindow",
-    "PCDState",
-    "RotoGradState",
-    "SDMGradState",
-    "STCHState",
-    "SkipNonfiniteState",
-    "TrainedState",
-]
+METHODS: dict[str, MethodRow] = _method_table()
+"""All methods by name."""

@@ -24,6 +24,9 @@ from mtl_optax.core.types import Number
 
 P = ParamSpec("P")
 
+FACTORIES: dict[str, Callable[..., Method]] = {}
+"""The factories that were imported, by name."""
+
 AnyNumber: TypeAlias = Annotated[Number, check.check_range]
 Nonnegative: TypeAlias = Annotated[Number, partial(check.check_range, low=0)]
 # A divisor that must not be 0, such as a temperature.
@@ -42,8 +45,8 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
     """Decorates a function that takes the tasks and options and returns a `Method`.
 
     Every argument whose type is a `Literal` or one of the types above is checked. The arguments are
-    recorded in the `origin` of the method. An unknown option raises a TypeError, which suggests the option
-    with the most similar name.
+    recorded in the `origin` of the method, and the factory is added to `FACTORIES`. An unknown option
+    raises a TypeError, which suggests the option with the most similar name.
 
     Args:
       make: the factory, whose first parameter is `tasks`.
@@ -75,6 +78,7 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
         definition = dataclasses.replace(method.definition, origin=origin)
         return Method(definition.init, definition.update)
 
+    FACTORIES[make.__name__] = made
     return made
 
 

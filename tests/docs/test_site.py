@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import method_pages
 import numpy as np
 import pytest
 import run_pages
@@ -35,11 +36,12 @@ def documented_in_the_sources() -> set[str]:
     """The names that the sources of the site document, methods by the pages that the build writes."""
     text = (DOCS / "api" / "index.md").read_text("utf-8")
     found = re.findall(r"^\.\. (?:auto\w+|py:data):: ([\w.]+)", text, flags=re.M)
-    return {name.rsplit(".", 1)[-1] for name in found} | set(mtl_optax.METHODS)
+    found = {name.rsplit(".", 1)[-1] for name in found}
+    return found.union(mtl_optax.METHODS, method_pages.states())
 
 
 def test_the_sources_document_every_public_name() -> None:
-    public = {*mtl_optax.__all__, *PLOTS}
+    public = {*method_pages.public_names(), *PLOTS}
     assert sorted(public - documented_in_the_sources()) == []
 
 
@@ -106,7 +108,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_inventory_holds_every_public_name(site: Path) -> None:
     _, _, _, _, packed = (site / "objects.inv").read_bytes().split(b"\n", 4)
     entries = [line.split()[0] for line in zlib.decompress(packed).decode().splitlines()]
-    names = {f"mtl_optax.{name}" for name in mtl_optax.__all__}
+    names = {f"mtl_optax.{name}" for name in method_pages.public_names()}
     names |= {f"mtl_optax.plotting.{name}" for name in PLOTS}
     assert sorted(names - set(entries)) == []
 

@@ -18,56 +18,6 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-# How many cases each file of reference numbers holds: one that goes missing is an error.
-CASES = {
-    "gradient/aligned_mtl": 22,
-    "gradient/cagrad": 22,
-    "gradient/config": 22,
-    "gradient/db_mtl": 29,
-    "gradient/fairgrad": 22,
-    "gradient/graddrop": 21,
-    "gradient/gradsurgery_target": 20,
-    "gradient/gradvac": 11,
-    "gradient/imtl_g": 23,
-    "gradient/lr_annealing": 3,
-    "gradient/mean_sum_trimmed_krum": 21,
-    "gradient/mgda": 22,
-    "gradient/mgda_normalized": 20,
-    "gradient/moco": 4,
-    "gradient/modo": 4,
-    "gradient/multibalance": 42,
-    "gradient/nash_mtl": 29,
-    "gradient/pcgrad": 22,
-    "gradient/rotograd_scale": 4,
-    "gradient/sdmgrad": 4,
-    "gradient/simplex_projection": 37,
-    "gradient/torchjd_extras": 4,
-    "gradient/upgrad_dualproj": 22,
-    "loss/adatask": 4,
-    "loss/bandit_mtl": 3,
-    "loss/db_mtl": 2,
-    "loss/dwa": 3,
-    "loss/emtl": 7,
-    "loss/famo": 2,
-    "loss/gls": 2,
-    "loss/go4align": 3,
-    "loss/grad_similarity": 3,
-    "loss/gradnorm": 4,
-    "loss/imtl_l": 2,
-    "loss/inverse_norm": 6,
-    "loss/lagrangian": 3,
-    "loss/metabalance": 8,
-    "loss/mtadam": 5,
-    "loss/ntk": 3,
-    "loss/ol_aux": 4,
-    "loss/relobralo": 4,
-    "loss/rlw": 2,
-    "loss/si": 2,
-    "loss/softadapt": 12,
-    "loss/stch": 2,
-    "loss/uncertainty": 4,
-}
-
 # How many numbers each check compares: rows of a static file (two counts: in double and in single
 # precision) or steps of sequences. A filter or a condition that begins to leave one out is an error.
 COMPARED: dict[str, Any] = {
@@ -150,15 +100,14 @@ COMPARED: dict[str, Any] = {
 
 def load(name: str) -> list[Any]:
     """The cases of one file of reference numbers, e.g. `load("gradient/mgda")`."""
-    cases = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
-    assert len(cases) == CASES[name], name
-    return cases
+    return json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
 
 
 def parameters(name: str, keep: Callable[[Any], bool] = lambda case: True) -> list[Any]:
     """The cases of a file for `pytest.mark.parametrize`."""
-    kept = [pytest.param(case, id=case["name"]) for case in load(name) if keep(case)]
-    assert len(kept) == COMPARED.get(name, CASES[name]), name
+    cases = load(name)
+    kept = [pytest.param(case, id=case["name"]) for case in cases if keep(case)]
+    assert len(kept) == COMPARED.get(name, len(cases)), name
     return kept
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from golden_cases import CASES, GOLDEN, load
+from golden_cases import GOLDEN, load
 
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def test_every_golden_file_has_its_number_of_cases() -> None:
-    """Each file in the folder has an entry in `CASES`, and the other way round."""
-    stored = {
-        path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.json")
-    }
-    assert stored == set(CASES)
-    for name in stored:
-        cases = load(name)  # Raises if their number is another.
-        assert len({case["name"] for case in cases}) == len(cases), name
+FILES = {path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.json")}
+
+
+def test_every_golden_file_has_cases_with_different_names() -> None:
+    assert len(FILES) >= 46
+    for name in FILES:
+        cases = load(name)
+        assert cases and len({case["name"] for case in cases}) == len(cases), name
 
 
 def test_every_golden_file_is_read_by_a_test() -> None:
@@ -29,4 +28,4 @@ def test_every_golden_file_is_read_by_a_test() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert set(CASES) <= strings
+    assert strings >= FILES

@@ -37,8 +37,8 @@ def cagrad(
         update = d, \;\; \frac{d}{1 + c^2} \;\text{ or }\; \frac{d}{1 + c}
 
     for ``rescale`` 0, 1 and 2, where :math:`g_w` is a convex combination of the task gradients. Scale:
-    mean-like; equal gradients g give :math:`(1 + c)\, g` before rescaling. With :math:`c < 1` the method
-    converges to a minimum of the mean loss; c = 0 is the mean. Algorithm 1 of the paper.
+    the method's own; equal gradients g give :math:`(1 + c)\, g` before rescaling. With :math:`c < 1` the
+    method converges to a minimum of the mean loss; c = 0 is the mean. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.

@@ -50,7 +50,7 @@ def cr_mogm(
     .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda, \qquad
         update = \sum_t \lambda_t g_t
 
-    which starts at the first :math:`\hat\lambda`. Scale: that of ``base``; mean-like by default.
+    which starts at the first :math:`\hat\lambda`. Scale: mean-like by default, else that of ``base``.
     Algorithm 1 of the paper with a constant :math:`\alpha` = ``ema_decay``.
 
     Args:

@@ -35,8 +35,8 @@ def imtl(
     .. math:: a = \text{the weights of IMTL-G for } e^{s_t} g_t, \qquad
         update = \sum_t a_t\, e^{s_t} g_t, \qquad \partial_{s_t} = e^{s_t} L_t - 1
 
-    where ``optimizer`` trains s. Scale: mean-like at the first step, at which s = 0; later it is
-    proportional to :math:`e^{s}`. Algorithm 1 of the paper.
+    where ``optimizer`` trains s. Scale: the method's own, like a mean at the first step, at
+    which s = 0; later it is proportional to :math:`e^{s}`. Algorithm 1 of the paper.
 
     Args:
       tasks: T, or the task names.
