@@ -1,6 +1,7 @@
 """What the tests alone know of each method: how to make one, and which properties it has."""
 
 import optax
+import pytest
 
 import mtl_optax as mtl
 
@@ -68,6 +69,8 @@ PROPERTIES = {
 RANDOM = {"grad_vaccine", "graddrop", "pcgrad", "relobralo", "rlw"}
 # Those whose tasks are one target and its auxiliaries.
 WITH_TARGET = {"grad_similarity", "grad_surgery", "lr_annealing", "metabalance", "ol_aux", "pcd"}
+# One of each kind, for what the shared code decides whatever the method.
+SAMPLE = ("metabalance", "multibalance", "mgda", "emtl")
 # Where a factory has no default for an argument, or none that fits every number of tasks.
 _ARGUMENTS = {
     "adatask": lambda count: {"inner": optax.scale_by_adam()},
@@ -76,6 +79,24 @@ _ARGUMENTS = {
     "lagrangian": lambda count: {"limits": [None] + [1.0] * (count - 1), "step_size": 0.1},
     "trimmed_mean": lambda count: {"trim_number": min(1, (count - 1) // 2)},
 }
+
+
+def every_method(quick=None, group=""):
+    """All methods for `parametrize`, those not in `quick` as slow tests.
+
+    A method's tests run on one worker, which compiles it once; `group` tells files apart that share nothing.
+    """
+    return [
+        pytest.param(
+            name,
+            id=name,
+            marks=[
+                pytest.mark.xdist_group(f"{group}{name}"),
+                *([pytest.mark.slow] if quick is not None and name not in quick else []),
+            ],
+        )
+        for name in sorted(mtl.METHODS)
+    ]
 
 
 def make(name, tasks, **options):
