@@ -75,14 +75,27 @@ def types(tree):
 # --- every method, on gradients of every kind of placement ----------------------------------------
 
 
-def methods_of(family):
-    return {n: make(n, T) for n, row in mtl.METHODS.items() if row.family == family}
+# One of each family, one of whose blocks each has statistics, and those with averages of gradients.
+SAMPLE = ("scale_invariant", "metabalance", "mgda", "db_mtl", "moco", "scale_by_mtadam", "graddrop")
+GROUPS = [
+    pytest.param("sample", marks=pytest.mark.xdist_group("sharding")),
+    *(pytest.param(*family.values, marks=[*family.marks, pytest.mark.slow]) for family in FAMILIES),
+]
+
+
+def methods_of(group):
+    """The methods of a family, or a sample of all."""
+    return {
+        name: make(name, T)
+        for name, row in mtl.METHODS.items()
+        if row.family == group or (group == "sample" and name in SAMPLE)
+    }
 
 
 @functools.cache
-def one_step(family):
-    """One compiled function that takes a step with every method of a family."""
-    methods = methods_of(family)
+def one_step(group):
+    """One compiled function that takes a step with every method of a group."""
+    methods = methods_of(group)
 
     def run(states, params, grads, losses):
         return {
@@ -93,9 +106,9 @@ def one_step(family):
     return methods, jax.jit(run)
 
 
-def run_family(family, mesh):
+def run_group(group, mesh):
     """The states that init made, and updates and states after two steps."""
-    methods, run = one_step(family)
+    methods, run = one_step(group)
     params = place(draw(0, TREE_SHAPES), TREE_SPECS, mesh)
     fresh = {name: method.init(params) for name, method in methods.items()}
     states = fresh if mesh is None else jax.tree.map(functools.partial(settle, mesh), fresh)
@@ -113,17 +126,17 @@ def settle(mesh, leaf):
 
 
 @functools.cache
-def unsharded(family):
-    return jax.device_get(run_family(family, None)[1])
+def unsharded(group):
+    return jax.device_get(run_group(group, None)[1])
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_method_is_the_same_on_a_mesh(family, kind):
-    expected = unsharded(family)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_method_is_the_same_on_a_mesh(group, kind):
+    expected = unsharded(group)
     mesh = make_mesh(kind)
     with jax.set_mesh(mesh):
-        before, after = run_family(family, mesh)
+        before, after = run_group(group, mesh)
     assert set(after) == set(expected)
     for name, (updates, state) in after.items():
         assert_close((updates, state), expected[name])
@@ -185,7 +198,7 @@ def unsharded_placements():
     return jax.device_get(run_placements(None)[1])
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "explicit"])
 def test_every_placement_is_the_same_on_a_mesh(kind):
     expected = unsharded_placements()
     with jax.set_mesh(make_mesh(kind)):
@@ -205,17 +218,16 @@ def test_every_placement_is_the_same_on_a_mesh(kind):
 AXES = ("data", "model")
 
 
-def methods_on_gradients(axis_name=None):
-    """Every method that looks at gradients."""
-    rows = [row for row in mtl.METHODS.values() if row.family != "losses"]
-    return {row.name: make(row.name, T, axis_name=axis_name) for row in rows}
+ON_SHARDS = {
+    "sample": ("adatask", "graddrop", "mgda", "scale_by_mtadam", "trimmed_mean"),
+    "all": [row.name for row in mtl.METHODS.values() if row.family != "losses"],
+}
 
 
-@functools.cache
-def on_eight_shards():
+def on_eight_shards(names):
     """Two steps of every such method, each device holding a part of every leaf."""
     mesh = make_mesh("auto")
-    methods = methods_on_gradients(AXES)
+    methods = {name: make(name, T, axis_name=AXES) for name in names}
     # Every leaf is split, so that summing over both axes counts each element once.
     shapes = {"table": (8, 4), "kernel": (16, 3)}
     params = draw(0, shapes)
@@ -235,7 +247,7 @@ def on_eight_shards():
         return P(*[None] * (x.ndim - 2), AXES) if x.shape[-2:] in shapes.values() else P()
 
     specs = jax.tree.map(spec, (states, params, noise, grads[0]))
-    alone = jax.jit(functools.partial(step, methods_on_gradients()))
+    alone = jax.jit(functools.partial(step, {name: make(name, T) for name in names}))
     results = jax.eval_shape(alone, states, params, noise, grads[0], losses[0])
     results = jax.tree.map(spec, results)
     sharded = jax.shard_map(
@@ -250,9 +262,9 @@ def on_eight_shards():
     return two_steps(alone), two_steps(jax.jit(sharded))
 
 
-def test_axis_name_sums_over_shards_of_parameters():
-    expected, actual = on_eight_shards()
-    assert {"adatask", "graddrop", "mgda", "scale_by_mtadam", "trimmed_mean"} <= set(expected)
+@pytest.mark.parametrize("names", ["sample", pytest.param("all", marks=pytest.mark.slow)])
+def test_axis_name_sums_over_shards_of_parameters(names):
+    expected, actual = on_eight_shards(ON_SHARDS[names])
     for name, result in expected.items():
         assert_close(actual[name], result)
 
@@ -446,8 +458,19 @@ def test_a_model_a_device_under_shard_map(family):
         assert update.shape == (8, 5)
 
 
-@pytest.mark.parametrize("form", [jnp.stack, tuple])
-@pytest.mark.parametrize("mode", ["vmap", "unroll", "map"])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        *((jnp.stack, "vmap"), (tuple, "map")),
+        *(
+            pytest.param(*some, marks=pytest.mark.slow)
+            for some in (
+                *((tuple, "vmap"), (jnp.stack, "map")),
+                *((jnp.stack, "unroll"), (tuple, "unroll")),
+            )
+        ),
+    ],
+)
 def test_local_losses_inside_shard_map(mode, form):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
     w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 3))
@@ -466,9 +489,15 @@ def test_local_losses_inside_shard_map(mode, form):
     chex.assert_trees_all_close(run(w, x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("mode", ["auto", "products"])
-@pytest.mark.parametrize("factory", [mtl.inverse_norm, mtl.upgrad])
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("factory", "mode"),
+    [
+        *((mtl.inverse_norm, "auto"), (mtl.upgrad, "products")),
+        pytest.param(mtl.inverse_norm, "products", marks=pytest.mark.slow),
+        pytest.param(mtl.upgrad, "auto", marks=pytest.mark.slow),
+    ],
+)
 def test_weighted_gradients_inside_shard_map(broken, mode, factory):
     """Steps with new weights and with old ones, of one pass and of T, equal those on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
@@ -499,7 +528,7 @@ def test_weighted_gradients_inside_shard_map(broken, mode, factory):
     assert got[2].skipped.tolist() == [0, 2 * broken] and bool(jnp.any(got[1] != 0))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("total", [True, False], ids=["losses of all", "losses of each device"])
 def test_products_of_parameters_in_parts(total, check_vma):
     """Each device has a part of the parameters; its losses are summed over all, or are its own part."""
@@ -539,7 +568,7 @@ def test_products_of_parameters_in_parts(total, check_vma):
         chex.assert_trees_all_close(got[1], jnp.tile(weights, (8, 1)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "explicit"])
 def test_products_on_a_mesh(kind):
     mesh = make_mesh(kind)
     w, x = jnp.ones((8, 6)) / 8, jax.random.normal(jax.random.key(0), (16, 8))

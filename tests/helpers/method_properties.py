@@ -84,7 +84,7 @@ _ARGUMENTS = {
 def every_method(quick=None, group=""):
     """All methods for `parametrize`, those not in `quick` as slow tests.
 
-    A method's tests run on one worker, which compiles it once; `group` tells files apart that share nothing.
+    A method's tests run on one worker, which compiles it once. Files that share nothing differ in `group`.
     """
     return [
         pytest.param(

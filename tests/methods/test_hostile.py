@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from method_properties import make
+from method_properties import SAMPLE, every_method, make
 
 import mtl_optax as mtl
 
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xdist_group(f"hostile {name}"), id=name)
-    for name in sorted(mtl.METHODS)
-]
+NAMES = every_method(group="hostile ")
 SEEDS = st.integers(0, 2**32 - 1)
 # A batch is one example; a smaller seed is no simpler, so there is nothing to shrink.
 COMMON = {
@@ -177,7 +174,7 @@ def test_the_search_can_fail():
     assert not np.isfinite(jax.vmap(careless)(batch.gradients[:, 0])).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_method(quick=SAMPLE, group="hostile "))
 def test_an_empty_tree_is_a_legal_input(name):
     tx = make(name, 3)
     for params in ({}, {"none": None}, [[], ()]):
