@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.checks import (
+from mtl_optax.core.method import Method, update_calls
+from mtl_optax.core.state import BalanceState, states_in
+from mtl_optax.core.validation import (
     MissingLosses,
     NotFloating,
+    Tasks,
+    WrongEntries,
     WrongTaskAxis,
     and_more,
     difference,
+    read_tasks,
     where,
 )
-from mtl_optax.core.method import Method, update_calls
-from mtl_optax.core.state import BalanceState, states_in
-from mtl_optax.core.tasks import Tasks, WrongEntries, read_tasks
 from mtl_optax.small_runs import (
     fault_before_methods,
     gradients_like,
@@ -311,11 +313,6 @@ def _about_update(
         return (
             f"check: {error} A transformation around the method hands no losses on: put it after the "
             "method, or use a method that needs none."
-        )
-    if isinstance(error, WrongTaskAxis) and error.is_missing:
-        return (
-            f"check: {error.found} Something before or around it removes the task axis: give a method "
-            "before it reduce=False, or put what stands around it after it."
         )
     if isinstance(error, (NotFloating, WrongEntries, WrongTaskAxis)):
         return f"check: {error}"

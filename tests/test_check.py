@@ -330,11 +330,11 @@ def test_a_wrapper_is_blamed_only_if_it_holds_a_method():
 
 def test_several_methods_one_after_the_other():
     found = refusal(optax.chain(BALANCE, mtl.mgda(T)), {"w": PARAMS["head"]})
-    assert found == (
+    assert found.startswith(
         "check: mgda: updates must carry a leading task axis of size 3: leaf ['w'] has shape (2, 3), "
-        "expected (3, 2, 3). Something before or around it removes the task axis: give a method before it "
-        "reduce=False, or put what stands around it after it."
+        "expected (3, 2, 3). These have no task axis: "
     )
+    assert "A method before this one needs reduce=False" in found
 
 
 def test_extra_arguments_that_are_missing():
@@ -349,8 +349,9 @@ def test_extra_arguments_that_are_missing():
 def test_init_that_raises():
     """By itself, not because of the task axis: then there is no advice about it."""
     assert refusal(optax.inject_hyperparams(mtl.mgda)(tasks=T)) == (
-        "check: init raises TypeError: mgda: tasks must be a Python integer, found a JAX array. Under "
-        "optax.inject_hyperparams name it static: static_args=('tasks', ...)."
+        "check: init raises TypeError: mgda: tasks must be a Python integer >= 1 or a collection of task "
+        "names, found a JAX array. Under optax.inject_hyperparams name it static: static_args=('tasks', "
+        "...)."
     )
 
 

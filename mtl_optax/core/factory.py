@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from mtl_optax.core import arguments as check
+from mtl_optax.core import validation as check
 from mtl_optax.core.method import Method, Options, Origin, flat_options, is_method
 from mtl_optax.core.types import Number
 
@@ -32,8 +32,8 @@ Nonnegative: TypeAlias = Annotated[Number, partial(check.check_range, low=0)]
 # A divisor that must not be 0, such as a temperature.
 Positive: TypeAlias = Annotated[Number, partial(check.check_range, low=1e-6)]
 Share: TypeAlias = Annotated[Number, partial(check.check_range, low=0, high=1)]
-# The decay of an EMA, in [0, 1).
-Decay: TypeAlias = Annotated[Number, check.check_decay]
+# The decay of an EMA; with 1 the average would never change.
+Decay: TypeAlias = Annotated[Number, partial(check.check_range, low=0, high=1, half_open=True)]
 NonnegativeInt: TypeAlias = Annotated[int, partial(check.check_integer, low=0)]
 PositiveInt: TypeAlias = Annotated[int, partial(check.check_integer, low=1)]
 Flag: TypeAlias = Annotated[bool, check.check_bool]

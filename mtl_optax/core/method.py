@@ -14,11 +14,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from mtl_optax.core.arguments import describe
 from mtl_optax.core.rule import UpdateRule, WeightRule
 from mtl_optax.core.state import BalanceState
-from mtl_optax.core.tasks import Tasks
 from mtl_optax.core.types import AxisName, Label
+from mtl_optax.core.validation import Tasks, describe
 
 
 class MethodOptions(TypedDict, total=False):

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.core import checks, task_tree
-from mtl_optax.core.arguments import check_axis_name, check_blocks, check_bool, check_integer
+from mtl_optax.core import task_tree, validation
 from mtl_optax.core.method import (
     Definition,
     Method,
@@ -39,8 +38,16 @@ from mtl_optax.core.state import (
     next_count,
 )
 from mtl_optax.core.task_tree import Blocks
-from mtl_optax.core.tasks import Tasks, names_of, read_tasks
 from mtl_optax.core.types import Active, Losses
+from mtl_optax.core.validation import (
+    Tasks,
+    check_axis_name,
+    check_blocks,
+    check_bool,
+    check_integer,
+    names_of,
+    read_tasks,
+)
 
 
 def from_rule(
@@ -141,7 +148,7 @@ class Pipeline(Definition):
         """
         tell_update(Method(self.init, self.update), updates)
         given = self.read(state, losses, active, params, extra_args)
-        checks.check_updates(self.name, updates, self.tasks, params)
+        validation.check_updates(self.name, updates, self.tasks, params)
         return self._balance(updates, state, given)
 
     # --- the stages of a step ------------------------------------------------------------------------
@@ -160,11 +167,11 @@ class Pipeline(Definition):
         vector = None
         if "losses" in self.rule.needs:
             dtype = state.weights.dtype
-            vector = checks.read_losses(self.name, losses, self.tasks, dtype, extra_args)
+            vector = validation.read_losses(self.name, losses, self.tasks, dtype, extra_args)
         elif isinstance(losses, Mapping):  # other names would mean another target
             names_of(self.name, "losses", losses, self.tasks)
         return Given(
-            present=checks.read_active(self.name, active, self.tasks),
+            present=validation.read_active(self.name, active, self.tasks),
             losses=vector,
             params=params if self._on_gradients else None,
             extra={key: extra_args.get(key) for key in self.rule.extra},

@@ -11,8 +11,8 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.rule import UpdateRule, WeightRule
-from mtl_optax.core.tasks import Tasks
 from mtl_optax.core.types import DType, Label
+from mtl_optax.core.validation import Tasks
 
 
 class BalanceState(NamedTuple):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.checks import where
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import where
 
 
 def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:

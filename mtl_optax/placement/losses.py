@@ -10,8 +10,8 @@ from jax import lax
 
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, check_fields
-from mtl_optax.core.tasks import task_vector
 from mtl_optax.core.types import Active, Losses
+from mtl_optax.core.validation import task_vector
 from mtl_optax.placement.loss_vector import loss_vector
 
 _LOOKS_AT_GRADIENTS = (

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice
-from mtl_optax.core.tasks import read_tasks, task_vector
+from mtl_optax.core.validation import check_choice, read_tasks, task_vector
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import vjp_of_losses
 

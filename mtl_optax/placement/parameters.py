@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import Mode, check_mode, pull_each, vjp_of_losses
 

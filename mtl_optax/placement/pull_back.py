@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from mtl_optax.core.arguments import check_choice
+from mtl_optax.core.validation import check_choice
 
 Mode = Literal["auto", "vmap", "unroll", "map"]
 

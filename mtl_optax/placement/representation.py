@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.checks import read_active
 from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import states_in
-from mtl_optax.core.tasks import Tasks, read_tasks, task_vector
 from mtl_optax.core.types import Active
+from mtl_optax.core.validation import Tasks, read_active, read_tasks, task_vector
 from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, split_result
 
 try:

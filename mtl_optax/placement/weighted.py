@@ -14,8 +14,8 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
 from mtl_optax.core.rule import WeightRule
 from mtl_optax.core.state import BalanceState, check_fields
-from mtl_optax.core.tasks import task_vector
 from mtl_optax.core.types import Active
+from mtl_optax.core.validation import task_vector
 from mtl_optax.placement import products
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import (

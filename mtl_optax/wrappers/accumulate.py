@@ -11,10 +11,9 @@ import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.method import is_watched
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import Active, AxisName, Losses
+from mtl_optax.core.validation import check_integer, read_tasks
 from mtl_optax.wrappers.present import read_present
 
 

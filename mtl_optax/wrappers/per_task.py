@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core import checks, task_tree
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core import task_tree, validation
 from mtl_optax.core.types import Active, AxisName
+from mtl_optax.core.validation import read_tasks
 
 
 def per_task(
@@ -55,8 +55,8 @@ def per_task(
         active: Active | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        checks.check_updates("per_task", updates, axis, params)
-        keep = checks.read_active("per_task", active, axis)
+        validation.check_updates("per_task", updates, axis, params)
+        keep = validation.read_active("per_task", active, axis)
         keep = keep & task_tree.finite(updates, axis.number, axis_name)
         return update_each(inner, updates, state, params, keep, extra_args)
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core import checks, task_tree
-from mtl_optax.core.tasks import Tasks, task_vector
+from mtl_optax.core import task_tree, validation
 from mtl_optax.core.types import AxisName, DType
+from mtl_optax.core.validation import Tasks, task_vector
 
 
 def read_present(
@@ -24,8 +24,8 @@ def read_present(
     axis_name: AxisName,
 ) -> tuple[jax.Array, Any]:
     """Returns which tasks are present and finite, bool `[T]`, and the losses `[T]` or None."""
-    checks.check_updates(name, updates, tasks, params)
-    keep = checks.read_active(name, active, tasks)
+    validation.check_updates(name, updates, tasks, params)
+    keep = validation.read_active(name, active, tasks)
     keep = keep & task_tree.finite(updates, tasks.number, axis_name)
     if losses is not None:
         losses = task_vector(name, "losses", losses, tasks, dtype)

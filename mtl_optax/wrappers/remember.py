@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.arguments import check_decay
 from mtl_optax.core.method import Method
-from mtl_optax.core.tasks import Tasks, read_tasks
 from mtl_optax.core.types import Active, AxisName, Losses
+from mtl_optax.core.validation import Tasks, check_range, read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.wrappers.present import read_present
 
@@ -86,7 +85,7 @@ def remember(
       2025, section 3.3, https://arxiv.org/abs/2408.11104
     """
     axis = _tasks_of(inner, tasks)
-    check_decay("remember", "decay", decay)
+    check_range("remember", "decay", decay, 0, 1, half_open=True)
     update_inner = optax.with_extra_args_support(inner).update
 
     def init_fn(params: optax.Params) -> RememberState:

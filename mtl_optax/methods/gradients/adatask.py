@@ -13,8 +13,8 @@ from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import AxisName, DType
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.wrappers.per_task import init_each, update_each
 
 

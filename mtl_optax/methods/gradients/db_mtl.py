@@ -14,8 +14,8 @@ from mtl_optax.core.factory import AnyNumber, Decay, Flag, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.

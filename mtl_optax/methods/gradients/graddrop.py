@@ -15,8 +15,8 @@ from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
-from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.types import AxisName, Number
+from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 
 

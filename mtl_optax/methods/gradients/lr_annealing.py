@@ -15,8 +15,8 @@ from mtl_optax.core.factory import Decay, factory
 from mtl_optax.core.method import Method
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
-from mtl_optax.core.tasks import find_target, read_tasks
 from mtl_optax.core.types import AxisName, DType
+from mtl_optax.core.validation import find_target, read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 

@@ -16,8 +16,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
-from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.types import AxisName, DType, PerTask
+from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 

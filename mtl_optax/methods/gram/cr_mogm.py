@@ -14,8 +14,8 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule, rule_of
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
 
 
 class CRMOGMState(NamedTuple):

@@ -15,8 +15,8 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule, rule_of
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares

@@ -13,7 +13,7 @@ from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import find_target, read_tasks
+from mtl_optax.core.validation import find_target, read_tasks
 from mtl_optax.solvers.projections import projected_sum_weights
 
 

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_integer
 from mtl_optax.core.factory import Flag, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks
+from mtl_optax.core.validation import check_integer, read_tasks
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 

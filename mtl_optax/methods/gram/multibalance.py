@@ -12,8 +12,8 @@ from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.types import DType, PerTask
+from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize

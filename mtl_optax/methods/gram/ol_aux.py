@@ -15,8 +15,8 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.state import next_count
-from mtl_optax.core.tasks import find_target, read_tasks
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import find_target, read_tasks
 
 # Limit of the absolute value of a weight, so that its product with a gradient stays finite.
 _LARGEST_WEIGHT = 2.0**60

@@ -13,8 +13,8 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
-from mtl_optax.core.tasks import find_target, read_tasks, task_numbers
 from mtl_optax.core.types import DType, Number
+from mtl_optax.core.validation import find_target, read_tasks, task_numbers
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
 

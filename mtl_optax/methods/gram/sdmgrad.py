@@ -14,8 +14,8 @@ from mtl_optax.core.factory import Nonnegative, NonnegativeInt, Share, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize

@@ -13,8 +13,8 @@ from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_numbers
 from mtl_optax.core.types import PerTask
+from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 
 

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.arguments import check_range
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import read_tasks, task_numbers, task_vector
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
+from mtl_optax.core.validation import check_range, read_tasks, task_numbers, task_vector
 from mtl_optax.solvers.log_weights import largest_weight, log_softmax
 
 # Part of the definition of the method: the logarithm of a loss at its minimum is finite.

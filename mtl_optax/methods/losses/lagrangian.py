@@ -14,8 +14,8 @@ from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.tasks import Tasks, read_tasks, task_numbers
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import Tasks, read_tasks, task_numbers
 from mtl_optax.solvers.log_weights import largest_weight
 
 

@@ -14,9 +14,9 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
-from mtl_optax.core.tasks import read_tasks
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 

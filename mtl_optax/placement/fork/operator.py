@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
 
-from mtl_optax.core.tasks import Tasks, task_vector
 from mtl_optax.core.types import Active
+from mtl_optax.core.validation import Tasks, task_vector
 from mtl_optax.placement.fork.carrier import encode_state, fork_state
 from mtl_optax.placement.loss_vector import loss_vector
 from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
