@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from method_properties import WITH_TARGET, make
+from method_properties import SAMPLE, WITH_TARGET, every_method, make
 
 import mtl_optax as mtl
 
@@ -51,7 +51,7 @@ def test_every_method_passes(name):
     assert mtl.check(tx, PARAMS, T).startswith(f"{name}: 3 tasks")
 
 
-@pytest.mark.parametrize("name", sorted(mtl.METHODS))
+@pytest.mark.parametrize("name", every_method(quick=SAMPLE))
 def test_every_method_with_named_tasks_passes(name):
     names = ("click", "buy", "cart")
     mtl.check(optax.chain(make(name, names), optax.adam(1e-2)), PARAMS, names)

@@ -4,6 +4,7 @@ Eight simulated devices, as a mesh of four ("data") by two ("model").
 """
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from method_properties import make
+from sampling import sampled
 from small_model import (
     BATCH_SPECS,
     MODEL_SHAPES,
@@ -198,7 +200,7 @@ def unsharded_placements():
     return jax.device_get(run_placements(None)[1])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "explicit"])
+@pytest.mark.parametrize("kind", sampled(AXIS_TYPES, ["explicit"]))
 def test_every_placement_is_the_same_on_a_mesh(kind):
     expected = unsharded_placements()
     with jax.set_mesh(make_mesh(kind)):
@@ -262,7 +264,7 @@ def on_eight_shards(names):
     return two_steps(alone), two_steps(jax.jit(sharded))
 
 
-@pytest.mark.parametrize("names", ["sample", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", sampled(ON_SHARDS, ["sample"]))
 def test_axis_name_sums_over_shards_of_parameters(names):
     expected, actual = on_eight_shards(ON_SHARDS[names])
     for name, result in expected.items():
@@ -460,16 +462,10 @@ def test_a_model_a_device_under_shard_map(family):
 
 @pytest.mark.parametrize(
     ("form", "mode"),
-    [
-        *((jnp.stack, "vmap"), (tuple, "map")),
-        *(
-            pytest.param(*some, marks=pytest.mark.slow)
-            for some in (
-                *((tuple, "vmap"), (jnp.stack, "map")),
-                *((jnp.stack, "unroll"), (tuple, "unroll")),
-            )
-        ),
-    ],
+    sampled(
+        itertools.product([jnp.stack, tuple], ["vmap", "unroll", "map"]),
+        [(jnp.stack, "vmap"), (tuple, "map")],
+    ),
 )
 def test_local_losses_inside_shard_map(mode, form):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AXIS_TYPES["auto"],))
@@ -489,14 +485,13 @@ def test_local_losses_inside_shard_map(mode, form):
     chex.assert_trees_all_close(run(w, x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("broken", sampled([False, True], [True]))
 @pytest.mark.parametrize(
     ("factory", "mode"),
-    [
-        *((mtl.inverse_norm, "auto"), (mtl.upgrad, "products")),
-        pytest.param(mtl.inverse_norm, "products", marks=pytest.mark.slow),
-        pytest.param(mtl.upgrad, "auto", marks=pytest.mark.slow),
-    ],
+    sampled(
+        itertools.product([mtl.inverse_norm, mtl.upgrad], ["auto", "products"]),
+        [(mtl.inverse_norm, "auto"), (mtl.upgrad, "products")],
+    ),
 )
 def test_weighted_gradients_inside_shard_map(broken, mode, factory):
     """Steps with new weights and with old ones, of one pass and of T, equal those on one device."""
@@ -528,7 +523,7 @@ def test_weighted_gradients_inside_shard_map(broken, mode, factory):
     assert got[2].skipped.tolist() == [0, 2 * broken] and bool(jnp.any(got[1] != 0))
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("check_vma", sampled([True, False], [True]))
 @pytest.mark.parametrize("total", [True, False], ids=["losses of all", "losses of each device"])
 def test_products_of_parameters_in_parts(total, check_vma):
     """Each device has a part of the parameters; its losses are summed over all, or are its own part."""
@@ -568,7 +563,7 @@ def test_products_of_parameters_in_parts(total, check_vma):
         chex.assert_trees_all_close(got[1], jnp.tile(weights, (8, 1)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "explicit"])
+@pytest.mark.parametrize("kind", sampled(AXIS_TYPES, ["explicit"]))
 def test_products_on_a_mesh(kind):
     mesh = make_mesh(kind)
     w, x = jnp.ones((8, 6)) / 8, jax.random.normal(jax.random.key(0), (16, 8))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from method_properties import make
+from method_properties import SAMPLE, every_method, make
 
 import mtl_optax as mtl
 
@@ -27,7 +27,7 @@ def refusal(tx, state):
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_method(quick=SAMPLE))
 def test_states_that_are_not_of_this_method(name):
     tx = make(name, T)
     for number, found in ((1, "1 task"), (2, "2 tasks"), (4, "4 tasks")):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -32,7 +33,7 @@ SMALL = {
     DeepFM: {"embedding": 4, "deep": (8, 6), "tower": (5,)},
 }
 DEFAULTS = FeatureSpec(3, (10, 20))
-tabular = pytest.mark.parametrize("model_class", SMALL, ids=lambda c: c.__name__)
+tabular = pytest.mark.parametrize("model_class", sampled(SMALL, [SharedBottom, DCNv2]))
 
 
 def batch(seed=0, spec=SPEC, size=BATCH):

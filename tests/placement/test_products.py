@@ -1,13 +1,12 @@
 """`weighted_value_and_grad(mode="products")`: the same as with T gradients, of which none is held."""
 
-import itertools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from method_properties import make
+from sampling import sampled
 
 import mtl_optax as mtl
 from mtl_optax.core.rule import WeightRule
@@ -66,25 +65,14 @@ def assert_equal(method, rtol=1e-5, **options):
 SAMPLE = ("sum_tasks", "inverse_norm", "scale_invariant", "upgrad")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in BY_WEIGHTS],
-)
+@pytest.mark.parametrize("name", sampled(BY_WEIGHTS, SAMPLE))
 def test_updates_are_those_of_stacked_gradients(name):
     assert_equal(make(name, T, blocks="all"))
 
 
 @pytest.mark.parametrize("name", ["upgrad", "inverse_norm"])
-@pytest.mark.parametrize(
-    ("every", "chosen"),
-    [
-        pytest.param(2, DENSE),
-        *(
-            pytest.param(*some, marks=pytest.mark.slow)
-            for some in ((1, None), (1, DENSE), (2, None))
-        ),
-    ],
-)
+@pytest.mark.parametrize("every", sampled([1, 2], [2]))
+@pytest.mark.parametrize("chosen", [DENSE, pytest.param(None, marks=pytest.mark.slow)])
 def test_chosen_leaves_and_kept_weights(name, every, chosen):
     method = make(name, T, update_every=every)
     assert_equal(method, weights_from=chosen, scales=[(1.0, 1.0, 1.0)] * 3)
@@ -108,17 +96,8 @@ EMPTY = (1.0, 0.0, 1.0)
 WITHOUT_ONE = jnp.array([True, False, True])
 
 
-@pytest.mark.parametrize(
-    ("name", "every"),
-    [
-        ("upgrad", 2),
-        *(
-            pytest.param(*some, marks=pytest.mark.slow)
-            for some in itertools.product(["inverse_norm", "sum_tasks", "upgrad"], [1, 2])
-            if some != ("upgrad", 2)
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", sampled(["upgrad", "inverse_norm", "sum_tasks"], ["upgrad"]))
+@pytest.mark.parametrize("every", sampled([1, 2], [2]))
 @pytest.mark.parametrize("active", [None, WITHOUT_ONE], ids=["broken", "absent"])
 def test_a_task_that_is_not_finite_leaves_the_others_training(name, every, active):
     method = make(name, T, update_every=every)
@@ -204,7 +183,7 @@ def temporary_bytes(mode, num_tasks, **options):
     return memory.temp_size_in_bytes, sum(leaves) + max(leaves)
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", sampled([1, 2], [1]))
 def test_memory_does_not_grow_with_the_number_of_tasks(every):
     few, most = temporary_bytes("products", 2, update_every=every)
     many, _ = temporary_bytes("products", 8, update_every=every)

@@ -5,6 +5,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from sampling import sampled
 
 import mtl_optax as mtl
 from examples.studies.benchmarks import growth, hlo, methods, peers, places
@@ -16,15 +17,18 @@ from examples.studies.benchmarks.steps import steps
 
 @pytest.mark.parametrize(
     "section",
-    [
-        places.step_times,
-        places.savings,
-        places.products,
-        places.map_memory,
-        methods.updates,
-        methods.solvers,
-        methods.compile_times,
-    ],
+    sampled(
+        [
+            places.step_times,
+            places.savings,
+            places.products,
+            places.map_memory,
+            methods.updates,
+            methods.solvers,
+            methods.compile_times,
+        ],
+        [methods.updates],
+    ),
 )
 def test_each_section_measures_something(section):
     rows = list(section(quick=True))

@@ -67,6 +67,7 @@ def test_ends_are_measured_against_the_front() -> None:
     assert ends.counts() == ("2", "1")
 
 
+@pytest.mark.slow
 def test_figure1_writes_a_table_a_csv_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_paths_repeat_a_plain_loop() -> None:
     np.testing.assert_allclose(visited[0, -1], position, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_emtl_reaches_the_best_mean_from_all_five_starts() -> None:
     """Figure 1 of the paper, with the defaults."""
     ends = figure1.ends_of(figure1.paths("emtl", figure1.STEPS), toy.pareto_front())

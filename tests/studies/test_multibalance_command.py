@@ -79,6 +79,7 @@ def check_table(folder, name, labels):
     assert not list((folder / "unfinished").glob("*"))
 
 
+@pytest.mark.slow
 def test_table3(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TABLE3", TINY)
     check_table(run(tmp_path, "table3"), "table3", ["plain sum", "MultiBalance"])

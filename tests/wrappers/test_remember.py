@@ -1,10 +1,13 @@
 """One gradient a step: `remember` and `one_task_value_and_grad`."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -57,9 +60,12 @@ def test_one_branch_runs():
     assert not dots
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize(
-    "method", [mtl.conflict_free, mtl.mgda, mtl.metabalance, mtl.emtl], ids=lambda f: f.__name__
+    ("method", "decay"),
+    sampled(
+        itertools.product([mtl.conflict_free, mtl.mgda, mtl.metabalance, mtl.emtl], [0.0, 0.9]),
+        [(mtl.mgda, 0.0), (mtl.metabalance, 0.9)],
+    ),
 )
 def test_the_method_sees_averages_of_all_tasks(method, decay):
     """Written out: an average per task, corrected for its start, then the method on all of them."""
