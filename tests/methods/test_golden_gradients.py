@@ -107,7 +107,8 @@ def check(what, results, tolerance):
 
 def precisions(double, single=SINGLE):
     return pytest.mark.parametrize(
-        ("dtype", "tolerance"), [(np.float64, double), (np.float32, single)]
+        ("dtype", "tolerance"),
+        [(np.float64, double), pytest.param(np.float32, single, marks=pytest.mark.slow)],
     )
 
 

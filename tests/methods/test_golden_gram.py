@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import COMPARED, Batch, error, load, pad_order, pad_vector
 
 import mtl_optax as mtl
-from mtl_optax.solvers.simplex import project_onto_simplex
 
 # Relative errors allowed: float64 closed forms and solvers, float32 the same.
 CLOSED, SOLVED = (1e-6, 1e-4), (1e-5, 1e-3)
@@ -242,15 +240,3 @@ def test_golden_krum(byzantine: int, selected: int, squared: bool) -> None:
         want = case[key]["weights_squared_distances" if squared else "weights"]
         np.testing.assert_allclose(w, want, atol=1e-12, err_msg=case["name"])
         assert error(update, np.asarray(want) @ np.asarray(case["G"])) <= 1e-9
-
-
-@pytest.mark.usefixtures("x64")
-def test_golden_simplex_projection() -> None:
-    cases = load("gradient/simplex_projection")
-    size = max(len(c["y"]) for c in cases)
-    points = np.stack([pad_vector(c["y"], size) for c in cases])
-    active = np.stack([np.arange(size) < len(c["y"]) for c in cases])
-    found = jax.jit(jax.vmap(project_onto_simplex))(jnp.asarray(points), jnp.asarray(active))
-    for case, x in zip(cases, np.asarray(found), strict=True):
-        want = pad_vector(case["projection"], size)
-        np.testing.assert_allclose(x, want, atol=1e-12, err_msg=case["name"])

@@ -48,7 +48,7 @@ def check(weights, want):
     assert error.max() <= (DOUBLE if weights.dtype == np.float64 else SINGLE), error
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
