@@ -25,11 +25,15 @@ from mtl_optax.methods.gram.cr_mogm import CRMOGMState as CRMOGMState
 from mtl_optax.methods.gram.cr_mogm import cr_mogm as cr_mogm
 from mtl_optax.methods.gram.emtl import EMTLState as EMTLState
 from mtl_optax.methods.gram.emtl import emtl as emtl
+from mtl_optax.methods.gram.epo import EPOState as EPOState
+from mtl_optax.methods.gram.epo import epo as epo
 from mtl_optax.methods.gram.fairgrad import fairgrad as fairgrad
 from mtl_optax.methods.gram.grad_similarity import grad_similarity as grad_similarity
 from mtl_optax.methods.gram.grad_surgery import grad_surgery as grad_surgery
 from mtl_optax.methods.gram.grad_vaccine import GradVaccineState as GradVaccineState
 from mtl_optax.methods.gram.grad_vaccine import grad_vaccine as grad_vaccine
+from mtl_optax.methods.gram.gradcraft import GradCraftState as GradCraftState
+from mtl_optax.methods.gram.gradcraft import gradcraft as gradcraft
 from mtl_optax.methods.gram.imtl import imtl as imtl
 from mtl_optax.methods.gram.imtl_g import imtl_g as imtl_g
 from mtl_optax.methods.gram.krum import krum as krum
@@ -60,6 +64,8 @@ from mtl_optax.methods.losses.fixed_weights import fixed_weights as fixed_weight
 from mtl_optax.methods.losses.gls import gls as gls
 from mtl_optax.methods.losses.go4align import GO4AlignState as GO4AlignState
 from mtl_optax.methods.losses.go4align import go4align as go4align
+from mtl_optax.methods.losses.igb import IGBState as IGBState
+from mtl_optax.methods.losses.igb import igb as igb
 from mtl_optax.methods.losses.imtl_l import imtl_l as imtl_l
 from mtl_optax.methods.losses.lagrangian import LagrangianState as LagrangianState
 from mtl_optax.methods.losses.lagrangian import lagrangian as lagrangian
@@ -78,6 +84,7 @@ from mtl_optax.methods.losses.stch import STCHState as STCHState
 from mtl_optax.methods.losses.stch import stch as stch
 from mtl_optax.methods.losses.sum_tasks import sum_tasks as sum_tasks
 from mtl_optax.methods.losses.uncertainty import uncertainty as uncertainty
+from mtl_optax.methods.losses.uw_so import uw_so as uw_so
 from mtl_optax.methods.norms.gradnorm import GradNormState as GradNormState
 from mtl_optax.methods.norms.gradnorm import gradnorm as gradnorm
 from mtl_optax.methods.norms.inverse_norm import InverseNormState as InverseNormState

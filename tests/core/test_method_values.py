@@ -229,8 +229,8 @@ DECAYS = [
     *(
         (name, "ema_decay")
         for name in (
-            *("cr_mogm", "db_mtl", "grad_vaccine", "inverse_norm", "lr_annealing", "metabalance"),
-            *("moco", "multibalance", "ntk", "pcd", "relobralo"),
+            *("cr_mogm", "db_mtl", "grad_vaccine", "gradcraft", "inverse_norm", "lr_annealing"),
+            *("metabalance", "moco", "multibalance", "ntk", "pcd", "relobralo"),
         )
     ),
     *(("scale_by_mtadam", which) for which in ("b1", "b2", "b3")),

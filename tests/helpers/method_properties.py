@@ -22,6 +22,7 @@ PROPERTIES = {
     "dualproj": {"non_conflicting", "permutation", "scale", "split"},
     "dwa": {"permutation", "scale", "split"},
     "emtl": {"permutation", "split", "task_scale"},
+    "epo": {"permutation", "scale", "simplex", "split"},
     "excess_mtl": {"permutation", "simplex", "split"},
     "fairgrad": {"non_conflicting", "permutation", "split", "stationary", "task_scale"},
     "famo": {"permutation", "scale", "simplex", "split"},
@@ -31,8 +32,10 @@ PROPERTIES = {
     "grad_similarity": {"scale", "split"},
     "grad_surgery": {"scale", "split"},
     "grad_vaccine": {"split"},
+    "gradcraft": {"permutation", "scale", "split"},
     "graddrop": {"permutation", "scale"},
     "gradnorm": {"permutation", "split"},
+    "igb": {"permutation", "scale", "split", "task_scale"},
     "imtl": {"permutation", "scale", "split"},
     "imtl_g": {"permutation", "scale", "split"},
     "imtl_l": {"permutation", "scale", "split"},
@@ -63,6 +66,7 @@ PROPERTIES = {
     "sum_tasks": {"permutation", "scale", "split"},
     "trimmed_mean": {"permutation", "scale", "simplex", "split"},
     "uncertainty": {"permutation", "scale", "split"},
+    "uw_so": {"permutation", "scale", "simplex", "split"},
     "upgrad": {"non_conflicting", "permutation", "scale", "split"},
 }
 # Those whose result depends on a random draw.

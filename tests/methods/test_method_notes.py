@@ -98,14 +98,17 @@ DEFAULTS = {
     "db_mtl": {"ema_decay": 0.9, "beta_sigma": 0.0, "log_losses": True, "norm": "max"},
     "dwa": {"temperature": 2.0, "window": 1},
     "emtl": {"epsilon": 0.0, "rho": 0.1, "kl_radius": None, "step_size": 0.5},
+    "epo": {"preference": None, "tolerance": 1e-4},
     "excess_mtl": {"step_size": 1.0, "warmup_steps": 0, "eps": 1e-7},
     "fairgrad": {"alpha": 1.0},
     "famo": {"gamma": 1e-2, "weight_lr": 0.025, "min_losses": 0.0},
     "go4align": {"step_size": 1e-4},
     "grad_similarity": {"mode": "unweighted"},
     "grad_vaccine": {"ema_decay": 0.99, "order": "random", "eps": 1e-8},
+    "gradcraft": {"relax_factor": 1.0, "margin": 0.0, "ema_decay": 0.0},
     "graddrop": {"leak": 0.0},
     "gradnorm": {"alpha": 1.5},
+    "igb": {"warmup_steps": 0, "base_steps": 1},
     "inverse_norm": {"reference": "mean", "power": 1.0, "ema_decay": 0.9, "eps": 0.0},
     "lagrangian": {"damping": 0.0},
     "lr_annealing": {"ema_decay": 0.9},
@@ -134,6 +137,7 @@ DEFAULTS = {
     "softadapt": {"beta": 0.1, "variant": "original"},
     "stch": {"mu": 1.0, "warmup_steps": 0, "nadir_steps": 1},
     "uncertainty": {"form": "half_logvar", "init": 0.0},
+    "uw_so": {"temperature": 1.0},
 }
 
 

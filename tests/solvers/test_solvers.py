@@ -17,6 +17,7 @@ from mtl_optax.solvers.cosine import cosine_matrix
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 from mtl_optax.solvers.equal_projection import config_weights, equal_projection_weights
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
+from mtl_optax.solvers.linear_program import maximize_on_simplex
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nash import fair_weights, nash_bargaining_weights
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares
@@ -170,6 +171,25 @@ def test_nonnegative_least_squares_agrees_with_scipy(tasks):
         got = np.asarray(solver(jnp.asarray(rows @ rows.T), jnp.asarray(rows @ goal)))
         want, _ = scipy.optimize.nnls(rows.T, goal)
         np.testing.assert_allclose(got @ rows, want @ rows, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("variables", [1, 2, 5, 8])
+def test_linear_program_agrees_with_scipy(variables):
+    rng = np.random.default_rng(variables)
+    gain = rng.normal(size=(60, variables))
+    size = 10.0 ** rng.uniform(-3, 0, size=(60, variables))
+    matrix = rng.normal(size=(60, variables, variables))
+    bound = rng.normal(size=(60, variables)) * 10.0 ** rng.uniform(-2, 2, size=(60, 1))
+    found, feasible = jax.jit(jax.vmap(maximize_on_simplex))(gain, size, matrix, bound)
+    solvable = []
+    for c, r, a, b, x, solved in zip(gain, size, matrix, bound, found, feasible, strict=True):
+        want = scipy.optimize.linprog(-c, -a, -b, r[None], [1.0])
+        assert bool(solved) == (want.status == 0)
+        solvable.append(bool(solved))
+        if solved:
+            np.testing.assert_allclose(x, want.x, rtol=1e-6, atol=1e-6 * want.x.max())
+    assert 0 < sum(solvable) < 60
 
 
 @pytest.mark.usefixtures("x64")

@@ -8,6 +8,7 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.core.early_losses import early_means
 from mtl_optax.core.factory import NonnegativeInt, Positive, PositiveInt, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
@@ -103,16 +104,7 @@ def stch(
         number = count_active(active, dtype)
         known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
         log_weights = jnp.where(known, log_shares + jnp.log(number), 0) - logs
-        return exp_weights(log_weights, usable), observe(inputs, state)
-
-    def observe(inputs: StepInputs, state: STCHState) -> STCHState:
-        measured = state.seen - warmup_steps
-        counts = inputs.active & (measured < nadir_steps)
-        number = jnp.maximum(measured + 1, 1).astype(state.nadir.dtype)
-        mean = state.nadir + (inputs.losses - state.nadir) / number
-        return STCHState(
-            nadir=jnp.where(counts & (measured >= 0), mean, state.nadir),
-            seen=state.seen + counts.astype(jnp.int32),
-        )
+        early = early_means(inputs, *state, warmup_steps, nadir_steps)
+        return exp_weights(log_weights, usable), STCHState(*early)
 
     return from_rule("stch", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -1,0 +1,30 @@
+"""The mean losses early in training, to which some methods compare later losses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.rule import StepInputs
+
+
+def early_means(
+    inputs: StepInputs, mean: jax.Array, seen: jax.Array, skipped: int, window: int
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the losses of a step to the mean over a window of each task.
+
+    Args:
+      inputs: the inputs of the step, with losses.
+      mean: `[T]`, the mean over the steps of the window so far; starts at 0.
+      seen: int32 `[T]`, the number of steps at which each task was present so far; starts at 0.
+      skipped: steps of a task before its window.
+      window: steps in the window, >= 1.
+
+    Returns:
+      The new `(mean, seen)`. A window is complete when `seen` is `skipped + window`; neither then changes.
+    """
+    measured = seen - skipped
+    counts = inputs.active & (measured < window)
+    number = jnp.maximum(measured + 1, 1).astype(mean.dtype)
+    moved = mean + (inputs.losses - mean) / number
+    return jnp.where(counts & (measured >= 0), moved, mean), seen + counts.astype(jnp.int32)

@@ -1,0 +1,157 @@
+"""EPO: descent towards the point of the Pareto front where the losses have given ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.factory import Nonnegative, factory
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.state import next_count
+from mtl_optax.core.types import DType, PerTask
+from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
+from mtl_optax.solvers.linear_program import maximize_on_simplex
+from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.min_norm import min_norm_weights
+from mtl_optax.solvers.nonnegative import product
+from mtl_optax.solvers.preference import active_preference
+
+
+class EPOState(NamedTuple):
+    """State of `epo`.
+
+    Attributes:
+      fallback_count: one int32 scalar per block, the number of steps without a solution.
+    """
+
+    fallback_count: jax.Array
+
+
+@factory
+def epo(
+    tasks: int | Collection[str],
+    *,
+    preference: PerTask | None = None,
+    tolerance: Nonnegative = 1e-4,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Searches the Pareto-optimal point at which all products of preference and loss are equal.
+
+    The point that a weighted sum of losses reaches on the Pareto front depends on the shape of the front.
+    With the ``preference`` r, this method reaches the point with :math:`r_1 L_1 = \dots = r_T L_T`. With
+    the shares :math:`p_t = r_t L_t / \sum_s r_s L_s`, their nonuniformity
+    :math:`\mu = \sum_t p_t \log(T p_t)` and :math:`a_t = r_t (\log(T p_t) - \mu)`, the update
+    :math:`G^\top a` would reduce :math:`\mu` fastest. With the gradients as rows of G and
+    :math:`C = G G^\top`, the weights :math:`\alpha` are those in the simplex that solve, if :math:`\mu`
+    exceeds ``tolerance`` (balance),
+
+    .. math::
+        \max_\alpha \alpha^\top C a \;\text{ s.t. }\; (C \alpha)_t \ge 0 \text{ for the largest } p_t, \quad
+        (C \alpha)_t \ge (C a)_t \text{ for all other } t \text{ with } (C a)_t \le 0,
+
+    (if no entry of C a is positive, s.t. :math:`C \alpha \ge 0`), and else (descent)
+
+    .. math::
+        \max_\alpha 1^\top C \alpha \;\text{ s.t. }\; C \alpha \ge 0, \quad
+        \alpha^\top C a \ge \min(0, \max_t (C a)_t).
+
+    Scale: mean-like; the weights sum to 1. Algorithm 1 of the first paper, in its restricted form.
+
+    Args:
+      tasks: T, or the task names.
+      preference: r, `[T]` or a dictionary by task name, nonnegative; a larger entry gives a smaller loss.
+        None means equal preferences.
+      tolerance: the nonuniformity below which the losses count as balanced.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `EPOState`. `update` needs `losses=`. Cost: one pass over the gradients for
+      the Gram matrix, one for the sum, and a linear program with T variables.
+
+    Raises:
+      ValueError: if `preference` has the wrong shape or a negative entry.
+
+    Notes:
+      The dual simplex method on the cosine matrix solves the program to the precision of the dtype. The
+      authors' code calls a solver on the host. In training it multiplies the weights by T. If there is no
+      solution, which only the second program allows, its weights are the preference; here they are those
+      of `mgda`, and ``rule_state.fallback_count`` increases.
+
+      While the losses are balanced, some of them may increase. Several weights can be exactly 0, because
+      the solution is a vertex. A negative loss counts as 0; add a constant to losses that can be negative.
+      A zero gradient can take a part of the weight. If all gradients are zero, the update is 0. With one
+      task, the update is its gradient.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.epo(2, preference=[1., 3.])
+      >>> grads = jnp.array([[1., 0.], [0.6, 0.8]])
+      >>> for losses in ([1., 1.], [3., 1.]):
+      ...     update, _ = tx.update(grads, tx.init(jnp.zeros(2)), losses=jnp.array(losses))
+      ...     print(np.asarray(update).round(3))
+      [0.6 0.8]
+      [1. 0.]
+
+    References:
+      Mahapatra and Rajan, Multi-Task Learning with User Preferences: Gradient Descent with Controlled
+      Ascent in Pareto Optimization, 2020, https://proceedings.mlr.press/v119/mahapatra20a.html
+
+      Mahapatra and Rajan, Exact Pareto Optimal Search for Multi-Task Learning and Multi-Criteria
+      Decision-Making, 2021, https://arxiv.org/abs/2108.00597
+    """
+    axis = read_tasks("epo", tasks)
+    if preference is not None:
+        preference = task_numbers("epo", "preference", preference, axis, 0)
+
+    def init(dtype: DType) -> EPOState:
+        return EPOState(jnp.zeros((), jnp.int32))
+
+    def weigh(inputs: StepInputs, state: EPOState) -> tuple[jax.Array, EPOState]:
+        cosine, active, dtype = inputs.cosine, inputs.active, inputs.norms.dtype
+        share = active_preference(preference, active, dtype)
+        parts, adjustments, uniform = _adjustments(inputs.losses, share, active)
+        balance = uniform > jnp.asarray(tolerance, dtype)
+        # In units of the smallest norm n: x = alpha * norms / n, gain = C a / (norms * n).
+        nonzero = active & (inputs.norms > 0)
+        smallest = jnp.min(jnp.where(nonzero, inputs.norms, jnp.inf))
+        lengths = jnp.where(nonzero, safe_divide(inputs.norms, smallest, where=nonzero), 1)
+        lengths = jnp.minimum(lengths, largest_weight(dtype))
+        gain = product(cosine, lengths * adjustments)
+        # The constraints: none on a loss that the adjustments decrease, except on the worst.
+        bound = balance & jnp.any(gain > 0) & (parts < jnp.max(parts))
+        free = bound & (gain > 0)
+        rise = jnp.minimum(jnp.max(jnp.where(active, gain * lengths, -jnp.inf)), 0)
+        unit = jnp.maximum(jnp.max(jnp.abs(gain)), jnp.finfo(dtype).tiny)
+        alpha, solved = maximize_on_simplex(
+            jnp.where(balance, gain / unit, product(cosine, lengths / jnp.max(lengths))),
+            jnp.where(active, 1 / lengths, 0),
+            jnp.where(
+                jnp.append(free, balance)[:, None], 0, jnp.concatenate([cosine, gain[None] / unit])
+            ),
+            jnp.append(jnp.where(bound & ~free, gain, 0), jnp.where(balance, 0, rise / unit)),
+        )
+        weights = jnp.where(solved, alpha / lengths, min_norm_weights(cosine, inputs.norms, active))
+        return weights, EPOState(next_count(state.fallback_count, jnp.any(active) & ~solved))
+
+    return from_rule("epo", axis, WeightRule(frozenset({"losses", "gram"}), weigh, init), **options)
+
+
+def _adjustments(
+    losses: jax.Array, preference: jax.Array, active: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the shares p `[T]`, the adjustments a `[T]` and the nonuniformity."""
+    losses = jnp.where(active, jnp.maximum(losses, 0), 0)
+    parts = preference * safe_divide(losses, jnp.max(losses))
+    total = jnp.sum(parts)
+    number = count_active(active, losses.dtype)
+    parts = safe_divide(parts, total, active.astype(losses.dtype) / number)
+    logs = jnp.log(jnp.maximum(parts * number, jnp.finfo(losses.dtype).tiny))
+    nonuniformity = jnp.sum(parts * logs)
+    return parts, jnp.where(active, preference * (logs - nonuniformity), 0), nonuniformity

@@ -1,0 +1,106 @@
+"""IGB: improvable gap balancing, larger weights for losses that are far above their desired values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax.core.early_losses import early_means
+from mtl_optax.core.factory import NonnegativeInt, PositiveInt, factory
+from mtl_optax.core.method import Method, MethodOptions
+from mtl_optax.core.pipeline import from_rule
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.types import DType
+from mtl_optax.core.validation import read_tasks
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
+from mtl_optax.solvers.log_weights import exp_weights, largest_weight, log_softmax, magnitudes
+
+
+class IGBState(NamedTuple):
+    """State of `igb`, `[T]` per block.
+
+    Attributes:
+      base: mean loss over the steps that measure it.
+      seen: int32, the number of steps at which each task was present, at most
+        `warmup_steps + base_steps`.
+    """
+
+    base: jax.Array
+    seen: jax.Array
+
+
+@factory
+def igb(
+    tasks: int | Collection[str],
+    *,
+    warmup_steps: NonnegativeInt = 0,
+    base_steps: PositiveInt = 1,
+    **options: Unpack[MethodOptions],
+) -> Method:
+    r"""Gives larger weights to log losses that have decreased least since the start of training.
+
+    The improvable gap of a task is the distance of its training from the training that is desired. If the
+    desired losses are small, the gap is the loss relative to its value early in training. With the base
+    :math:`b_t`, the mean loss over the ``base_steps`` steps after the first ``warmup_steps``, the weights
+    of the log losses are T softmax(L / b), and so those of the losses are
+
+    .. math:: w_t = T\, \mathrm{softmax}_t( L_t / b_t ) / L_t .
+
+    Until the base of every present task is known, :math:`w_t = 1 / L_t` (the sum of log losses). Scale:
+    the method's own. The first algorithm of the paper, IGBv1.
+
+    Args:
+      tasks: T, or the task names.
+      warmup_steps: steps before the base is measured, static, >= 0.
+      base_steps: steps over which it is averaged, static, >= 1. In the authors' code both are one epoch.
+      **options: see `MethodOptions`.
+
+    Returns:
+      A `Method` with the state `IGBState`. `update` needs `losses=`. Cost: O(T).
+
+    Raises:
+      ValueError: if a number is outside its range.
+
+    Notes:
+      IGBv2, which finds the weights by reinforcement learning, is not part of this library.
+
+      A negative loss is weighted by its absolute value, so that it still decreases. A loss of 0 has
+      weight 0 and is excluded from the softmax; a ratio to a base of 0 counts as 1. Weights are at most
+      1.8e19 (float32). Each task counts the steps at which it was present. With one task, the update is
+      its gradient divided by the loss.
+
+    Example:
+
+      >>> import jax.numpy as jnp, numpy as np, mtl_optax as mtl
+      >>> tx = mtl.igb(2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for losses in ([4., 1.], [2., 1.]):
+      ...     update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+      >>> print(np.asarray(update).round(3))
+      [0.378 1.245]
+
+    References:
+      Dai, Fei and Lu, Improvable Gap Balancing for Multi-Task Learning, 2023,
+      https://arxiv.org/abs/2307.15429
+    """
+    axis = read_tasks("igb", tasks)
+
+    def init(dtype: DType) -> IGBState:
+        return IGBState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32))
+
+    def weigh(inputs: StepInputs, state: IGBState) -> tuple[jax.Array, IGBState]:
+        active, dtype = inputs.active, inputs.losses.dtype
+        sizes, usable = magnitudes(inputs.losses, active)
+        base, nonzero = magnitudes(state.base, active)
+        ratio = jnp.minimum(safe_divide(sizes, base, 1, where=nonzero), largest_weight(dtype))
+        log_shares = log_softmax(ratio, usable)
+        number = count_active(active, dtype)
+        known = jnp.all((state.seen == warmup_steps + base_steps) | ~active)
+        log_weights = jnp.where(known, log_shares + jnp.log(number), 0) - jnp.log(sizes)
+        early = early_means(inputs, *state, warmup_steps, base_steps)
+        return exp_weights(log_weights, usable), IGBState(*early)
+
+    return from_rule("igb", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
