@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.method import Method, update_calls
+from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, states_in
 from mtl_optax.core.validation import (
     MissingLosses,
@@ -28,10 +28,12 @@ from mtl_optax.small_runs import (
     fault_before_methods,
     gradients_like,
     leaves_in,
+    methods_in,
     nodes_in,
     rounded_hyperparameter,
 )
 
+_Tree = TypeVar("_Tree")
 _GUIDE = "See docs/composition.md."
 # Wrappers of optax that cannot wrap a method, by the types of their states.
 _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
@@ -45,36 +47,23 @@ _CANNOT_STAND_AROUND: dict[type, tuple[str, str]] = {
         "returns updates with the task axis when it skips a step. Use mtl_optax.skip_nonfinite(inner) in "
         "its place.",
     ),
-    optax.ConditionallyMaskState: (
-        "optax.conditionally_mask",
-        "returns updates with the task axis when its condition is false. Put it after the method.",
-    ),
-    optax.ConditionallyTransformState: (
-        "optax.conditionally_transform",
-        "returns updates with the task axis when its condition is false. Put it after the method.",
-    ),
-    optax.contrib.MechanicState: (
-        "optax.contrib.mechanize",
-        "multiplies gradients by parameters, which have no task axis. Put it after the method: "
-        "optax.chain(method, optax.contrib.mechanize(inner)).",
-    ),
 }
 
 
 def check(
     tx: optax.GradientTransformation,
     params: optax.Params,
-    tasks: Any = None,
+    tasks: int | Collection[str] | None = None,
     *,
-    gradients: Any = None,
-    **extra_args: Any,
+    gradients: optax.Updates | None = None,
+    **extra_args: object,
 ) -> str:
     """Checks that an optimizer separates the tasks, removes the task axis, and keeps its state.
 
-    Call it once, before training or in a test. It traces `tx.init` and `tx.update` with `jax.eval_shape`,
-    on gradients of shape `[T, *shape]`, and detects errors that affect shapes: a transformation with a
-    state before the method, a wrapper that cannot wrap a method, a part of `optax.partition` or
-    `optax.masked` that keeps the task axis, a wrong number of tasks, or wrong task names.
+    Call it once, before training or in a test. It traces `tx.init` and `tx.update` on gradients of shape
+    `[T, *shape]`, and detects errors that affect shapes: a transformation with a state before the method,
+    a wrapper that cannot wrap a method, a part of `optax.partition` or `optax.masked` that keeps the task
+    axis, a wrong number of tasks, or wrong task names.
 
     It also executes the transformations before the first method, on leaves of at most two elements. It
     raises if the gradient of a task depends on the gradients of other tasks (`clip_by_global_norm` takes
@@ -83,23 +72,23 @@ def check(
 
     Notes:
       It cannot detect three errors. First, `centralize` before a method treats the task axis as the first
-      axis of the parameter: put it after the method, or inside `mtl_optax.per_task`. Second,
-      transformations inside a branch of `lax.cond`, and optimizers that fail on leaves of two elements
-      (for example because labels depend on shapes), are not executed. Third, the losses may be in another
-      order than the gradients; named tasks prevent this.
+      axis of the parameter: put it after the method, or inside `mtl_optax.per_task`. Second, optimizers
+      that fail on leaves of two elements (for example because labels depend on shapes) are not executed.
+      Third, the losses may be in another order than the gradients; named tasks prevent this.
 
     Args:
       tx: the whole optimizer, for example `optax.chain(method, optax.adam(1e-3))`.
       params: the parameters; shapes are enough.
-      tasks: T, or the task names; by default the tasks of the methods in `tx`.
+      tasks: the task names, which are compared with those of the methods in `tx`, or T; by default the
+        number of tasks of the methods.
       gradients: the gradients for `update`, if they are not one gradient per task for every parameter
         (such as the heads in `split_value_and_grad`); only shapes and dtypes are used.
       **extra_args: the extra arguments of `update`, such as those of a line search; a
-        `jax.ShapeDtypeStruct` can replace an array. By default `losses` is an array `[T]`.
+        `jax.ShapeDtypeStruct` can replace an array. By default `losses` has one entry per task.
 
     Returns:
-      One line per method that `update` calls: its name, its tasks in the order of the task axis, and its
-      target if there is one.
+      One line per method that `update` calls: its name and the tasks. Only the program of `update` is read,
+      so that it does not contain the target of a method; `repr(method)` does.
 
     Raises:
       ValueError: if `init` or `update` raises, the update does not have the shapes of the parameters, the
@@ -112,15 +101,14 @@ def check(
       >>> import jax.numpy as jnp, optax, mtl_optax as mtl
       >>> params = {"w": jnp.zeros((3, 2))}
       >>> tx = optax.chain(mtl.metabalance(("click", "buy"), target="click"), optax.adam(1e-3))
-      >>> print(mtl.check(tx, params))
-      metabalance: tasks 'buy', 'click' in this order, target 'click'
+      >>> print(mtl.check(tx, params, ("click", "buy")))
+      metabalance: tasks 'buy', 'click' in this order
       >>> momentum_first = optax.chain(optax.trace(0.9), mtl.mgda(2), optax.sgd(1e-3))
       >>> mtl.check(momentum_first, params)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
         ...
       ValueError: check: state[0].trace['w'] changes its shape from (3, 2) to (2, 3, 2): ...
     """
-    known = None if tasks is None else read_tasks("check", tasks)
     update_fn = optax.with_extra_args_support(tx).update
     given = _shapes(params)
     try:
@@ -128,45 +116,52 @@ def check(
     except Exception as error:
         raise ValueError(_about_init(error, tx, given)) from error
     _refuse(rounded_hyperparameter(tx.init, given, state))
-    known = known or _tasks_inside(tx, state)
-    number = known.number
+    number, names = _tasks_inside(tx, state) if tasks is None else read_tasks("check", tasks)
     like, state = _arrays_of_variables((given, state))
     if gradients is None:
         gradients = _with_tasks(gradients_like(like), number)
     gradients = _arrays_of_variables(_shapes(gradients))
-    extra_args = {"losses": jax.ShapeDtypeStruct((number,), jnp.float32), **extra_args}
+    extra_args = {"losses": _losses(number, names), **extra_args}
     arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
     # Functions and Python numbers are not traced.
     others = {name: value for name, value in extra_args.items() if name not in arrays}
 
     def update(
-        gradients: optax.Updates, state: optax.OptState, params: optax.Params, arrays: Any
-    ) -> Any:
-        return update_fn(gradients, state, params, **arrays, **others)
-
-    def step(state: optax.OptState, arrays: Any = arrays) -> Any:
+        gradients: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params,
+        arrays: dict[str, object],
+    ) -> tuple[optax.Updates, optax.OptState]:
         # A state that is broadcast over the tasks is reported below, with its path.
         with jax.numpy_rank_promotion("allow"):
-            return jax.eval_shape(update, gradients, state, like, arrays)
+            return update_fn(gradients, state, params, **arrays, **others)
 
-    with update_calls() as calls:
-        try:
-            updates, following = step(state)
-        except Exception as error:
-            without_losses = lambda: step(state, {k: v for k, v in arrays.items() if k != "losses"})  # noqa: E731
-            variables = jax.tree.structure(like) != jax.tree.structure(given)
-            about = _about_update(error, state, number, without_losses, variables)
-            raise ValueError(about) from error
-    methods = list({id(method.definition): method for method, _ in calls}.values())
+    trace = jax.make_jaxpr(update, return_shape=True)
+    try:
+        program, (updates, following) = trace(gradients, state, like, arrays)
+    except Exception as error:
+        without_losses = {k: v for k, v in arrays.items() if k != "losses"}
+        trace_without_losses = functools.partial(trace, gradients, state, like, without_losses)
+        variables = jax.tree.structure(like) != jax.tree.structure(given)
+        about = _about_update(error, state, number, trace_without_losses, variables)
+        raise ValueError(about) from error
     _check_updates(updates, like, number, state)
     _check_state(state, following, number)
     if jax.tree.structure(state) != jax.tree.structure(following):
         # `optax.monitor` has no entries before its first step.
-        _check_structure(following, step(following)[1])
-    _check_names(methods, known)
+        _, (_, later) = trace(gradients, following, like, arrays)
+        if jax.tree.structure(following) != jax.tree.structure(later):
+            how = difference("new states", later, "old ones", following)
+            _refuse(
+                "the state changes its structure at every update, which jax.jit compiles anew each time: "
+                f"{how}. {_GUIDE}"
+            )
     run = functools.partial(update, arrays=_ones(arrays))
     _refuse(fault_before_methods(tx.init, run, like, gradients, number))
-    return "\n".join(map(_describe, methods))
+    of_tasks = f"{number} tasks"
+    if names is not None:
+        of_tasks = f"tasks {', '.join(map(repr, names))} in this order"
+    return "\n".join(f"{method}: {of_tasks}" for method in methods_in(program.jaxpr))
 
 
 def _refuse(fault: str | None) -> None:
@@ -177,7 +172,7 @@ def _refuse(fault: str | None) -> None:
 # --- the tasks, and the methods ----------------------------------------------------------------------
 
 
-def _tasks_inside(tx: Any, state: optax.OptState) -> Tasks:
+def _tasks_inside(tx: optax.GradientTransformation, state: optax.OptState) -> Tasks:
     """Returns the tasks of the methods in an optimizer; in a chain only their number is known yet."""
     if isinstance(tx, Method):
         return tx.tasks
@@ -196,26 +191,6 @@ def _tasks_inside(tx: Any, state: optax.OptState) -> Tasks:
         )
     (number,) = made_for
     return Tasks(number, None)
-
-
-def _check_names(methods: list[Method], tasks: Tasks) -> None:
-    owner, names = "check is given", tasks.names
-    for method in methods:
-        if None not in (method.task_names, names) and method.task_names != names:
-            raise ValueError(
-                f"check: {method.name} is made for the tasks {list(method.task_names or ())}, but {owner} "
-                f"{list(names or ())}. Give both the names of the losses that loss_fn returns."
-            )
-        if names is None:
-            owner, names = f"{method.name} for", method.task_names
-
-
-def _describe(method: Method) -> str:
-    tasks = f"{method.num_tasks} tasks"
-    if method.task_names is not None:
-        tasks = f"tasks {', '.join(map(repr, method.task_names))} in this order"
-    target = "" if method.target is None else f", target {method.target!r}"
-    return f"{method.name}: {tasks}{target}"
 
 
 # --- what an update returned -------------------------------------------------------------------------
@@ -250,7 +225,7 @@ def _check_updates(
     )
 
 
-def _check_state(old: Any, new: Any, num_tasks: int) -> None:
+def _check_state(old: optax.OptState, new: optax.OptState, num_tasks: int) -> None:
     after = dict(leaves_in(new))
     for path, before in leaves_in(old):
         now = after.get(path, before)
@@ -269,18 +244,10 @@ def _check_state(old: Any, new: Any, num_tasks: int) -> None:
                 )
 
 
-def _check_structure(old: Any, new: Any) -> None:
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise ValueError(
-            "check: the state changes its structure at every update, which jax.jit compiles anew each "
-            f"time: {difference('new states', new, 'old ones', old)}. {_GUIDE}"
-        )
-
-
 # --- what was raised ---------------------------------------------------------------------------------
 
 
-def _about_init(error: Exception, tx: Any, params: optax.Params) -> str:
+def _about_init(error: Exception, tx: optax.GradientTransformation, params: optax.Params) -> str:
     remedy = (
         "A transformation before the method looks at the task axis, which the parameters that init sees do "
         "not have. Lift it over the tasks: mtl_optax.per_task(inner, tasks)."
@@ -296,7 +263,7 @@ def _about_update(
     error: Exception,
     state: optax.OptState,
     num_tasks: int,
-    without_losses: Callable[[], Any],
+    without_losses: Callable[[], object],
     variables: bool,
 ) -> str:
     for path, node in nodes_in(state, BalanceState):
@@ -320,7 +287,7 @@ def _about_update(
 
 
 def _remedy(
-    error: Exception, state: optax.OptState, without_losses: Callable[[], Any], variables: bool
+    error: Exception, state: optax.OptState, without_losses: Callable[[], object], variables: bool
 ) -> str:
     """Returns a remedy for an error that another library raised."""
     # Python has no exception class for a missing keyword argument.
@@ -351,7 +318,7 @@ def _remedy(
     )
 
 
-def _passes(update: Callable[[], Any]) -> bool:
+def _passes(update: Callable[[], object]) -> bool:
     """Whether an update runs, at least until a method raises because of missing losses."""
     try:
         update()
@@ -382,11 +349,18 @@ def _quote(function: str, error: Exception, remedy: str) -> str:
 # --- trees of shapes ---------------------------------------------------------------------------------
 
 
-def _shapes(tree: optax.Params) -> Any:
+def _losses(num_tasks: int, names: tuple[str, ...] | None) -> object:
+    """Returns the shapes of losses; methods for tasks of other names refuse a dictionary."""
+    if names is None:
+        return jax.ShapeDtypeStruct((num_tasks,), jnp.float32)
+    return dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def _shapes(tree: _Tree) -> _Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
-def _arrays_of_variables(tree: optax.Params) -> Any:
+def _arrays_of_variables(tree: _Tree) -> _Tree:
     """Replaces the variables of Flax by arrays, as `nnx.Optimizer` does before `update`."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -395,16 +369,16 @@ def _arrays_of_variables(tree: optax.Params) -> Any:
     return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.pure(tree)
 
 
-def _with_tasks(tree: optax.Params, num_tasks: int) -> Any:
+def _with_tasks(tree: _Tree, num_tasks: int) -> _Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_tasks, *x.shape), x.dtype), tree)
 
 
-def _ones(tree: optax.Params) -> Any:
+def _ones(tree: _Tree) -> _Tree:
     """Replaces shapes by arrays of ones."""
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) if is_shape(x) else x, tree)
 
 
-def _has_shapes(tree: optax.Params) -> bool:
+def _has_shapes(tree: object) -> bool:
     leaves = jax.tree.leaves(tree)
     return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)

@@ -1,31 +1,57 @@
-"""The part of `check` that executes an optimizer, on leaves of at most two elements."""
+"""What `check` finds by executing an optimizer on leaves of at most two elements."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from mtl_optax.core.method import update_calls
+from mtl_optax.core.method import PROGRAM
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_Tree = TypeVar("_Tree")
+_Node = TypeVar("_Node")
+_LIFT = "Put it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+
+# The gradients that reach every method, by the position and the name of the method.
+_Reached = dict[tuple[int, str], list[jax.Array]]
+
+
+def methods_in(program: Jaxpr) -> list[str]:
+    """Returns the names of the methods whose `update` a program calls, in the order of the calls."""
+    names = []
+    for eqn in program.eqns:
+        name = _method_of(eqn)
+        if name:
+            names.append(name)
+            continue
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(inner, ClosedJaxpr):
+                names += methods_in(inner.jaxpr)
+    return names
 
 
 def fault_before_methods(
-    init: Any, update: Any, params: optax.Params, gradients: optax.Updates, num_tasks: int
+    init: Callable[[optax.Params], optax.OptState],
+    update: Callable[[optax.Updates, optax.OptState, optax.Params], object],
+    params: optax.Params,
+    gradients: optax.Updates,
+    num_tasks: int,
 ) -> str | None:
     """Detects wrong gradients at the input of the first method of each leaf.
 
-    The gradient of a task must not depend on the gradients of other tasks. To test this, half of the
-    gradients are multiplied by about a million, and the others must not change. No term of the parameters
-    may be added to a gradient. To test this, all gradients are 0, and a change of the parameters must
-    have no effect. (A factor may depend on the parameters, as in
+    The gradient of a task must not depend on the gradients of other tasks. To test this, the gradients of
+    one task are multiplied by about a million, and those of the others must not change. No term of the
+    parameters may be added to a gradient. To test this, all gradients are 0, and a change of the
+    parameters must have no effect. (A factor may depend on the parameters, as in
     `per_task(optax.adaptive_grad_clip(0.1), T)`.)
 
     Args:
@@ -38,38 +64,53 @@ def fault_before_methods(
     Returns:
       A sentence with the remedy, or None. It is also None if the optimizer fails on such small leaves.
     """
-    reach = _what_reaches_methods(init, update)
     random = np.random.default_rng(0)
 
-    def numbers(tree: optax.Params, scale: float) -> Any:
-        draw = lambda x: jnp.asarray(scale * random.standard_normal(x.shape), x.dtype)  # noqa: E731
+    def numbers(tree: _Tree, scale: float) -> _Tree:
+        draw = lambda x: (scale * random.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731
         return jax.tree.map(draw, tree)
 
-    def with_tasks(gradient: Any, param: Any) -> Any:
-        tasks = gradient.shape[: gradient.ndim - param.ndim]
-        return jax.ShapeDtypeStruct((*tasks, *param.shape), gradient.dtype)
+    def with_tasks(gradient: jax.ShapeDtypeStruct, p: jax.ShapeDtypeStruct) -> object:
+        return jax.ShapeDtypeStruct(
+            (*gradient.shape[: len(gradient.shape) - len(p.shape)], *p.shape), gradient.dtype
+        )
 
     params = _small(params)
     trained = gradients_like(params)
     try:
         gradients = jax.tree.map(with_tasks, gradients, trained)
-        if not jax.eval_shape(reach, gradients, params):
-            return None
+        with jax.numpy_rank_promotion("allow"):
+            program = jax.make_jaxpr(lambda g, p: update(g, init(p), p))(gradients, params)
+
+        @jax.jit
+        def reach(gradients: optax.Updates, params: optax.Params) -> _Reached:
+            return _what_reaches_methods(program, jax.tree.leaves((gradients, params)))
+
         quiet, loud = numbers(gradients, 1e-2), numbers(gradients, 1e4)
         weights, others = numbers(params, 1.0), numbers(params, 1.0)
         reached = reach(quiet, weights)
-        for is_loud in _halves(num_tasks):
-            louder = jax.tree.map(functools.partial(_choose, is_loud), quiet, loud, trained)
-            method = _differs(reached, reach(louder, weights), rows=~is_loud)
+        for task in range(num_tasks):
+            # A gradient without a task axis stays as it is.
+            one_loud = jax.tree.map(
+                lambda q, x, p, task=task: (
+                    q
+                    if q.ndim == p.ndim
+                    else np.concatenate([q[:task], x[task : task + 1], q[task + 1 :]])
+                ),
+                quiet,
+                loud,
+                trained,
+            )
+            method = _differs(reached, reach(one_loud, weights), np.arange(num_tasks) != task)
             if method:
                 return (
                     f"what stands before {method} mixes the tasks, as optax.clip_by_global_norm does with "
                     "one norm over all of them: the gradient of a task depends on those of the others. "
-                    "Put it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+                    + _LIFT
                 )
-        zeros = jax.tree.map(jnp.zeros_like, quiet)
-        method = _differs(reach(zeros, weights), reach(zeros, others), rows=...)
-    # Some optimizers fail on other shapes, or call methods in a branch of `lax.cond`.
+        zeros = jax.tree.map(np.zeros_like, quiet)
+        method = _differs(reach(zeros, weights), reach(zeros, others), ...)
+    # Some optimizers fail on other shapes.
     except Exception:
         return None
     if method:
@@ -80,7 +121,9 @@ def fault_before_methods(
     return None
 
 
-def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptState) -> str | None:
+def rounded_hyperparameter(
+    init: Callable[[optax.Params], optax.OptState], params: optax.Params, state: optax.OptState
+) -> str | None:
     """Detects a number that `optax.inject_hyperparams` changes by rounding to the parameters' dtype.
 
     The number, or its distance from 1, must change by more than a tenth. For example, a decay of 0.999
@@ -120,78 +163,86 @@ def rounded_hyperparameter(init: Any, params: optax.Params, state: optax.OptStat
     return None
 
 
-def gradients_like(params: optax.Params) -> Any:
+def gradients_like(params: optax.Params) -> optax.Params:
     """Returns the tree of the gradients: the parameters, or the fast ones of `optax.lookahead`."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def leaves_in(tree: optax.Params) -> list[tuple[str, Any]]:
+def leaves_in(tree: optax.Params) -> list[tuple[str, jax.Array]]:
     """Returns the leaves of a tree, with their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
 
 
-def nodes_in(tree: optax.Params, kinds: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+def nodes_in(
+    tree: optax.Params, kinds: type[_Node] | tuple[type[_Node], ...]
+) -> list[tuple[str, _Node]]:
     """Returns the outermost nodes of these types in a tree, with their paths."""
     is_one = lambda node: isinstance(node, kinds)  # noqa: E731
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one)
     return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_one(node)]
 
 
-def _what_reaches_methods(init: Any, update: Any) -> Any:
-    """Returns a function from gradients and parameters to the inputs of the first method of each leaf.
+def _method_of(eqn: JaxprEqn) -> str | None:
+    """Returns the name of the method whose program an equation calls."""
+    program = str(eqn.params.get("name", ""))
+    return program.removeprefix(PROGRAM) if program.startswith(PROGRAM) else None
 
-    The function returns a dictionary by method and path, without gradients that are unchanged. Later
-    methods of the same leaf are ignored, because the first method may mix the tasks.
+
+def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) -> _Reached:
+    """Evaluates a program without its methods, and returns the gradients that reach them.
+
+    The results of a method are replaced by zeros, because a method may mix the tasks: the gradients of a
+    later method of the same leaf do not change then. All branches of a `cond` are evaluated. Gradients
+    that reach a method as they are in `arguments` are left out.
     """
+    reached: _Reached = {}
+    unchanged = set(map(id, arguments))
 
-    @jax.jit
-    def reach(gradients: optax.Updates, params: optax.Params) -> dict[tuple[str, str], jax.Array]:
-        came, first = dict(leaves_in(gradients)), {}
-        # An error after the methods does not affect their recorded inputs.
-        with update_calls() as calls, suppress(Exception), jax.numpy_rank_promotion("allow"):
-            update(gradients, init(params), params)
-        for method, updates in calls:
-            for path, leaf in leaves_in(updates):
-                first.setdefault(path, (method.name, leaf))
-        return {
-            (name, path): leaf for path, (name, leaf) in first.items() if leaf is not came.get(path)
-        }
+    def run(program: ClosedJaxpr, arguments: Sequence[jax.Array]) -> list[jax.Array]:
+        variables = [*program.jaxpr.constvars, *program.jaxpr.invars]
+        values = dict(zip(variables, [*program.consts, *arguments], strict=True))
+        read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
+        for eqn in program.jaxpr.eqns:
+            inputs, method = list(map(read, eqn.invars)), _method_of(eqn)
+            kind = eqn.primitive.name
+            called = eqn.params.get("jaxpr" if kind in ("jit", "pjit") else "call_jaxpr")
+            if method:
+                # The gradients are the last arguments, and the argument before them is a mask.
+                is_gradient = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
+                gradients = itertools.takewhile(is_gradient, reversed(inputs))
+                reached[len(reached), method] = [g for g in gradients if id(g) not in unchanged]
+                results = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+            elif isinstance(called, ClosedJaxpr):
+                results = run(called, inputs)
+            elif kind == "cond":
+                index, *operands = inputs
+                branches = [run(branch, operands) for branch in eqn.params["branches"]]
+                results = [lax.select_n(index, *cases) for cases in zip(*branches, strict=True)]
+            else:
+                results = eqn.primitive.bind(*inputs, **eqn.params)
+                results = results if eqn.primitive.multiple_results else [results]
+            values.update(zip(eqn.outvars, results, strict=True))
+        return list(map(read, program.jaxpr.outvars))
 
-    return reach
-
-
-def _halves(num_tasks: int) -> Iterator[np.ndarray]:
-    """Yields masks `[T]` such that, for any two tasks, one mask has the first but not the second.
-
-    There are two masks per binary digit of the task index, because two indices differ in a digit.
-    """
-    tasks = np.arange(num_tasks)
-    for digit in range((num_tasks - 1).bit_length()):
-        has_digit = tasks >> digit & 1 == 1
-        yield has_digit
-        yield ~has_digit
-
-
-def _choose(is_loud: np.ndarray, quiet: Any, loud: Any, param: Any) -> Any:
-    """Selects the row of each task from `loud` or `quiet`; without a task axis it returns `quiet`."""
-    if quiet.ndim == param.ndim:
-        return quiet
-    return jnp.where(is_loud.reshape(-1, *[1] * param.ndim), loud, quiet)
+    run(program, arguments)
+    return reached
 
 
-def _differs(reached: dict[tuple[str, str], Any], other: Any, rows: Any) -> str | None:
-    """Describes the first method and leaf whose rows differ between two runs."""
-    for key, leaf in reached.items():
-        if not jnp.allclose(leaf[rows], other[key][rows], rtol=1e-3, atol=0, equal_nan=True):
-            return "{} (leaf {})".format(*key)
+def _differs(reached: _Reached, other: _Reached, rows: np.ndarray | EllipsisType) -> str | None:
+    """Returns the name of the first method whose gradients differ between two runs in these rows."""
+    for (place, name), gradients in reached.items():
+        for one, two in zip(gradients, other[place, name], strict=True):
+            one, two = (np.asarray(x, float)[rows] for x in (one, two))
+            if not np.allclose(one, two, rtol=1e-3, atol=0, equal_nan=True):
+                return name
     return None
 
 
-def _small(tree: optax.Params) -> Any:
+def _small(tree: _Tree) -> _Tree:
     """Reduces each leaf to at most two elements, along the first dimension of size 2 or more."""
 
-    def small(leaf: jax.Array) -> Any:
+    def small(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         shape = [min(size, 1) for size in leaf.shape]
         for axis in [axis for axis, size in enumerate(leaf.shape) if size > 1][:1]:
             shape[axis] = 2
@@ -200,5 +251,5 @@ def _small(tree: optax.Params) -> Any:
     return jax.tree.map(small, tree)
 
 
-def _is_narrow(leaf: jax.Array) -> bool:
+def _is_narrow(leaf: object) -> bool:
     return getattr(leaf, "dtype", None) in (jnp.bfloat16, jnp.float16)

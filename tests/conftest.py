@@ -4,6 +4,7 @@ The environment is prepared before jax is first imported: the number of host dev
 plotting backend are read once, at import.
 """
 
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -26,6 +27,12 @@ given = os.environ.get("XLA_FLAGS", "")
 missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
+# What was compiled is kept for the next run, where `pytest --cache-clear` deletes it.
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "d" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # ipykernel and jupyter_core look for the user's settings in the places that platformdirs names.
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
@@ -34,9 +41,6 @@ import pytest  # noqa: E402
 
 # A state without the task axis must never broadcast silently against gradients that have it.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
 
 
 @pytest.fixture
@@ -57,6 +61,13 @@ def strict_dtypes() -> Iterator[None]:
 def root() -> Path:
     """The folder of the checkout."""
     return ROOT
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often: nearly all of what JAX makes stays, and each search goes over it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
 
 
 # A compiled program is about 13 mappings of memory, of which Linux allows a process 65,530.

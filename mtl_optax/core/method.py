@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -18,6 +16,9 @@ from mtl_optax.core.rule import UpdateRule, WeightRule
 from mtl_optax.core.state import BalanceState
 from mtl_optax.core.types import AxisName, Label
 from mtl_optax.core.validation import Tasks, describe
+
+# The update of a method is a program that is named by this prefix and the method's name.
+PROGRAM = "mtl_optax."
 
 
 class MethodOptions(TypedDict, total=False):
@@ -255,30 +256,3 @@ def _by_value(leaf: object) -> Any:
         return leaf
     array = np.asarray(leaf)
     return array.shape, array.dtype, array.tobytes()
-
-
-# A chain has no attribute for the methods inside it, so during `check` each method records its call here.
-_CALLS: ContextVar[list[tuple[Method, Any]] | None] = ContextVar("calls", default=None)
-
-
-@contextmanager
-def update_calls() -> Iterator[list[tuple[Method, Any]]]:
-    """Records each call of a method's `update` in this context: the method, and its gradients."""
-    calls: list[tuple[Method, Any]] = []
-    token = _CALLS.set(calls)
-    try:
-        yield calls
-    finally:
-        _CALLS.reset(token)
-
-
-def tell_update(method: Method, updates: optax.Updates) -> None:
-    """Records a call of a method's `update`."""
-    calls = _CALLS.get()
-    if calls is not None:
-        calls.append((method, updates))
-
-
-def is_watched() -> bool:
-    """Whether calls are being recorded, as in `check`."""
-    return _CALLS.get() is not None

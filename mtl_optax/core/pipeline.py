@@ -21,13 +21,13 @@ from jax import lax
 
 from mtl_optax.core import task_tree, validation
 from mtl_optax.core.method import (
+    PROGRAM,
     Definition,
     Method,
     MethodOptions,
     Options,
     Origin,
     flat_options,
-    tell_update,
 )
 from mtl_optax.core.rule import StepInputs, UpdateRule, WeightRule
 from mtl_optax.core.state import (
@@ -93,16 +93,16 @@ class Given(NamedTuple):
     """The caller's arguments of a step, except the gradients; all are arrays.
 
     Attributes:
-      present: bool `[T]`, which tasks are in this batch.
       losses: `[T]`, or None if the rule needs none.
       params: the parameters, if the rule reads gradients element by element.
       extra: the extra arguments that the rule declares.
+      present: bool `[T]`, which tasks are in this batch.
     """
 
-    present: jax.Array
     losses: jax.Array | None
     params: optax.Params | None
     extra: dict[str, Any]
+    present: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,10 +146,9 @@ class Pipeline(Definition):
         Returns:
           `(update, state)`: the update has leaves `[*shape]`, or `[T, *shape]` with `reduce=False`.
         """
-        tell_update(Method(self.init, self.update), updates)
         given = self.read(state, losses, active, params, extra_args)
         validation.check_updates(self.name, updates, self.tasks, params)
-        return self._balance(updates, state, given)
+        return self._balance(state, given, updates)
 
     # --- the stages of a step ------------------------------------------------------------------------
 
@@ -171,10 +170,10 @@ class Pipeline(Definition):
         elif isinstance(losses, Mapping):  # other names would mean another target
             names_of(self.name, "losses", losses, self.tasks)
         return Given(
-            present=validation.read_active(self.name, active, self.tasks),
             losses=vector,
             params=params if self._on_gradients else None,
             extra={key: extra_args.get(key) for key in self.rule.extra},
+            present=validation.read_active(self.name, active, self.tasks),
         )
 
     def inputs(self, given: Given, state: BalanceState) -> StepInputs:
@@ -263,22 +262,24 @@ class Pipeline(Definition):
 
     @functools.cached_property
     def _balance(self) -> Callable[..., tuple[optax.Updates, BalanceState]]:
-        # Compiled here, so that a call outside jit runs one program too; inside jit it is inlined.
-        return jax.jit(self._update)
+        def balance(
+            state: BalanceState, given: Given, updates: optax.Updates
+        ) -> tuple[optax.Updates, BalanceState]:
+            check_fields(self.name, self.rule, state, updates)
+            inputs = self.inputs(given, state)
+            if self._on_gradients:
+                updates = task_tree.stacked(updates)
+                finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
+                inputs = inputs.restrict(finite)
+                inputs = inputs._replace(updates=task_tree.remove_absent(updates, inputs.active))
+            advance = self._by_update if isinstance(self.rule, UpdateRule) else self._by_weights
+            result, state, active = advance(updates, state, inputs, given.present)
+            return task_tree.narrow_like(result, updates), self.finish(state, given, active)
 
-    def _update(
-        self, updates: optax.Updates, state: BalanceState, given: Given
-    ) -> tuple[optax.Updates, BalanceState]:
-        check_fields(self.name, self.rule, state, updates)
-        inputs = self.inputs(given, state)
-        if self._on_gradients:
-            updates = task_tree.stacked(updates)
-            finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
-            inputs = inputs.restrict(finite)
-            inputs = inputs._replace(updates=task_tree.remove_absent(updates, inputs.active))
-        advance = self._by_update if isinstance(self.rule, UpdateRule) else self._by_weights
-        result, state, active = advance(updates, state, inputs, given.present)
-        return task_tree.narrow_like(result, updates), self.finish(state, given, active)
+        # `check` finds the methods of an optimizer by the names of their programs.
+        balance.__name__ = PROGRAM + self.name
+        # Compiled here, so that a call outside jit runs one program too; inside jit it is inlined.
+        return jax.jit(balance)
 
     def _by_update(
         self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array

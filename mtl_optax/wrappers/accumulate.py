@@ -11,7 +11,6 @@ import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
-from mtl_optax.core.method import is_watched
 from mtl_optax.core.types import Active, AxisName, Losses
 from mtl_optax.core.validation import check_integer, read_tasks
 from mtl_optax.wrappers.present import read_present
@@ -122,9 +121,6 @@ def accumulate(
             shapes, _ = jax.eval_shape(step, sums)
             return jax.tree.map(jnp.zeros_like, shapes), sums
 
-        # In `check`, `inner` must run outside `cond`, so that its inputs can be recorded.
-        if is_watched():
-            return step(sums)
         return lax.cond(sums.micro_count == every_k, step, wait, sums)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
