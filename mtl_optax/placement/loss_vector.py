@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import where
+from mtl_optax.core.validation import Tasks, task_vector, where
+
+Result = TypeVar("Result")
 
 
-def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
+def loss_terms(losses: object) -> tuple[jax.Array, ...] | jax.Array:
     """Converts losses to a tuple of floating scalars of one dtype; an array `[T]` stays an array.
 
     Args:
@@ -34,7 +35,7 @@ def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
       [2.0, 1.0]
     """
     if isinstance(losses, Mapping):
-        entries: dict[str, Any] = {repr(name): losses[name] for name in sorted(losses)}
+        entries: dict[str, object] = {repr(name): losses[name] for name in sorted(losses)}
         kind = "dictionary"
         remedy = "Give every loss a name of its own, or add them up to one number."
     elif isinstance(losses, (tuple, list)):
@@ -58,7 +59,7 @@ def loss_terms(losses: Any) -> tuple[jax.Array, ...] | jax.Array:
     return tuple(jnp.asarray(loss, dtype) for loss in entries.values())
 
 
-def loss_vector(losses: Any) -> jax.Array:
+def loss_vector(losses: object) -> jax.Array:
     """Converts losses to one floating array `[T]`.
 
     Args:
@@ -80,7 +81,7 @@ def loss_vector(losses: Any) -> jax.Array:
     return jnp.stack(terms) if isinstance(terms, tuple) else terms
 
 
-def split_result(result: Any, has_aux: bool) -> tuple[optax.Updates, optax.OptState]:
+def split_result(result: Result, has_aux: bool) -> tuple[tuple[jax.Array, ...] | jax.Array, Result]:
     """Separates the losses from the result of a user's loss function.
 
     Args:
@@ -100,16 +101,38 @@ def split_result(result: Any, has_aux: bool) -> tuple[optax.Updates, optax.OptSt
       >>> split_result((jnp.ones(2), "aux"), has_aux=True)[0].tolist()
       [1.0, 1.0]
     """
-    if has_aux and not (isinstance(result, (tuple, list)) and len(result) == 2):
-        found = f"a {type(result).__name__} of {len(result)}" if _sized(result) else None
-        raise TypeError(
-            f"has_aux=True: loss_fn must return (losses, aux); found {found or _described(result)}. Leave "
-            "has_aux out if it returns the losses alone."
-        )
-    return loss_terms(result[0] if has_aux else result), result
+    if not has_aux:
+        return loss_terms(result), result
+    if isinstance(result, (tuple, list)) and len(result) == 2:
+        return loss_terms(result[0]), result
+    size = f" of {len(result)}" if isinstance(result, (Mapping, tuple, list)) else ""
+    raise TypeError(
+        f"has_aux=True: loss_fn must return (losses, aux); found {_described(result)}{size}. Leave "
+        "has_aux out if it returns the losses alone."
+    )
 
 
-def check_differentiable(name: str, params: optax.Params) -> None:
+def check_tasks(name: str, result: Any, has_aux: bool, tasks: Tasks) -> None:
+    """Raises if the result of a loss function does not have one loss per task, under the same names.
+
+    Args:
+      name: the name of the caller, for messages.
+      result: losses, or `(losses, aux)` with `has_aux`.
+      has_aux: as in `jax.value_and_grad`.
+      tasks: the tasks of the method.
+
+    Raises:
+      ValueError: if the number or the names of the losses are others.
+
+    Example:
+
+      >>> check_tasks("fork", {"buy": 1.0, "click": 2.0}, False, Tasks(2, ("buy", "click")))
+    """
+    losses = result[0] if has_aux else result
+    task_vector(name, "the losses of loss_fn", losses, tasks)
+
+
+def check_differentiable(name: str, params: object) -> None:
     """Raises if a leaf of `params` is not a real floating-point array, as `jax.grad` does.
 
     Args:
@@ -145,7 +168,7 @@ def check_differentiable(name: str, params: optax.Params) -> None:
             )
 
 
-def _array_of_losses(losses: Any) -> jax.Array:
+def _array_of_losses(losses: object) -> jax.Array:
     rule = "losses must be a tuple or dictionary of one scalar per task, or an array [T]; found "
     if not _is_array(losses):
         raise TypeError(f"{rule}{_described(losses)}.")
@@ -163,16 +186,13 @@ def _check_floating(dtype: DType) -> None:
         raise TypeError(f"losses must be real floating point, found {dtype}.")
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> TypeGuard[jax.Array]:
     return hasattr(value, "dtype") or isinstance(value, (int, float, complex))
 
 
-def _sized(value: Any) -> bool:
-    return isinstance(value, (Mapping, tuple, list))
-
-
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if value is None:
         return "None"
-    kind = type(value).__name__
-    return f"an array of shape {jnp.shape(value)}" if _is_array(value) else f"a {kind}"
+    if _is_array(value):
+        return f"an array of shape {jnp.shape(value)}"
+    return f"a {type(value).__name__}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.core.validation import check_choice, read_tasks
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
-from mtl_optax.placement.pull_back import Mode, check_mode, pull_each, vjp_of_losses
+from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
 
 
 def per_task_value_and_grad(
@@ -71,7 +71,7 @@ def per_task_value_and_grad(
       The parameter gradients of MetaBalance: He et al., MetaBalance, 2022, algorithm 1,
       https://arxiv.org/abs/2203.06801
     """
-    check_mode("per_task_value_and_grad", mode)
+    check_choice("per_task_value_and_grad", "mode", mode, get_args(Mode))
 
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -86,7 +86,7 @@ def per_task_value_and_grad(
         for value in chosen:
             check_differentiable("per_task_value_and_grad", value)
         losses, pullback, result = vjp_of_losses(of_chosen, *chosen)
-        grads = pull_each(pullback, losses, mode)
+        grads = pull_each(pullback, losses, mode, lambda grads: grads)
         return result, grads[0] if isinstance(argnums, int) else grads
 
     return value_and_grad
@@ -145,7 +145,7 @@ def split_value_and_grad(
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, section 3.3,
       https://arxiv.org/abs/1810.04650
     """
-    check_mode("split_value_and_grad", mode)
+    check_choice("split_value_and_grad", "mode", mode, get_args(Mode))
 
     def value_and_grad(shared: Any, heads: Any, *args: Any, **kwargs: Any) -> Any:
         for part in (shared, heads):

@@ -7,189 +7,170 @@ XLA uses each layer's part of `g_t` as soon as it is there, so not even one whol
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.placement.pull_back import (
-    Pullback,
-    chosen_leaves,
-    is_unrolled,
-    pull_in_turn,
-)
+from mtl_optax.placement.pull_back import Pullback, chosen_leaves, pull_in_turn
 
 
-def squared_norms(
-    pullback: Pullback, losses: jax.Array, chosen: Sequence[bool], axis_name: AxisName
-) -> jax.Array:
-    """The squared norms `[T]` of the gradients of the chosen leaves, by T backward passes.
+class NotTransposable(TypeError):
+    """Raised if JAX cannot transpose the backward pass of a `custom_vjp` in the model."""
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class TaskGradients:
+    """The gradients of T losses, of which no more than one is computed at a time.
+
+    Every function takes `chosen`, which says for every leaf of the primal whether it counts.
+
+    Attributes:
       pullback: what `vjp_of_losses` returned for losses of one primal.
       losses: the losses `[T]`.
-      chosen: for every leaf of the primal whether it counts.
       axis_name: mapped axes over which the leaves are divided.
 
-    Returns:
-      `[T]`, accumulated in at least float32.
-
     Example:
 
       >>> from mtl_optax.placement.pull_back import vjp_of_losses
       >>> losses, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
-      >>> squared_norms(pullback, losses, [True], None).tolist()
+      >>> gradients = TaskGradients(pullback, losses, None)
+      >>> gradients.squared_norms([True]).tolist()
       [1.0, 9.0]
-    """
-    return pull_in_turn(
-        pullback,
-        losses,
-        lambda _, grads: task_tree.squared_norm(chosen_leaves(grads, chosen), axis_name),
-    )
-
-
-def gram_matrix(
-    pullback: Pullback,
-    losses: jax.Array,
-    chosen: Sequence[bool],
-    axis_name: AxisName,
-    dtype: DType,
-) -> jax.Array:
-    """The Gram matrix of the gradients of the chosen leaves, by T backward and T forward passes.
-
-    The diagonal is `squared_norms`. The other products have the precision of the model's own arithmetic.
-    Where one of two tasks is not finite, so is their product.
-
-    Args:
-      pullback: as for `squared_norms`.
-      losses: as for `squared_norms`.
-      chosen: as for `squared_norms`.
-      axis_name: as for `squared_norms`.
-      dtype: that of the result.
-
-    Returns:
-      `[T, T]`.
-
-    Raises:
-      TypeError: if a `custom_vjp` of the model has a backward pass that JAX cannot transpose.
-
-    Example:
-
-      >>> from mtl_optax.placement.pull_back import vjp_of_losses
-      >>> losses, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
-      >>> gram_matrix(pullback, losses, [True], None, "float32").tolist()
+      >>> gradients.gram_matrix([True], jnp.float32).tolist()
       [[1.0, 3.0], [3.0, 9.0]]
     """
-    num_tasks = losses.shape[0]
 
-    def row(t: int | jax.Array, grads: Any) -> tuple[jax.Array, jax.Array]:
-        gradient = chosen_leaves(grads, chosen)
-        local = task_tree.squared_norm(gradient)
-        square = task_tree.sum_over(local, axis_name)
-        like = jnp.broadcast_to(jnp.zeros_like(square, losses.dtype), losses.shape)
-        products = _tangents(pullback, losses, chosen, gradient, like).astype(dtype)
-        # With `check_vma=True` the sum over devices has another type, and the transpose has summed.
-        if jax.typeof(local) == jax.typeof(square):
-            products = task_tree.sum_over(products, axis_name)
-        # Each pair once: the first task needs no forward pass.
-        before = jnp.arange(num_tasks) < t
-        return square.astype(dtype), jnp.where(before, products, 0)
+    pullback: Pullback
+    losses: jax.Array
+    axis_name: AxisName
 
-    squares, lower = pull_in_turn(pullback, losses, row)
-    # What only a forward pass overflows in, as in float16, would make the cosine of two finite tasks NaN.
-    finite = jnp.isfinite(squares)
-    overflows = finite[:, None] & finite[None, :] & ~jnp.isfinite(lower + lower.T)
-    squares = jnp.where(jnp.any(overflows, axis=1), jnp.nan, squares)
-    return lower + lower.T + jnp.diag(squares)
+    def squared_norms(self, chosen: Sequence[bool]) -> jax.Array:
+        """Computes the squared norms `[T]`, in at least float32, by T backward passes."""
+        return pull_in_turn(
+            self.pullback,
+            self.losses,
+            lambda _, grads: task_tree.squared_norm(chosen_leaves(grads, chosen), self.axis_name),
+        )
 
+    def gram_matrix(self, chosen: Sequence[bool], dtype: DType) -> jax.Array:
+        """Computes the Gram matrix `[T, T]`, by T backward and T - 1 forward passes.
 
-def weighted_sum(
-    pullback: Pullback,
-    losses: jax.Array,
-    weights: jax.Array,
-    active: jax.Array,
-    chosen: Sequence[bool],
-    axis_name: AxisName,
-) -> tuple[list[jax.Array], jax.Array]:
-    """`sum_t weights[t] * g_t` of the chosen leaves, by one backward pass.
+        The diagonal is `squared_norms`. The other products have the precision of the model's own
+        arithmetic. If one of two tasks is not finite, neither is their product.
 
-    Where that is not finite, it is made again task by task, from what is finite. For losses that are not
-    kept apart it is 0.
+        Args:
+          chosen: see the class.
+          dtype: the dtype of the result.
 
-    Args:
-      pullback: as for `squared_norms`.
-      losses: as for `squared_norms`.
-      weights: `[T]`.
-      active: bool `[T]`, the tasks that count.
-      chosen: as for `squared_norms`.
-      axis_name: as for `squared_norms`.
+        Returns:
+          `[T, T]`.
 
-    Returns:
-      The chosen leaves of the sum, and bool `[T]`, the tasks that went into it.
+        Raises:
+          NotTransposable: if JAX cannot transpose the backward pass of a `custom_vjp` in the model.
+        """
+        num_tasks = self.losses.shape[0]
 
-    Example:
+        def row(
+            t: int | jax.Array, grads: tuple[optax.Updates, ...]
+        ) -> tuple[jax.Array, jax.Array]:
+            gradient = chosen_leaves(grads, chosen)
+            local = task_tree.squared_norm(gradient)
+            square = task_tree.sum_over(local, self.axis_name)
+            like = jnp.broadcast_to(jnp.zeros_like(square, self.losses.dtype), self.losses.shape)
+            products = self._tangents(chosen, gradient, like).astype(dtype)
+            # With `check_vma=True` the sum over devices has another type, and the transpose has summed.
+            if jax.typeof(local) == jax.typeof(square):
+                products = task_tree.sum_over(products, self.axis_name)
+            # Each pair once: the first task needs no forward pass.
+            before = jnp.arange(num_tasks) < t
+            return square.astype(dtype), jnp.where(before, products, 0)
 
-      >>> import jax.numpy as jnp
-      >>> from mtl_optax.placement.pull_back import vjp_of_losses
-      >>> losses, pullback, _ = vjp_of_losses(lambda x: ((x, 0 * jnp.sqrt(0 * x)), None), 2.0)
-      >>> both = jnp.array([True, True])
-      >>> total, active = weighted_sum(pullback, losses, jnp.ones(2), both, [True], None)
-      >>> float(total[0]), active.tolist()
-      (1.0, [True, False])
-    """
-    cotangents = jnp.where(active, task_tree.narrow(weights, losses.dtype), 0)
-    once = chosen_leaves(pullback.whole(cotangents), chosen)
-    fits = jnp.isfinite(task_tree.squared_norm(once, axis_name))
-    if not is_unrolled(pullback, losses.shape[0]):
-        return [jnp.where(fits, leaf, 0) for leaf in once], active & fits
+        squares, lower = pull_in_turn(self.pullback, self.losses, row)
+        # What only a forward pass overflows in, as in float16, would make the cosine of two finite tasks
+        # NaN.
+        finite = jnp.isfinite(squares)
+        overflows = finite[:, None] & finite[None, :] & ~jnp.isfinite(lower + lower.T)
+        squares = jnp.where(jnp.any(overflows, axis=1), jnp.nan, squares)
+        return lower + lower.T + jnp.diag(squares)
 
-    def add(total: list[jax.Array], t: int) -> list[jax.Array]:
-        wide = weights.dtype
-        return [
-            task_tree.narrow(x.astype(wide) + weights[t] * g.astype(wide), x.dtype)
-            for x, g in zip(total, chosen_leaves(pullback.of_task(t), chosen), strict=True)
-        ]
+    def weighted_sum(
+        self, weights: jax.Array, active: jax.Array, chosen: Sequence[bool], *, finite: bool = False
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Computes `sum_t weights[t] * g_t` of the chosen leaves, by one backward pass.
 
-    def finite() -> jax.Array:
-        return active & jnp.isfinite(squared_norms(pullback, losses, chosen, axis_name))
+        If the result is not finite, it is computed again task by task, from the finite gradients. For
+        losses that are not kept apart it is then 0.
 
-    went_in = lax.cond(fits, lambda: active, finite)
-    total = [jnp.where(fits, leaf, 0) for leaf in once]
-    # A branch for each task, which XLA takes in turn and in place; one `cond` over all of them would hold
-    # `once` beside its result.
-    for t in range(losses.shape[0]):
-        missing = ~fits & went_in[t]
-        total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)
-    return total, went_in
+        Args:
+          weights: `[T]`.
+          active: bool `[T]`, the tasks that count.
+          chosen: see the class.
+          finite: whether the gradients of all active tasks are known to be finite.
 
+        Returns:
+          The chosen leaves of the sum, and bool `[T]`, the tasks that went into it.
 
-def _tangents(
-    pullback: Pullback,
-    losses: jax.Array,
-    chosen: Sequence[bool],
-    gradient: list[jax.Array],
-    like: jax.Array,
-) -> jax.Array:
-    """`J g`, with the type of `like` inside `shard_map`.
+        Example:
 
-    As the transpose of the pullback: the tangent map of `jax.linearize` is not there for a `custom_vjp`,
-    and takes zeros through the leaves that are not chosen.
-    """
+          >>> from mtl_optax.placement.pull_back import vjp_of_losses
+          >>> broken = lambda x: ((x, 0 * jnp.sqrt(0 * x)), None)
+          >>> losses, pullback, _ = vjp_of_losses(broken, 2.0)
+          >>> gradients, both = TaskGradients(pullback, losses, None), jnp.array([True, True])
+          >>> total, active = gradients.weighted_sum(jnp.ones(2), both, [True])
+          >>> float(total[0]), active.tolist()
+          (1.0, [True, False])
+        """
+        cotangents = jnp.where(active, task_tree.narrow(weights, self.losses.dtype), 0)
+        once = chosen_leaves(self.pullback.whole(cotangents), chosen)
+        fits = jnp.isfinite(task_tree.squared_norm(once, self.axis_name))
+        total = [jnp.where(fits, leaf, 0) for leaf in once]
+        if not self.pullback.keeps_apart(self.losses.shape[0]):
+            return total, active & fits
+        if not finite:
+            active = lax.cond(
+                fits, lambda: active, lambda: active & jnp.isfinite(self.squared_norms(chosen))
+            )
 
-    def pull(cotangents: jax.Array) -> list[jax.Array]:
-        return chosen_leaves(pullback.whole(cotangents + jnp.zeros_like(losses)), chosen)
+        def add(total: list[jax.Array], t: int) -> list[jax.Array]:
+            wide = weights.dtype
+            return [
+                task_tree.narrow(x.astype(wide) + weights[t] * g.astype(wide), x.dtype)
+                for x, g in zip(total, chosen_leaves(self.pullback.of_task(t), chosen), strict=True)
+            ]
 
-    try:
-        return jax.linear_transpose(pull, like)(gradient)[0]
-    except (
-        Exception
-    ) as error:  # of whatever type: each primitive that has no transpose raises its own
-        raise TypeError(
-            'weighted_value_and_grad: mode="products" transposes the backward pass of the model, and JAX '
-            "cannot transpose that of a custom_vjp in it (a kernel, or a rule that is not linear in its "
-            'cotangents). Use mode="map", which holds one gradient per task.'
-        ) from error
+        # A branch for each task, which XLA takes in turn and in place; one `cond` over all of them would
+        # hold `once` beside its result.
+        for t in range(self.losses.shape[0]):
+            missing = ~fits & active[t]
+            total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)
+        return total, active
+
+    def _tangents(
+        self, chosen: Sequence[bool], gradient: list[jax.Array], like: jax.Array
+    ) -> jax.Array:
+        """Computes `J g`, with the type of `like` inside `shard_map`.
+
+        It is the transpose of the pullback: the tangent map of `jax.linearize` is not there for a
+        `custom_vjp`, and takes zeros through the leaves that are not chosen.
+        """
+
+        def pull(cotangents: jax.Array) -> list[jax.Array]:
+            return chosen_leaves(
+                self.pullback.whole(cotangents + jnp.zeros_like(self.losses)), chosen
+            )
+
+        try:
+            return jax.linear_transpose(pull, like)(gradient)[0]
+        # Each primitive that has no transpose raises an error of its own type.
+        except Exception as error:
+            raise NotTransposable(
+                'weighted_value_and_grad: mode="products" transposes the backward pass of the model, and '
+                "JAX cannot transpose that of a custom_vjp in it (a kernel, or a rule that is not linear "
+                'in its cotangents). Use mode="map", which holds one gradient per task.'
+            ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,18 @@ import numpy as np
 import optax
 from jax import lax
 
-from mtl_optax.core.validation import check_choice
-
 Mode = Literal["auto", "vmap", "unroll", "map"]
+Aux = TypeVar("Aux")
+Rows = TypeVar("Rows")
+Tree = TypeVar("Tree")
 
-# Up to this number of tasks, "auto" means "unroll". For an MLP with 64 heads on a CPU, "unroll" takes 7 s
-# of tracing, 3 s of compilation and 1 s per step; "map" differentiates 64 x 64 heads, in 11 s per step.
+# Up to this number of tasks, each loss that is kept apart has a program of its own. For an MLP with 64
+# heads on a CPU, "unroll" takes 7 s of tracing, 3 s of compilation and 1 s per step; "map" differentiates
+# 64 x 64 heads, in 11 s per step.
 _UNROLLED = 64
-# The same limit for an array [T], each of whose T separately compiled backward passes may go through all
-# heads. With 8 tasks, "unroll" compiles in 6 s and "map" in 1.5 s, and a step takes 0.7 of the time of
-# "map". With 16 tasks these numbers are 21 s, 3 s and 0.9.
+# Up to this number of tasks, "auto" means "unroll" for an array [T], each of whose T separately compiled
+# backward passes may go through all heads. With 8 tasks, "unroll" compiles in 6 s and "map" in 1.5 s, and a
+# step takes 0.7 of the time of "map". With 16 tasks these numbers are 21 s, 3 s and 0.9.
 _UNROLLED_OF_ARRAY = 8
 
 
@@ -28,17 +30,36 @@ class Pullback(NamedTuple):
     """The functions from cotangents of the losses to cotangents of the primals.
 
     Attributes:
-      whole: maps a cotangent `[T]` of all losses.
+      whole: maps a cotangent `[T]` of all losses; the result has one tree per primal.
       of_task: takes the static index of one loss, and maps the cotangent 1 of this loss.
       apart: whether `of_task` excludes the operations that only the other losses need.
     """
 
-    whole: Callable[[jax.Array], Any]
-    of_task: Callable[[int], Any]
+    whole: Callable[[jax.Array], tuple[optax.Updates, ...]]
+    of_task: Callable[[int], tuple[optax.Updates, ...]]
     apart: bool
 
+    def keeps_apart(self, num_tasks: int) -> bool:
+        """Whether each of T losses has a program of its own, so that a broken one leaves the others alone.
 
-def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Array, Pullback, Any]:
+        Args:
+          num_tasks: T.
+
+        Returns:
+          False for an array of losses, and for many losses, whose programs would take long to compile.
+
+        Example:
+
+          >>> _, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
+          >>> pullback.keeps_apart(2), pullback.keeps_apart(1000)
+          (True, False)
+        """
+        return self.apart and num_tasks <= _UNROLLED
+
+
+def vjp_of_losses(
+    losses_of: Callable[..., tuple[tuple[jax.Array, ...] | jax.Array, Aux]], *primals: object
+) -> tuple[jax.Array, Pullback, Aux]:
     """Computes `jax.vjp` of a function that returns `(losses, aux)`, also per loss.
 
     If the losses are a tuple, each loss is transposed separately, without the operations of the other
@@ -67,21 +88,23 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
     floats = [jnp.asarray(x) for x, is_float in zip(leaves, floating, strict=True) if is_float]
     no_cotangents = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), primals)
 
-    def of_floats(floats: list[jax.Array]) -> Any:
+    def of_floats(floats: list[jax.Array]) -> tuple[tuple[jax.Array, ...] | jax.Array, Aux]:
         return losses_of(*replace_leaves(primals, floating, floats))
 
     losses, tangents, aux = jax.linearize(of_floats, floats, has_aux=True)
     apart = isinstance(losses, tuple)
     stack = jnp.stack if apart else lambda losses: losses
 
-    def transposed(linear: Callable[..., Any], cotangent: jax.Array) -> Any:
+    def transposed(
+        linear: Callable[[list[jax.Array]], jax.Array], cotangent: jax.Array
+    ) -> tuple[optax.Updates, ...]:
         (cotangents,) = jax.linear_transpose(linear, floats)(cotangent)
         return replace_leaves(no_cotangents, floating, cotangents)
 
-    def whole(cotangents: jax.Array) -> Any:
+    def whole(cotangents: jax.Array) -> tuple[optax.Updates, ...]:
         return transposed(lambda floats: stack(tangents(floats)), cotangents)
 
-    def of_task(t: int) -> Any:
+    def of_task(t: int) -> tuple[optax.Updates, ...]:
         if not apart:
             return whole(_units(losses)[t])
         return transposed(lambda floats: tangents(floats)[t], jnp.ones_like(losses[t]))
@@ -90,8 +113,11 @@ def vjp_of_losses(losses_of: Callable[..., Any], *primals: Any) -> tuple[jax.Arr
 
 
 def pull_each(
-    pullback: Pullback, losses: jax.Array, mode: Mode, then: Callable[[Any], Any] = lambda g: g
-) -> Any:
+    pullback: Pullback,
+    losses: jax.Array,
+    mode: Mode,
+    then: Callable[[tuple[optax.Updates, ...]], Rows],
+) -> Rows:
     """Computes the gradients of each loss, applies `then`, and stacks the results along a new axis 0.
 
     Args:
@@ -100,7 +126,7 @@ def pull_each(
       mode: "vmap" batches the backward passes, "unroll" runs them one by one without a loop, and "map"
         runs them in a loop with the memory of one pass. "auto" is "unroll" up to a limit on T, and "map"
         above it. Only "unroll" differentiates each loss separately.
-      then: applied to the gradients of each loss before they are stacked.
+      then: applied to the gradients of each loss, one tree per primal, before they are stacked.
 
     Returns:
       The stacked results of `then`, with leaves `[T, ...]`.
@@ -110,12 +136,13 @@ def pull_each(
       >>> import jax.numpy as jnp
       >>> x = jnp.array(2.0)
       >>> losses, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), x)
-      >>> pull_each(pullback, losses, "auto")[0].tolist()
+      >>> pull_each(pullback, losses, "auto", lambda grads: grads[0]).tolist()
       [1.0, 3.0]
     """
     num_tasks = losses.shape[0]
     if mode == "auto":
-        mode = "unroll" if is_unrolled(pullback, num_tasks) else "map"
+        few = num_tasks <= (_UNROLLED if pullback.apart else _UNROLLED_OF_ARRAY)
+        mode = "unroll" if few else "map"
     if mode == "vmap":
         return jax.vmap(lambda unit: then(pullback.whole(unit)))(_units(losses))
     if mode == "map":
@@ -125,8 +152,10 @@ def pull_each(
 
 
 def pull_in_turn(
-    pullback: Pullback, losses: jax.Array, then: Callable[[int | jax.Array, Any], Any]
-) -> Any:
+    pullback: Pullback,
+    losses: jax.Array,
+    then: Callable[[int | jax.Array, tuple[optax.Updates, ...]], Rows],
+) -> Rows:
     """As `pull_each`, with the gradient of one loss at a time also where the losses are kept apart.
 
     Each loss has a branch of its own inside a loop: XLA would start the backward passes of an unrolled
@@ -151,52 +180,15 @@ def pull_in_turn(
     units = _units(losses)
     branches = [lambda t=t: then(t, pullback.of_task(t)) for t in range(num_tasks)]
 
-    def row(t: jax.Array) -> Any:
-        if is_unrolled(pullback, num_tasks):
+    def row(t: jax.Array) -> Rows:
+        if pullback.keeps_apart(num_tasks):
             return lax.switch(t, branches)
         return then(t, pullback.whole(units[t]))
 
     return lax.map(row, jnp.arange(num_tasks))
 
 
-def is_unrolled(pullback: Pullback, num_tasks: int) -> bool:
-    """Whether "auto" makes a program of its own for each loss, which keeps the tasks apart.
-
-    Args:
-      pullback: what `vjp_of_losses` returned.
-      num_tasks: T.
-
-    Returns:
-      False for many losses, whose programs would take long to compile.
-
-    Example:
-
-      >>> _, pullback, _ = vjp_of_losses(lambda x: ((x, 3 * x), None), 2.0)
-      >>> is_unrolled(pullback, 2), is_unrolled(pullback, 1000)
-      (True, False)
-    """
-    return num_tasks <= (_UNROLLED if pullback.apart else _UNROLLED_OF_ARRAY)
-
-
-def check_mode(name: str, mode: Any, *more: str) -> None:
-    """Raises if `mode` is not one of the modes of `pull_each`, or one `more`.
-
-    Args:
-      name: the name of the caller, for messages.
-      mode: the argument to check.
-      *more: the modes that the caller has beside those of `pull_each`.
-
-    Raises:
-      ValueError: if `mode` is unknown.
-
-    Example:
-
-      >>> check_mode("per_task_value_and_grad", "unroll")
-    """
-    check_choice(name, "mode", mode, (*get_args(Mode), *more))
-
-
-def chosen_leaves(tree: optax.Params, chosen: Sequence[bool]) -> list[Any]:
+def chosen_leaves(tree: object, chosen: Sequence[bool]) -> list[jax.Array]:
     """Returns the chosen leaves of a tree.
 
     Args:
@@ -214,7 +206,7 @@ def chosen_leaves(tree: optax.Params, chosen: Sequence[bool]) -> list[Any]:
     return [leaf for leaf, here in zip(jax.tree.leaves(tree), chosen, strict=True) if here]
 
 
-def replace_leaves(tree: optax.Params, chosen: Sequence[bool], new: Iterable[Any]) -> Any:
+def replace_leaves(tree: Tree, chosen: Sequence[bool], new: Iterable[object]) -> Tree:
     """Replaces the chosen leaves of a tree by those of `new`, in order.
 
     Args:

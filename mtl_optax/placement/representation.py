@@ -22,8 +22,13 @@ from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import states_in
 from mtl_optax.core.types import Active
-from mtl_optax.core.validation import Tasks, read_active, read_tasks, task_vector
-from mtl_optax.placement.loss_vector import check_differentiable, loss_vector, split_result
+from mtl_optax.core.validation import Tasks, read_active, read_tasks
+from mtl_optax.placement.loss_vector import (
+    check_differentiable,
+    check_tasks,
+    loss_vector,
+    split_result,
+)
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -151,8 +156,7 @@ def fork_value_and_grad(
         # `zeros_like` keeps the sharding of the representation.
         zeros = jax.tree.map(jnp.zeros_like, (like,) * axis.number)
         (losses, representation), tangents, result = jax.linearize(run, params, zeros, has_aux=True)
-        given = result[0] if has_aux else result
-        task_vector("fork_value_and_grad", "the losses of loss_fn", given, axis)
+        check_tasks("fork_value_and_grad", result, has_aux, axis)
 
         ones = jnp.where(present, jnp.ones_like(losses), 0)
         pull_losses = jax.linear_transpose(lambda p, z: tangents(p, z)[0], params, zeros)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,34 @@ from mtl_optax.core.method import Method
 from mtl_optax.core.rule import WeightRule
 from mtl_optax.core.state import BalanceState, check_fields
 from mtl_optax.core.types import Active
-from mtl_optax.core.validation import task_vector
-from mtl_optax.placement import products
-from mtl_optax.placement.loss_vector import check_differentiable, split_result
+from mtl_optax.core.validation import check_choice
+from mtl_optax.placement.loss_vector import check_differentiable, check_tasks, split_result
+from mtl_optax.placement.products import NotTransposable, TaskGradients
 from mtl_optax.placement.pull_back import (
     Mode,
-    check_mode,
     chosen_leaves,
     pull_each,
     replace_leaves,
     vjp_of_losses,
 )
 
+Params = TypeVar("Params")
+Result = TypeVar("Result")
+# The leaves of an update, the new state, and which tasks went into the update.
+Step: TypeAlias = tuple[list[jax.Array], BalanceState, jax.Array]
+
+# "auto" holds no gradients if T of them would take at least this many bytes.
+_LARGE = 2**30
+
 
 def weighted_value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Params, ...], Result],
     method: Method,
     has_aux: bool = False,
     *,
-    weights_from: Any = None,
+    weights_from: Callable[[tuple[Any, ...], Any], bool] | optax.Params | None = None,
     mode: Mode | Literal["products"] = "auto",
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Result, tuple[Params, BalanceState]]]:
     """Computes the update of a weighting method on the parameters, with fewer passes or less memory.
 
     There are three savings. With `weights_from`, the method looks at the gradients of the chosen leaves
@@ -50,11 +57,11 @@ def weighted_value_and_grad(
     backward pass of the weighted sum follows.
 
     One backward pass of a weighted sum cannot leave a task out: if the derivative of one loss is not
-    finite, neither is the sum. Such a step takes T more passes (2 T with "products") and sums the gradients
-    that are finite: a broken task is left out and counted as skipped, an absent one is left out, and the
-    others train on. Guard the divisions in the loss of a task that is often absent. An array `[T]`, "vmap"
-    and "map" cannot keep tasks apart (see `per_task_value_and_grad`): there the update of such a step is 0,
-    and all tasks are counted.
+    finite, neither is the sum. Such a step takes up to 2 T more passes and sums the gradients that are
+    finite: a broken task is left out and counted as skipped, an absent one is left out, and the others
+    train on. Guard the divisions in the loss of a task that is often absent. An array `[T]`, more than 64
+    tasks, "vmap" and "map" cannot keep tasks apart (see `per_task_value_and_grad`): there the update of
+    such a step is 0, and all tasks are counted.
 
     One backward pass does not give the norms per task either, by which kept weights are limited elsewhere.
     If gradients are zero in most steps, or their norms jump, leave `update_every` at 1
@@ -67,16 +74,23 @@ def weighted_value_and_grad(
       has_aux: whether `loss_fn` returns auxiliary data as well.
       weights_from: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
         tree of booleans that is a prefix of `params`. None is all of them.
-      mode: "auto", "unroll", "vmap" and "map", as in `per_task_value_and_grad`, hold T gradients of the
-        chosen leaves and take T backward passes. "products" holds none, for T + 1 backward passes, and for
-        methods that need the Gram matrix T - 1 forward passes of tangents. On a CPU (a dense network of
-        25 MB, `upgrad`, T = 2, 8) a step took 1.4 and 1.5 times as long as with "map", and 16 MB instead of
-        57 and 208 MB of temporary memory beyond the plain step's, whatever the number of tasks; methods on
-        norms took 1.1 times as long. "auto" never chooses it: what fits into the memory of a device is not
-        known here. Inner products of two tasks have the precision of the model's own arithmetic, norms
-        float32 at least; float16 has not the range for them. Heads of a tuple or dictionary are kept apart
-        up to 64 tasks. With `weights_from`, a task that is broken outside the chosen leaves is left out of
-        all leaves.
+      mode: "unroll", "vmap" and "map", as in `per_task_value_and_grad`, hold T gradients of the chosen
+        leaves and take T backward passes. "products" holds none, for T + 1 backward passes, and for methods
+        that need the Gram matrix T - 1 forward passes of tangents. On a CPU (a dense network of 25 MB,
+        `upgrad`, T = 2, 8) a step took 1.4 and 1.5 times as long as with "map", and 16 MB instead of 57 and
+        208 MB of temporary memory beyond the plain step's, whatever the number of tasks; methods on norms
+        took 1.1 times as long.
+
+        "auto" is "products" if T gradients of the chosen leaves are 1 GiB or more, no array is float16, and
+        JAX can transpose the backward pass; else it holds the gradients as `per_task_value_and_grad` does.
+        The size is that of the arrays as this function sees them, before a mesh divides them: pass a mode
+        if you know what fits.
+
+        With "products", norms are summed in float32 at least. The inner products of two tasks come from a
+        forward pass in the model's own arithmetic: in a bfloat16 transformer, cosines differed by 0.0005
+        from those of the stacked gradients, which differ by 0.0004 from float32. Float32 products of the
+        gradients would need two of them in memory. Float16 has not the range. With `weights_from`, a task
+        that is broken outside the chosen leaves is left out of all leaves.
 
     Returns:
       A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns `(losses,
@@ -87,8 +101,8 @@ def weighted_value_and_grad(
       through the chosen leaves plus one, or one alone on the steps between.
 
     Raises:
-      TypeError: for a method that is no weighted sum; with "products", if a `custom_vjp` of the model has a
-        backward pass that JAX cannot transpose.
+      TypeError: for a method that is no weighted sum; with `mode="products"`, if a `custom_vjp` of the
+        model has a backward pass that JAX cannot transpose.
       ValueError: for several blocks, `reduce=False`, `weights_from` that chooses no leaf, or an unknown
         mode.
 
@@ -110,99 +124,94 @@ def weighted_value_and_grad(
       Navon et al., Multi-Task Learning as a Bargaining Game, 2022, section 4.4 (weights kept for
       several steps), https://arxiv.org/abs/2202.01017
     """
-    check_mode("weighted_value_and_grad", mode, "products")
+    check_choice("weighted_value_and_grad", "mode", mode, (*get_args(Mode), "products"))
     _check_method(method)
     pipeline, axis_name = method.definition, method.options.axis_name
 
     def value_and_grad(
-        params: optax.Params,
+        params: Params,
         state: BalanceState,
-        *args: Any,
+        *args: object,
         active: Active | None = None,
-        extra_args: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        extra_args: Mapping[str, object] | None = None,
+        **kwargs: object,
+    ) -> tuple[Result, tuple[Params, BalanceState]]:
         check_differentiable("weighted_value_and_grad", params)
         losses, pullback, result = vjp_of_losses(
             lambda params: split_result(loss_fn(params, *args, **kwargs), has_aux), params
         )
-        named = result[0] if has_aux else result
-        task_vector("weighted_value_and_grad", "the losses of loss_fn", named, method.tasks)
-        chosen = _mask(params, weights_from)
-        others = [not here for here in chosen]
-        given = pipeline.read(state, losses, active, params, extra_args)
+        check_tasks("weighted_value_and_grad", result, has_aux, method.tasks)
+        given = pipeline.read(state, losses, active, extra_args=extra_args)
         check_fields(method.name, method.rule, state, ())
         inputs = pipeline.inputs(given, state).restrict(jnp.isfinite(losses))
+        chosen = _mask(params, weights_from)
+        everything, others = [True] * len(chosen), [not here for here in chosen]
+        if mode in ("vmap", "map"):
+            pullback = pullback._replace(apart=False)
+        in_turn = TaskGradients(pullback, losses, axis_name)
 
-        def gradients(wanted: list[bool]) -> list[jax.Array]:
-            """The wanted leaves of all gradients, `[T, *shape]`."""
-            assert mode != "products"
-            return pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], wanted))
-
-        def weighted_sum(
-            weights: jax.Array, active: jax.Array, wanted: list[bool]
-        ) -> tuple[list[jax.Array], jax.Array]:
-            """The wanted leaves of `sum_t weights[t] * g_t`, and which tasks went into it."""
-            if mode == "products":
-                parts = pullback, losses, weights[0], active, wanted, axis_name
-                return products.weighted_sum(*parts)
-            cotangents = jnp.where(active, task_tree.narrow(weights[0], losses.dtype), 0)
-            once = chosen_leaves(pullback.whole(cotangents)[0], wanted)
-
-            def task_by_task() -> tuple[list[jax.Array], jax.Array]:
-                grads = gradients(wanted)
-                finite = active & task_tree.finite(grads, method.num_tasks, axis_name)
-                return task_tree.combine(grads, weights, finite, _one_block(grads)), finite
-
-            fits = jnp.isfinite(task_tree.squared_norm(once, axis_name))
-            return lax.cond(fits, lambda: (once, active), task_by_task)
-
-        def by_products(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
-            """New weights and one backward pass of the weighted sum."""
-            seen = (inputs.active, inputs.dtype)
+        def by_products(state: BalanceState) -> Step:
+            """New weights, of the norms or products of gradients that are not held."""
+            seen = inputs.active, inputs.dtype
             if "gram" in method.needs:
-                gram = products.gram_matrix(pullback, losses, chosen, axis_name, inputs.dtype)
+                gram = in_turn.gram_matrix(chosen, inputs.dtype)
                 measured = pipeline.measured(inputs, *task_tree.cosines_of(gram[None], *seen))
             else:
-                squares = products.squared_norms(pullback, losses, chosen, axis_name)
-                measured = pipeline.measured(
-                    inputs, None, *task_tree.norms_of(squares[None], *seen)
-                )
+                squares = in_turn.squared_norms(chosen)
+                norms = task_tree.norms_of(squares[None], *seen)
+                measured = pipeline.measured(inputs, None, *norms)
             state = pipeline.weigh(state, measured)
-            everything = [True] * len(chosen)
-            update, active = weighted_sum(
-                pipeline.applied_weights(state), measured.active, everything
+            weights = pipeline.applied_weights(state)[0]
+            update, went_in = in_turn.weighted_sum(
+                weights, measured.active, everything, finite=all(chosen)
             )
-            return update, state, active
+            return update, state, went_in
 
-        def by_gradients(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
-            """New weights and the weighted sum of the gradients that they were computed from."""
-            grads = gradients(chosen)
-            blocks = _one_block(grads)
+        def by_gradients(state: BalanceState) -> Step:
+            """New weights, and the weighted sum of the gradients that they were computed from."""
+            assert mode != "products"
+            grads = pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], chosen))
+            blocks = task_tree.assign_blocks(grads, "all")
             measured = pipeline.measure(grads, blocks, inputs, cosines="gram" in method.needs)
-            state, active = pipeline.weigh(state, measured), measured.active
-            update = task_tree.combine(grads, pipeline.applied_weights(state), active, blocks)
-            if all(chosen):
-                return update, state, active
-            rest, active = weighted_sum(state.weights, active, others)
-            merged = replace_leaves(replace_leaves(params, chosen, update), others, rest)
-            return jax.tree.leaves(merged), state, active
+            state, went_in = pipeline.weigh(state, measured), measured.active
+            update = task_tree.combine(grads, pipeline.applied_weights(state), went_in, blocks)
+            if not all(chosen):
+                rest, went_in = in_turn.weighted_sum(state.weights[0], went_in, others)
+                merged = replace_leaves(replace_leaves(params, chosen, update), others, rest)
+                update = jax.tree.leaves(merged)
+            return update, state, went_in
 
-        def kept(state: BalanceState) -> tuple[list[Any], BalanceState, jax.Array]:
-            update, active = weighted_sum(state.weights, inputs.active, [True] * len(chosen))
-            return update, state, active
+        def fresh(state: BalanceState) -> Step:
+            if mode == "products":
+                return by_products(state)
+            if mode != "auto" or not _are_large(params, chosen, losses):
+                return by_gradients(state)
+            try:
+                return by_products(state)
+            except NotTransposable:
+                return by_gradients(state)
 
-        fresh = by_products if mode == "products" else by_gradients
+        def kept(state: BalanceState) -> Step:
+            update, went_in = in_turn.weighted_sum(state.weights[0], inputs.active, everything)
+            return update, state, went_in
+
         if method.options.update_every == 1:
-            update, state, went_in = fresh(state)
+            leaves, state, went_in = fresh(state)
         else:
-            update, state, went_in = lax.cond(
-                pipeline.due(state, inputs.active), fresh, kept, state
-            )
-        update = jax.tree.structure(params).unflatten(update)
+            due = pipeline.due(state, inputs.active)
+            leaves, state, went_in = lax.cond(due, fresh, kept, state)
+        update = jax.tree.structure(params).unflatten(leaves)
         return result, (update, pipeline.finish(state, given, went_in))
 
     return value_and_grad
+
+
+def _are_large(params: object, chosen: Sequence[bool], losses: jax.Array) -> bool:
+    """Whether "auto" does not hold the T gradients of the chosen leaves."""
+    leaves = chosen_leaves(params, chosen)
+    size = losses.shape[0] * sum(jnp.size(x) * jnp.result_type(x).itemsize for x in leaves)
+    is_half = any(jnp.result_type(x) == jnp.float16 for x in (losses, *leaves))
+    return size >= _LARGE and not is_half
 
 
 def _check_method(method: object) -> None:
@@ -225,11 +234,7 @@ def _check_method(method: object) -> None:
         )
 
 
-def _one_block(grads: list[jax.Array]) -> task_tree.Blocks:
-    return task_tree.assign_blocks(grads, "all")
-
-
-def _mask(params: optax.Params, weights_from: Any) -> list[bool]:
+def _mask(params: object, weights_from: object) -> list[bool]:
     """For every leaf whether the method looks at its gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if weights_from is None:

@@ -254,6 +254,49 @@ def test_another_custom_vjp_is_refused_with_the_other_mode(rule):
     run(mtl.inverse_norm(T), "products", loss_fn=loss_fn)
 
 
+# --- what "auto" chooses -----------------------------------------------------------------------------
+
+
+def holds_gradients(mode, width, rule=lambda g: g, dtype=jnp.float32):
+    """Whether the program for a dense layer `[8, width]`, which is not run, has T gradients of it."""
+
+    @jax.custom_vjp
+    def layer(h, w):
+        return h @ w
+
+    layer.defvjp(
+        lambda h, w: (h @ w, (h, w)), lambda kept, g: (rule(g) @ kept[1].T, kept[0].T @ rule(g))
+    )
+
+    def loss_fn(params):
+        h = layer(jnp.ones((2, 8), dtype), params["w"])
+        return tuple((h * scale).sum() for scale in (1.0, 2.0, 3.0))
+
+    params, method = {"w": jax.ShapeDtypeStruct((8, width), dtype)}, mtl.upgrad(T)
+    fn = mtl.weighted_value_and_grad(loss_fn, method, mode=mode)
+    program = jax.make_jaxpr(fn)(params, jax.eval_shape(method.init, params))
+    return f"[{T},8,{width}]" in str(program)
+
+
+MANY = 2**30 // (T * 8 * 4) + 1
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "held"),
+    [
+        (MANY, {}, False),
+        (MANY - 1, {}, True),
+        (MANY, {"rule": clip}, True),
+        (2 * MANY, {"dtype": jnp.float16}, True),
+        (2 * MANY, {"dtype": jnp.bfloat16}, False),
+    ],
+    ids=["large", "small", "no transpose", "float16", "bfloat16"],
+)
+def test_auto_holds_no_large_gradients(width, options, held):
+    assert holds_gradients("auto", width, **options) is held
+    assert holds_gradients("map", width, **options)
+
+
 def test_other_modes_and_blocks_are_refused():
     with pytest.raises(ValueError, match="products"):
         mtl.weighted_value_and_grad(losses_of, mtl.upgrad(T), mode="stacked")
