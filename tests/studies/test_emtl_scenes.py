@@ -33,7 +33,7 @@ from examples.studies.emtl.scenes import (
 from examples.studies.emtl.scenes_nyuv2 import read_nyuv2
 from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.errors import UserError
-from examples.studies.recommender.training import Plan, Run, Setting
+from examples.studies.harness.runs import Plan, Run, Setting
 
 
 def signed_distance(thing, points):
@@ -279,22 +279,20 @@ def runs_by_hand():
 
 def test_the_table_and_the_files(tmp_path):
     runs = runs_by_hand()
-    about = dense_report.About(
-        "SYNTHETIC SCENES", dense.Config(), "command", "2 images", "2 CPU cores"
-    )
     scenes = synthetic_scenes(2, 8, 8, seed=0)
-    dense_report.write(runs, about, tmp_path, scenes)
+    dense_report.write(runs, "SYNTHETIC SCENES: 2 images", "Made by `command`.", tmp_path, scenes)
     text = (tmp_path / "table2.md").read_text()
-    assert "\n**SYNTHETIC SCENES, 32 x 48: 2 images; " in text
+    assert "SYNTHETIC SCENES: 2 images**" in text and "Made by `command`." in text
     assert (
         "| EMTL | 46.00 | 69.00 | 0.4250 | 0.1700 | 21.25 | 17.00 | 34.50 | 63.25 | 80.50 | -15.00 ± 5.00 |"
         in text
     )
     assert (
-        "Best of the nine metrics: EMTL 9. The held-out sum of losses of LS is 3.000 half" in text
+        "Best of the nine metrics: EMTL 9. The held-out sum of losses of LS is 3.000 half"
+        in text.replace("\n", " ")
     )
     lines = (tmp_path / "table2.csv").read_text().splitlines()
-    assert len(lines) == 1 + 3 * 2 * 10 and lines[-1] == "EMTL,1,delta-m,-20,1.0"
+    assert len(lines) == 1 + 3 * 2 * 10 and lines[-1] == "EMTL,test,metrics,delta-m,1,-20"
     for name in ("table2.png", "table2_scenes.png"):
         assert 5_000 < (tmp_path / name).stat().st_size < 150_000
 

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
-from examples import compare
-from examples.studies.harness import runner
+from examples.studies.harness import command, report, runner, trainer
 from examples.studies.harness.checkpoints import UnfinishedRun
 from examples.studies.harness.errors import UserError
-from examples.studies.recommender import download, report, sources, training
+from examples.studies.harness.runs import Run
+from examples.studies.recommender import comparison as compare
+from examples.studies.recommender import download, sources
 from examples.studies.recommender.data import REGRESSION, Interactions
 from examples.studies.recommender.evaluation import COLUMNS, held_out_users
 from examples.studies.recommender.network import NetworkConfig
-from examples.studies.recommender.training import PARTS, Run, TrainConfig, Trainer
+from examples.studies.recommender.training import PARTS, TrainConfig, Trainer
 
 TINY = TrainConfig(
     epochs=2,
@@ -123,9 +124,9 @@ def test_interrupted_write_leaves_nothing(cache, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download.os, "replace", interrupted)
+    monkeypatch.setattr(command.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        download.write_atomically(cache / "file", b"content")
+        command.write_atomically(cache / "file", b"content")
     assert list(cache.iterdir()) == []
 
 
@@ -134,18 +135,19 @@ def test_interrupted_write_leaves_nothing(cache, monkeypatch):
 
 def run(monkeypatch, *arguments: str, train: TrainConfig = TINY) -> int:
     """Run the command on tiny networks."""
-    config = compare.replace(compare.parse(list(arguments)), train=train)
+    options = compare.parse(list(arguments))
+    options.train = train
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "parse", lambda _: config)
+        patch.setattr(compare, "parse", lambda _: options)
         return compare.main(list(arguments))
 
 
 def no_training(monkeypatch) -> None:
     """Replace what takes time beside the training."""
-    monkeypatch.setattr(compare, "step_seconds", lambda trainer, choices: np.ones(len(choices)))
-    monkeypatch.setattr(compare, "_untrained", lambda *_: report.Row("untrained", {}, {}))
-    monkeypatch.setattr(compare, "_popularity", lambda *_: report.Row("popularity", {}, {}))
-    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(compare, "step_times", lambda trainer, labels: dict.fromkeys(labels, 1.0))
+    monkeypatch.setattr(compare, "untrained", lambda *_: report.reference("untrained", {}, {}))
+    monkeypatch.setattr(compare, "popular", lambda *_: report.reference("popularity", {}, {}))
+    monkeypatch.setattr(compare.report, "draw", lambda *_: None)
 
 
 def table_of(out: Path) -> dict[str, list[str]]:
@@ -340,13 +342,13 @@ def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path, capsys):
 
 def test_stored_runs_are_read_on_the_main_thread(trained, monkeypatch, tmp_path):
     """The parser of Python 3.11 that numpy reads headers with is not safe in several threads."""
-    load, threads = report.load_run, []
+    load, threads = runner.load_run, []
 
     def noted(*arguments):
         threads.append(threading.current_thread())
         return load(*arguments)
 
-    monkeypatch.setattr(report, "load_run", noted)
+    monkeypatch.setattr(runner, "load_run", noted)
     arguments = ["--method", "sum", "mgda", "--seeds", "2", "--out", str(tmp_path)]
     assert run(monkeypatch, *arguments) == 0
     assert run(monkeypatch, *arguments, "--resume") == 0
@@ -384,28 +386,29 @@ def test_tune_prints_the_grid_and_never_sees_the_test_set(trained, monkeypatch, 
     assert len(lines) == len(settings)
     for line, (rate, decay) in zip(lines, settings, strict=True):
         start = f"learning_rate {rate:g}, weight_decay {decay:g}: validation NDCG@10 "
-        assert line.startswith(start) and 0 < float(line[len(start) :]) < 1
+        assert line.startswith(start) and 0 < float(line[len(start) :].split()[0]) < 1
 
 
 def test_verdict_says_who_reached_the_searched_weights():
     values = np.random.default_rng(0).normal(0.5, 0.1, (2, 200, len(COLUMNS)))
     noise = 0.1 * np.random.default_rng(1).normal(size=values.shape)
 
-    def row(label: str, more: float, runs: int | None = 2) -> report.Row:
-        return report.Row(label, {}, {"buy": values + noise * (more != 0) + more}, runs=runs)
+    def row(more: float, trainings: int = 2) -> report.Row:
+        found = values + noise * (more != 0) + more
+        runs = [Run("", seed, {}, {"buy": users}, 1, 0.0, {}) for seed, users in enumerate(found)]
+        return report.Row(runs, trainings, 0.0)
 
-    rows = [row("popularity", 1, None), row("single", 1), row("sum", 1)]
-    balanced = [row("far", -0.1), row("above", 0.1), row("equal", 0)]
-    searched = row(compare.SEARCHED, 0, 14)
-    said = compare._verdict([*rows, *balanced, searched], "buy")
+    rows = {"popularity": row(1, 0), "single": row(1), "sum": row(1)}
+    balanced = {"far": row(-0.1), "above": row(0.1), "equal": row(0)}
+    searched = {compare.SEARCHED: row(0, 14)}
+    said = compare.verdict({**rows, **balanced, **searched}, "buy")
     assert said.startswith(
         "A row reaches the searched weights (14 runs) where its mean test NDCG@10"
     )
     assert said.endswith(". Reached by one run of: above, equal. Not reached by: far.")
-    assert compare._verdict([*rows, searched, balanced[0]], "buy").endswith(
-        ". Not reached by: far."
-    )
-    assert compare._verdict([*rows, *balanced], "buy") == ""
+    said = compare.verdict({**rows, **searched, "far": balanced["far"]}, "buy")
+    assert said.endswith(". Not reached by: far.")
+    assert compare.verdict({**rows, **balanced}, "buy") == ""
 
 
 @pytest.mark.parametrize(("out", "hint"), [(False, "nothing is kept"), (True, "--resume to go on")])
@@ -422,7 +425,7 @@ def test_a_stopped_command_says_how_to_go_on(trained, monkeypatch, capsys, tmp_p
 
 @pytest.mark.slow
 def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_SAVES", 0.0)
     three_epochs = compare.replace(TINY, epochs=3, learning_rate=0.03)
 
     def command(out: str, *more: str, stop: tuple[int, int] | None = None):

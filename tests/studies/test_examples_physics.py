@@ -1,5 +1,6 @@
 """The physics example: its reference solutions solve the equations, and the command runs."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
+from examples.studies.harness.runs import Plan, Run
 from examples.studies.physics import __main__ as command
-from examples.studies.physics import problems, report, training
+from examples.studies.physics import problems, training
 from examples.studies.physics.__main__ import SHORT, main
 from examples.studies.physics.pointwise import residual_attention
 
@@ -96,43 +98,44 @@ SMALL = training.Config(
 
 def test_a_method_trains():
     problem = problems.PROBLEMS["advection"]
-    *steps, run = training.train(problem, "inverse_norm, kept weights", SMALL)
-    assert steps == [100] * 4
-    assert run.errors.shape == (2,) and run.weights.shape == (2, 3)
+    trainer = training.Trainer(problem, SMALL)
+    plans = [Plan(seed, trainer.default_setting()) for seed in range(2)]
+    epochs = []
+    runs = trainer.train(
+        training.choose("inverse_norm, kept weights"), plans, lambda epoch, _: epochs.append(epoch)
+    )
+    assert epochs == [1, 2] * 2
+    assert [run.history["weights"].shape for run in runs] == [(2, 3)] * 2
     start = training.init_network(jax.random.key(0), SMALL)
     grid = problem.grid(16)
     exact = problem.solution(grid)
     untrained = np.asarray(training.network(problem, start)(jnp.asarray(grid, jnp.float32)))
-    assert run.errors.max() < np.linalg.norm(untrained - exact) / np.linalg.norm(exact)
+    assert command.errors_of(runs).max() < np.linalg.norm(untrained - exact) / np.linalg.norm(exact)
 
 
 def test_the_table_has_errors_and_ratios():
-    def run(errors, step_ms):
-        return training.Run(np.array(errors), step_ms, np.ones((1, 2)), ("a", "b"), np.zeros(1))
+    def row(errors, step_ms):
+        seconds = step_ms * SMALL.steps / 1e3
+        return [Run("", seed, {}, {training.ERROR: np.array(error)}, 1, seconds, {})
+                for seed, error in enumerate(errors)]  # fmt: skip
 
-    runs = {
-        ("helmholtz", "plain sum"): run([1.0, 2.0, 4.0], 0.5),
-        ("helmholtz", "upgrad"): run([0.1, 0.3, 0.2], 1.0),
-    }
-    rows = report.lines_of("helmholtz", runs)
-    assert rows[2] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
-    text = report.markdown(["helmholtz"], runs, SMALL, "python -m examples.studies.physics")
-    assert "| upgrad | 0.2000 | 0.1000 | 0.3000 | 1.00 | 2.00 |" in text
-    assert "upgrad, 0.2000, 10.0 times below the plain sum's." in text
-    assert report.timing_lines({"plain sum": [1.0, 2.0, 4.0], "x": [2.0, 3.0, 6.0]})[1:] == [
-        ("plain sum", "2.000", "1.00"),
-        ("x", "3.000", "1.50"),
-    ]
+    runs = {"plain sum": row([1.0, 2.0, 4.0], 0.5), "upgrad": row([0.1, 0.3, 0.2], 1.0)}
+    lines = command.lines_of(runs, SMALL)
+    assert lines[2] == ("upgrad", "0.2000", "0.1000", "0.3000", "1.00", "2.00")
+    said = command.verdict("helmholtz", runs)
+    assert said.endswith("upgrad, 0.2000, 10.0 times below the plain sum's.")
 
 
 @pytest.mark.slow
 def test_one_gradient_takes_one_branch():
     """The compiled step keeps the branch over tasks: it does not compute them all and select."""
-    config = replace(SMALL, chunk=1)
-    trainer = training.Trainer(
-        problems.PROBLEMS["helmholtz"], "conflict_free, one gradient", config
-    )
-    assert "conditional(" in trainer.compiled_text()
+    trainer = training.Trainer(problems.PROBLEMS["helmholtz"], replace(SMALL, chunk=1))
+    choice = training.choose("conflict_free, one gradient")
+    step = trainer.make_step(choice, trainer.default_setting())
+    params = trainer.init(jax.random.key(0))
+    batch = trainer.batch(None, (jnp.int32(1), jax.random.key(1)))
+    lowered = jax.jit(step.update).lower(params, step.init(params), batch)
+    assert "conditional(" in lowered.compile().as_text()
 
 
 @pytest.mark.parametrize(
@@ -152,18 +155,18 @@ def test_bad_arguments(arguments, shown, capsys):
 def test_ctrl_c_ends_the_other_trainings_with_their_chunk(monkeypatch, capsys):
     chunks = []
 
-    def train(problem, name, config):
-        if name == "upgrad":
+    def train(self, choice, plans, on_epoch, *_, **__):
+        if choice.label == "upgrad":
             raise KeyboardInterrupt
-        while True:
-            chunks.append(name)
-            yield 1
+        for epoch in itertools.count(1):
+            chunks.append(choice.label)
+            on_epoch(epoch, np.zeros(1))
 
-    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(training.Trainer, "train", train)
     methods = ["plain sum", "upgrad", "mgda"]
     assert main(["--jobs", "2", "--problems", "helmholtz", "--methods", *methods]) == 130
     assert "mgda" not in chunks
-    assert capsys.readouterr().err.endswith("examples.studies.physics: stopped\n")
+    assert capsys.readouterr().err.endswith("nothing is kept without --out\n")
 
 
 @pytest.mark.slow
@@ -172,10 +175,12 @@ def test_the_command(tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "helmholtz: the smallest median error is that of" in text
-    rows = (tmp_path / "physics.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * (len(training.ROWS) + len(SHORT))
-    assert all(np.isfinite(float(row.split(",")[-2])) for row in rows[1:])
-    assert "python -m examples.studies.physics --quick" in (tmp_path / "table.md").read_text()
+    for problem, rows in (("helmholtz", training.ROWS), ("burgers", SHORT)):
+        lines = (tmp_path / f"{problem}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 2 * len(rows)
+        assert all(np.isfinite(float(line.split(",")[-2])) for line in lines[1:])
+        made = "python -m examples.studies.physics --quick"
+        assert made in (tmp_path / f"{problem}.md").read_text()
     assert (tmp_path / "helmholtz.png").stat().st_size > 10_000
 
 

@@ -93,24 +93,24 @@ def test_data_prints_sizes_and_the_rows_that_train_nothing(folder, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tune", "table4", "figure1", "figure3", "figure4", "figure5"])
 def test_every_command(folder, tmp_path, monkeypatch, capsys, name):
-    monkeypatch.setattr(command, "TRAIN", TINY)
-    monkeypatch.setattr(command, "GRID", {"learning_rate": (1e-3, 1e-2), "weight_decay": (0.1,)})
-    monkeypatch.setattr(command, "RELAX_FACTORS", (0.5, 1.0))
+    monkeypatch.setattr(study, "TRAIN", TINY)
+    monkeypatch.setattr(study, "GRID", {"learning_rate": (1e-3, 1e-2), "weight_decay": (0.1,)})
+    monkeypatch.setattr(study, "RELAX_FACTORS", (0.5, 1.0))
     arguments = [name, "--data", str(folder), "--out", str(tmp_path), "--trials", "2"]
     assert command.main([*arguments, "--seeds", "2"]) == 0
     assert not list((tmp_path / "unfinished").glob("*"))
     if name == "tune":
         assert capsys.readouterr().out.count("validation NDCG@10") == 2
         return
-    table = (tmp_path / f"{name}-table.md").read_text().replace("\n", " ")
+    table = (tmp_path / f"{name}.md").read_text().replace("\n", " ")
     assert "| MetaBalance" in table and "Vanilla-Multi" in table
     if name in ("table4", "figure5"):
-        assert "Every row had 2 trials" in table
+        assert "Every row, the plain sum too, had 2 trials" in table
         assert "item-kNN" in table or name == "figure5"
     else:
         assert "Nothing was searched." in table
-    assert (tmp_path / f"{name}-metrics.csv").read_text().startswith("method,part,task,metric,seed")
-    assert (tmp_path / f"{name}-picture.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"{name}.csv").read_text().startswith("method,part,task,metric,seed")
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     if name == "figure1":
         norms = json.loads((tmp_path / "figure1-norms.json").read_text())
         for values in norms.values():
@@ -119,10 +119,10 @@ def test_every_command(folder, tmp_path, monkeypatch, capsys, name):
 
 @pytest.mark.slow
 def test_table_2_on_small_data_goes_on_from_what_is_there(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "TRAIN", replace(TINY, epochs=1))
+    monkeypatch.setattr(study, "TRAIN", replace(TINY, epochs=1))
     arguments = ["table2", "--data", str(folder), "--out", str(tmp_path), "--trials", "1"]
     assert command.main([*arguments, "--seeds", "1"]) == 0
-    table = (tmp_path / "table2-table.md").read_text()
+    table = (tmp_path / "table2.md").read_text()
     for entry in study.TABLES["table2"]:
         assert f"| {entry.label} |" in table
     assert "MetaBalance against the strongest baseline" in table.replace("\n", " ")
@@ -132,7 +132,7 @@ def test_table_2_on_small_data_goes_on_from_what_is_there(folder, tmp_path, monk
 
     monkeypatch.setattr(Trainer, "train", fail)
     assert command.main([*arguments, "--seeds", "1", "--resume"]) == 0
-    assert (tmp_path / "table2-table.md").read_text() == table
+    assert (tmp_path / "table2.md").read_text() == table
 
 
 @pytest.mark.slow

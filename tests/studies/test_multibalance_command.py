@@ -11,7 +11,7 @@ import pytest
 
 import mtl_optax as mtl
 from examples.studies.multibalance import __main__ as command
-from examples.studies.multibalance import pictures, speed, study
+from examples.studies.multibalance import speed, study
 
 TINY = [study.SUM, study.MULTIBALANCE]
 
@@ -87,7 +87,7 @@ def test_table3(tmp_path, monkeypatch):
     assert "had 2 trials" in text.replace("\n", " ") and "weight_lr" in text
     assert "nan" not in text and "| - |" not in text
     # What is finished is not trained again.
-    monkeypatch.setattr(study.Trainer, "_run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(study.Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
     run(tmp_path, "table3", "--resume")
     assert (tmp_path / "table3.md").read_text().splitlines()[:6] == text.splitlines()[:6]
 
@@ -191,8 +191,8 @@ def test_the_forked_step_with_the_sum_is_the_plain_step(steps):
 
 def test_bins_are_means_over_steps():
     values = np.arange(1000.0)[:, None] * [1, 2]
-    ends, found = pictures.bins({"c": values})
-    assert len(ends) == pictures.POINTS and ends[:2].tolist() == [5, 10]
+    ends, found = study.bins({"c": values})
+    assert len(ends) == study.POINTS and ends[:2].tolist() == [5, 10]
     assert found["c"][0].tolist() == [2, 4]
-    ends, found = pictures.bins({"c": values[:7]})
+    ends, found = study.bins({"c": values[:7]})
     assert ends.tolist() == list(range(1, 8)) and np.array_equal(found["c"], values[:7])

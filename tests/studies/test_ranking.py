@@ -15,15 +15,20 @@ import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.shared_bottom import SharedBottom
+from examples.studies.harness import report
 from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.runner import Job, Runner
-from examples.studies.harness.statistics import paired_over_seeds
-from examples.studies.ranking import report, sources, synthetic
+from examples.studies.harness.runs import Plan, Run
+from examples.studies.harness.statistics import compare, paired_difference
+from examples.studies.multibalance.study import gains_of
+from examples.studies.ranking import sources, synthetic
 from examples.studies.ranking.data import REGRESSION, Task, encode, split_rows, standardise
 from examples.studies.ranking.metrics import (
+    all_metrics,
     auc,
     measure,
+    metric,
     normalized_entropy,
     normalized_loss,
     of_truth,
@@ -31,12 +36,11 @@ from examples.studies.ranking.metrics import (
 from examples.studies.ranking.network import Network
 from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
-from examples.studies.recommender.training import Plan, Run
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = LogConfig(impressions=600, ctr=0.3, ctcvr=0.1)
 MODEL = partial(SharedBottom, embedding=2, bottom=(4,), tower=(3,))
-CONFIG = TrainConfig(epochs=4, patience=1, batch=90, learning_rate=1e-2)
+CONFIG = TrainConfig(epochs=4, patience=2, batch=90, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +435,7 @@ class Kept:
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
-    monkeypatch.setattr("examples.studies.ranking.training.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("examples.studies.harness.trainer.SECONDS_BETWEEN_SAVES", 0.0)
     choice, kept = parse_choice("multibalance(place='representation')"), Kept()
     (whole,) = trainer.train(choice, [plan(trainer)], measure=False)
 
@@ -451,7 +455,7 @@ def test_finished_runs_are_read_again(trainer, tmp_path, monkeypatch):
     jobs = [Job(parse_choice("sum"), [plan(trainer), plan(trainer, 1)])]
     fingerprint = {"data": trainer.dataset.digest()}
     (first,) = Runner(trainer, fingerprint, tmp_path).train(jobs)
-    monkeypatch.setattr(trainer, "_run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: pytest.fail("trained again"))
     (again,) = Runner(trainer, fingerprint, tmp_path, resume=True).train(jobs)
     for one, other in zip(first, again, strict=True):
         assert one.test["CVR"] == pytest.approx(other.test["CVR"])
@@ -485,11 +489,16 @@ def fake_run(label, seed, entropy):
     return Run(label, seed, test, test, 1, 1.0, {})
 
 
+def gains(rows, tasks):
+    entropies = [metric(task, "NE") for task in tasks]
+    return compare({label: gains_of(runs, entropies) for label, runs in rows.items()}, "sum")
+
+
 def test_gains_by_hand():
     base = [fake_run("sum", seed, value) for seed, value in enumerate([0.9, 0.8, 0.7])]
     better = [fake_run("x", seed, value) for seed, value in enumerate([0.89, 0.78, 0.69])]
     rows, tasks = {"sum": base, "x": better, "y": base}, (Task("a"), Task("b"))
-    found = report.gains(rows, "sum", tasks)
+    found = gains(rows, tasks)
     assert list(found) == ["x", "y"] and len(found["x"]) == 3
     differences = np.array([1.0, 2.0, 1.0])  # times 100
     first = found["x"][0]
@@ -503,20 +512,20 @@ def test_gains_by_hand():
     assert report.gain_cell(first._replace(mean=np.nan, error=np.nan)) == "-"
     assert report.mean_cell(np.array([0.5, np.nan])) == "-"
     assert report.gain_cell(first._replace(p_value=0.009)).endswith("**")
-    text = report.metrics_csv(rows, tasks)
+    text = report.metrics_csv(rows, all_metrics(tasks))
     assert "x,test,b,NE,1,0.88" in text and "sum,validation,a,AUC,0,0.5" in text
 
 
 def test_one_seed_says_nothing_of_differences():
     rows = {"sum": [fake_run("sum", 0, 0.9)], "x": [fake_run("x", 0, 0.8)]}
-    found = report.gains(rows, "sum", (Task("a"),))["x"][0]
+    found = gains(rows, (Task("a"),))["x"][0]
     assert found.mean == pytest.approx(10) and np.isnan(found.p_value)
     assert report.gain_cell(found) == "+10.000"
 
 
 def test_the_paired_test_is_students():
     one, other = np.random.default_rng(0).normal(size=(2, 6))
-    found = paired_over_seeds(one, other)
+    found = paired_difference(one[:, None], other[:, None])
     expected = stats.ttest_rel(one, other)
     assert found.p_value == pytest.approx(expected.pvalue)
     assert found.mean / found.error == pytest.approx(expected.statistic)

@@ -13,12 +13,16 @@ from scipy import stats
 from sklearn.metrics import ndcg_score
 
 import mtl_optax as mtl
-from examples.studies.harness import steps, tables
+from examples.studies.harness import report as tables
+from examples.studies.harness import steps
 from examples.studies.harness.choices import known_methods, parse_choice
 from examples.studies.harness.errors import UserError
+from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.statistics import holm, paired_difference
 from examples.studies.harness.steps import make_step
+from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender import evaluation, report, sources
+from examples.studies.recommender import network as network_module
 from examples.studies.recommender.data import (
     PAPER_SPLIT,
     RANKING,
@@ -31,10 +35,10 @@ from examples.studies.recommender.data import (
     make_dataset,
     with_target,
 )
-from examples.studies.recommender.evaluation import COLUMNS, METRICS, TEST, VALIDATION
+from examples.studies.recommender.evaluation import COLUMNS, METRICS
 from examples.studies.recommender.network import Batch, Network, NetworkConfig
 from examples.studies.recommender.pairs import pair_table
-from examples.studies.recommender.training import Plan, TrainConfig, Trainer, popularity
+from examples.studies.recommender.training import TrainConfig, Trainer, popularity
 
 TINY = TrainConfig(
     epochs=2,
@@ -108,7 +112,7 @@ def params(trainer):
 
 @pytest.fixture(scope="module")
 def batch(trainer):
-    return jax.jit(trainer.batch)(trainer.data, jnp.arange(24), jax.random.key(1))
+    return jax.jit(trainer.batch)(trainer.data, (jnp.arange(24), jax.random.key(1)))
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -560,7 +564,7 @@ def test_towers_get_the_sum_of_losses_unless_the_method_weighs_them(trainer, par
 
 
 def test_distinct_rows_are_read_where_they_stand(batch, params):
-    rows, read = steps._distinct_rows(params.shared.tables, batch)
+    rows, read = network_module.distinct_rows(params.shared.tables, batch)
     # More pairs than users, and fewer distinct users than rows: the rest is filled.
     assert len(np.unique(batch.users)) < len(rows[0]) == USERS < len(batch.users)
     np.testing.assert_array_equal(rows[0][read.rows[0]], batch.users)
@@ -578,13 +582,13 @@ def test_distinct_rows_are_read_where_they_stand(batch, params):
 )
 def test_distinct_rows_give_the_update_of_whole_tables(trainer, params, batch, monkeypatch, method):
     step = step_of(method, trainer.network)
-    assert steps._reads_all(params.shared.tables, batch)  # these tables are small
-    monkeypatch.setattr(steps, "_reads_all", lambda *_: False)
+    assert network_module.reads_all(params.shared.tables, batch)  # these tables are small
+    monkeypatch.setattr(network_module, "reads_all", lambda *_: False)
 
     @jax.jit
     def both(params, batch):
         few = one_step(step, params, batch)
-        monkeypatch.setattr(steps, "_keeps_rows", lambda *_: True)
+        monkeypatch.setattr(network_module, "keeps_rows", lambda *_: True)
         return few, one_step(step, params, batch)
 
     few, whole = both(params, batch)
@@ -594,7 +598,7 @@ def test_distinct_rows_give_the_update_of_whole_tables(trainer, params, batch, m
 def test_gradients_that_are_kept_are_of_whole_tables(params):
     adam = optax.scale_by_adam()
     keeps = {
-        name: steps._keeps_rows(parse_choice(name).method(3, adam, {}), params.shared)
+        name: network_module.keeps_rows(parse_choice(name).method(3, adam, {}), params.shared)
         for name in ("metabalance", "mgda", "moco", "adatask", "db_mtl")
     }
     assert keeps == {"metabalance": False, "mgda": False, "moco": True, "adatask": True,
@@ -623,7 +627,7 @@ def test_memory_of_a_step_does_not_grow_with_the_vocabulary_by_task(monkeypatch)
 
     table = 20_000 * TINY.network.embedding * 4
     assert more_than_the_sum(20_000) - more_than_the_sum(1_000) < table / 2
-    monkeypatch.setattr(steps, "_keeps_rows", lambda *_: True)
+    monkeypatch.setattr(network_module, "keeps_rows", lambda *_: True)
     assert used("metabalance(relax_factor=1)", 20_000) > 4 * table  # whole tables: one per task
 
 
@@ -643,7 +647,7 @@ def test_options_that_a_method_does_not_have(trainer):
 def test_a_batch_has_the_labels_and_masks_of_its_pairs(units_trainer):
     chosen = jnp.asarray(np.random.default_rng(0).integers(0, len(units_trainer.dataset.train), 50))
     trainer = Trainer(units_trainer.dataset, replace(TINY, negatives=3))
-    batch = jax.jit(trainer.batch)(trainer.data, chosen, jax.random.key(0))
+    batch = jax.jit(trainer.batch)(trainer.data, (chosen, jax.random.key(0)))
     values, known = dense(units_trainer.dataset.train)
     users, items = np.asarray(batch.users), np.asarray(batch.items)
     np.testing.assert_array_equal(np.stack([users, items], 1)[:50], trainer.data.pairs[chosen])
@@ -664,7 +668,7 @@ def test_a_batch_has_the_labels_and_masks_of_its_pairs(units_trainer):
 @pytest.mark.parametrize("method", ["sum", "metabalance"])
 def test_embeddings_alone_are_decayed(trainer, params, batch, method):
     setting = trainer.default_setting()
-    step = trainer.program(parse_choice(method))._make_step(setting)
+    step = trainer.make_step(parse_choice(method), setting)
     batch = batch._replace(mask=jnp.zeros_like(batch.mask))  # all gradients are 0
     new, *_ = jax.jit(partial(one_step, step))(params, batch)
     kept = 1 - setting.learning_rate * setting.weight_decay
@@ -675,15 +679,15 @@ def test_embeddings_alone_are_decayed(trainer, params, batch, method):
 
 def test_an_epoch_shows_every_pair(nested):
     trainer = Trainer(nested, replace(TINY, batch_pairs=7))
-    keys = jax.random.split(jax.random.key(0), 1)
-    (order,), (step_keys,) = trainer.shuffled(keys)
+    (order,), (step_keys,) = trainer.slots(1, np.array([0]))
     assert order.shape == (trainer.parts, trainer.steps_at_once, 7) and trainer.parts > 1
-    assert len(step_keys) == trainer.parts
+    assert step_keys.shape == order.shape[:2]
     times = np.bincount(order.ravel(), minlength=len(nested.train))
     assert times.min() == 1 and times.max() == 2
     assert order.size - len(nested.train) < trainer.parts * 7 + 7
-    (again,), _ = trainer.shuffled(jax.random.split(jax.random.key(1), 1))
-    assert not np.array_equal(order, again)
+    for epoch, seed in ((2, 0), (1, 1)):
+        (again,), _ = trainer.slots(epoch, np.array([seed]))
+        assert not np.array_equal(order, again)
 
 
 @pytest.fixture(scope="module")
@@ -753,7 +757,7 @@ def test_squared_errors_of_held_out_numbers(units, units_trainer):
 def test_runs_side_by_side_equal_runs_one_by_one(units, method):
     config = replace(TINY, learning_rate=0.03)
     alone, together = Trainer(units, config), Trainer(units, config)
-    together._on_cpu = False  # before anything is traced
+    together.side_by_side = True  # before anything is traced
     knobs = ({}, {})
     if method == "fixed_weights":
         knobs = ({"weights": [1.0, 1, 1, 1]}, {"weights": [1.0, 0.1, 0.3, 0.01]})
@@ -778,23 +782,24 @@ def test_rows_are_compared_with_the_baseline_over_all_columns_of_the_target():
     base[:, 0] = np.nan
     better = base + 0.1 + 0.01 * generator.random(base.shape)
     task = Task("buy")
-    rows = [
-        report.Row(label, {}, {"buy": values}, runs=runs)
-        for label, values, runs in (("floor", base, None), ("sum", base, 4), ("same", base, 4),
-                                    ("better", better, 4))
-    ]  # fmt: skip
-    found = report.differences(rows, rows[1], task)
+
+    def row(values, trainings=4):
+        runs = [Run("", seed, {}, {"buy": users}, 1, 0.0, {}) for seed, users in enumerate(values)]
+        return tables.Row(runs, trainings, 0.0)
+
+    rows = {"floor": row(base, 0), "sum": row(base), "same": row(base), "better": row(better)}
+    found = report.differences(rows, "sum", "buy")
     assert list(found) == ["same", "better"]
     assert all(d.p_value == 1 for d in found["same"])
     # Two rows with all columns are one family.
     plain = paired_difference(better[..., 0], base[..., 0])
     assert plain.p_value < found["better"][0].p_value < 2 * len(COLUMNS) * plain.p_value * 1.01
-    columns = report.headline_columns([task])
-    assert report.cells(rows[3], columns, found)[0].endswith("***")
-    assert not report.cells(rows[2], columns, found)[0].endswith("*")
+    _, *lines = report.lines_of(rows, report.headline([task]), found)
+    cells = {label: first for label, first, *_ in lines}
+    assert cells["better"].endswith("***") and not cells["same"].endswith("*")
     means = np.nanmean(base[..., 0], axis=1)
     error = f"{means.std(ddof=1) / 2:.4f}"
-    assert report.cells(rows[1], columns, found)[0] == f"{means.mean():.4f} ± {error}"
+    assert cells["sum"] == f"{means.mean():.4f} ± {error}"
 
 
 def test_a_bar_in_a_cell_does_not_end_it():

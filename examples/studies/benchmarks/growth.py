@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
 from examples.studies.benchmarks.steps import steps
-from examples.studies.harness import tables
+from examples.studies.harness import report as tables
 from examples.studies.harness.command import OneLineParser, check_writable, run_command
 from examples.studies.harness.timing import interleaved_ratios
 

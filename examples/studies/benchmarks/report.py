@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from examples.studies.harness import tables
+from examples.studies.harness import report as tables
 
 
 class Row(NamedTuple):

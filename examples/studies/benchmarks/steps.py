@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,51 +13,51 @@ import mtl_optax as mtl
 from examples.studies.benchmarks.problems import Problem, decode, encode, initial
 from examples.studies.harness.timing import Training
 
+Encode = Callable[[Any, Any], Any]
+Decode = Callable[[Any, Any, Any], tuple[jax.Array, ...]]
 PLACES = ("fork", "split", "per_task")
 
 
-def steps(
-    problem: Problem, num_tasks: int, places: Iterable[str], method: Any = None, mode: Any = "auto"
-) -> dict[str, Training]:
-    """The plain step and those of `places`, compiled, by name; MultiBalance and Adam by default."""
-    method = mtl.multibalance(num_tasks) if method is None else method
-    params, batch = initial(problem, num_tasks)
-    optimizer = optax.adam(1e-3)
-    opt_state = optimizer.init(params)
+def step_functions(
+    encode: Encode, decode: Decode, method: mtl.Method, optimizer: Any, mode: Any = "auto"
+) -> dict[str, Callable[..., Any]]:
+    """Training steps `(params, opt_state, balance_state, batch) -> the first three and the losses`.
+
+    `encode(shared, batch)` is the representation, and `decode(heads, copies, batch)` the T losses.
+    """
+    num_tasks = method.num_tasks
 
     def descend(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    def of_heads(heads: Any, h: Any, batch: Any) -> tuple[jax.Array, ...]:
+        return decode(heads, (h,) * num_tasks, batch)
+
+    def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
+        return of_heads(params["heads"], encode(params["shared"], batch), batch)
+
     def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def loss(params: Any) -> Any:
-            h = encode(params["shared"], batch)
-            losses = decode(params["heads"], (h,) * num_tasks, batch)
+        def total(params: Any) -> Any:
+            losses = losses_of(params, batch)
             return sum(losses), losses
 
-        grads, losses = jax.grad(loss, has_aux=True)(params)
+        grads, losses = jax.grad(total, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
     def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any, fork: Any) -> tuple[jax.Array, ...]:
+        def forked(params: Any, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
             return decode(params["heads"], fork(encode(params["shared"], batch)), batch)
 
-        step = mtl.fork_value_and_grad(losses_of, method)
-        losses, (grads, balance) = step(params, balance)
+        step = mtl.fork_value_and_grad(forked, method)
+        losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
     def split(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def heads_of(heads: Any, h: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
-            return decode(heads, (h,) * num_tasks, batch)
-
-        step = mtl.split_value_and_grad(encode, heads_of, mode=mode)
+        step = mtl.split_value_and_grad(encode, of_heads, mode=mode)
         losses, (shared, heads) = step(params["shared"], params["heads"], batch)
         shared, balance = method.update(shared, balance, params["shared"], losses=losses)
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
-
-    def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
-        h = encode(params["shared"], batch)
-        return decode(params["heads"], (h,) * num_tasks, batch)
 
     def per_task(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         losses, grads = mtl.per_task_value_and_grad(losses_of, mode=mode)(params, batch)
@@ -71,14 +72,23 @@ def steps(
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
-    def weighted_by_layers(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def layers(path: Any, _: Any) -> bool:
-            return "'layers'" in jax.tree_util.keystr(path)
+    def layers(path: Any, _: Any) -> bool:
+        return "'layers'" in jax.tree_util.keystr(path)
 
-        return weighted(params, opt_state, balance, batch, layers)
-
+    by_layers = partial(weighted, weights_from=layers)
     made = {"plain": plain, "fork": fork, "split": split, "per_task": per_task}
-    made |= {"weighted": weighted, "weighted_by_layers": weighted_by_layers}
+    return {**made, "weighted": weighted, "weighted_by_layers": by_layers}
+
+
+def steps(
+    problem: Problem, num_tasks: int, places: Iterable[str], method: Any = None, mode: Any = "auto"
+) -> dict[str, Training]:
+    """The plain step and those of `places`, compiled, by name; MultiBalance and Adam by default."""
+    method = mtl.multibalance(num_tasks) if method is None else method
+    params, batch = initial(problem, num_tasks)
+    optimizer = optax.adam(1e-3)
+    opt_state = optimizer.init(params)
+    made = step_functions(encode, decode, method, optimizer, mode)
 
     def start(name: str) -> Any:
         if name == "plain":

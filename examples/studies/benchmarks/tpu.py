@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,9 @@ import optax
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.hlo import collectives
-from examples.studies.harness import tables
+from examples.studies.benchmarks.problems import decode
+from examples.studies.benchmarks.steps import step_functions
+from examples.studies.harness import report as tables
 from examples.studies.harness.command import OneLineParser, run_command
 
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
@@ -108,67 +109,18 @@ def tpu_mesh(chips: int) -> jax.sharding.Mesh:
     return topologies.make_mesh(topology, (chips,), ("data",))
 
 
-def steps(problem: Problem, mesh: jax.sharding.Mesh) -> dict[str, Callable[..., Any]]:
-    """Training steps `(params, opt_state, balance_state, batch) -> the same three and the losses`."""
-    method = mtl.multibalance(problem.tasks)
-    optimizer = optax.adam(1e-3)
+def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
+    """Compiles a step of `benchmarks.steps`, with MultiBalance, for `mesh` and reads what it costs."""
 
     def encode(shared: Any, batch: Any) -> jax.Array:
-        embedded = _embed(shared["tables"], batch["ids"], problem, mesh)
-        x = jnp.concatenate([embedded, batch["x"]], axis=-1)
-        return _mlp(shared["bottom"], x, last=False)
+        x = _embed(shared["tables"], batch["ids"], problem, mesh)
+        x = jnp.concatenate([x, batch["x"]], axis=-1)
+        for weight, bias in shared["bottom"]:
+            x = jax.nn.relu(x @ weight + bias[None])
+        return x
 
-    def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
-        logits = [_mlp(head, copy)[:, 0] for head, copy in zip(heads, copies, strict=True)]
-        pairs = zip(logits, batch["labels"], strict=True)
-        return tuple(optax.sigmoid_binary_cross_entropy(x, y).mean() for x, y in pairs)
-
-    def descend(params: Any, opt_state: Any, grads: Any) -> Any:
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    def same(h: jax.Array) -> list[jax.Array]:
-        return [h] * problem.tasks
-
-    def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def total(params: Any) -> Any:
-            losses = decode(params["heads"], same(encode(params["shared"], batch)), batch)
-            return sum(losses), losses
-
-        grads, losses = jax.grad(total, has_aux=True)(params)
-        return *descend(params, opt_state, grads), balance, losses
-
-    def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
-            return decode(params["heads"], fork(encode(params["shared"], batch)), batch)
-
-        step = mtl.fork_value_and_grad(losses_of, method)
-        losses, (grads, balance) = step(params, balance, batch)
-        return *descend(params, opt_state, grads), balance, losses
-
-    def split(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        step = mtl.split_value_and_grad(
-            encode, lambda heads, h, batch: decode(heads, same(h), batch)
-        )
-        losses, (shared, heads) = step(params["shared"], params["heads"], batch)
-        shared, balance = method.update(shared, balance, params["shared"], losses=losses)
-        return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
-
-    def per_task(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def losses_of(params: Any) -> tuple[jax.Array, ...]:
-            return decode(params["heads"], same(encode(params["shared"], batch)), batch)
-
-        losses, grads = mtl.per_task_value_and_grad(losses_of)(params)
-        shared, balance = method.update(grads["shared"], balance, params["shared"], losses=losses)
-        heads = jax.tree.map(lambda g: g.sum(0), grads["heads"])
-        return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
-
-    return {"plain": plain, "fork": fork, "split": split, "per-task": per_task}
-
-
-def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
-    """Compiles one step of :func:`steps` for `mesh` and reads what it costs."""
-    step = steps(problem, mesh)[name]
+    method = mtl.multibalance(problem.tasks)
+    step = step_functions(encode, decode, method, optax.adam(1e-3))[name]
     arguments = _arguments(problem, mesh, forked=name == "fork")
     results = jax.tree.map(lambda x: x.sharding, (*arguments[:3], _like((problem.tasks,), mesh)))
     jitted = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=results)
@@ -213,7 +165,7 @@ def _lines(problem: Problem, chips: int) -> list[tuple[str, ...]]:
     lines = [("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")]
     mesh = tpu_mesh(chips)
     plain = measure("plain", problem, mesh)
-    for name in ("plain", "fork", "split", "per-task"):
+    for name in ("plain", "fork", "split", "per_task"):
         try:
             cost = plain if name == "plain" else measure(name, problem, mesh)
         except jax.errors.JaxRuntimeError as error:
@@ -258,14 +210,6 @@ def _embed(tables: jax.Array, ids: jax.Array, problem: Problem, mesh: Any) -> ja
     spec = jax.P(None, "data"), jax.P("data")
     rows = jax.shard_map(lookup, mesh=mesh, in_specs=spec, out_specs=jax.P("data"))(tables, ids)
     return rows.reshape(rows.shape[0], -1)
-
-
-def _mlp(layers: Any, x: jax.Array, *, last: bool = True) -> jax.Array:
-    for i, (weight, bias) in enumerate(layers):
-        x = x @ weight + bias[None]
-        if not last or i < len(layers) - 1:
-            x = jax.nn.relu(x)
-    return x
 
 
 def _like(shape: tuple[int, ...], mesh: Any, dtype: Any = jnp.float32, *spec: Any) -> Any:

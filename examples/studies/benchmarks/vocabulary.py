@@ -11,9 +11,10 @@ import numpy as np
 import optax
 
 from examples.studies.benchmarks.report import Row
-from examples.studies.harness import steps
 from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.steps import make_step
 from examples.studies.harness.timing import Training, interleaved_ratios
+from examples.studies.recommender import network as rows
 from examples.studies.recommender.data import Task
 from examples.studies.recommender.network import Batch, Network, NetworkConfig
 
@@ -48,7 +49,7 @@ def _steps(items: int) -> dict[str, Training]:
 
     def training(choice: str) -> Training:
         scaler, descent = optax.scale_by_adam(), optax.scale_by_learning_rate(1e-3)
-        step = steps.make_step(parse_choice(choice), network, scaler, descent, {})
+        step = make_step(parse_choice(choice), network, scaler, descent, {})
 
         def one(params, state, batch):
             params, state, losses, _ = step.update(params, state, batch)
@@ -57,6 +58,6 @@ def _steps(items: int) -> dict[str, Training]:
         return Training(one, (params, step.init(params)), batch)
 
     made = {"sum": training("sum"), "distinct rows": training("metabalance")}
-    with mock.patch.object(steps, "_keeps_rows", lambda method, shared: True):
+    with mock.patch.object(rows, "keeps_rows", lambda method, shared: True):
         made["whole tables"] = training("metabalance")
     return made

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import time
-from collections.abc import Callable
+import itertools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +40,15 @@ from examples.models.segnet_mtan import (
 )
 from examples.studies.emtl import dense_report
 from examples.studies.emtl.dense_metrics import loss, measure
+from examples.studies.emtl.dense_report import TESTED
 from examples.studies.emtl.scenes import CLASSES, Scenes, synthetic_scenes
 from examples.studies.emtl.scenes_nyuv2 import NUM_CLASSES, read_nyuv2
-from examples.studies.harness import tables
-from examples.studies.harness.checkpoints import UnfinishedRun
+from examples.studies.harness import trainer
 from examples.studies.harness.choices import WEIGHS_HEADS, Choice, parse_choice
 from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness.runs import Plan, Run, Setting
+from examples.studies.harness.steps import Parameters
 from examples.studies.harness.timing import cores, machine
-from examples.studies.recommender.network import Parameters
-from examples.studies.recommender.training import Plan, Run, Setting
 
 SINGLE = "STL"
 # The paper's rows in its order; an epoch is a window of DWA. The stored table has MGDA on raw gradients in
@@ -81,8 +80,8 @@ class Config:
       train, test: how many images are rendered.
       held_out: images of the training set whose losses are shown while it trains; no row learns from them.
       widths: channels of the network's levels.
-      batch, steps, learning_rate: of the training.
-      parts: how often the losses and weights are kept.
+      batch, steps, learning_rate: of the training, without `patience`: the last step is kept.
+      epochs: parts of a run, of which the losses and weights are kept.
     """
 
     height: int = 32
@@ -94,16 +93,18 @@ class Config:
     batch: int = 4
     steps: int = 200
     learning_rate: float = 3e-3
-    parts: int = 10
+    epochs: int = 10
     seeds: int = 2
+    weight_decay: float = 0.0
+    patience: int | None = None
 
 
 # As the paper trains, but for the network's size: 200 epochs of 397 steps.
 NYUV2 = replace(
-    Config(), widths=(32, 64, 128), batch=2, steps=79_400, learning_rate=1e-4, parts=200, seeds=3
+    Config(), widths=(32, 64, 128), batch=2, steps=79_400, learning_rate=1e-4, epochs=200, seeds=3
 )
 QUICK = replace(
-    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, parts=2
+    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, epochs=2
 )
 
 
@@ -226,14 +227,31 @@ class Program:
             updates, adam_state = adam.update(Parameters(shared, heads), adam_state, params)
             return optax.apply_updates(params, updates), (method_state, adam_state), weights
 
-        self.start = jax.jit(start)
-        self._update = jax.jit(update)
+        self._start, self._update = jax.jit(start), jax.jit(update)
 
-    def step(self, params: Any, state: Any, batch: Scenes, flips: np.ndarray) -> Any:
-        """New parameters and state, the losses and the weights `[T]`."""
-        losses, grads = self.network.compute(params, batch, flips)
-        params, state, weights = self._update(params, state, losses, grads)
-        return params, state, losses, weights
+    def start(self, common: None, params: Parameters, setting: Setting) -> Any:
+        """See `harness.trainer.Program`; there is one run."""
+        return _many(self._start(_one(params)))
+
+    def steps(self, data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
+        """One step after the other: to compile a loop of them would take a minute for every row."""
+        params, state, (rows, flips) = _one(params), _one(state), _one(slots)
+        found = []
+        for step in range(len(rows)):
+            batch = Scenes(*(part[rows[step]] for part in data))
+            losses, grads = self.network.compute(params, batch, flips[step])
+            params, state, weights = self._update(params, state, losses, grads)
+            found.append({"losses": losses, "weights": weights})
+        record = jax.tree.map(lambda *each: jnp.mean(jnp.stack(each), axis=0), *found)
+        return _many(params), _many(state), _many(record)
+
+
+def _one(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _many(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
 def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
@@ -247,144 +265,106 @@ def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
     return flipped._replace(normals=flipped.normals * sign[:, None, None])
 
 
-class DenseTrainer:
-    """Trains rows; what `Runner` calls a trainer. Its epochs are the `parts` of a run."""
+class DenseTrainer(trainer.Trainer):
+    """Trains rows, one run after the other; an epoch is one of the parts of a run."""
 
-    side_by_side = False
+    one_by_one = True
 
-    def __init__(self, classes: int, train: Scenes, test: Scenes, config: Config):
+    def __init__(
+        self, classes: int, train: Scenes, test: Scenes, config: Config, separate: bool = False
+    ):
+        super().__init__()
         count = len(train.images) - config.held_out
-        self.train_part = Scenes(*(part[:count] for part in train))
+        self.data = Scenes(*(jnp.asarray(part[:count]) for part in train))
         self.held_out = Scenes(*(part[count:] for part in train))
-        self.test, self.classes, self.config = test, classes, config
-        self._programs: dict[Choice, Program] = {}
-        self._networks = {
-            separate: DenseNetwork(classes, config.widths, separate) for separate in (False, True)
-        }
+        self.test, self.config = test, config
+        self.separate = separate
+        self.network = DenseNetwork(classes, config.widths, separate)
 
     @property
-    def epochs(self) -> int:
-        """How many parts a run has."""
-        return self.config.parts
+    def fingerprint(self) -> dict[str, Any]:
+        """What a stored run must agree on."""
+        found = hashlib.sha256()
+        for part in (*self.data, *self.held_out, *self.test):
+            found.update(np.ascontiguousarray(part).tobytes())
+        train = {**asdict(self.config), "seeds": None, "separate": self.separate}
+        return {"train": train, "data": found.hexdigest()}
+
+    def make_program(self, choice: Choice) -> Program:
+        """See the base class."""
+        return Program(choice, self.network, self.config)
 
     def check(self, choice: Choice, setting: Setting) -> None:
         """Nothing that a user could choose wrongly."""
 
-    def train(
-        self,
-        choice: Choice,
-        plans: list[Plan],
-        on_epoch: Callable[[int, np.ndarray], None],
-        unfinished: UnfinishedRun | None,
-        *,
-        measure: bool,
-    ) -> list[Run]:
-        """Train every plan. A run that is stopped starts again: `unfinished` is left alone."""
-        return [self._train_one(choice, plan.seed, on_epoch) for plan in plans]
+    def initial(self, seeds: np.ndarray) -> Any:
+        """See the base class."""
+        return _many(self.network.init(int(seeds[0])))
 
-    def _program(self, choice: Choice) -> Program:
-        if choice not in self._programs:
-            network = self._networks[choice.label == SINGLE]
-            self._programs[choice] = Program(choice, network, self.config)
-        return self._programs[choice]
+    def slots(self, epoch: int, seeds: np.ndarray) -> Any:
+        """The images of each step, and which are mirrored; each image once in a pass over the data."""
+        size, count, rng = self.config.batch, len(self.data.images), np.random.default_rng(seeds[0])
 
-    def _train_one(
-        self, choice: Choice, seed: int, on_epoch: Callable[[int, np.ndarray], None]
-    ) -> Run:
-        program, config = self._program(choice), self.config
-        params = program.network.init(seed)
-        rng = np.random.default_rng(seed)
-        batches = self._batches(rng)
-        state = program.start(params)
-        # The first step compiles; it is made again below, where the time is taken.
-        jax.block_until_ready(program.step(params, state, *next(batches)))
-        history: dict[str, list[Any]] = {"validation": [], "losses": [], "weights": []}
-        seconds = 0.0
-        ends = np.linspace(0, config.steps, config.parts + 1).astype(int)
-        for part, count in enumerate(np.diff(ends), start=1):
-            began = time.perf_counter()
-            losses, weights = [], []
-            for _ in range(count):
-                params, state, found, used = program.step(params, state, *next(batches))
-                losses.append(found)
-                weights.append(used)
-            jax.block_until_ready(params)
-            seconds += time.perf_counter() - began
-            history["losses"].append(np.mean(losses, axis=0))
-            history["weights"].append(np.mean(weights, axis=0))
-            history["validation"].append(self._held_out_loss(program, params))
-            on_epoch(part, np.array([history["validation"][-1]]))
-        return Run(
-            choice.label,
-            seed,
-            {},
-            {"metrics": self._measure(program, params)},
-            config.parts,
-            seconds,
-            {name: np.array(values) for name, values in history.items()},
-        )
+        def batches() -> Any:
+            while True:
+                order = rng.permutation(count)
+                for start in range(0, count - size + 1, size):
+                    yield order[start : start + size], rng.random(size) < 0.5
 
-    def _batches(self, rng: np.random.Generator) -> Any:
-        """One batch after the other, and what to mirror of it; each image once an epoch."""
-        size, count = self.config.batch, len(self.train_part.images)
-        while True:
-            order = rng.permutation(count)
-            for start in range(0, count - size + 1, size):
-                rows = order[start : start + size]
-                yield Scenes(*(part[rows] for part in self.train_part)), rng.random(size) < 0.5
+        ends = np.linspace(0, self.config.steps, self.epochs + 1).astype(int) + 1
+        chosen = itertools.islice(batches(), ends[epoch - 1], ends[epoch])
+        return tuple(np.stack(part)[None, None] for part in zip(*chosen, strict=True))
 
-    def _predictions(self, program: Program, params: Any, images: np.ndarray) -> Predictions:
-        size = min(32, len(images))
+    def validate(self, params: Any) -> np.ndarray:
+        """The sum of losses on held-out images, from which no row learns."""
+        predictions = self._predictions(params, self.held_out.images)
+        return np.array([sum(loss(t, p, self.held_out) for t, p in enumerate(predictions))])
+
+    def results(self, params: Any) -> list[Any]:
+        """The metrics of the test images."""
+        return [({}, {TESTED: measure(self._predictions(params, self.test.images), self.test)})]
+
+    def _predictions(self, params: Any, images: np.ndarray) -> Predictions:
+        size, params = min(32, len(images)), _one(params)
         parts = []
         for start in range(0, len(images), size):
             part = images[start : start + size]
             whole = np.pad(part, [(0, size - len(part)), *[(0, 0)] * 3])  # one compiled shape
-            found = program.network.predict(params, whole)
+            found = self.network.predict(params, whole)
             parts.append([np.asarray(array)[: len(part)] for array in found])
         return Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _held_out_loss(self, program: Program, params: Any) -> float:
-        predictions = self._predictions(program, params, self.held_out.images)
-        return float(sum(loss(t, part, self.held_out) for t, part in enumerate(predictions)))
 
-    def _measure(self, program: Program, params: Any) -> np.ndarray:
-        return measure(self._predictions(program, params, self.test.images), self.test)
-
-
-def table2(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """Trains the rows, prints the table and writes it to `options.out`; returns the runs by row."""
+def table2(options: argparse.Namespace) -> None:
+    """Trains the rows, prints the table and writes it."""
     synthetic = options.data in (None, "synthetic")
     config = QUICK if options.quick else Config() if synthetic else NYUV2
     given = {name: getattr(options, name) for name in ("steps", "seeds")}
     config = replace(config, **{name: value for name, value in given.items() if value})
-    config = replace(config, parts=min(config.parts, config.steps))
-    classes, train, test = _data(options.data, synthetic, config)
-    trainer = DenseTrainer(classes, train, test, config)
-    fingerprint = {
-        "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
-        "train": {**asdict(config), "seeds": None},
-        "data": _digest(train, test),
-    }
-    runner = Runner(trainer, fingerprint, options.out, options.resume, workers=min(2, cores()))
-    epoch = len(trainer.train_part.images) // config.batch
-    plans = [Plan(seed, Setting(config.learning_rate, 0.0, {})) for seed in range(config.seeds)]
-    jobs = [
-        Job(replace(parse_choice(text.format(epoch=epoch)), label=label), plans)
-        for label, text in ROWS.items()
-    ]
-    runs = dict(zip(ROWS, runner.train(jobs), strict=True))
-    about = dense_report.About(
-        "SYNTHETIC SCENES" if synthetic else f"NYUv2 arrays in {Path(options.data).name}",
-        config,
-        options.line,
-        f"{len(trainer.train_part.images)} images to train on, {len(test.images)} to test on",
-        machine(),
-    )
-    lines, note = dense_report.rows_of(runs), dense_report.verdict(runs)
-    tables.show(lines, dense_report.title(about), note, first=dense_report.FIRST)
-    if options.out:
-        dense_report.write(runs, about, options.out, test if synthetic else None)
-    return runs
+    config = replace(config, epochs=min(config.epochs, config.steps))
+    data = _data(options.data, synthetic, config)
+    runs: dict[str, list[Run]] = {}
+    for separate in (True, False):
+        trainer = DenseTrainer(*data, config, separate)
+        count = len(trainer.data.images)
+        plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
+        choices = {
+            label: replace(parse_choice(text.format(epoch=count // config.batch)), label=label)
+            for label, text in ROWS.items()
+            if (label == SINGLE) == separate
+        }
+        workers = min(2, cores())
+        runner = Runner(trainer, trainer.fingerprint, options.out, options.resume, workers)
+        found = runner.train([Job(choice, plans) for choice in choices.values()])
+        runs |= dict(zip(choices, found, strict=True))
+    named = f"NYUv2 arrays in {Path(str(options.data)).name}"
+    if synthetic:
+        named = f"SYNTHETIC SCENES, {config.height} x {config.width}"
+    sizes = f"{count} images to train on, {len(data[2].images)} to test on"
+    steps = f"{config.steps} steps of {config.batch} images, {config.seeds} seeds"
+    made = f"Made by `{options.line}` on {machine()} with `{config}`."
+    scenes = data[2] if synthetic else None
+    dense_report.write(runs, f"{named}: {sizes}; {steps}", made, options.out, scenes)
 
 
 def _data(data: str | None, synthetic: bool, config: Config) -> tuple[int, Scenes, Scenes]:
@@ -395,11 +375,3 @@ def _data(data: str | None, synthetic: bool, config: Config) -> tuple[int, Scene
         for seed, number in enumerate((config.train, config.test))
     ]
     return len(CLASSES), parts[0], parts[1]
-
-
-def _digest(*scenes: Scenes) -> str:
-    """Names the data: the same for the same arrays."""
-    found = hashlib.sha256()
-    for part in (array for each in scenes for array in each):
-        found.update(np.ascontiguousarray(part).tobytes())
-    return found.hexdigest()[:16]

@@ -1,8 +1,6 @@
 """EMTL's Figure 1: the paths of eight methods from five starting points, in the plane of the losses."""
 
 import argparse
-import csv
-import io
 import itertools
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,8 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from examples.models.toy import SCALE, STARTS, losses, pareto_front
-from examples.studies.harness import tables
 from examples.studies.harness.choices import parse_choice
-from examples.studies.recommender.download import write_atomically
+from examples.studies.harness.report import csv_of, picture, publish
 
 # The paper's text names five of its eight panels: BanditMTL, MGDA, NashMTL, IMTL and EMTL. The others here
 # are those of Nash-MTL's figure. All have the library's defaults.
@@ -154,32 +151,24 @@ def option_cells(found: dict[Option, Ends]) -> list[tuple[str, ...]]:
 
 def draw(positions: dict[str, jax.Array], front: np.ndarray, path: Path) -> None:
     """One panel a method: the five paths in the plane of the scaled losses, over the Pareto front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from mtl_optax.plotting import plot_pareto
 
     columns = min(4, len(positions))
     lines = -(-len(positions) // columns)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(2.7 * columns, 2.7 * lines + 0.3), sharex=True, sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for axes, (name, found) in zip(grid.flat, positions.items(), strict=False):
-        visited = np.asarray(jax.vmap(jax.vmap(losses))(found)) * SCALE
-        paths_of = {f"start {k}": values for k, values in enumerate(visited, 1)}
-        plot_pareto(paths_of, front=front * SCALE, ax=axes, task_names=["task 1", "task 2"])
-        axes.get_legend().remove()
-        axes.set_title(name)
-        axes.label_outer()
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    size, shared = (2.7 * columns, 2.7 * lines + 0.3), {"sharex": True, "sharey": True}
+    with picture(path, lines, columns, dpi=90, figsize=size, **shared) as (figure, grid):
+        for axes, (name, found) in zip(grid.flat, positions.items(), strict=False):
+            visited = np.asarray(jax.vmap(jax.vmap(losses))(found)) * SCALE
+            paths_of = {f"start {k}": values for k, values in enumerate(visited, 1)}
+            plot_pareto(paths_of, front=front * SCALE, ax=axes, task_names=["task 1", "task 2"])
+            axes.get_legend().remove()
+            axes.set_title(name)
+            axes.label_outer()
+        handles = grid.flat[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=6)
 
 
-def figure1(options: argparse.Namespace) -> dict[str, Ends]:
+def figure1(options: argparse.Namespace) -> None:
     """Run the command."""
     steps = options.steps or (200 if options.quick else STEPS)
     front = pareto_front()
@@ -188,18 +177,20 @@ def figure1(options: argparse.Namespace) -> dict[str, Ends]:
         for name, choice in track(ROWS.items(), "paths", console=Console(stderr=True))
     }
     found = {name: ends_of(visited, front) for name, visited in positions.items()}
-    of_methods = method_cells(found), "EMTL, Figure 1: a toy problem"
-    of_emtl = option_cells(options_of_emtl(steps, front)), "EMTL over the paper's grids"
     note = f"{_note(steps, front)}\n\nMade by `{options.line}`."
-    tables.show(*of_methods)
-    tables.show(*of_emtl, note)
+    rows = (
+        [name, start, *place, *values, *rest]
+        for name, ends in found.items()
+        for start, (place, values, *rest) in enumerate(zip(*ends, strict=True), 1)
+    )
+    header = ("method", "start", "x", "y", "loss 1", "loss 2", "distance", "excess mean")
+    files = {"figure1.csv": csv_of(header, rows)}
+    title = "EMTL, Figure 1: a toy problem"
+    publish(options.out, "figure1", method_cells(found), title, note, files)
+    of_emtl = option_cells(options_of_emtl(steps, front))
+    publish(options.out, "figure1_emtl", of_emtl, "EMTL over the paper's grids on the toy problem")
     if options.out is not None:
-        picture = "![The paths of the methods over the Pareto front](figure1.png)"
-        page = f"{tables.markdown(*of_methods, picture)}\n{tables.markdown(*of_emtl, note)}"
-        write_atomically(options.out / "figure1.md", page.encode())
-        write_atomically(options.out / "figure1.csv", _csv(found).encode())
         draw(positions, front, options.out / "figure1.png")
-    return found
 
 
 def _note(steps: int, front: np.ndarray) -> str:
@@ -210,20 +201,10 @@ def _note(steps: int, front: np.ndarray) -> str:
         f"has its optimum at -20. On the front: of five starts, those that end less than {NEAR:g} from "
         "it in the plane of these losses. At the best mean: those whose mean loss ends less than "
         f"{NEAR:g} above {front.mean(axis=1).min():.2f}, the best; the paper says "
-        "that EMTL gets there from all five. Second table: EMTL over the paper's grids, with MGDA on "
+        "that EMTL gets there from all five. A second table: EMTL over the paper's grids, with MGDA on "
         "unit gradients (the library's default) and on raw ones. The losses are "
         "negative near the front; a constant that makes them positive changes no gradient, but EMTL's "
         "weights depend on the losses. Both losses are 0 on the line y = 0, where the two halves of the "
         "plane meet. Near x = -7 the first loss has a minimum across this line, and a gradient of about "
         "0.01 on both sides."
     )
-
-
-def _csv(found: dict[str, Ends]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "start", "x", "y", "loss 1", "loss 2", "distance", "excess mean"])
-    for name, ends in found.items():
-        for start, (place, values, *rest) in enumerate(zip(*ends, strict=True), 1):
-            writer.writerow([name, start, *(f"{v:.6g}" for v in (*place, *values, *rest))])
-    return stream.getvalue()

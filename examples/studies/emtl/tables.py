@@ -18,29 +18,32 @@ from typing import Any
 import jax
 import numpy as np
 
-import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.ple import PLE
-from examples.studies.harness import tables
+from examples.studies.harness.report import (
+    OVER_SEEDS,
+    gain_cell,
+    mean_cell,
+    metrics_csv,
+    publish,
+)
 from examples.studies.harness.runner import Runner
+from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import (
     Entry,
-    Tuned,
     log_uniform,
-    setting_in_words,
     tuned,
+    tuning_note,
     uniform,
 )
-from examples.studies.ranking import report
+from examples.studies.harness.statistics import compare
 from examples.studies.ranking.data import BINARY, Dataset, Task
-from examples.studies.ranking.metrics import of_truth
+from examples.studies.ranking.metrics import all_metrics, metric, of_truth
 from examples.studies.ranking.network import MakeModel
 from examples.studies.ranking.sources import CLICK, CONVERSION, load
 from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
-from examples.studies.recommender.download import write_atomically
-from examples.studies.recommender.training import Run
 
 SINGLE, SUM, BEST_EPOCH = "STL", "plain sum", "best epoch"
 # The stored tables have MGDA on raw gradients in EMTL, where the library's default is unit gradients.
@@ -60,7 +63,7 @@ METHODS = (
     Entry("BanditMTL", "bandit_mtl", **BANDIT),
     Entry("EMTL", 'emtl(base="mgda")', **EMTL),
 )
-TRAIN = TrainConfig(epochs=60, patience=2, batch=512, learning_rate=2e-3)
+TRAIN = TrainConfig(epochs=60, patience=3, batch=512, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)
@@ -98,39 +101,37 @@ def backbones(config: Config) -> dict[str, MakeModel]:
 class Study:
     """A table under way."""
 
-    def __init__(self, options: argparse.Namespace, config: Config):
-        self.options = options
+    def __init__(self, options: argparse.Namespace, data: str, tasks: Sequence[str]):
+        self.options, config = options, QUICK if options.quick else Config()
         given = {name: getattr(options, name) for name in ("examples", "seeds", "trials")}
         config = replace(config, **{k: v for k, v in given.items() if v is not None})
         if options.epochs is not None:
             config = replace(config, train=replace(config.train, epochs=options.epochs))
-        self.config = config
-        self.chosen: list[str] = []
+        self.config, self.chosen = config, dict[str, Plan]()
+        dataset = load(data, LogConfig(impressions=config.impressions))
+        if set(tasks) <= {task.name for task in dataset.tasks}:
+            dataset = dataset.only(tasks)
+        self.dataset = cut(dataset, config.examples)
 
     def train(
         self, name: str, make_model: MakeModel, dataset: Dataset, entries: Sequence[Entry]
-    ) -> list[Tuned]:
+    ) -> dict[str, list[Run]]:
         """The best of the trials of every entry, over all seeds."""
         config = self.config
         trainer = Trainer(dataset, make_model, config.train)
-        fingerprint = {
-            "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
-            "config": {**asdict(config), "seeds": None, "trials": None},
-            "network": name,
-            "data": dataset.digest(),
-        }
-        runner = Runner(trainer, fingerprint, self.options.out, self.options.resume)
+        about = {**asdict(config), "seeds": None, "trials": None}
+        about = {"config": about, "network": name, "data": dataset.digest()}
+        runner = Runner(trainer, about, self.options.out, self.options.resume)
         found = tuned(runner, entries, config.trials, config.seeds)
-        self.chosen += [f"{name}, {row.entry.label}: {setting_in_words(row.plan)}" for row in found]
-        return found
+        self.chosen |= {f"{name}, {row.entry.label}": row.plan for row in found}
+        return {row.entry.label: list(row.runs) for row in found}
 
-    def alone(self, name: str, make_model: MakeModel, dataset: Dataset) -> list[Run]:
+    def alone(self, name: str, make_model: MakeModel) -> list[Run]:
         """A network for each task, with metrics as if they were one."""
         parts = []
-        for task in dataset.tasks:
-            entry = Entry(f"{SINGLE}, {task.name}", "sum")
-            (row,) = self.train(name, make_model, dataset.only([task.name]), [entry])
-            parts.append(row.runs)
+        for task in self.dataset.tasks:
+            entry, data = Entry(f"{SINGLE}, {task.name}", "sum"), self.dataset.only([task.name])
+            parts += self.train(name, make_model, data, [entry]).values()
         return [
             replace(
                 runs[0],
@@ -141,35 +142,22 @@ class Study:
             for runs in zip(*parts, strict=True)
         ]
 
-    def note(self, dataset: Dataset) -> str:
-        """How every row was trained."""
-        config, train = self.config, self.config.train
-        return (
-            f"{dataset.describe()}. Test set, mean ± standard error over {config.seeds} seeds; * p < 0.05, "
-            "** p < 0.01, *** p < 0.001, two-sided paired t-test over the seeds, Holm-corrected. Every "
-            f"row had {config.trials} trials of seed 0 on the validation set: the first with the default "
-            "settings, the others with a learning rate and a decay of the tables up to 3 times smaller or "
-            f"larger and random options of its own. AdamW, batches of {train.batch}, at most "
-            f"{train.epochs} epochs, early stopping by the mean of normalized losses on the validation "
-            f"set with patience {train.patience}. Embeddings of width {config.embedding}, experts of "
-            f"width {config.expert}. Two CPU cores at most, jax {jax.__version__}."
-        )
-
     def show(
-        self, lines: Sequence[Sequence[str]], runs: report.Runs, dataset: Dataset, text: str
+        self, lines: Sequence[Sequence[str]], runs: Mapping[str, Sequence[Run]], text: str
     ) -> None:
         """Print the table, and write it with all metrics."""
-        title = f"EMTL, {self.options.command.replace('table', 'Table ')}: {dataset.name}"
-        made, settings = f"Made by `{self.options.line}`.", f"Settings: {'; '.join(self.chosen)}."
-        note = "\n\n".join([text, settings, made])
-        tables.show(lines, title, note)
-        out = self.options.out
-        if out is not None:
-            file = out / self.options.command
-            page = tables.markdown(lines, title, note)
-            write_atomically(file.with_suffix(".md"), page.encode())
-            text = report.metrics_csv(runs, dataset.tasks)
-            write_atomically(file.with_suffix(".csv"), text.encode())
+        options, config, train = self.options, self.config, self.config.train
+        note = (
+            f"{self.dataset.describe()}. Test set, mean ± standard error over {config.seeds} seeds; "
+            f"{OVER_SEEDS}. AdamW, batches of {train.batch}, at most {train.epochs} epochs, early stopping "
+            f"by the mean of normalized losses on the validation set with patience {train.patience}. "
+            f"Embeddings of width {config.embedding}, experts of width {config.expert}. Two CPU cores at "
+            f"most, jax {jax.__version__}. {text}\n\n{tuning_note(config.trials, self.chosen)}"
+            f"\n\nMade by `{options.line}`."
+        )
+        title = f"EMTL, {options.command.replace('table', 'Table ')}: {self.dataset.name}"
+        files = {f"{options.command}.csv": metrics_csv(runs, all_metrics(self.dataset.tasks))}
+        publish(options.out, options.command, lines, title, note, files)
 
 
 def cut(dataset: Dataset, examples: int | None) -> Dataset:
@@ -184,108 +172,84 @@ def cut(dataset: Dataset, examples: int | None) -> Dataset:
     return replace(dataset, **parts)
 
 
-def aucs(runs: Sequence[Run], tasks: Sequence[Task]) -> np.ndarray:
-    """The test AUC of every task, and their mean, `[T + 1, seeds]`."""
-    found = [report.by_seed(runs, task, "AUC") for task in tasks]
-    return np.stack([*found, np.mean(found, axis=0)])
-
-
 def best_epoch(runs: Sequence[Run]) -> str:
     """The mean of the best epochs: a row that has the last one might gain from more."""
     return f"{np.mean([run.best_epoch for run in runs]):.1f}"
 
 
-def table1(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """Table 1."""
-    study = Study(options, QUICK if options.quick else Config())
-    config = study.config
-    dataset = load(options.data or "synthetic", LogConfig(impressions=config.impressions))
-    if {CLICK, CONVERSION} <= {task.name for task in dataset.tasks}:
-        dataset = dataset.only((CLICK, CONVERSION))
-    dataset = cut(dataset, config.examples)
-    runs, lines = {}, []
-    for name, make_model in backbones(config).items():
-        rows = {f"{name}, {SINGLE}": study.alone(name, make_model, dataset)}
-        for row in study.train(name, make_model, dataset, METHODS):
-            rows[f"{name}, {row.entry.label}"] = list(row.runs)
-        values = {label: aucs(found, dataset.tasks) for label, found in rows.items()}
+def aucs(runs: Sequence[Run], tasks: Sequence[Task]) -> np.ndarray:
+    """The test AUC of every task, and their mean, `[T + 1, seeds]`."""
+    found = [metric(task, "AUC").by_seed(runs) for task in tasks]
+    return np.stack([*found, np.mean(found, axis=0)])
+
+
+def table1(options: argparse.Namespace) -> None:
+    """MMoE and PLE with all methods on two binary tasks."""
+    study = Study(options, options.data or "synthetic", (CLICK, CONVERSION))
+    runs: dict[str, list[Run]] = {}
+    lines, tasks = [], study.dataset.tasks
+    for name, make_model in backbones(study.config).items():
+        rows = {f"{name}, {SINGLE}": study.alone(name, make_model)}
+        for label, found in study.train(name, make_model, study.dataset, METHODS).items():
+            rows[f"{name}, {label}"] = found
+        values = {label: aucs(found, tasks) for label, found in rows.items()}
         averages = {label: 100 * found[-1:] for label, found in values.items()}
-        against = report.compare(averages, f"{name}, {SUM}")
+        against = compare(averages, f"{name}, {SUM}")
         for label, found in values.items():
-            gain = report.gain_cell(against[label][0]) if label in against else "0"
-            lines.append((label, *map(report.mean_cell, found), gain, best_epoch(rows[label])))
+            gain = gain_cell(against[label][0]) if label in against else "0"
+            lines.append((label, *map(mean_cell, found), gain, best_epoch(rows[label])))
         runs |= rows
-    truth = of_truth(dataset)
+    truth = of_truth(study.dataset)
     if truth is not None:
-        best = np.array([truth[task.name][1] for task in dataset.tasks])
+        best = np.array([truth[task.name][1] for task in tasks])
         lines.append(("true probabilities", *(f"{v:.4f}" for v in (*best, best.mean())), "-", "-"))
-    names = [task.name for task in dataset.tasks]
     gain = "average - plain sum's, × 100"
-    header = ("network, method", *(f"{name}: AUC" for name in names), "average", gain, BEST_EPOCH)
+    header = ("network, method", *(f"{t.name}: AUC" for t in tasks), "average", gain, BEST_EPOCH)
     # As the eight experts of MMoE and the four and four of PLE are then mixed by one gate.
-    text = f"{study.note(dataset)} With one task both networks are the same, and so are their STL rows."
-    study.show([header, *lines], runs, dataset, text)
-    return runs
+    text = "With one task both networks are the same, and so are their STL rows."
+    study.show([header, *lines], runs, text)
 
 
-def table3(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """Table 3."""
-    study = Study(options, QUICK if options.quick else Config())
-    config = study.config
-    log = LogConfig(impressions=config.impressions)
-    dataset = load("synthetic", log).only((CLICK, "completion rate", "watch time"))
-    dataset = cut(dataset, config.examples)
+def table3(options: argparse.Namespace) -> None:
+    """A click, a completion rate and a watch time of a synthetic log."""
+    study = Study(options, "synthetic", (CLICK, "completion rate", "watch time"))
+    dataset, config = study.dataset, study.config
     sizes: dict[str, Any] = {"embedding": config.embedding, "deep": (config.expert,)}
-    alone = study.train(
-        "DCN", partial(DCNv2, **sizes), dataset.only([CLICK]), [Entry(CLICK, "sum")]
-    )
     entries = [entry for entry in METHODS if entry.label in (SUM, "EMTL")]
-    plain, ours = study.train("MMoE", backbones(config)["MMoE"], dataset, entries)
-    runs = {"DCN": alone[0].runs, "MMoE": plain.runs, "MMoE + EMTL": ours.runs}
+    clicks = dataset.only([CLICK])
+    alone = study.train("DCN", partial(DCNv2, **sizes), clicks, [Entry(CLICK, "sum")])
+    both = study.train("MMoE", backbones(config)["MMoE"], dataset, entries)
+    runs = {"DCN": alone[CLICK], "MMoE": both[SUM], "MMoE + EMTL": both["EMTL"]}
     lines = [
-        (label, *(_cell(found, task) for task in dataset.tasks), best_epoch(found))
+        (label, *(mean_cell(_values(found, task)) for task in dataset.tasks), best_epoch(found))
         for label, found in runs.items()
     ]
     truth = of_truth(dataset)
     assert truth is not None
-    best = [
-        f"{truth[t.name][1]:.4f}" if t.kind == BINARY else f"{truth[t.name][0] ** 2:.4f}"
-        for t in dataset.tasks
-    ]
-    header = ("model", *(f"{t.name}: {_metric(t)}" for t in dataset.tasks), BEST_EPOCH)
-    text = f"{study.note(dataset)} {_gains(runs, dataset.tasks)} DCN is DCN-v2 of examples/models."
-    study.show([header, *lines, ("truth", *best, "-")], runs, dataset, text)
-    return runs
-
-
-def _metric(task: Task) -> str:
-    return "AUC" if task.kind == BINARY else "MSE"
+    best = [truth[t.name][1] if t.kind == BINARY else truth[t.name][0] ** 2 for t in dataset.tasks]
+    names = (f"{t.name}: {'AUC' if t.kind == BINARY else 'MSE'}" for t in dataset.tasks)
+    header = ("model", *names, BEST_EPOCH)
+    text = f"{_gains(runs, dataset.tasks)} DCN is DCN-v2 of examples/models."
+    study.show([header, *lines, ("truth", *(f"{v:.4f}" for v in best), "-")], runs, text)
 
 
 def _values(runs: Sequence[Run], task: Task) -> np.ndarray:
     """The paper's metric of a task, `[seeds]`."""
     if task.kind == BINARY:
-        return report.by_seed(runs, task, "AUC")
-    return report.by_seed(runs, task, "RMSE") ** 2
-
-
-def _cell(runs: Sequence[Run], task: Task) -> str:
-    return report.mean_cell(_values(runs, task)) if task.name in runs[0].test else "-"
+        return metric(task, "AUC").by_seed(runs)
+    return metric(task, "RMSE").by_seed(runs) ** 2
 
 
 def _gains(runs: Mapping[str, Sequence[Run]], tasks: Sequence[Task]) -> str:
     """EMTL against the plain sum, in words."""
-    values = {label: [] for label in ("MMoE", "MMoE + EMTL")}
-    for task in tasks:
-        base = _values(runs["MMoE"], task).mean()
-        for label, rows in values.items():
-            found = _values(runs[label], task)
-            rows.append(100 * found / (1 if task.kind == BINARY else base))
-    stacked = {label: np.stack(rows) for label, rows in values.items()}
-    differences = report.compare(stacked, "MMoE")["MMoE + EMTL"]
+    scales = [100 if t.kind == BINARY else 100 / _values(runs["MMoE"], t).mean() for t in tasks]
+    stacked = {
+        label: np.stack([s * _values(runs[label], t) for s, t in zip(scales, tasks, strict=True)])
+        for label in ("MMoE", "MMoE + EMTL")
+    }
     said = [
-        f"{task.name} {report.gain_cell(difference)}"
+        f"{task.name} {gain_cell(difference)}"
         + (" points of AUC" if task.kind == BINARY else " % of the MSE")
-        for task, difference in zip(tasks, differences, strict=True)
+        for task, difference in zip(tasks, compare(stacked, "MMoE")["MMoE + EMTL"], strict=True)
     ]
     return f"MMoE + EMTL minus MMoE: {', '.join(said)}."

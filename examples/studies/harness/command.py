@@ -2,16 +2,18 @@
 
 import argparse
 import difflib
+import importlib
 import os
+import shlex
 import sqlite3
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from examples.studies.harness.errors import UserError
 
@@ -54,14 +56,89 @@ def one_of(what: str, known: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def check_numbers(options: argparse.Namespace, at_least_one: Iterable[str]) -> None:
-    """Refuse numbers below 1, and a `--resume` with nothing to go on from."""
-    for name in at_least_one:
-        value = getattr(options, name, None)
-        if value is not None and value < 1:
+# The options of all studies, so that a word means the same in each.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "data": {"help": "a folder, or synthetic where the command can generate data"},
+    "seeds": {"type": int, "help": "training seeds of each row"},
+    "trials": {"type": int, "help": "validation trials of each row"},
+    "epochs": {"type": int, "help": "at most so many"},
+    "steps": {"type": int, "help": "training steps"},
+    "batch": {"type": int, "help": "examples of a step"},
+    "examples": {"type": int, "help": "at most so many for training, and as many for validation"},
+    "size": {"type": int, "help": "impressions of the generated log; table2: rows of all tables"},
+    "rounds": {"type": int, "help": "measurements of each row, in turns"},
+    "jobs": {"type": int, "default": 2, "help": "trainings at a time (default %(default)s)"},
+    "out": {"type": Path, "metavar": "DIR", "help": "folder for the tables and pictures"},
+    "resume": {"action": "store_true", "help": "go on from the finished runs in --out"},
+    "quick": {"action": "store_true", "help": "tiny data and few steps, to see that it works"},
+}
+
+
+class Command(NamedTuple):
+    """A command of a study: a function of its own name in a module, which is imported when it is asked for.
+
+    `options` are names of `OPTIONS` and of the study's own.
+    """
+
+    module: str
+    text: str
+    options: str
+
+
+def make_parser(program: str, description: str, **rest: Any) -> OneLineParser:
+    """A parser that shows the description as it is written."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return OneLineParser(
+        prog=f"python -m {program}", description=description, formatter_class=shown, **rest
+    )
+
+
+def add_options(
+    parser: argparse.ArgumentParser, names: str, own: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Options by name, as `OPTIONS` and the study's own have them."""
+    for name in names.split():
+        how = {**OPTIONS.get(name, {}), **(own or {}).get(name, {})}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+
+
+def read_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """What the command line asks for, and the `line` itself.
+
+    Refuses whole numbers below 1, and a `--resume` with nothing to go on from.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if getattr(options, "resume", False) and options.out is None:
         raise UserError("--resume needs --out DIR, where the finished runs are kept")
+    options.line = f"{parser.prog} {shlex.join(arguments)}".strip()
+    return options
+
+
+def run_study(
+    program: str,
+    description: str,
+    commands: Mapping[str, Command],
+    arguments: Sequence[str] | None,
+    own: Mapping[str, dict[str, Any]] | None = None,
+) -> int:
+    """Run one of a study's commands; see `run_command` for what it returns."""
+    parser = make_parser(program, description)
+    choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        made = choose.add_parser(name, help=command.text, description=command.text)
+        add_options(made, command.options, own)
+
+    def work(options: argparse.Namespace) -> None:
+        module = importlib.import_module(f"{program}.{commands[options.command].module}")
+        getattr(module, options.command)(options)
+
+    return run_command(program, lambda: read_options(parser, arguments), work)
 
 
 def check_writable(folder: Path) -> None:
@@ -73,6 +150,20 @@ def check_writable(folder: Path) -> None:
             probe.flush()
     except OSError as error:
         raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename: a reader sees the whole file or none, also after Ctrl-C."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.chmod(partial, 0o644)  # temporary files are the owner's alone
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -143,8 +234,18 @@ def in_threads(
     Ctrl-C or an error sets `stopping`, drops what has not begun, and says at once what else has to end:
     `work` looks at `stopping` and raises.
     """
+
+    def guarded(item: ItemT) -> Any:
+        if stopping.is_set():
+            return None  # nobody waits for it
+        try:
+            return work(item)
+        except BaseException:
+            stopping.set()
+            raise
+
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, item) for item in items]
+        futures = [pool.submit(guarded, item) for item in items]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:

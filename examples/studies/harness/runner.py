@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -21,45 +22,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+import mtl_optax as mtl
 from examples.studies.harness.checkpoints import UnfinishedRun
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.command import in_threads, say_damaged
-from examples.studies.recommender import report
-from examples.studies.recommender.training import Plan, Run, Setting
+from examples.studies.harness.runs import Plan, Run, load_run, store_run
 
 UNFINISHED = "unfinished"  # the folder under --out with the trainings that were stopped
 
 
-class AnyTrainer(Protocol):
-    """What trains the runs of a choice; see `examples.studies.recommender.training.Trainer`."""
-
-    @property
-    def epochs(self) -> int:
-        """The most epochs of a run."""
-        ...
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether the runs of a choice are trained in one program: a run alone is stored sooner."""
-        ...
-
-    def check(self, choice: Choice, setting: Setting) -> None:
-        """Raise what is wrong with a choice, before anything is compiled."""
-
-    def train(
-        self,
-        choice: Choice,
-        plans: list[Plan],
-        on_epoch: Callable[[int, np.ndarray], None],
-        unfinished: UnfinishedRun | None,
-        *,
-        measure: bool,
-    ) -> list[Run]:
-        """Train every plan; `on_epoch(epochs done, validation values [plans])` after each epoch."""
-        ...
-
-
-TrainerT = TypeVar("TrainerT", bound=AnyTrainer)
+def versions() -> dict[str, Any]:
+    """What stored runs are made with."""
+    return {"versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__}}
 
 
 @dataclass(frozen=True)
@@ -72,16 +46,17 @@ class Job:
 
 
 @dataclass
-class Runner(Generic[TrainerT]):
+class Runner:
     """Runs jobs, and keeps what is finished under `out`.
 
     Attributes:
-      fingerprint: all that a stored run must agree on to be used again: data, configuration, versions.
+      trainer: a `harness.trainer.Trainer`.
+      fingerprint: what a stored run must agree on to be used again, beside versions: data, configuration.
       workers: how many jobs at a time. On an accelerator, where a job's runs go side by side, one compiles
         while another trains.
     """
 
-    trainer: TrainerT
+    trainer: Any
     fingerprint: dict[str, Any]
     out: Path | None = None
     resume: bool = False
@@ -160,7 +135,7 @@ class Runner(Generic[TrainerT]):
             runs = self.trainer.train(job.choice, plans, on_epoch, unfinished, measure=job.measure)
             for run, plan in zip(runs, plans, strict=True):
                 if self.out is not None:
-                    report.store_run(run, self._path(job, plan), self._settings(job, plan))
+                    store_run(run, self._path(job, plan), self._settings(job, plan))
             if unfinished:
                 unfinished.remove()
         advance((self.trainer.epochs - done) * len(plans), runs[0].best_value)
@@ -171,7 +146,7 @@ class Runner(Generic[TrainerT]):
             return None
         path = self._path(job, plan)
         try:
-            return report.load_run(path, self._settings(job, plan))
+            return load_run(path, self._settings(job, plan))
         except Exception as error:
             say_damaged(path, error)
             return None
@@ -188,7 +163,9 @@ class Runner(Generic[TrainerT]):
             "place": job.choice.place,
         }
         about = {**choice, "seed": plan.seed, "measure": job.measure, **setting}
-        return json.loads(json.dumps({**self.fingerprint, **about}))  # as it reads back
+        return json.loads(
+            json.dumps({**versions(), **self.fingerprint, **about})
+        )  # as it reads back
 
     def _path(self, job: Job, plan: Plan) -> Path:
         assert self.out is not None

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from examples.studies.harness.choices import Choice, parse_choice
 from examples.studies.harness.runner import Job, Runner
-from examples.studies.recommender.training import Plan, Run, Setting
+from examples.studies.harness.runs import Plan, Run, Setting
 
 Draw = Callable[[np.random.Generator, int], Any]
 
@@ -85,7 +86,7 @@ class Tuned:
     runs: Sequence[Run]
 
 
-def tuned(runner: Runner[Any], entries: Sequence[Entry], trials: int, seeds: int) -> list[Tuned]:
+def tuned(runner: Runner, entries: Sequence[Entry], trials: int, seeds: int) -> list[Tuned]:
     """Every entry with the best of its trials on the validation set, over all seeds.
 
     The runner's trainer has a `dataset` with tasks and a `config` with the settings to start from.
@@ -110,6 +111,37 @@ def tuned(runner: Runner[Any], entries: Sequence[Entry], trials: int, seeds: int
         ]
     )
     return [Tuned(*row) for row in zip(entries, best, found, measured, strict=True)]
+
+
+def untuned(runner: Runner, entries: Sequence[Entry], seeds: int) -> list[list[Run]]:
+    """Every entry with its starting knobs, over all seeds."""
+    trainer, jobs = runner.trainer, []
+    for entry in entries:
+        (start,) = entry.trials(1, len(trainer.dataset.tasks), trainer.config)
+        jobs.append(Job(entry.parsed(), [replace(start, seed=seed) for seed in range(seeds)]))
+    return runner.train(jobs)
+
+
+def tune(runner: Runner, grid: Mapping[str, Sequence[float]], name: str) -> None:
+    """Print the validation value of the plain sum, called `name`, for all settings of a grid."""
+    settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    default = runner.trainer.default_setting()
+    plans = [Plan(0, default._replace(**setting)) for setting in settings]
+    (runs,) = runner.train([Job(parse_choice("sum"), plans, measure=False)])
+    for setting, run in zip(settings, runs, strict=True):
+        named = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+        value = f"{abs(run.best_value):.4f} in epoch {run.best_epoch}, {run.seconds:.1f} s"
+        print(f"{named}: validation {name} {value}")
+
+
+def tuning_note(trials: int, chosen: Mapping[str, Plan]) -> str:
+    """What was searched for every row, and what was found."""
+    found = "; ".join(f"{label}: {setting_in_words(plan)}" for label, plan in chosen.items())
+    return (
+        f"Every row, the plain sum too, had {trials} trials of seed 0 on the validation set: the first "
+        "with the default settings, the others with a learning rate and a decay of the tables up to 3 "
+        f"times smaller or larger and random options of its own. Chosen: {found}."
+    )
 
 
 def setting_in_words(plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """Is one method better than another, over seeds and users?"""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,20 +26,25 @@ def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:
     is known.
 
     Args:
-      one: NaN for users who have nothing held out.
+      one: NaN for users who have nothing held out. One column, where there is one number a seed, gives
+        Student's paired test over the seeds; NaN with one seed.
       other: with the same users.
     """
     difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
     difference = difference[:, ~np.isnan(difference).any(axis=0)]
     seeds, users = difference.shape
+    if not users:
+        return Difference(np.nan, np.nan, np.nan)
     mean = difference.mean()
+    if seeds == users == 1:
+        return Difference(mean, np.nan, np.nan)
     of_seed, of_user = difference.mean(axis=1), difference.mean(axis=0)
-    user_square = seeds * np.sum((of_user - mean) ** 2) / (users - 1)
+    user_square = seeds * np.sum((of_user - mean) ** 2) / max(users - 1, 1)
     total, freedom = user_square, float(users - 1)
     if seeds > 1:
         seed_square = users * np.sum((of_seed - mean) ** 2) / (seeds - 1)
         rest = difference - of_seed[:, None] - of_user + mean
-        rest_square = np.sum(rest**2) / ((seeds - 1) * (users - 1))
+        rest_square = np.sum(rest**2) / ((seeds - 1) * max(users - 1, 1))
         total = seed_square + max(user_square - rest_square, 0.0)
         freedom = float(seeds - 1)
     if total <= 0:
@@ -47,16 +53,24 @@ def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:
     return Difference(mean, error, float(2 * stats.t.sf(abs(mean) / error, freedom)))
 
 
-def paired_over_seeds(one: np.ndarray, other: np.ndarray) -> Difference:
-    """Compare one number a seed, `[seeds]` each: Student's paired test; NaN with a single seed."""
-    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
-    mean, seeds = float(difference.mean()), len(difference)
-    if seeds < 2:
-        return Difference(mean, float("nan"), float("nan"))
-    error = float(difference.std(ddof=1) / seeds**0.5)
-    if error == 0:
-        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
-    return Difference(mean, error, float(2 * stats.t.sf(abs(mean) / error, seeds - 1)))
+def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[Difference]]:
+    """What each row `[columns, seeds, users]` has more than the baseline, column by column.
+
+    Holm-corrected over all rows and columns. Rows `[columns, seeds]` have one number a seed: their test is
+    Student's paired test over the seeds, and one seed says nothing of differences.
+    """
+    whole = {label: np.atleast_3d(rows) for label, rows in values.items()}
+    found = {
+        label: [paired_difference(*pair) for pair in zip(rows, whole[baseline], strict=True)]
+        for label, rows in whole.items()
+        if label != baseline
+    }
+    p_values = np.array([[d.p_value for d in entry] for entry in found.values()])
+    corrected = np.where(np.isnan(p_values), np.nan, holm(np.nan_to_num(p_values, nan=1.0)))
+    return {
+        label: [d._replace(p_value=float(p)) for d, p in zip(entry, row, strict=True)]
+        for (label, entry), row in zip(found.items(), corrected, strict=True)
+    }
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

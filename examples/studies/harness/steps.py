@@ -6,7 +6,7 @@ the gradient of the plain sum of losses, unless the method or its paper weighs t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,18 @@ from examples.studies.harness.choices import (
     Choice,
 )
 from examples.studies.harness.errors import UserError
-from examples.studies.recommender.network import Batch, Parameters, Shared, Tables
+
+Widen = Callable[[Any], Any]
 
 
-class Network(Protocol):
+class Parameters(NamedTuple):
+    """The parameters that all tasks share, and those of the towers."""
+
+    shared: Any
+    heads: Any
+
+
+class Network:
     """What a step needs of a network, as functions of its parameters and a batch of any kind.
 
     Attributes:
@@ -35,24 +43,27 @@ class Network(Protocol):
     """
 
     num_tasks: int
-
-    @property
-    def representation(self) -> Any:
-        """See above."""
+    representation: Any
 
     def encode(self, shared: Any, batch: Any) -> Any:
         """The shared representation."""
-
-    def decode(self, heads: Any, representation: Any, batch: Any) -> tuple[jax.Array, ...]:
-        """The T losses with one representation for all towers."""
-        ...
+        raise NotImplementedError
 
     def losses(self, heads: Any, copies: tuple[Any, ...], batch: Any) -> tuple[jax.Array, ...]:
         """The T losses, each tower on its copy of the representation."""
-        ...
+        raise NotImplementedError
 
     def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:
         """The gradients of the towers, each times the weight of its task."""
+        raise NotImplementedError
+
+    def decode(self, heads: Any, representation: Any, batch: Any) -> tuple[jax.Array, ...]:
+        """The T losses with one representation for all towers."""
+        return self.losses(heads, (representation,) * self.num_tasks, batch)
+
+    def narrowed(self, method: Any, shared: Any, batch: Any) -> tuple[Any, Any, Widen]:
+        """What the batch reads of `shared`, the batch that reads it there, and the gradients' way back."""
+        return shared, batch, lambda grads: grads
 
 
 @dataclass(frozen=True)
@@ -144,12 +155,7 @@ def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
 def _on_parameters(
     method: Any, network: Network, shared_optimizer: Any, head_optimizer: Any, weighs_heads: bool
 ) -> Step:
-    """One backward pass per task through the shared bottom.
-
-    Of the recommender's tables the T gradients are those of the rows that the batch reads: `[T, rows,
-    size]`, whatever the vocabulary. A method that keeps gradients from step to step needs those of whole
-    tables, and small tables are read whole.
-    """
+    """One backward pass per task through the shared bottom."""
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
     def init(params: Parameters) -> Any:
@@ -158,23 +164,10 @@ def _on_parameters(
 
     def update(params: Parameters, state: Any, batch: Any) -> Any:
         method_state, shared_state, head_state = state
-        read, rows = params.shared, None
-        by_rows = isinstance(params.shared, Shared)
-        if by_rows and not (
-            _keeps_rows(method, params.shared) or _reads_all(params.shared.tables, batch)
-        ):
-            rows, batch = _distinct_rows(params.shared.tables, batch)
-            read = read._replace(tables=Tables(*map(jnp.take, read.tables, rows, (0, 0))))
+        read, batch, widen = network.narrowed(method, params.shared, batch)
         losses, (shared_grads, head_grads) = value_and_grad(read, params.heads, batch)
         combined, method_state = method.update(shared_grads, method_state, read, losses=losses)
-        if rows is not None:
-            whole = (
-                jnp.zeros_like(table).at[row].add(grad)
-                for table, row, grad in zip(
-                    params.shared.tables, rows, combined.tables, strict=True
-                )
-            )
-            combined = combined._replace(tables=Tables(*whole))
+        combined = widen(combined)
         weights = mtl.head_weights(method_state)
         if weighs_heads:
             head_grads = network.weigh_heads(head_grads, weights)
@@ -186,29 +179,3 @@ def _on_parameters(
         return params, (method_state, shared_state, head_state), jnp.stack(losses), weights
 
     return Step(init, update)
-
-
-def _distinct_rows(tables: Tables, batch: Batch) -> tuple[tuple[jax.Array, ...], Batch]:
-    """The rows of the two tables that a batch reads, each once, and the batch that reads them there.
-
-    The number of rows is fixed by the batch; where there are fewer, the first of them fills the rest, to
-    which no pair points.
-    """
-    found = [
-        jnp.unique(ids, return_inverse=True, size=min(len(ids), len(table)))
-        for ids, table in zip((batch.users, batch.items), tables, strict=True)
-    ]
-    rows, places = zip(*found, strict=True)
-    return rows, batch._replace(rows=places)
-
-
-def _reads_all(tables: Tables, batch: Batch) -> bool:
-    """Whether the tables are hardly larger than the batch: to find the distinct rows would save nothing."""
-    return all(len(table) <= 4 * len(batch.users) for table in tables)
-
-
-def _keeps_rows(method: Any, shared: Shared) -> bool:
-    """Whether the method's state has an array of a table's size."""
-    tables = {table.shape for table in shared.tables}
-    state = jax.eval_shape(method.init, shared)
-    return any(leaf.shape[-2:] in tables for leaf in jax.tree.leaves(state))

@@ -15,10 +15,11 @@ def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     on_round: Callable[[int], None] = lambda done: None,
+    warm_up: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each call, one of each in every round; compiled and warmed up before."""
     for call in calls.values():
-        for _ in range(3):
+        for _ in range(warm_up):
             jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):

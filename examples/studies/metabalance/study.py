@@ -1,12 +1,40 @@
-"""The rows of MetaBalance's tables and figures, each tuned with as many trials as the others."""
+"""MetaBalance's tables and figures: every row, its trials, and what is shown of them."""
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.studies.harness.search import Entry, log_uniform, uniform
-from examples.studies.recommender.training import TrainConfig
+from examples.studies.harness import search
+from examples.studies.harness.report import (
+    Row,
+    bars,
+    curve,
+    metrics_csv,
+    picture,
+    publish,
+    reference,
+    row,
+    say,
+)
+from examples.studies.harness.runner import Runner
+from examples.studies.harness.runs import Plan
+from examples.studies.harness.search import Entry, log_uniform, tuning_note, uniform
+from examples.studies.harness.statistics import paired_difference
+from examples.studies.metabalance.knn import item_knn_scores
+from examples.studies.metabalance.readers import read_raw
+from examples.studies.metabalance.synthetic import oracle_scores, synthetic_log
+from examples.studies.recommender import report
+from examples.studies.recommender.comparison import of_target, popular
+from examples.studies.recommender.data import PAPER_SPLIT, Log, make_dataset
+from examples.studies.recommender.evaluation import COLUMNS, METRICS, rank_by_item_scores
+from examples.studies.recommender.sources import folder, movielens_nested
+from examples.studies.recommender.training import PARTS, TrainConfig, Trainer
 
 # The network is that of Figure 6 with the sizes of appendix A.2, and a bias of the items that starts at
 # their popularity. The optimizer's settings were chosen for the plain sum on tmall_ijcai15, the best of 12
@@ -62,7 +90,8 @@ TABLES: Mapping[str, tuple[Entry, ...]] = {
     ),
 }
 RELAX_FACTORS = tuple(round(0.1 * step, 1) for step in range(1, 11))
-FIGURES = ("figure1", "figure3", "figure4", "figure5")
+GRID = {"learning_rate": (1e-3, 2e-3, 5e-3, 1e-2), "weight_decay": (0.1, 0.3, 1.0)}
+SYNTHETIC = "synthetic-"
 
 
 def relax_entries(factors: Sequence[float]) -> list[Entry]:
@@ -71,3 +100,223 @@ def relax_entries(factors: Sequence[float]) -> list[Entry]:
         Entry(f"MetaBalance, r = {r:g}", "metabalance", {}, {"relax_factor": r}) for r in factors
     ]
     return [VANILLA, *made]
+
+
+def load(data: str, scale: Fraction, relatedness: float) -> Log:
+    """The log that `--data` names."""
+    if data == "ml-100k":
+        return movielens_nested()
+    if data.startswith(SYNTHETIC):
+        return synthetic_log(data.removeprefix(SYNTHETIC), float(scale), relatedness)
+    path = Path(data)
+    return read_raw(path) if path.is_file() else folder(path, "buy")
+
+
+class Study:
+    """A command under way."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.name = options, options.command
+        log = load(options.data, options.scale, options.relatedness)
+        self.dataset = make_dataset(log, PAPER_SPLIT)
+        self.target = self.dataset.tasks[0].name
+        given = {name: getattr(options, name) for name in ("epochs", "batch_pairs")}
+        self.train = replace(TRAIN, **{k: v for k, v in given.items() if v is not None})
+
+    def runner(self, *, probe_norms: bool = False, **changes: Any) -> Runner:
+        """A runner for the configuration with some changes."""
+        train = replace(self.train, **changes)
+        trainer = Trainer(self.dataset, train, probe_norms=probe_norms)
+        return Runner(trainer, trainer.fingerprint, self.options.out, self.options.resume)
+
+    def tuned(
+        self, entries: Sequence[Entry], **changes: Any
+    ) -> tuple[dict[str, Row], dict[str, Plan]]:
+        """Every entry with the best of its trials, over all seeds."""
+        options = self.options
+        found = search.tuned(self.runner(**changes), entries, options.trials, options.seeds)
+        rows = {t.entry.label: self.row(t.entry, t.runs, t.searched) for t in found}
+        return rows, {t.entry.label: t.plan for t in found}
+
+    def untuned(self, entries: Sequence[Entry], **changes: Any) -> dict[str, Row]:
+        """Every entry with its starting knobs, over all seeds."""
+        found = search.untuned(self.runner(**changes), entries, self.options.seeds)
+        return {e.label: self.row(e, runs) for e, runs in zip(entries, found, strict=True)}
+
+    def row(self, entry: Entry, runs: Sequence[Any], searched: Sequence[Any] = ()) -> Row:
+        """The row of an entry, which counts the runs of a search too."""
+        if entry.choice == "single":
+            runs = of_target(runs, self.dataset)
+        return row(runs, searched)
+
+    def reference_rows(self) -> dict[str, Row]:
+        """Popularity and item-kNN, which train nothing, and for synthetic data the true scores."""
+        dataset, options = self.dataset, self.options
+        scored = {
+            "item-kNN, target": item_knn_scores(dataset, [0]),
+            "item-kNN, all tasks": item_knn_scores(dataset, dataset.ranking_tasks),
+        }
+        if options.data.startswith(SYNTHETIC):
+            name = options.data.removeprefix(SYNTHETIC)
+            scored["oracle"] = oracle_scores(name, float(options.scale), options.relatedness)
+        return {"popularity": popular(dataset)} | {
+            label: reference(label, {}, {self.target: rank_by_item_scores(dataset, scores)})
+            for label, scores in scored.items()
+        }
+
+    def show(self, rows: Mapping[str, Row], note: str, baseline: str | None) -> None:
+        """Print and write the table."""
+        task = self.dataset.tasks[0]
+        columns = [report.metric(task, f"{metric}, all") for metric in METRICS]
+        against = report.differences(rows, baseline, self.target) if baseline else {}
+        text = f"{report.caption(columns, self.options.seeds, baseline)} {note}".strip()
+        runs = {label: entry.runs for label, entry in rows.items()}
+        files = {f"{self.name}.csv": metrics_csv(runs, report.metrics(self.dataset.tasks))}
+        lines = report.lines_of(rows, columns, against)
+        publish(
+            self.options.out, self.name, lines, f"{self.name}, {self.dataset.name}", text, files
+        )
+
+    def ndcg(self, rows: Mapping[str, Row]) -> dict[str, np.ndarray]:
+        """NDCG@10 in per cent, `[seeds]`."""
+        shown = report.metric(self.dataset.tasks[0])
+        return {label: 100 * shown.by_seed(entry.runs) for label, entry in rows.items()}
+
+    def draw_bars(self, rows: Mapping[str, Row]) -> None:
+        """NDCG@10 of every row."""
+        if self.options.out is not None:
+            label = f"test NDCG@10 of {self.target!r} (%)"
+            bars(self.options.out / f"{self.name}.png", self.ndcg(rows), label)
+
+    def draw(self, lines: int = 1, columns: int = 1, **options: Any) -> Any:
+        """A picture beside the table, where `--out` was given."""
+        out = self.options.out
+        return picture(out and out / f"{self.name}.png", lines, columns, **options)
+
+    def tuning_note(self, plans: Mapping[str, Plan], optimizer: str = TRAIN.optimizer) -> str:
+        """How every row was trained and what was searched."""
+        train = self.train
+        return (
+            f"{optimizer}, batches of {train.batch_pairs} pairs with {train.negatives} random items "
+            f"each, at most {train.epochs} epochs, early stopping by the validation NDCG@10. "
+            f"{tuning_note(self.options.trials, plans)}"
+        )
+
+
+def data(options: argparse.Namespace) -> None:
+    """The sizes of the data, as in Table 5, and the rows that train nothing."""
+    study = Study(options)
+    dataset = study.dataset
+    cells = dataset.num_users * dataset.num_items
+    parts = (dataset.train, dataset.validation, dataset.test)
+    say(f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items")
+    for place, task in enumerate(dataset.tasks):
+        counts = [len(part.positives(place)) for part in parts]
+        say(
+            f"{task.name}: {sum(counts)} pairs, density {sum(counts) / cells:.4%}; training "
+            f"{counts[0]}, validation {counts[1]}, test {counts[2]}"
+        )
+    study.show(study.reference_rows(), "", None)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """The optimizer's settings for the plain sum."""
+    search.tune(Study(options).runner(), GRID, "NDCG@10")
+
+
+def table(options: argparse.Namespace) -> None:
+    """Tables 1 to 4."""
+    study, entries = Study(options), TABLES[options.command]
+    if VANILLA not in entries:
+        entries = (VANILLA, *entries)
+    rows, plans = study.tuned(entries)
+    note = study.tuning_note(plans)
+    if options.command == "table2":
+        note += f" {improvement(rows, study.target)}"
+    study.show({**study.reference_rows(), **rows}, note, VANILLA.label)
+    study.draw_bars(rows)
+
+
+table1 = table2 = table3 = table4 = table
+
+
+def improvement(rows: Mapping[str, Row], target: str) -> str:
+    """MetaBalance against the strongest baseline of each metric, as in Table 2's last line."""
+    values = {label: report.of_users(entry, target) for label, entry in rows.items()}
+    ours = values.pop(METABALANCE.label)
+    said = []
+    for metric in METRICS:
+        place = COLUMNS.index(f"{metric}, all")
+        best = max(values, key=lambda label, place=place: np.nanmean(values[label][place]))
+        theirs = values[best][place]
+        ratio = np.nanmean(ours[place]) / np.nanmean(theirs) - 1
+        p_value = paired_difference(ours[place], theirs).p_value
+        said.append(f"{metric} {ratio:+.1%} ({best}, p = {p_value:.2g})")
+    return f"MetaBalance against the strongest baseline, without correction: {', '.join(said)}."
+
+
+def figure1(options: argparse.Namespace) -> None:
+    """Figures 1 and 2: gradient norms by task and part of the network, over training."""
+    study = Study(options)
+    rows = study.untuned(relax_entries((0.2, 0.7, 1.0)), probe_norms=True)
+    study.show(rows, "Nothing was searched.", VANILLA.label)
+    norms = {label: entry.runs[0].history["norms"] for label, entry in rows.items()}
+    if options.out is not None:
+        text = json.dumps({label: values.tolist() for label, values in norms.items()})
+        (options.out / "figure1-norms.json").write_text(text, encoding="utf-8")
+    size, shared = (2.8 * len(rows), 2 * len(PARTS)), {"sharex": True, "sharey": "row"}
+    with study.draw(len(PARTS), len(rows), figsize=size, **shared) as (figure, grid):
+        for column, (label, values) in enumerate(norms.items()):  # [E, T, parts]
+            for part, name in enumerate(PARTS):
+                axes = grid[part, column]
+                for task, entry in enumerate(study.dataset.tasks):
+                    curve(axes, values[:, task, part], entry.name)
+                axes.set_yscale("log")
+                grid[part, 0].set_ylabel(f"gradient norm,\n{name}")
+            grid[0, column].set_title(label, fontsize=9)
+            grid[-1, column].set_xlabel("epoch")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+
+
+def figure3(options: argparse.Namespace) -> None:
+    """The relax factor, with nothing else searched."""
+    study = Study(options)
+    rows = study.untuned(relax_entries(RELAX_FACTORS))
+    study.show(rows, "Nothing was searched.", VANILLA.label)
+    plain, *others = study.ndcg(rows).values()
+    means = [values.mean() for values in others]
+    errors = [
+        values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 for values in others
+    ]
+    with study.draw(figsize=(5, 3.4)) as (_, ((axes,),)):
+        axes.errorbar(RELAX_FACTORS, means, errors, marker="o", capsize=3, label="MetaBalance")
+        axes.axhline(plain.mean(), color="tab:orange", label=VANILLA.label)
+        axes.set(xlabel="relax factor r", ylabel=f"test NDCG@10 of {study.target!r} (%)")
+        axes.legend()
+
+
+def figure4(options: argparse.Namespace) -> None:
+    """The target's training loss, epoch by epoch, of the first seed."""
+    shown = {"Vanilla-Multi", "GradSimilarity", "GradSurgery", "OL-AUX", "MetaBalance"}
+    study = Study(options)
+    rows = study.untuned([entry for entry in TABLES["table2"] if entry.label in shown])
+    study.show(rows, "Nothing was searched.", VANILLA.label)
+    with study.draw(figsize=(5.5, 3.6)) as (_, ((axes,),)):
+        for label, entry in rows.items():
+            curve(axes, entry.runs[0].history["losses"][:, 0], label)
+        axes.set(xlabel="epoch", ylabel="training loss of the target")
+        axes.legend()
+
+
+def figure5(options: argparse.Namespace) -> None:
+    """The plain sum and MetaBalance under three optimizers, each tuned."""
+    study = Study(options)
+    rows: dict[str, Row] = {}
+    notes = []
+    for name in ("adam", "adagrad", "rmsprop"):
+        labelled = [replace(e, label=f"{e.label}, {name}") for e in (VANILLA, METABALANCE)]
+        found, plans = study.tuned(labelled, optimizer=name)
+        rows |= found
+        notes.append(study.tuning_note(plans, name))
+    study.show(rows, " ".join(notes), f"{VANILLA.label}, adam")
+    study.draw_bars(rows)

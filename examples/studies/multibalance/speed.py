@@ -6,12 +6,9 @@ these gradients is computed only as far as its module, which is less than T whol
 """
 
 import argparse
-import csv
-import io
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,36 +20,20 @@ from flax import nnx
 import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
-from examples.studies.harness import tables
+from examples.studies.harness.report import bars, csv_of, publish
+from examples.studies.harness.steps import Parameters
 from examples.studies.harness.timing import interleaved, machine, ratio
 from examples.studies.ranking.data import Dataset, Examples, Task
 from examples.studies.ranking.network import Network
-from examples.studies.recommender.network import Parameters
 
 BASE = "plain sum"
 MODULES = ("interaction", "numerical", "categorical")
 METHODS = {"MGDA": mtl.mgda, "MoCo": mtl.moco}
 # The numbers of values of Ali-CCP's features after the preparation that is common for it (AITM and others).
 ALI_CCP = (
-    238635,
-    98,
-    14,
-    3,
-    8,
-    4,
-    4,
-    3,
-    5,
-    467298,
-    6929,
-    263942,
-    106399,
-    5888,
-    104830,
-    51878,
-    37148,
-    4,
-)
+    238635, 98, 14, 3, 8, 4, 4, 3, 5,
+    467298, 6929, 263942, 106399, 5888, 104830, 51878, 37148, 4,
+)  # fmt: skip
 MODEL = {"embedding": 16, "cross_layers": 3, "deep": (512, 256), "tower": (128, 64)}
 QUICK_MODEL = {"embedding": 2, "cross_layers": 1, "deep": (4,), "tower": (4,), "numerical": (4,)}
 TASKS = (Task("CTR"), Task("CVR"), Task("Conv|imp"))
@@ -187,13 +168,9 @@ def _replaced(params: Parameters, module: str, part: nnx.State) -> Parameters:
 
 TITLE = "Table 2: training speed"
 HEADER = (
-    "what is balanced",
-    "examples / s",
-    "time to the sum's",
-    "speed lost (%)",
-    "operations",
+    "what is balanced", "examples / s", "time to the sum's", "speed lost (%)", "operations",
     "temporaries (MiB)",
-)
+)  # fmt: skip
 
 
 def table2(options: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -229,9 +206,13 @@ def table2(options: argparse.Namespace) -> list[tuple[str, ...]]:
         "module, as far as the module, the plain sum's for all others. "
         f"{machine()}, jax {jax.__version__}.\n\nMade by `{options.line}`."
     )
-    tables.show([HEADER, *lines], TITLE, note)
+    rows = ((name, number, value) for name, taken in seconds.items()
+            for number, value in enumerate(taken))  # fmt: skip
+    files = {"table2.csv": csv_of(("what is balanced", "round", "seconds"), rows)}
+    publish(options.out, "table2", [HEADER, *lines], TITLE, note, files)
     if options.out is not None:
-        _write(options, lines, note, seconds)
+        slower = {name: np.divide(taken, seconds[BASE]) for name, taken in seconds.items()}
+        bars(options.out / "table2.png", slower, "time of a step over the plain sum's, by round")
     return lines
 
 
@@ -247,33 +228,3 @@ def _line(
         f"{steps.operations[name] / steps.operations[BASE]:.2f}",
         f"{steps.memory[name]:,.0f}",
     )
-
-
-def _write(options: argparse.Namespace, lines: Any, note: str, seconds: Any) -> None:
-    out: Path = options.out
-    text = tables.markdown([HEADER, *lines], TITLE, note)
-    (out / "table2.md").write_text(text, encoding="utf-8")
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["what is balanced", "round", "seconds"])
-    for name, taken in seconds.items():
-        writer.writerows([name, number, f"{value:.6g}"] for number, value in enumerate(taken))
-    (out / "table2.csv").write_text(stream.getvalue(), encoding="utf-8")
-    _draw(lines, out / "table2.png")
-
-
-def _draw(lines: Any, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:  # a machine for measuring alone
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.5, 0.35 * len(lines) + 1), layout="constrained")
-    axes.barh([line[0] for line in lines], [float(line[2]) for line in lines], color="tab:blue")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of a training step over the plain sum's")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)

@@ -1,39 +1,45 @@
 """Tables 3 and 4 and Figure 2: what balancing on the representation does to normalized entropies."""
 
 import argparse
-import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
-from examples.studies.harness import tables
-from examples.studies.harness.choices import parse_choice
-from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness import search
+from examples.studies.harness.report import (
+    OVER_SEEDS,
+    csv_of,
+    gain_cell,
+    metrics_csv,
+    picture,
+    publish,
+    say,
+)
+from examples.studies.harness.runner import Runner
+from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import (
     Entry,
     ema_decay,
     log_uniform,
     setting_in_words,
     tuned,
+    tuning_note,
     uniform,
+    untuned,
 )
+from examples.studies.harness.statistics import compare
 from examples.studies.harness.timing import machine
-from examples.studies.multibalance import pictures
-from examples.studies.ranking import report
-from examples.studies.ranking.data import Dataset, Task
-from examples.studies.ranking.metrics import of_truth
+from examples.studies.ranking.metrics import all_metrics, metric, of_truth
 from examples.studies.ranking.network import BATCH, COUNTED
 from examples.studies.ranking.sources import load
 from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
-from examples.studies.recommender.download import write_atomically
-from examples.studies.recommender.training import Plan
+from mtl_optax.plotting import plot_norms, plot_weights
 
 FUNNEL = ("CVR", "Conv|imp", "CTR")  # the tasks and their order in the paper
 SUM = Entry("plain sum", "sum")
@@ -80,38 +86,34 @@ QUICK_MODEL = {"embedding": 2, "cross_layers": 1, "deep": (4,), "tower": (4,), "
 GRID = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.1, 1.0, 10.0)}
 
 
+PANELS = {
+    "c": "original gradient magnitude",
+    "d": "learned weight",
+    "e": "weighted gradient magnitude",
+}
+POINTS = 200  # of a curve
+
+
 class Study:
     """A command under way."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options = options
-        log = QUICK_LOG if options.quick else LogConfig()
+        self.options, quick = options, options.quick
+        log = QUICK_LOG if quick else LogConfig()
         dataset = load(options.data, replace(log, impressions=options.size or log.impressions))
-        names = [task.name for task in dataset.tasks]
-        if set(FUNNEL) <= set(names):
+        if set(FUNNEL) <= {task.name for task in dataset.tasks}:
             dataset = dataset.only(FUNNEL)
-        self.dataset: Dataset = dataset
-        self.seeds = options.seeds or (2 if options.quick else 5)
-        self.trials = options.trials or (2 if options.quick else 4)
+        self.dataset, self.tasks = dataset, dataset.tasks
+        self.seeds = options.seeds or (2 if quick else 5)
+        self.trials = options.trials or (2 if quick else 4)
         given = {name: getattr(options, name) for name in ("epochs", "batch")}
-        given = {k: v for k, v in given.items() if v is not None}
-        train = replace(TRAIN[options.mean_over], **(QUICK if options.quick else {}))
-        self.train = replace(train, **given)
-        self.model = QUICK_MODEL if options.quick else MODEL
+        given = {**(QUICK if quick else {}), **{k: v for k, v in given.items() if v is not None}}
+        self.train = replace(TRAIN[options.mean_over], **given)
+        self.model = QUICK_MODEL if quick else MODEL
         trainer = Trainer(dataset, partial(DCNv2, **self.model), self.train)
-        fingerprint = {
-            "versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__},
-            "train": asdict(self.train),
-            "model": repr(self.model),
-            "data": dataset.digest(),
-        }
-        self.runner = Runner(trainer, fingerprint, options.out, options.resume, options.jobs)
-        tables.say(dataset.describe())
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """The tasks, in the order of the columns."""
-        return self.dataset.tasks
+        about = {**trainer.fingerprint, "model": repr(self.model)}
+        self.runner = Runner(trainer, about, options.out, options.resume, options.jobs)
+        say(dataset.describe())
 
     @property
     def title(self) -> str:
@@ -121,60 +123,53 @@ class Study:
             found += ", every loss a mean over the examples that count for the task"
         return found
 
-    def untuned(self, entries: Sequence[Entry]) -> dict[str, list[Any]]:
-        """Every entry with its starting knobs, over all seeds."""
-        jobs = []
-        for entry in entries:
-            (start,) = entry.trials(1, len(self.tasks), self.train)
-            plans = [replace(start, seed=seed) for seed in range(self.seeds)]
-            jobs.append(Job(entry.parsed(), plans))
-        found = self.runner.train(jobs)
-        return {entry.label: runs for entry, runs in zip(entries, found, strict=True)}
-
-    def show(self, rows: report.Runs, note: str) -> None:
+    def show(self, rows: Mapping[str, Sequence[Run]], note: str) -> None:
         """Print and write a table of gains over the plain sum."""
-        names = [task.name for task in self.tasks]
-        header = (
+        entropies = [metric(task, "NE") for task in self.tasks]
+        aucs = [metric(task, "AUC") for task in self.tasks]
+        gains = compare(
+            {label: gains_of(runs, entropies) for label, runs in rows.items()}, SUM.label
+        )
+        lines = [(
             "method",
-            *(f"{name}: NE gain" for name in names),
+            *(f"{task.name}: NE gain" for task in self.tasks),
             "average NE gain",
-            *(f"{name}: AUC" for name in names),
-        )
-        gains = report.gains(rows, SUM.label, self.tasks)
-        lines = []
+            *(f"{task.name}: AUC" for task in self.tasks),
+        )]  # fmt: skip
         for label, runs in rows.items():
-            found = gains.get(label)
-            shown = ["0" for _ in range(len(names) + 1)]
-            if found is not None:
-                shown = [report.gain_cell(difference) for difference in found]
-            aucs = [report.mean_cell(report.by_seed(runs, task, "AUC")) for task in self.tasks]
-            lines.append((label, *shown, *aucs))
-        base = ", ".join(
-            f"{task.name} {report.mean_cell(report.by_seed(rows[SUM.label], task, 'NE'))}"
-            for task in self.tasks
-        )
+            of_row = (
+                map(gain_cell, gains[label]) if label in gains else ["0"] * (len(self.tasks) + 1)
+            )
+            lines.append((label, *of_row, *(auc.cell(runs) for auc in aucs)))
+        base = ", ".join(f"{ne.task} {ne.cell(rows[SUM.label])}" for ne in entropies)
         text = (
             f"{self.dataset.describe()}. NE gain: test normalized entropy of the plain sum minus that of "
             "the row, times 100; positive is better. Mean ± standard error over "
-            f"{self.seeds} seeds, paired; * p < 0.05, ** p < 0.01, *** p < 0.001, two-sided paired t-test "
-            "over the seeds, "
-            f"Holm-corrected over rows and columns of the gain. NE of the plain sum: {base}."
+            f"{self.seeds} seeds, paired; {OVER_SEEDS} over rows and columns of the gain. NE of the plain "
+            f"sum: {base}."
         )
         truth = of_truth(self.dataset)
         if truth is not None:
-            said = ", ".join(
-                f"{name} NE {ne:.4f} AUC {auc:.4f}" for name, (ne, auc) in truth.items()
-            )
-            text += f" The true probabilities have: {said}."
-        text += f" {note} {self.setup()}"
-        text += f"\n\nMade by `{self.options.line}`."
-        lines = [header, *lines]
-        tables.show(lines, self.title, text, first=("average NE gain",))
-        self.write(".md", tables.markdown(lines, self.title, text))
-        self.write(".csv", report.metrics_csv(rows, self.tasks))
-        if self.options.out is not None:
-            columns = [*names, "average"]
-            pictures.gains(gains, columns, self.path(".png"), f"over the {SUM.label}")
+            said = (f"{name} NE {ne:.4f} AUC {auc:.4f}" for name, (ne, auc) in truth.items())
+            text += f" The true probabilities have: {', '.join(said)}."
+        text += f" {note} {self.setup()}\n\nMade by `{self.options.line}`."
+        out, name = self.options.out, self.options.command
+        files = {f"{name}.csv": metrics_csv(rows, all_metrics(self.tasks))}
+        publish(out, name, lines, self.title, text, files, first=("average NE gain",))
+        if out is None:
+            return
+        size = (2.1 * len(entropies) + 3.9, 0.3 * len(gains) + 1.1)
+        with picture(out / f"{name}.png", 1, len(entropies) + 1, figsize=size, sharey=True) as (
+            figure, grid,
+        ):  # fmt: skip
+            for place, axes in enumerate(grid[0]):
+                found = [entry[place] for entry in gains.values()]
+                errors = np.nan_to_num([difference.error for difference in found])
+                axes.barh(list(gains), [d.mean for d in found], xerr=errors, alpha=0.7)
+                axes.axvline(0, color="black", linewidth=0.8)
+                axes.set_title([*(ne.task for ne in entropies), "average"][place], fontsize=9)
+            grid[0, 0].invert_yaxis()
+            figure.supxlabel(f"NE gain (× 100) over the {SUM.label}", fontsize=9)
 
     def setup(self) -> str:
         """How every row is trained."""
@@ -187,41 +182,23 @@ class Study:
             f"{machine()}, jax {jax.__version__}."
         )
 
-    def path(self, suffix: str) -> Any:
-        """Where a file of this command goes."""
-        return self.options.out and self.options.out / f"{self.options.command}{suffix}"
 
-    def write(self, suffix: str, text: str) -> None:
-        """Write a file of this command, where `--out` was given."""
-        if self.options.out is not None:
-            write_atomically(self.path(suffix), text.encode())
+def gains_of(runs: Sequence[Run], entropies: Sequence[Any]) -> np.ndarray:
+    """Minus 100 times the entropies and their mean, `[T + 1, seeds]`."""
+    found = [-100 * entropy.by_seed(runs) for entropy in entropies]
+    return np.stack([*found, np.mean(found, axis=0)])
 
 
 def tune(options: argparse.Namespace) -> None:
     """The optimizer's settings for the plain sum."""
-    study = Study(options)
-    grid = list(itertools.product(*GRID.values()))
-    default = study.runner.trainer.default_setting()
-    plans = [Plan(0, default._replace(**dict(zip(GRID, values, strict=True)))) for values in grid]
-    (runs,) = study.runner.train([Job(parse_choice("sum"), plans, measure=False)])
-    for values, run in zip(grid, runs, strict=True):
-        named = ", ".join(f"{name} {value:g}" for name, value in zip(GRID, values, strict=True))
-        found = (
-            f"validation NE {-run.best_value:.4f} in epoch {run.best_epoch}, {run.seconds:.1f} s"
-        )
-        print(f"{named}: {found}")
+    search.tune(Study(options).runner, GRID, "NE")
 
 
 def table3(options: argparse.Namespace) -> None:
     """All methods on the representation, with as many trials for each."""
     study = Study(options)
     found = tuned(study.runner, TABLE3, study.trials, study.seeds)
-    chosen = "; ".join(f"{row.entry.label}: {setting_in_words(row.plan)}" for row in found)
-    note = (
-        f"Every row, the plain sum too, had {study.trials} trials of seed 0 on the validation set: the "
-        "first with the default settings, the others with a learning rate and a decay of the tables up to "
-        f"3 times smaller or larger and random options of its own. Chosen: {chosen}."
-    )
+    note = tuning_note(study.trials, {row.entry.label: row.plan for row in found})
     study.show({row.entry.label: row.runs for row in found}, note)
 
 
@@ -229,47 +206,63 @@ def table4(options: argparse.Namespace) -> None:
     """The learning rate of MultiBalance's weights, with nothing else searched."""
     study = Study(options)
     rates = WEIGHT_LRS[:2] if options.quick else WEIGHT_LRS
-    entries = [
+    entries = [SUM] + [
         Entry(f"weight learning rate {rate:g}", MULTIBALANCE.choice, {}, {"weight_lr": rate})
         for rate in rates
     ]
     default = setting_in_words(Plan(0, study.runner.trainer.default_setting()))
-    study.show(study.untuned([SUM, *entries]), f"Nothing was searched: {default}.")
+    found = untuned(study.runner, entries, study.seeds)
+    rows = {entry.label: runs for entry, runs in zip(entries, found, strict=True)}
+    study.show(rows, f"Nothing was searched: {default}.")
 
 
 def figure2(options: argparse.Namespace) -> None:
     """Gradient magnitudes, MultiBalance's weights and weighted magnitudes over the steps of one run."""
     options.seeds = options.seeds or 1
     study = Study(options)
-    (runs,) = study.untuned([MULTIBALANCE]).values()
-    history = {
-        name: runs[0].history[name].reshape(-1, len(study.tasks))
-        for name in ("norms", "weights", "simplex weights")
-    }
-    shown = {
-        "c": history["norms"],
-        "d": history["simplex weights"],
-        "e": history["norms"] * history["weights"],
-    }
-    steps, binned = pictures.bins(shown)
+    ((run, *_),) = untuned(study.runner, [MULTIBALANCE], study.seeds)
     names = [task.name for task in study.tasks]
-    lines = ["step,panel," + ",".join(names)]
-    for panel, rows in binned.items():
-        for step, row in zip(steps, rows, strict=True):
-            lines.append(f"{step},{panel}," + ",".join(f"{value:.6g}" for value in row))
-    study.write(".csv", "\n".join(lines) + "\n")
-    said = []
-    for panel, title in pictures.PANELS.items():
-        last = np.mean(shown[panel][-len(shown[panel]) // 4 :], axis=0)
-        values = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, last, strict=True))
-        said.append(f"- ({panel}) {title}: {values}")
-    text = (
-        f"**{study.title}**\n\nMultiBalance with its defaults, seed 0; means over the last "
-        "quarter of the steps. The magnitudes are norms of the gradients of a batch's representation.\n\n"
-        + "\n".join(said)
-        + f"\n\n{study.setup()}\n\nMade by `{options.line}`.\n"
+    norms, weights, simplex = (
+        run.history[name].reshape(-1, len(names))
+        for name in ("norms", "weights", "simplex weights")
     )
-    print(text)
-    study.write(".md", text)
-    if options.out is not None:
-        pictures.magnitudes(steps, binned, names, study.path(".png"))
+    shown = {"c": norms, "d": simplex, "e": norms * weights}
+    steps, binned = bins(shown)
+    said = []
+    for panel, title in PANELS.items():
+        last = np.mean(shown[panel][-len(norms) // 4 :], axis=0)
+        values = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, last, strict=True))
+        said.append((f"({panel}) {title}", values))
+    note = (
+        "MultiBalance with its defaults, seed 0; means over the last quarter of the steps. The magnitudes "
+        "are norms of the gradients of a batch's representation.\n\n"
+        f"{study.setup()}\n\nMade by `{options.line}`."
+    )
+    rows = ((step, panel, *row) for panel, found in binned.items()
+            for step, row in zip(steps, found, strict=True))  # fmt: skip
+    files = {"figure2.csv": csv_of(["step", "panel", *names], rows)}
+    lines = [("panel", "mean at the end"), *said]
+    publish(options.out, "figure2", lines, study.title, note, files, left=2)
+    if options.out is None:
+        return
+    with picture(options.out / "figure2.png", 1, 3, figsize=(11, 3)) as (_, grid):
+        for axes, (panel, title) in zip(grid[0], PANELS.items(), strict=True):
+            draw: Any = plot_weights if panel == "d" else plot_norms
+            draw(binned[panel], task_names=names, ax=axes)
+            for line in axes.get_lines():
+                line.set_xdata(steps)
+            axes.relim()
+            axes.autoscale_view()
+            axes.set_title(f"({panel}) {title}", fontsize=9)
+
+
+def bins(curves: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Means over as many steps as leave at most `POINTS` points, and the last step of each."""
+    steps = len(next(iter(curves.values())))
+    size = -(-steps // POINTS)
+    ends = np.arange(size, steps + 1, size)
+    means = {
+        name: values[: len(ends) * size].reshape(len(ends), size, -1).mean(axis=1)
+        for name, values in curves.items()
+    }
+    return ends, means

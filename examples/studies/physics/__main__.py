@@ -6,39 +6,38 @@ Without options: all methods on the Helmholtz equation, and the shorter list of 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
 
-from examples.studies.harness import tables
 from examples.studies.harness.command import (
-    OneLineParser,
-    check_numbers,
-    in_threads,
+    add_options,
+    make_parser,
     one_of,
+    read_options,
     run_command,
 )
-from examples.studies.harness.timing import cores
-from examples.studies.physics import report
-from examples.studies.physics.picture import draw
+from examples.studies.harness.report import csv_of, picture, publish
+from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness.runs import Plan, Run
+from examples.studies.harness.timing import cores, interleaved, ratio
 from examples.studies.physics.problems import PROBLEMS
-from examples.studies.physics.training import ROWS, Config, Run, time_steps, train
+from examples.studies.physics.training import ERROR, FIELD, ROWS, Config, Trainer, choose
+from mtl_optax.plotting import plot_weights
 
+BASE = "plain sum"
 # Without --methods the first problem has all methods, and the others have these.
 SHORT = (
-    "plain sum",
-    "fixed weights, 100",
-    "inverse_norm, kept weights",
-    "upgrad",
-    "conflict_free",
-    "mgda",
+    BASE, "fixed weights, 100", "inverse_norm, kept weights", "upgrad", "conflict_free", "mgda",
     "residual attention",
-)
+)  # fmt: skip
+TIMED = (
+    BASE, "inverse_norm, slow average", "inverse_norm, slow average, one gradient",
+    "inverse_norm, kept weights", "conflict_free", "conflict_free, one gradient",
+)  # fmt: skip
 SETTINGS = {
     "steps": "training steps",
     "seeds": "trainings of each row",
@@ -47,129 +46,159 @@ SETTINGS = {
     "depth": "of the network",
     "learning_rate": "of Adam at the start",
 }
-TIMED = (
-    "plain sum",
-    "inverse_norm, slow average",
-    "inverse_norm, slow average, one gradient",
-    "inverse_norm, kept weights",
-    "conflict_free",
-    "conflict_free, one gradient",
+OPTIONS = {
+    name: {
+        "type": type(getattr(Config, name)),
+        "default": getattr(Config, name),
+        "help": f"{text} (default %(default)s)",
+    }
+    for name, text in SETTINGS.items()
+} | {
+    "problems": {
+        "nargs": "+",
+        "choices": list(PROBLEMS),
+        "default": list(PROBLEMS),
+        "metavar": "PROBLEM",
+        "help": ", ".join(PROBLEMS),
+    },
+    "methods": {
+        "nargs": "+",
+        "type": one_of("method", ["all", *ROWS]),
+        "metavar": "METHOD",
+        "help": "see below, or all",
+    },
+    "jobs": {"default": min(2, cores())},
+    "quick": {"help": "a few steps of tiny networks"},
+    "time": {
+        "action": "store_true",
+        "help": "only measure the time of a step, all methods in turns",
+    },
+}
+EPILOG = (
+    f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other problems "
+    f"have: {'; '.join(SHORT)}."
 )
+LEGEND = """Slow average: `ema_decay=0.999`. Kept weights: computed on every 100th step, one backward pass
+in between, as jaxpi does. One gradient: one loss a step, with `remember`. Residual attention: one weight
+for each of the points of a fixed pool; the losses are added. NTK traces: estimated on every 100th step.
+
+Step times are those of the moment: another load of the machine changes them. `--time` measures in turns."""
+Runs = Mapping[str, Sequence[Run]]  # by row
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.physics", lambda: parse(arguments), work)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
-    counts = [name for name in SETTINGS if type(getattr(Config, name)) is int]
-    check_numbers(options, (*counts, "jobs"))
-    options.line = shlex.join(["python", "-m", "examples.studies.physics", *arguments])
+    parser = make_parser("examples.studies.physics", __doc__, epilog=EPILOG)
+    add_options(parser, f"{' '.join(OPTIONS)} out resume", OPTIONS)
+    options = read_options(parser, arguments)
+    config = Config(**{name: getattr(options, name) for name in SETTINGS})
+    if options.quick:
+        config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
+    options.config = replace(config, chunk=min(config.chunk, config.steps))
     return options
 
 
 def work(options: argparse.Namespace) -> None:
-    """Runs the comparison, prints its tables and writes them."""
-    config = Config(**{name: getattr(options, name) for name in SETTINGS})
-    if options.quick:
-        config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
-    config = replace(config, chunk=min(config.chunk, config.steps))
-    out: Path | None = options.out
-    if options.time:
-        _time(options, config, out)
-        return
-    cells = [(problem, name) for problem in options.problems for name in _names(options, problem)]
-    runs = _train(cells, config, options.jobs)
+    """Run the comparison, print a table a problem and write it."""
     for problem in options.problems:
-        tables.show(report.lines_of(problem, runs), report.title(problem, config))
-    print(report.verdict(options.problems, runs))
-    if out:
-        report.write_csv(runs, out / "physics.csv")
-        text = report.markdown(options.problems, runs, config, options.line)
-        (out / "table.md").write_text(text, encoding="utf-8")
-        for problem in options.problems:
-            chosen = {name: run for (where, name), run in runs.items() if where == problem}
-            draw(PROBLEMS[problem], chosen, config, out / f"{problem}.png")
+        (measure_times if options.time else compare)(problem, options)
 
 
-def _names(options: argparse.Namespace, problem: str) -> list[str]:
-    if options.methods is None:
-        return list(ROWS) if problem == "helmholtz" else list(SHORT)
-    return list(ROWS) if options.methods == ["all"] else options.methods
+def compare(problem: str, options: argparse.Namespace) -> None:
+    """The errors of all methods on one problem."""
+    config, out, names = options.config, options.out, options.methods
+    if names is None:
+        names = list(ROWS) if problem == "helmholtz" else list(SHORT)
+    trainer = Trainer(PROBLEMS[problem], config)
+    runner = Runner(trainer, trainer.fingerprint, out, options.resume, options.jobs)
+    plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
+    names = list(ROWS) if names == ["all"] else names
+    found = runner.train([Job(choose(name), plans) for name in names])
+    runs = dict(zip(names, found, strict=True))
+    title = f"{problem}: relative L2 error after {config.steps} steps, {config.seeds} seeds"
+    note = f"{verdict(problem, runs)}\n\n{LEGEND}\n\nMade by `{options.line}` with `{config}`."
+    rows = ([problem, name, run.seed, errors_of([run])[0], step_ms([run], config)]
+            for name, row in runs.items() for run in row)  # fmt: skip
+    header = ("problem", "method", "seed", "relative_l2_error", "ms_per_step")
+    files = {f"{problem}.csv": csv_of(header, rows)}
+    publish(out, problem, lines_of(runs, config), title, note, files)
+    if out is not None:
+        draw(trainer, runs, out / f"{problem}.png")
 
 
-def _train(cells: list[tuple[str, str]], config: Config, jobs: int) -> report.Runs:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console, stopping = Console(stderr=True), threading.Event()
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        bar = progress.add_task("", total=len(cells) * config.steps * config.seeds)
-
-        def train_one(cell: tuple[str, str]) -> Run:
-            problem, name = cell
-            steps = train(PROBLEMS[problem], name, config)
-            while isinstance(found := next(steps), int):
-                if stopping.is_set():
-                    raise KeyboardInterrupt
-                progress.update(bar, advance=found, description=f"{problem}: {name}")
-            return found
-
-        names = [f"{problem}: {name}" for problem, name in cells]
-        runs = in_threads(train_one, cells, names, jobs, stopping)
-        return dict(zip(cells, runs, strict=True))
+def errors_of(runs: Sequence[Run]) -> np.ndarray:
+    """The relative L2 errors `[seeds]`."""
+    return np.array([run.test[ERROR] for run in runs])
 
 
-def _time(options: argparse.Namespace, config: Config, out: Path | None) -> None:
+def step_ms(runs: Sequence[Run], config: Config) -> float:
+    """Milliseconds a step."""
+    return 1e3 * float(np.median([run.seconds for run in runs])) / config.steps
+
+
+def lines_of(runs: Runs, config: Config) -> list[tuple[str, ...]]:
+    """The header and the rows of a problem's table: relative L2 errors, and the time of a step."""
+    lines = [("method", "median", "best", "worst", "ms a step", "to the sum's")]
+    for name, row in runs.items():
+        errors, time = errors_of(row), step_ms(row, config)
+        to_sum = f"{time / step_ms(runs[BASE], config):.2f}" if BASE in runs else "-"
+        cells = (f"{error:.4f}" for error in (np.median(errors), errors.min(), errors.max()))
+        lines.append((name, *cells, f"{time:.2f}", to_sum))
+    return lines
+
+
+def verdict(problem: str, runs: Runs) -> str:
+    """The best row beside the plain sum."""
+    errors = {name: float(np.median(errors_of(row))) for name, row in runs.items()}
+    best = min(errors, key=errors.__getitem__)
+    line = f"{problem}: the smallest median error is that of {best}, {errors[best]:.4f}"
+    if BASE in errors and best != BASE:
+        line += f", {errors[BASE] / errors[best]:.1f} times below the plain sum's"
+    return line + "."
+
+
+def draw(trainer: Trainer, runs: Runs, path: Path) -> None:
+    """The exact solution, the error of the plain sum and of the best method, and its weights."""
+    best = min(runs, key=lambda name: float(np.median(errors_of(runs[name]))))
+    panels = [("exact solution", trainer.exact)]
+    panels += [
+        (f"error: {name}", runs[name][0].test[FIELD] - trainer.exact)
+        for name in (BASE, best)
+        if name in runs
+    ]
+    problem, grid = trainer.problem, trainer.config.grid
+    extent = (problem.low[1], problem.high[1], problem.low[0], problem.high[0])
+    with picture(path, 1, 4, dpi=90, figsize=(16, 3.6)) as (figure, (axes,)):
+        for axis, (title, field) in zip(axes, panels, strict=False):
+            limit = np.abs(field).max()
+            shown = {"origin": "lower", "aspect": "auto", "cmap": "RdBu", "extent": extent}
+            image = axis.imshow(field.reshape(grid, grid), vmin=-limit, vmax=limit, **shown)
+            axis.set(title=title, xlabel="second coordinate", ylabel="first coordinate")
+            figure.colorbar(image, ax=axis)
+        plot_weights(runs[best][0].history["weights"], task_names=trainer.names, ax=axes[3])
+        steps = f"training, in {trainer.config.chunk} steps"
+        axes[3].set(title="its weights", xlabel=steps, yscale="log")
+
+
+def measure_times(problem: str, options: argparse.Namespace) -> None:
+    """The time of a step of every row, in turns, so that all see the same load of the machine."""
     names = list(ROWS) if options.methods == ["all"] else options.methods or list(TIMED)
-    for problem in options.problems:
-        times = time_steps(PROBLEMS[problem], names, config, rounds=3 if options.quick else 20)
-        lines, note = report.timing_lines(times), f"{report.TIMING}\n\nMade by `{options.line}`."
-        tables.show(lines, report.timing_title(problem), note)
-        if out:
-            text = tables.markdown(lines, report.timing_title(problem), note)
-            (out / f"{problem}_time.md").write_text(text, encoding="utf-8")
+    chunk = min(100, options.config.steps)
+    trainer = Trainer(PROBLEMS[problem], replace(options.config, chunk=chunk))
+    calls = trainer.step_calls([choose(name) for name in names])
+    seconds = interleaved(calls, 3 if options.quick else 20, warm_up=1)
+    lines = [("method", "ms a step", "to the sum's")]
+    for name, taken in seconds.items():
+        time = 1e3 * np.median(taken) / chunk
+        lines.append((name, f"{time:.3f}", f"{ratio(seconds, name, names[0]):.2f}"))
+    note = "Medians over rounds, of the times and of each round's ratio."
+    title = f"{problem}: milliseconds a step, all methods in turns"
+    publish(options.out, f"{problem}_time", lines, title, f"{note}\n\nMade by `{options.line}`.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m examples.studies.physics",
-        description=__doc__.splitlines()[0],
-        epilog=f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other "
-        f"problems have: {'; '.join(SHORT)}.",
-    )
-    parser.add_argument(
-        "--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="PROBLEM",
-        help=", ".join(PROBLEMS),
-    )  # fmt: skip
-    parser.add_argument(
-        "--methods", nargs="+", type=one_of("method", ["all", *ROWS]), metavar="METHOD",
-        help="see below, or all",
-    )  # fmt: skip
-    for name, text in SETTINGS.items():
-        default = getattr(Config, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default,
-            help=f"{text} (default %(default)s)",
-        )  # fmt: skip
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=min(2, cores()),
-        help="trainings at a time (default %(default)s)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write the tables and a picture a problem here"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few steps of tiny networks")
-    parser.add_argument(
-        "--time", action="store_true", help="only measure the time of a step, all methods in turns"
-    )
-    return parser
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.studies.physics", lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Training of small networks on a problem, one seed after the other."""
+"""Training of small networks on a problem: the rows of the comparison, and where each is placed."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +13,14 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
+from examples.studies.harness import trainer
+from examples.studies.harness.choices import Choice
+from examples.studies.harness.runs import Setting
+from examples.studies.harness.steps import Step
 from examples.studies.physics.pointwise import residual_attention
 from examples.studies.physics.problems import Network, Problem
+
+ERROR, FIELD = "relative L2 error", "field"  # what a run's test holds
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Config:
       period: steps between two computations of the weights, for the rows that keep them.
       probes: random vectors that estimate an NTK trace.
       pool: batches of interior points that come back in turn, for weights of points.
-      chunk: steps between two updates of the progress bar.
+      chunk: steps of an epoch, of which the mean weights are kept.
       grid: points along each axis at which the error is measured.
     """
 
@@ -48,29 +53,14 @@ class Config:
     pool: int = 16
     chunk: int = 500
     grid: int = 64
+    weight_decay: float = 0.0
+    patience: int | None = None
 
+    @property
+    def epochs(self) -> int:
+        """How many chunks the steps are."""
+        return -(-self.steps // self.chunk)
 
-@dataclass
-class Run:
-    """What one method did on one problem.
-
-    Attributes:
-      errors: `[seeds]`, relative L2 errors at the end.
-      step_ms: milliseconds a step of one seed, without compilation; the median over chunks of steps.
-      weights: `[chunks, T]`, the weights of the first seed over training.
-      names: of the T losses.
-      field: `[grid, grid]`, the first seed's solution.
-    """
-
-    errors: np.ndarray
-    step_ms: float
-    weights: np.ndarray
-    names: tuple[str, ...]
-    field: np.ndarray
-
-
-# On a CPU this compiles a row in three quarters of the default level's time, and the steps take as long.
-CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 
 # `(params, state, step, points of the interior, of the boundary) -> (direction for Adam, new state)`
 Direction = Callable[..., tuple[Any, Any]]
@@ -239,9 +229,6 @@ def init_network(key: jax.Array, config: Config) -> list[tuple[jax.Array, jax.Ar
     return [(layers[0][0] * config.input_scale, layers[0][1]), *layers[1:]]
 
 
-_init_network = jax.jit(init_network, static_argnums=1)
-
-
 def network(problem: Problem, params: Any) -> Network:
     """The function u of points `[n, 2]`."""
 
@@ -255,94 +242,76 @@ def network(problem: Problem, params: Any) -> Network:
     return u
 
 
-class Trainer:
-    """The compiled training of one row on one problem, the same program for every seed."""
+class Trainer(trainer.Trainer):
+    """Trains the rows on one problem; an epoch is `config.chunk` steps."""
 
-    def __init__(self, problem: Problem, name: str, config: Config, chunk: int | None = None):
-        self.problem, self.config, self.chunk = problem, config, chunk or config.chunk
+    one_by_one = True
+
+    def __init__(self, problem: Problem, config: Config):
+        super().__init__()
+        self.problem, self.config = problem, config
         self.names = tuple(sorted(jax.eval_shape(lambda: _example_residuals(problem, config))))
-        row = ROWS[name]
-        method = row.make(self.names, config)
-        init_state, direction = row.place(problem, method, config)
+        self.points = problem.grid(config.grid)
+        self.exact = problem.solution(self.points)
+        self._solve = jax.jit(lambda params, points: network(problem, params)(points))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a stored run must agree on."""
+        return {"problem": self.problem.name, "train": {**asdict(self.config), "seeds": None}}
+
+    def init(self, key: jax.Array) -> Any:
+        """See the base class."""
+        return init_network(key, self.config)
+
+    def make_step(self, choice: Choice, setting: Setting) -> Step:
+        """The step of the row that the choice names; the batch is its number and its points."""
+        row, config = ROWS[choice.label], self.config
+        init_state, direction = row.place(self.problem, row.make(self.names, config), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
-        def init(params: Any) -> Any:
-            return params, init_state(params), adam.init(params)
+        def update(params: Any, state: Any, batch: Any) -> Any:
+            method_state, adam_state = state
+            number, points = batch
+            found, method_state = direction(params, method_state, number, *points)
+            found, adam_state = adam.update(found, adam_state, params)
+            params = optax.apply_updates(params, found)
+            return params, (method_state, adam_state), (), mtl.head_weights(method_state)
 
-        def step(key: jax.Array, carry: Any, k: jax.Array) -> tuple[Any, None]:
-            params, state, adam_state = carry
-            points = problem.draw(jax.random.fold_in(key, k), config.interior, config.edge)
-            update, state = direction(params, state, k, *points)
-            update, adam_state = adam.update(update, adam_state, params)
-            return (optax.apply_updates(params, update), state, adam_state), None
+        return Step(lambda params: (init_state(params), adam.init(params)), update)
 
-        def advance(key: jax.Array, carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
-            steps = start + jnp.arange(self.chunk)
-            carry, _ = jax.lax.scan(functools.partial(step, key), carry, steps)
-            return carry, mtl.head_weights(carry[1])
+    def order(self, data: None, epoch: jax.Array, key: jax.Array) -> Any:
+        """The numbers of the steps, and a key for the points of each, `[1, chunk]`."""
+        numbers = (epoch - 1) * self.config.chunk + jnp.arange(self.config.chunk)
+        return numbers[None], jax.vmap(partial(jax.random.fold_in, key))(numbers)[None]
 
-        self._init = init
-        key = jax.random.key(0)
-        carry = jax.eval_shape(lambda: init(init_network(key, config)))
-        lowered = jax.jit(advance, donate_argnums=1).lower(key, carry, jnp.int32(0))
-        self._advance = lowered.compile(CPU_OPTIONS if jax.default_backend() == "cpu" else None)
+    def batch(self, data: None, slot: Any) -> Any:
+        """The number of the step and its points."""
+        number, key = slot
+        return number, self.problem.draw(key, self.config.interior, self.config.edge)
 
-    def start(self, seed: int) -> tuple[jax.Array, Any]:
-        """The seed's key and first state."""
-        key = jax.random.key(seed)
-        # A copy, since the first call of `advance` donates its buffers.
-        return key, jax.tree.map(jnp.copy, self._init(_init_network(key, self.config)))
+    def recorded(self, losses: Any, weights: jax.Array, state: Any) -> dict[str, jax.Array]:
+        """The weights alone: not every placement computes all losses."""
+        return {"weights": weights}
 
-    def advance(self, key: jax.Array, carry: Any, step: int) -> tuple[Any, np.ndarray, float]:
-        """One chunk of steps: the new state, the weights `[T]` at its end, and the seconds."""
-        began = time.perf_counter()
-        carry, weights = jax.block_until_ready(self._advance(key, carry, jnp.int32(step)))
-        return carry, np.asarray(weights), time.perf_counter() - began
+    def validate(self, params: Any) -> np.ndarray:
+        """Nothing stops a run."""
+        return np.zeros(len(jax.tree.leaves(params)[0]))
 
-    def compiled_text(self) -> str:
-        """The compiled program of one chunk."""
-        return self._advance.as_text()
-
-    def solution(self, carry: Any) -> np.ndarray:
-        """The network's values on the grid, `[grid * grid]`."""
-        grid = jnp.asarray(self.problem.grid(self.config.grid), jnp.float32)
-        return np.asarray(jax.jit(network(self.problem, carry[0]))(grid), np.float64)
+    def results(self, params: Any) -> list[Any]:
+        """The relative L2 error, and the solution on the grid `[grid * grid]`."""
+        points, found = jnp.asarray(self.points, jnp.float32), []
+        for run in range(len(jax.tree.leaves(params)[0])):
+            of_run = jax.tree.map(lambda leaf, run=run: leaf[run], params)
+            field = np.asarray(self._solve(of_run, points), np.float64)
+            error = np.linalg.norm(field - self.exact) / np.linalg.norm(self.exact)
+            found.append(({}, {ERROR: np.array(error), FIELD: field}))
+        return found
 
 
-def train(problem: Problem, name: str, config: Config) -> Iterator[Run | int]:
-    """Trains all seeds of one row; yields the steps done since the last time, and the `Run` at the end."""
-    trainer = Trainer(problem, name, config)
-    exact = problem.solution(problem.grid(config.grid))
-    fields, weights, seconds = [], [], []
-    for seed in range(config.seeds):
-        key, carry = trainer.start(seed)
-        for step in range(0, config.steps, config.chunk):
-            carry, used, taken = trainer.advance(key, carry, step)
-            seconds.append(taken)
-            weights += [used] * (seed == 0)
-            yield config.chunk
-        fields.append(trainer.solution(carry))
-    errors = np.linalg.norm(np.stack(fields) - exact, axis=1) / np.linalg.norm(exact)
-    step_ms = 1e3 * float(np.median(seconds)) / config.chunk
-    field = fields[0].reshape(config.grid, config.grid)
-    yield Run(errors, step_ms, np.stack(weights), trainer.names, field)
-
-
-def time_steps(
-    problem: Problem, names: list[str], config: Config, rounds: int, chunk: int = 100
-) -> dict[str, list[float]]:
-    """Milliseconds a step of every row, measured in turns so that all see the same load of the machine."""
-    trainers = {name: Trainer(problem, name, config, chunk) for name in names}
-    states = {name: trainer.start(0) for name, trainer in trainers.items()}
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for step in range(0, (rounds + 1) * chunk, chunk):
-        for name, trainer in trainers.items():
-            key, carry = states[name]
-            carry, _, seconds = trainer.advance(key, carry, step)
-            states[name] = key, carry
-            if step > 0:  # the first chunk fills caches
-                found[name].append(1e3 * seconds / chunk)
-    return found
+def choose(name: str) -> Choice:
+    """A row as the trainer and the runner take it."""
+    return Choice(name, ((name, ()),))
 
 
 def _losses(problem: Problem) -> Callable[..., dict[str, jax.Array]]:

@@ -1,9 +1,12 @@
 """How good predictions are, by task: normalized entropy and AUC, or the errors of a regression."""
 
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from examples.studies.harness.report import Metric
 from examples.studies.ranking.data import BINARY, Dataset, Examples, Task
 
 METRICS = {BINARY: ("NE", "AUC"), "regression": ("RMSE", "MAE")}
@@ -65,3 +68,13 @@ def of_truth(dataset: Dataset) -> dict[str, np.ndarray] | None:
     if dataset.truth is None:
         return None
     return measure_all(dataset.tasks, dataset.test, dataset.truth)
+
+
+def metric(task: Task, name: str) -> Metric:
+    """A number of a run by its name in `METRICS`."""
+    return Metric(task.name, name, itemgetter(METRICS[task.kind].index(name)))
+
+
+def all_metrics(tasks: Sequence[Task]) -> list[Metric]:
+    """Every number of every task."""
+    return [metric(task, name) for task in tasks for name in METRICS[task.kind]]

@@ -10,15 +10,16 @@ import optax
 from flax import nnx
 
 from examples.models.layers import Features, TabularModel, head_task, is_head
+from examples.studies.harness import steps
+from examples.studies.harness.steps import Parameters
 from examples.studies.ranking.data import BINARY, Dataset, Examples
-from examples.studies.recommender.network import Parameters
 
 # The loss of a conversion rate: a mean over the clicks of a batch, or their sum over the batch's size.
 COUNTED, BATCH = "counted", "batch"
 MakeModel = Callable[..., TabularModel]  # (features, num_tasks, rngs=) -> model
 
 
-class Network:
+class Network(steps.Network):
     """The model, and constants at which its outputs start.
 
     To the logits of a task the log odds of its training labels are added, and to a number their mean, so
@@ -75,10 +76,6 @@ class Network:
             count = len(labels) if self._over_batch else jnp.maximum(jnp.sum(mask), 1)
             losses.append(jnp.sum(each * mask) / count)
         return tuple(losses)
-
-    def decode(self, heads: Any, representation: Any, batch: Examples) -> tuple[jax.Array, ...]:
-        """The T losses with one representation for all towers."""
-        return self.losses(heads, (representation,) * self.num_tasks, batch)
 
     def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:
         """The gradients of the towers, each times the weight of its task."""

@@ -1,5 +1,6 @@
 """Who did what with which item, and the training, validation and test sets made of it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,23 @@ class Dataset:
     def regression_tasks(self) -> list[int]:
         """The places of the regression tasks."""
         return [place for place, task in enumerate(self.tasks) if task.kind == REGRESSION]
+
+    def digest(self) -> str:
+        """A number that changes with anything in the data."""
+        found = hashlib.sha256(repr((self.name, self.tasks)).encode())
+        for part in (self.train, self.validation, self.test):
+            found.update(part.pairs.tobytes())
+            found.update(part.values.tobytes())
+        return found.hexdigest()
+
+    def describe(self) -> str:
+        """Sizes in a few words."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        sizes = ", ".join(
+            f"{len(part)} {name} pairs ({len(part.positives(0))} of the target)"
+            for name, part in parts.items()
+        )
+        return f"{self.name}: {self.num_users} users, {self.num_items} items; {sizes}"
 
 
 @dataclass(frozen=True)

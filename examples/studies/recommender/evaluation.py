@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.studies.harness.trainer import TEST
 from examples.studies.recommender.data import Dataset
 from examples.studies.recommender.pairs import PairTable, pair_table
 
@@ -19,7 +20,6 @@ PROTOCOLS = {
     "new": "items that the user is not known to have touched in any task",
 }
 COLUMNS = tuple(f"{metric}, {protocol}" for protocol in PROTOCOLS for metric in METRICS)
-VALIDATION, TEST = 1, 2
 # Small enough for a cache on a CPU (a user or a few at a time), large enough to fill a GPU.
 PAIRS_AT_ONCE = {"cpu": 2**13}
 PAIRS_AT_ONCE_ELSEWHERE = 2**20

@@ -1,7 +1,7 @@
 """MetaBalance's multi-task recommender (Figure 6) in Flax NNX: a shared bottom, one tower per task."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import optax
 from flax import nnx
 
 from examples.models.layers import KERNEL_INIT, TABLE_INIT, Perceptron
+from examples.studies.harness import steps
+from examples.studies.harness.steps import Parameters
 from examples.studies.recommender.data import REGRESSION, Task
 
 
@@ -60,13 +62,6 @@ class Shared(NamedTuple):
     bottom: nnx.State
 
 
-class Parameters(NamedTuple):
-    """The shared parameters and those of the towers, stacked along a task axis."""
-
-    shared: Shared
-    heads: nnx.State
-
-
 class SharedBottom(nnx.Module):
     """Matrix-factorisation layer (product of embeddings) beside an MLP over both embeddings.
 
@@ -106,8 +101,8 @@ class Tower(nnx.Module):
         return self.output(self.mlp(representation))[..., 0] + self.item_bias[...][items]
 
 
-class Network:
-    """The network as pure functions of its parameters."""
+class Network(steps.Network):
+    """The network as pure functions of its parameters, those of the towers with a first axis of tasks."""
 
     def __init__(
         self,
@@ -120,6 +115,8 @@ class Network:
         """`bias` `[T, items]` is where the towers' biases of the items start."""
         self.num_tasks, self.num_users, self.num_items = len(tasks), users, items
         self.config = config
+        # The shape of one pair's: no method here keeps gradients of a whole batch.
+        self.representation = jax.ShapeDtypeStruct((1, config.representation), jnp.float32)
         self._bias = jnp.asarray(bias, jnp.float32)
         self._tasks = tasks
         self._make_bottom = lambda key: SharedBottom(config, nnx.Rngs(key))
@@ -146,11 +143,6 @@ class Network:
         user, item = (table[rows] for table, rows in zip(shared.tables, batch.rows, strict=True))
         return nnx.merge(self._bottom, shared.bottom)(user, item, batch.key)
 
-    @property
-    def representation(self) -> jax.ShapeDtypeStruct:
-        """The shape of one pair's representation: no method here keeps gradients of a whole batch."""
-        return jax.ShapeDtypeStruct((1, self.config.representation), jnp.float32)
-
     def losses(
         self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch
     ) -> tuple[jax.Array, ...]:
@@ -171,17 +163,30 @@ class Network:
             losses.append(jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1))
         return tuple(losses)
 
-    def decode(
-        self, heads: nnx.State, representation: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, ...]:
-        """The T losses with one representation for all towers."""
-        return self.losses(heads, (representation,) * self.num_tasks, batch)
-
     def weigh_heads(self, head_grads: nnx.State, weights: jax.Array) -> nnx.State:
         """The gradients of the towers, which are stacked along the tasks, times their weights."""
         return jax.tree.map(
             lambda grad: grad * weights.reshape(-1, *[1] * (grad.ndim - 1)), head_grads
         )
+
+    def narrowed(self, method: Any, shared: Shared, batch: Batch) -> tuple[Any, Any, steps.Widen]:
+        """The rows of the tables that the batch reads: `[T, rows, size]`, whatever the vocabulary.
+
+        A method that keeps gradients from step to step needs those of whole tables, and small tables are
+        read whole.
+        """
+        tables = shared.tables
+        if keeps_rows(method, shared) or reads_all(tables, batch):
+            return super().narrowed(method, shared, batch)
+        rows, batch = distinct_rows(tables, batch)
+
+        def widen(grads: Shared) -> Shared:
+            parts = zip(tables, rows, grads.tables, strict=True)
+            whole = (jnp.zeros_like(table).at[row].add(grad) for table, row, grad in parts)
+            return grads._replace(tables=Tables(*whole))
+
+        read = shared._replace(tables=Tables(*map(jnp.take, tables, rows, (0, 0))))
+        return read, batch, widen
 
     def predict(
         self, params: Parameters, task: int | jax.Array, users: jax.Array, items: jax.Array
@@ -191,3 +196,29 @@ class Network:
         bottom = nnx.merge(self._bottom, params.shared.bottom)
         tower = nnx.merge(self._tower, jax.tree.map(lambda leaf: leaf[task], params.heads))
         return tower(bottom(tables.user[users], tables.item[items]), items)
+
+
+def distinct_rows(tables: Tables, batch: Batch) -> tuple[tuple[jax.Array, ...], Batch]:
+    """The rows of the two tables that a batch reads, each once, and the batch that reads them there.
+
+    The number of rows is fixed by the batch; where there are fewer, the first of them fills the rest, to
+    which no pair points.
+    """
+    found = [
+        jnp.unique(ids, return_inverse=True, size=min(len(ids), len(table)))
+        for ids, table in zip((batch.users, batch.items), tables, strict=True)
+    ]
+    rows, places = zip(*found, strict=True)
+    return rows, batch._replace(rows=places)
+
+
+def reads_all(tables: Tables, batch: Batch) -> bool:
+    """Whether the tables are hardly larger than the batch: to find the distinct rows would save nothing."""
+    return all(len(table) <= 4 * len(batch.users) for table in tables)
+
+
+def keeps_rows(method: Any, shared: Shared) -> bool:
+    """Whether the method's state has an array of a table's size."""
+    tables = {table.shape for table in shared.tables}
+    state = jax.eval_shape(method.init, shared)
+    return any(leaf.shape[-2:] in tables for leaf in jax.tree.leaves(state))

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from examples.studies.harness import command, tables
+from examples.studies.harness import command
+from examples.studies.harness import report as tables
 from examples.studies.harness.errors import UserError
 
 PROGRAMS = [

@@ -1,0 +1,324 @@
+"""Train one multi-task recommender with several balancing methods and compare them.
+
+    python -m examples.compare                    # MovieLens-100K, tasks in unlike units, three seeds
+    python -m examples.compare --quick            # a look in under half a minute
+    python -m examples.compare --tasks nested     # three nested labels of one kind
+    python -m examples.compare --method sum "metabalance(relax_factor=1)" --data synthetic --out results
+
+Is one run of balancing worth a search over loss weights? The tasks are what the data file holds, in its
+own units: which films a user rates 5 (the target) or rates at all, to be ranked; the stars, and the days
+since the user's first rating, to be predicted. Every row trains the same network on the same batches with
+the same optimizer; `single` is the target's loss alone, and `standardised labels` is the sum with every
+squared error divided by its labels' variance. `searched weights` trains with fixed weights that a
+random search on the validation set chose, and its row counts what the search cost.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
+from examples.studies.harness.command import (
+    add_options,
+    make_parser,
+    nearest,
+    read_options,
+    run_command,
+    unknown,
+)
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.report import Row, metrics_csv, publish, reference, row, say
+from examples.studies.harness.runner import Job, Runner, versions
+from examples.studies.harness.runs import Plan, Run
+from examples.studies.harness.search import tune
+from examples.studies.harness.statistics import paired_difference
+from examples.studies.harness.timing import interleaved, ratio
+from examples.studies.harness.trainer import TEST, VALIDATION
+from examples.studies.recommender import report
+from examples.studies.recommender.data import Dataset, Split, make_dataset
+from examples.studies.recommender.evaluation import rank_by_item_scores
+from examples.studies.recommender.network import NetworkConfig
+from examples.studies.recommender.sources import load_log
+from examples.studies.recommender.training import TrainConfig, Trainer, popularity
+
+SEARCHED, STANDARDISED = "searched weights", "standardised labels"
+FIXED = (SEARCHED, STANDARDISED)  # rows with weights that this command finds
+METHODS = (
+    SINGLE,
+    SUM,
+    STANDARDISED,
+    SEARCHED,
+    "metabalance",
+    "metabalance(relax_factor=1)",
+    "metabalance(relax_factor=1, place='representation')",
+    "multibalance",
+    "inverse_norm",
+    "imtl_g",
+    "mgda",
+    'emtl(base="mgda", epsilon=0.3, rho=0.3)',  # as in the stored table
+    "db_mtl",
+    "gradnorm",
+    "famo",
+    "uncertainty",
+)
+# What is not asked for: of a whole run, and of a quick one.
+DEFAULTS = {"method": METHODS, "seeds": 3, "search_runs": 12, "epochs": 5}
+QUICK = {"method": (SUM, "metabalance(relax_factor=1)"), "seeds": 1, "search_runs": 2, "epochs": 1}
+# The optimizer's settings: the best for the plain sum on the validation set of MovieLens-100K. Running
+# `--tune` prints the search again.
+GRID = {"learning_rate": (3e-3, 1e-2, 3e-2, 1e-1), "weight_decay": (0.3, 1.0, 3.0)}
+TRAIN = TrainConfig(
+    epochs=5, negatives=1, validation_users=400, learning_rate=3e-2, weight_decay=1.0,
+    network=NetworkConfig(embedding=32, tower=(16,)),
+)  # fmt: skip
+# The weights of the search, beside 1 for the target: the powers of 10 are uniform.
+SEARCH_POWERS = (-6.0, 1.0)
+TIMED_ROUNDS = 3
+OPTIONS = {
+    "method": {
+        "nargs": "+",
+        "metavar": "METHOD",
+        "help": "name, name(option=value), or a chain 'name + name'; place='losses', 'representation' or "
+        f"'parameters' is an option too. Names: {', '.join((*FIXED, *known_methods()))}",
+    },
+    "data": {
+        "default": "movielens",
+        "help": "movielens, synthetic, or a folder with buy.csv[.gz], ...",
+    },
+    "tasks": {
+        "choices": ("units", "nested"),
+        "default": "units",
+        "help": "the tasks of MovieLens",
+    },
+    "target": {"help": "the task to rank for (default: buy, or rated 5)"},
+    "search_runs": {"type": int, "help": "runs of the random search over weights (default 12)"},
+    "tune": {
+        "action": "store_true",
+        "help": "search the optimizer's settings for the plain sum, and stop",
+    },
+    "quick": {"help": "two methods, one seed, one epoch"},
+}
+
+
+class Search(NamedTuple):
+    """The weights that a search found, and its runs."""
+
+    weights: np.ndarray
+    runs: list[Run]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = make_parser("examples.compare", __doc__)
+    names = "method data tasks target seeds search_runs epochs tune out resume quick"
+    add_options(parser, names, OPTIONS)
+    options = read_options(parser, arguments)
+    for name, value in (QUICK if options.quick else DEFAULTS).items():
+        setattr(options, name, getattr(options, name) or value)
+    options.method = tuple(dict.fromkeys(options.method))
+    options.train = replace(TRAIN, epochs=options.epochs)
+    for method in set(options.method) - set(FIXED):
+        if nearest(method, FIXED):
+            raise UserError(unknown("method", method, FIXED))
+        parse_choice(method)
+    return options
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Train everything, print the table and write the files."""
+    started, out = time.perf_counter(), options.out
+    dataset = make_dataset(load_log(options.data, options.target, options.tasks), Split())
+    say(dataset.describe())
+    trainer = Trainer(dataset, options.train, probe_norms=out is not None)
+    runner = Runner(trainer, trainer.fingerprint, out, options.resume)
+    if options.tune:
+        return tune(runner, GRID, "NDCG@10")
+    trained, search = train(runner, options)
+    rows = rows_of(trainer, options, trained, search)
+    target, columns = dataset.tasks[0].name, report.headline(dataset.tasks)
+    lines = report.lines_of(rows, columns, report.differences(rows, SUM, target))
+    title = dataset.name
+    if options.data == "movielens":
+        title += f" ({options.tasks})"
+    caption = report.caption(columns, options.seeds, SUM if SUM in rows else None)
+    note = f"{caption} {settings(options, search)}\n\n{verdict(rows, target)}".strip()
+    runs = {label: entry.runs for label, entry in rows.items()}
+    about = {**versions(), **trainer.fingerprint, "seeds": options.seeds}
+    files = {
+        "metrics.csv": metrics_csv(runs, report.metrics(dataset.tasks)),
+        "settings.json": json.dumps(about, indent=1) + "\n",
+    }
+    first, *others = (report.title(c) for c in columns if not c.name.endswith("new"))
+    publish(out, "table", lines, title, note, files, first=(first, "step", "runs", *others))
+    if out is not None:
+        report.draw(rows, dataset.tasks, out / "picture.png")
+        say(f"table.md, {', '.join(files)} and picture.png are in {out}")
+    print(f"total {time.perf_counter() - started:.0f} s")
+    return None
+
+
+def train(
+    runner: Runner, options: argparse.Namespace
+) -> tuple[dict[str, list[Run]], Search | None]:
+    """The measured runs by label, and what the search found."""
+    trainer, dataset = runner.trainer, runner.trainer.dataset
+
+    def job(choice: Choice, **knobs: np.ndarray) -> Job:
+        setting = trainer.default_setting(**knobs)
+        return Job(choice, [Plan(seed, setting) for seed in range(options.seeds)])
+
+    jobs = {name: job(parse_choice(name)) for name in options.method if name not in FIXED}
+    if STANDARDISED in options.method and dataset.regression_tasks:
+        jobs[STANDARDISED] = job(fixed(STANDARDISED), weights=standardising_weights(dataset))
+    if SEARCHED not in options.method:
+        return dict(zip(jobs, runner.train(list(jobs.values())), strict=True)), None
+    # First, since it takes longest.
+    weights = random_weights(len(dataset.tasks), options.search_runs)
+    tried = [Plan(0, trainer.default_setting(weights=chosen)) for chosen in weights]
+    searching = Job(fixed(SEARCHED), tried, measure=False)
+    searched, *found = runner.train([searching, *jobs.values()])
+    best = weights[int(np.argmax([run.best_value for run in searched]))]
+    (runs,) = runner.train([job(fixed(SEARCHED), weights=best)])
+    return {SEARCHED: runs, **dict(zip(jobs, found, strict=True))}, Search(best, searched)
+
+
+def fixed(label: str) -> Choice:
+    """Fixed weights under a label."""
+    return replace(parse_choice("fixed_weights"), label=label)
+
+
+def standardising_weights(dataset: Dataset) -> np.ndarray:
+    """`[T]`: 1 for a ranking, 1 / variance of the training labels for a regression."""
+    weights = np.ones(len(dataset.tasks))
+    for place in dataset.regression_tasks:
+        weights[place] = 1 / dataset.train.values[:, place].var()
+    return weights
+
+
+def random_weights(num_tasks: int, runs: int) -> np.ndarray:
+    """`[runs, T]`: 1 for the target, the others of any size; the first row is the plain sum."""
+    powers = np.random.default_rng(0).uniform(*SEARCH_POWERS, (runs, num_tasks))
+    powers[:, 0] = powers[0] = 0.0
+    return 10.0**powers
+
+
+def rows_of(
+    trainer: Trainer,
+    options: argparse.Namespace,
+    trained: Mapping[str, list[Run]],
+    search: Search | None,
+) -> dict[str, Row]:
+    """The rows of the table: those that train nothing, then the trained ones as they were asked for."""
+    rows = {
+        "popularity": popular(trainer.dataset),
+        "untrained": untrained(trainer, options.seeds),
+    }
+    labels = [name for name in options.method if name in trained]
+    steps = step_times(trainer, labels)
+    for label in labels:
+        runs = trained[label]
+        if label == SINGLE:
+            runs = of_target(runs, trainer.dataset)
+        searched = search.runs if search is not None and label == SEARCHED else ()
+        rows[label] = row(runs, searched)._replace(step=steps.get(label))
+    return rows
+
+
+def of_target(runs: Sequence[Run], dataset: Dataset) -> list[Run]:
+    """Runs that say nothing of the other tasks, which they did not train."""
+    target = dataset.tasks[0].name
+    return [replace(run, test={k: v for k, v in run.test.items() if k == target}) for run in runs]
+
+
+def step_times(trainer: Trainer, labels: Sequence[str]) -> dict[str, float]:
+    """The time of a step over the plain sum's, where that is a row; fixed weights cost what it costs."""
+    if SUM not in labels:
+        return {}
+    choices = [parse_choice(name) for name in labels if name not in FIXED]
+    seconds = interleaved(trainer.step_calls(choices), TIMED_ROUNDS, warm_up=1)
+    return {name: ratio(seconds, SUM if name in FIXED else name, SUM) for name in labels}
+
+
+def popular(dataset: Dataset) -> Row:
+    """The floor: everybody gets the items with the most training positives of the task."""
+
+    def ranked(place: int, part: int) -> np.ndarray:
+        counts = popularity(dataset, place)
+        scores = lambda users: np.broadcast_to(counts, (len(users), dataset.num_items))  # noqa: E731
+        return rank_by_item_scores(dataset, scores, place, part)
+
+    found = (
+        {dataset.tasks[place].name: ranked(place, part) for place in dataset.ranking_tasks}
+        for part in (VALIDATION, TEST)
+    )
+    return reference("popularity", *found)
+
+
+def untrained(trainer: Trainer, seeds: int) -> Row:
+    """Networks as they begin."""
+    runs = []
+    for seed in range(seeds):
+        params = trainer.initial(np.array([seed]))
+        (validation,), (test,) = (trainer.measure(params, part) for part in (VALIDATION, TEST))
+        runs.append(Run("untrained", seed, validation, test, 0, 0.0, {}))
+    return Row(runs, 0, 0.0)
+
+
+def settings(options: argparse.Namespace, search: Search | None) -> str:
+    """How every row was trained."""
+    train = options.train
+    text = (
+        f"Every row: {train.optimizer}, learning rate {train.learning_rate:g}, decay of the embeddings "
+        f"{train.weight_decay:g} (the best of {math.prod(map(len, GRID.values()))} settings for {SUM} on "
+        "the validation set of MovieLens-100K with --tasks units, see --tune; nothing was searched for any "
+        f"other row), at most {train.epochs} epochs of all training pairs in batches of "
+        f"{train.batch_pairs} with {train.negatives} random items each, patience {train.patience}, the "
+        f"epoch with the best validation NDCG@10 of {train.validation_users or 'all'} users. {SINGLE}: the "
+        f"target's loss alone. {SUM}: all weights 1. Balancing methods: options as written, else defaults; "
+        "multibalance on the representation, the others on the losses or the parameters where place= is "
+        "not written."
+    )
+    if STANDARDISED in options.method:
+        text += f" {STANDARDISED}: the sum with each squared error divided by its labels' variance."
+    if search is not None:
+        weights = ", ".join(f"{weight:.2g}" for weight in search.weights)
+        low, high = (10.0**power for power in SEARCH_POWERS)
+        text += (
+            f" {SEARCHED}: ({weights}) is the best of the plain sum and {len(search.runs) - 1} random "
+            f"draws, log-uniform in [{low:g}, {high:g}] beside 1 for the target, by the validation NDCG@10 "
+            "of one seed."
+        )
+    return text
+
+
+def verdict(rows: Mapping[str, Row], target: str) -> str:
+    """The answer in words: which methods reached the searched weights."""
+    if SEARCHED not in rows:
+        return ""
+    searched = rows[SEARCHED]
+    base = report.of_users(searched, target)[0]
+    reached: dict[bool, list[str]] = {True: [], False: []}
+    for label, entry in rows.items():
+        if entry.trainings and label not in (*FIXED, SUM, SINGLE):
+            found = paired_difference(report.of_users(entry, target)[0], base)
+            reached[bool(found.mean >= -found.error)].append(label)
+    said = " ".join(
+        f"{verb} {', '.join(names)}." for verb, names in
+        (("Reached by one run of:", reached[True]), ("Not reached by:", reached[False])) if names
+    )  # fmt: skip
+    return (
+        f"A row reaches the {SEARCHED} ({searched.trainings} runs) where its mean test NDCG@10 of "
+        f"{target!r} is at most one standard error of the paired difference lower; this is no test of "
+        f"equality. {said}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.compare", lambda: parse(arguments), compare)
