@@ -62,6 +62,7 @@ AUTHORS_CODE = {
     "gradcraft": "baiyimeng/GradCraft",
     "igb": "YanqiDai/IGB4MTL",
     "inverse_norm": "PredictiveIntelligenceLab/jaxpi",
+    "ldc_mtl": "OptMN-Lab/LDC-MTL",
     "lr_annealing": "PredictiveIntelligenceLab/GradientPathologiesPINNs",
     "metabalance": "facebookresearch/MetaBalance",
     "mgda": "isl-org/MultiObjectiveOptimization",
@@ -75,6 +76,7 @@ AUTHORS_CODE = {
     "rlw": "median-research-group/LibMTL",
     "rotograd_scale": "adrianjav/rotograd",
     "scale_by_mtadam": "ItzikMalkiel/MTAdam",
+    "scale_by_pub": "yjdy/Multitask-Optimization-Recommendation-Library",
     "sdmgrad": "OptMN-Lab/sdmgrad",
     "softadapt": "dr-aheydari/SoftAdapt",
     "stch": "Xi-L/STCH",
@@ -98,6 +100,7 @@ RUN_WITH = {
     "lagrangian": "`lagrangian` with `limits=[None, 5.0]`, `step_size=0.01` and Adam",
     "ntk": "`ntk` without `traces=`, so that it is the plain sum, and Adam",
     "scale_by_mtadam": "the defaults of `scale_by_mtadam`, whose steps are taken as they are",
+    "scale_by_pub": "the defaults of `scale_by_pub`, whose steps are taken as they are",
     "trimmed_mean": "`trimmed_mean` with `trim_number=0`, which is the plain mean, and Adam",
 }
 

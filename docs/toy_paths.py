@@ -40,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "trimmed_mean": {"trim_number": 0},
 }
 # Directions that Adam must not rescale again.
-DIRECTIONS = {"adatask", "scale_by_mtadam"}
+DIRECTIONS = {"adatask", "scale_by_mtadam", "scale_by_pub"}
 
 
 def losses_of(position: jax.Array) -> jax.Array:

@@ -17,6 +17,8 @@ from mtl_optax.methods.gradients.moco import MoCoState as MoCoState
 from mtl_optax.methods.gradients.moco import moco as moco
 from mtl_optax.methods.gradients.scale_by_mtadam import MTAdamState as MTAdamState
 from mtl_optax.methods.gradients.scale_by_mtadam import scale_by_mtadam as scale_by_mtadam
+from mtl_optax.methods.gradients.scale_by_pub import PUBState as PUBState
+from mtl_optax.methods.gradients.scale_by_pub import scale_by_pub as scale_by_pub
 from mtl_optax.methods.gradients.trimmed_mean import trimmed_mean as trimmed_mean
 from mtl_optax.methods.gram.aligned_mtl import aligned_mtl as aligned_mtl
 from mtl_optax.methods.gram.cagrad import cagrad as cagrad
@@ -69,6 +71,7 @@ from mtl_optax.methods.losses.igb import igb as igb
 from mtl_optax.methods.losses.imtl_l import imtl_l as imtl_l
 from mtl_optax.methods.losses.lagrangian import LagrangianState as LagrangianState
 from mtl_optax.methods.losses.lagrangian import lagrangian as lagrangian
+from mtl_optax.methods.losses.ldc_mtl import ldc_mtl as ldc_mtl
 from mtl_optax.methods.losses.mean_tasks import mean_tasks as mean_tasks
 from mtl_optax.methods.losses.ntk import NTKState as NTKState
 from mtl_optax.methods.losses.ntk import ntk as ntk

@@ -110,7 +110,8 @@ def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict
     ):
         if array is None:
             continue
-        array = jnp.asarray(array)
+        # The counts of an `UpdateRule` have no axis of blocks.
+        array = jnp.atleast_1d(array)
         if array.shape[0] == 1:
             read[key] = _by_task(array[0], tasks, axes)
         elif blocks is None:

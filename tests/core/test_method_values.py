@@ -234,6 +234,7 @@ DECAYS = [
         )
     ),
     *(("scale_by_mtadam", which) for which in ("b1", "b2", "b3")),
+    *(("scale_by_pub", which) for which in ("b1", "b2")),
 ]
 
 

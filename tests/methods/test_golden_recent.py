@@ -10,14 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden_cases import error, load
 
 import mtl_optax as mtl
 
-LOSS_CASES = {"igb": load("loss/igb"), "uw_so": load("loss/uw_so")}
+LOSS_CASES = {
+    "igb": load("loss/igb"),
+    "ldc_mtl": load("loss/ldc_mtl"),
+    "uw_so": load("loss/uw_so"),
+}
+OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 SOLVER_CASES = {"epo": load("gradient/epo")}
-GRADIENT_CASES = {"gradcraft": load("gradient/gradcraft")}
+GRADIENT_CASES = {
+    "gradcraft": load("gradient/gradcraft"),
+    "scale_by_pub": load("gradient/pub"),
+}
 
 
 def updates_of(method: Any, gradients: Any, **extra: Any) -> tuple[np.ndarray, Any]:
@@ -45,11 +54,17 @@ def cases(groups: dict[str, list[Any]]) -> list[Any]:
 @pytest.mark.parametrize(("name", "case"), cases(LOSS_CASES))
 def test_weights_of_losses(name: str, case: Any) -> None:
     losses = jnp.asarray(case["losses"])
-    method = mtl.METHODS[name].factory(case["T"], **case["hyperparameters"])
+    arguments = dict(case["hyperparameters"])
+    if "optimizer" in case:
+        arguments["optimizer"] = OPTIMIZERS[case["optimizer"]](case["lr"])
+    method = mtl.METHODS[name].factory(case["T"], **arguments)
     unit = jnp.broadcast_to(jnp.eye(case["T"]), (*losses.shape, case["T"]))
-    weights, _ = updates_of(method, unit, losses=losses)
+    weights, states = updates_of(method, unit, losses=losses)
     for k, expected in enumerate(case["outputs"]["weights"]):
         assert error(weights[k], expected) <= 1e-12
+    if "values_before" in case["outputs"]:
+        values = states.rule_state.values[:-1, 0]
+        assert error(values, case["outputs"]["values_before"][1:]) <= 1e-12
 
 
 @pytest.mark.usefixtures("x64")

@@ -186,7 +186,7 @@ def test_one_task_keeps_its_direction(name: str) -> None:
         gradient, state, jnp.ones(3), losses=jnp.asarray([2.0])
     )
     # The first direction of Adam is a sign.
-    if name in ("adatask", "scale_by_mtadam"):
+    if name in ("adatask", "scale_by_mtadam", "scale_by_pub"):
         assert (np.asarray(update) * np.asarray(gradient[0]) > 0).all()
         return
     length = np.linalg.norm(update)
@@ -268,3 +268,29 @@ def test_metabalance_chains(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
         plain += np.allclose(want, flat(balanced).sum(0))
     assert plain < len(steps)  # the second method had something to do
+
+
+# --- docs/methods/other_names.md ----------------------------------------------------------------------
+
+
+def test_dcgd_is_conflict_free_or_dualproj() -> None:
+    """The two forms of dual cone gradient descent, as its authors write them, for two losses."""
+    for g in np.asarray(draws(2)):
+        total, units = g.sum(0), g / np.linalg.norm(g, axis=1, keepdims=True)
+        center = units.sum(0)
+        expected = center @ total / (center @ center) * center
+        np.testing.assert_allclose(updates(mtl.conflict_free(2), g[None])[0], expected, rtol=1e-9)
+        projected = total - sum(min(total @ row, 0.0) / (row @ row) * row for row in g)
+        dual = updates(mtl.dualproj(2, preference=[1.0, 1.0]), g[None])[0]
+        np.testing.assert_allclose(dual, projected, rtol=1e-9, atol=1e-12)
+
+
+def test_names_of_two_tasks_and_of_inverse_norms() -> None:
+    gradients = draws(2)
+    crafted = updates(mtl.gradcraft(2, relax_factor=0.0), gradients)
+    np.testing.assert_allclose(updates(mtl.pcgrad(2), gradients), 2 * crafted, rtol=1e-9)
+    norms = np.linalg.norm(gradients, axis=-1, keepdims=True)
+    unit = (gradients / norms).sum(1) * norms.mean(1)
+    np.testing.assert_allclose(
+        updates(mtl.inverse_norm(2, ema_decay=0.0), gradients), unit, rtol=1e-9
+    )
