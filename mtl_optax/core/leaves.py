@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 
@@ -41,7 +40,7 @@ def is_rows(node: object) -> bool:
     return isinstance(node, TaskRows)
 
 
-def leaves_of(updates: optax.Updates) -> list[Any]:
+def leaves_of(updates: object) -> list[Any]:
     """Returns the leaves of a task tree, of both forms."""
     return jax.tree.leaves(updates, is_leaf=is_rows)
 

@@ -192,19 +192,15 @@ class Pipeline(Definition):
         self, updates: optax.Updates, blocks: Blocks, inputs: StepInputs, *, cosines: bool
     ) -> StepInputs:
         """Adds norms and cosines, if the rule needs them, and makes non-finite tasks inactive."""
-        seen = (updates, blocks, inputs.active, inputs.dtype, self.options.axis_name)
-        if cosines:
-            return self.measured(inputs, *task_tree.gram(*seen))
-        return self.measured(inputs, None, *task_tree.norms(*seen))
+        num_tasks, axis_name = self.tasks.number, self.options.axis_name
+        products = task_tree.products(updates, blocks, num_tasks, axis_name, pairs=cosines)
+        return self.measured(inputs, products)
 
-    def measured(
-        self, inputs: StepInputs, cosine: jax.Array | None, norms: jax.Array, finite: jax.Array
-    ) -> StepInputs:
-        """Adds given norms and cosines, as `measure` does with those that it computes."""
-        if cosine is not None:
-            inputs = inputs._replace(cosine=cosine)
+    def measured(self, inputs: StepInputs, products: jax.Array) -> StepInputs:
+        """As `measure`, from squared norms `[B, T]` or inner products `[B, T, T]`."""
+        cosine, norms, finite = task_tree.measure(products, inputs.active, inputs.dtype)
         if self.rule.needs & {"norms", "gram"}:
-            inputs = inputs._replace(norms=norms)
+            inputs = inputs._replace(norms=norms, cosine=cosine)
         return inputs.restrict(finite)
 
     def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
@@ -265,7 +261,7 @@ class Pipeline(Definition):
         def balance(
             state: BalanceState, given: Given, updates: optax.Updates
         ) -> tuple[optax.Updates, BalanceState]:
-            check_fields(self.name, self.rule, state, updates)
+            check_fields(self.name, self.rule, state, updates, self.options.blocks)
             inputs = self.inputs(given, state)
             if self._on_gradients:
                 updates = task_tree.stacked(updates)
@@ -298,7 +294,6 @@ class Pipeline(Definition):
         rule, options = self.rule, self.options
         assert isinstance(rule, WeightRule)
         blocks = task_tree.assign_blocks(task_tree.without_task_axis(updates), options.blocks)
-        _check_blocks(rule, blocks.count, state.weights.shape[0])
         seen, weighted, averages = updates, updates, state.averages
         if rule.average is not None:
             seen, averages = rule.average.apply(inputs, averages)
@@ -319,10 +314,8 @@ class Pipeline(Definition):
         else:
             state, active = lax.cond(self.due(state, inputs.active), fresh, kept, state)
         weights = self.applied_weights(state) if weighted is seen else state.weights
-        if options.reduce:
-            result = task_tree.combine(weighted, weights, active, blocks)
-        else:
-            result = task_tree.scale(weighted, weights, active, present & ~active, blocks)
+        broken = None if options.reduce else present & ~active
+        result = task_tree.combine(weighted, weights, active, blocks, broken)
         return result, state._replace(averages=averages), active
 
 
@@ -341,15 +334,6 @@ def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
             f"{name}: base must weigh the gradients of this step; {base.name} weighs averages of gradients."
         )
     return rule
-
-
-def _check_blocks(rule: WeightRule, count: int, in_state: int) -> None:
-    """Raises if the state has another number of blocks than the gradients."""
-    if count != in_state and rule.needs & {"norms", "gram"}:
-        raise ValueError(
-            f"the state has {in_state} blocks, and these gradients have {count}: make it by init of the "
-            "tree whose gradients update is given, the parameters or, on a fork, the representation."
-        )
 
 
 def _over_blocks(

@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.rule import UpdateRule, WeightRule
-from mtl_optax.core.types import DType, Label
+from mtl_optax.core.types import Label
 from mtl_optax.core.validation import Tasks
 
 
@@ -96,82 +96,60 @@ def first_state(
 def check_state(name: str, state: BalanceState | optax.OptState, tasks: Tasks) -> None:
     """Raises if `state` is not the state of a method for these tasks."""
     if not isinstance(state, BalanceState):
+        kind = type(state).__name__
         if states_in(state):
             raise TypeError(
-                f"{name}: the state is that of a whole optimizer that holds a method, a "
-                f"{type(state).__name__}: give it to update of that optimizer."
+                f"{name}: the state is that of a whole optimizer that holds a method, a {kind}: give it to "
+                "update of that optimizer."
             )
         raise TypeError(
-            f"{name}: the state must be what init of this method returns, found a {type(state).__name__}."
+            f"{name}: the state must be what init of this method returns, found a {kind}."
         )
     shape = jnp.shape(state.weights)
-    if len(shape) != 2:
+    if len(shape) != 2 or shape[1] != tasks.number:
         raise ValueError(
-            f"{name}: the weights in the state must have the shape [blocks, tasks], found {shape}."
-        )
-    if shape[1] != tasks.number:
-        raise ValueError(
-            f"{name}: the state is for {_tasks(shape[1])}, and this method has {tasks.number}: make it by "
-            "init of the same method."
+            f"{name}: the weights in the state must have the shape [blocks, {tasks.number}], found "
+            f"{list(shape)}: make it by init of the same method."
         )
 
 
 def check_fields(
-    name: str, rule: WeightRule | UpdateRule, state: BalanceState, updates: optax.Updates
+    name: str,
+    rule: WeightRule | UpdateRule,
+    state: BalanceState,
+    updates: optax.Updates,
+    blocks: str | Label = "all",
 ) -> None:
-    """Raises if a field of the state differs from what `init` returns; dtypes may differ in width.
+    """Raises if a leaf of the state differs from what `init` returns; floats may have another width.
 
-    The number of blocks is not checked, because methods on losses accept any number.
+    The number of blocks is not checked for methods that need only losses, which accept any number.
     """
-    blocks, num_tasks = state.weights.shape
+    num_blocks, num_tasks = state.weights.shape
+    known = None if rule.needs & {"norms", "gram"} else num_blocks
     wanted = jax.eval_shape(
-        lambda params: first_state(rule, num_tasks, params, "all", blocks),
+        lambda params: first_state(rule, num_tasks, params, blocks, known),
         task_tree.without_task_axis(updates),
     )
-    # The state of the rule is the last field; its type names the method, so it is checked first.
-    for field in reversed(BalanceState._fields):
-        difference = _difference(getattr(state, field), getattr(wanted, field))
-        if difference:
-            raise ValueError(_foreign(name, f"{field}{difference}"))
+    found, wanted = _kinds(state), _kinds(wanted)
+    wrong = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
+    if wrong:
+        # The state of the rule is last; its fields are those that tell methods apart.
+        path = wrong[-1]
+        raise ValueError(
+            f"{name}: the state was made by another method or for other parameters: its leaf {path} is "
+            f"{found.get(path, 'missing')}, expected {wanted.get(path, 'none')}. Make it by init of the "
+            "same method, on the tree whose gradients update is given."
+        )
 
 
-def _foreign(name: str, why: str) -> str:
-    return (
-        f"{name}: the state was made by another method or for other parameters: {why}. Make it by init of "
-        "the same method, on the tree whose gradients update is given."
-    )
-
-
-def _difference(found: optax.OptState, want: optax.OptState) -> str | None:
-    """Describes the first difference between a field of the state and the expected one."""
-    if jax.tree.structure(found) != jax.tree.structure(want):
-        got, expected = _container(found), _container(want)
-        return " has another structure" if got == expected else f" is {got}, not {expected}"
-    leaves = jax.tree_util.tree_leaves_with_path(want)
-    for (path, leaf), got in zip(leaves, jax.tree.leaves(found), strict=True):
-        shape, dtype = jnp.shape(got), jnp.result_type(got)
-        if shape != leaf.shape or _kind(dtype) != _kind(leaf.dtype):
-            where = jax.tree_util.keystr(path)
-            return f"{where} is {dtype}{list(shape)}, not {leaf.dtype}{list(leaf.shape)}"
-    return None
-
-
-def _container(tree: optax.OptState) -> str:
-    if tree is None:
-        return "empty"
-    if jax.tree_util.all_leaves([tree]):
-        return "an array"
-    return type(tree).__name__ if jax.tree.leaves(tree) else "empty"
-
-
-def _kind(dtype: DType) -> object:
-    """Returns the kind of a dtype, without its width."""
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), dtype)
-
-
-def _tasks(number: int) -> str:
-    return "1 task" if number == 1 else f"{number} tasks"
+def _kinds(state: BalanceState) -> dict[str, str]:
+    """Describes every leaf by its shape and dtype, without the width of floats."""
+    described = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        dtype = jnp.result_type(leaf)
+        kind = "float" if jnp.issubdtype(dtype, jnp.floating) else dtype
+        described[jax.tree_util.keystr(path)] = f"{kind}{list(jnp.shape(leaf))}"
+    return described
 
 
 def states_in(tree: optax.OptState) -> list[BalanceState]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
 from mtl_optax.core.types import AxisName, DType, Label
 from mtl_optax.solvers.cosine import cosine_matrix
+
+_Tree = TypeVar("_Tree")
 
 
 class Blocks(NamedTuple):
@@ -53,19 +54,19 @@ def assign_blocks(tree: optax.Params, blocks: str | Label) -> Blocks:
     return Blocks(tuple(names.index(label) for label in labels), names)
 
 
-def without_task_axis(updates: optax.Updates) -> Any:
+def without_task_axis(updates: optax.Updates) -> optax.Params:
     """Returns the shapes of `updates` without the task axis, which are those of the parameters."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), updates, is_leaf=is_rows
     )
 
 
-def stacked(updates: optax.Updates) -> Any:
+def stacked(updates: optax.Updates) -> optax.Updates:
     """Returns the task tree with every leaf in the stacked form."""
     return jax.tree.map(stack_of, updates, is_leaf=is_rows)
 
 
-def statistics_dtype(tree: optax.Params) -> Any:
+def statistics_dtype(tree: optax.Params) -> DType:
     """Returns the dtype of statistics and weights: float64 if any leaf is float64, else float32."""
     wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
@@ -79,20 +80,43 @@ def statistics_dtype(tree: optax.Params) -> Any:
 # norms overflows.
 
 
-def gram(
+def products(
     updates: optax.Updates,
     blocks: Blocks,
-    active: jax.Array,
-    dtype: DType,
+    num_tasks: int,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cosines `[B, T, T]`, norms `[B, T]` and which tasks are finite `[T]`.
+    *,
+    pairs: bool,
+) -> jax.Array:
+    """Returns squared norms `[B, T]` or, with `pairs`, all inner products `[B, T, T]` in every block.
 
-    Inactive and non-finite tasks have norm 0 and cosines 0. With `axis_name` the inner products are
-    summed over those mapped axes.
+    With `axis_name` they are summed over those mapped axes.
     """
-    products = _in_blocks(gram_matrices, 2, updates, blocks, active, dtype, axis_name)
-    return cosines_of(products, active, dtype)
+    leaves = leaves_of(updates)
+    if not leaves:
+        return jnp.zeros((blocks.count, *(num_tasks,) * (2 if pairs else 1)))
+    of_blocks = gram_matrices if pairs else squared_norms
+    return sum_over(of_blocks(leaves, blocks.of_leaf, blocks.count), axis_name)
+
+
+def measure(
+    products: jax.Array, active: jax.Array, dtype: DType
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """Returns cosines `[B, T, T]` or None, norms `[B, T]`, and which tasks are finite `[T]`.
+
+    Inactive and non-finite tasks have norm 0 and cosines 0. The cosines are None if `products` are only
+    squared norms.
+    """
+    pairs = products.ndim == 3
+    # All tests use the root. XLA would duplicate the sum of squares in every operation that reads a cheap
+    # function of it, one per leaf; it does not duplicate a root, which it considers expensive.
+    roots = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2) if pairs else products)
+    # A task that is non-finite in one block is excluded from all blocks.
+    finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
+    smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
+    norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0).astype(dtype)
+    cosine = jax.vmap(cosine_matrix)(products, norms > 0)[0].astype(dtype) if pairs else None
+    return cosine, norms, finite
 
 
 def norms(
@@ -102,18 +126,9 @@ def norms(
     dtype: DType,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns norms `[B, T]` and which tasks are finite `[T]`, as `gram` without the cosines."""
-    squares = _in_blocks(squared_norms, 1, updates, blocks, active, dtype, axis_name)
-    return norms_of(squares, active, dtype)
-
-
-def cosines_of(
-    products: jax.Array, active: jax.Array, dtype: DType
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `gram` returns, from inner products `[B, T, T]`."""
-    norms, finite = norms_of(jnp.diagonal(products, axis1=1, axis2=2), active, dtype)
-    cosine, _ = jax.vmap(cosine_matrix)(products, norms > 0)
-    return cosine.astype(dtype), norms, finite
+    """Returns norms `[B, T]` and which tasks are finite `[T]`."""
+    squares = products(updates, blocks, active.shape[0], axis_name, pairs=False)
+    return measure(squares, active, dtype)[1:]
 
 
 def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
@@ -134,89 +149,45 @@ def sum_over(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
-def _in_blocks(
-    products: Callable[..., jax.Array],
-    rank: int,
-    updates: optax.Updates,
-    blocks: Blocks,
-    active: jax.Array,
-    dtype: DType,
-    axis_name: AxisName,
-) -> jax.Array:
-    """Returns the inner products in every block, summed over mapped axes; without leaves, zeros."""
-    leaves = leaves_of(updates)
-    if not leaves:
-        return jnp.zeros((blocks.count, *active.shape * rank), dtype)
-    return sum_over(products(leaves, blocks.of_leaf, blocks.count), axis_name)
-
-
-def norms_of(squares: jax.Array, active: jax.Array, dtype: DType) -> tuple[jax.Array, jax.Array]:
-    """Returns norms `[B, T]`, 0 for non-finite or inactive tasks, and which tasks are finite `[T]`."""
-    # All tests use the root. XLA would duplicate the sum of squares in every operation that reads a cheap
-    # function of it, one per leaf; it does not duplicate a root, which it considers expensive.
-    roots = jnp.sqrt(squares)
-    # A task that is non-finite in one block is excluded from all blocks.
-    finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
-    smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
-    norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0)
-    return norms.astype(dtype), finite
-
-
 # --- the results of methods -------------------------------------------------------------------------
 
 
-def combine(updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks) -> Any:
+def combine(
+    updates: _Tree,
+    weights: jax.Array,
+    keep: jax.Array,
+    blocks: Blocks,
+    broken: jax.Array | None = None,
+) -> _Tree:
     """Returns `sum_t weights[t] * g_t` in each leaf's dtype, over the tasks in `keep` `[T]`.
 
-    `weights` is `[B, T]`. The sum takes one elementwise pass over the T gradients.
+    `weights` is `[B, T]`. The sum takes one elementwise pass over the T gradients. With `broken` `[T]`, for
+    `reduce=False`, the result is `weights[t] * g_t` with the task axis. The entries of a broken task,
+    present but non-finite, become NaN, so that the next method excludes it too.
     """
-    leaves = [
-        narrow(functools.reduce(operator.add, terms), leaf.dtype)
-        for leaf, terms in _weighted(updates, weights, keep, blocks)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_rows), leaves)
-
-
-def scale(
-    updates: optax.Updates, weights: jax.Array, keep: jax.Array, broken: jax.Array, blocks: Blocks
-) -> Any:
-    """Returns `weights[t] * g_t` with the task axis, for `reduce=False`.
-
-    The entries of a `broken` task, present but non-finite, become NaN, so that the next method excludes
-    it too.
-    """
-    leaves = [
-        jnp.stack(
-            [
-                jnp.where(broken[t], jnp.nan, narrow(term, leaf.dtype))
-                for t, term in enumerate(terms)
-            ]
-        )
-        for leaf, terms in _weighted(updates, weights, keep, blocks)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_rows), leaves)
-
-
-def _weighted(
-    updates: optax.Updates, weights: jax.Array, keep: jax.Array, blocks: Blocks
-) -> Iterator[tuple[Any, list[jax.Array]]]:
-    """Yields every leaf with its T weighted rows, which are clipped so that their sum is finite."""
     # Indexed once, because with hundreds of leaves this would dominate the time of tracing.
     kept = [keep[t] for t in range(keep.shape[0])]
     parts = [[weights[b, t] for t in range(len(kept))] for b in range(weights.shape[0])]
+    results = []
     for leaf, b in zip(leaves_of(updates), blocks.of_leaf, strict=True):
         # If another leaf is float64, a weight may be outside the range of float32.
         wide = jnp.promote_types(statistics_dtype(leaf), weights.dtype)
         zero = jnp.zeros((), wide)
         limit = float(jnp.finfo(wide).max) / len(kept)
-        # A select instead of a product with 0, because the entries of an excluded task may be NaN.
-        yield (
-            leaf,
-            [
-                jnp.where(k, jnp.clip(row.astype(wide) * weight.astype(wide), -limit, limit), zero)
-                for row, weight, k in zip(rows_of(leaf), parts[b], kept, strict=True)
-            ],
-        )
+        # A select instead of a product with 0, because the entries of an excluded task may be NaN. Clipped
+        # terms have a finite sum.
+        terms = [
+            jnp.where(k, jnp.clip(row.astype(wide) * weight.astype(wide), -limit, limit), zero)
+            for row, weight, k in zip(rows_of(leaf), parts[b], kept, strict=True)
+        ]
+        if broken is None:
+            results.append(narrow(functools.reduce(operator.add, terms), leaf.dtype))
+        else:
+            rows = [narrow(term, leaf.dtype) for term in terms]
+            results.append(
+                jnp.stack([jnp.where(broken[t], jnp.nan, row) for t, row in enumerate(rows)])
+            )
+    return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_rows), results)
 
 
 def narrow(x: jax.Array, dtype: DType) -> jax.Array:
@@ -227,7 +198,7 @@ def narrow(x: jax.Array, dtype: DType) -> jax.Array:
     return x.astype(dtype)
 
 
-def narrow_like(result: Any, updates: optax.Updates) -> Any:
+def narrow_like(result: optax.Updates, updates: optax.Updates) -> optax.Updates:
     """Casts every leaf by `narrow` to the dtype of the same leaf of `updates`."""
     return jax.tree.map(lambda x, g: narrow(x, g.dtype), result, updates)
 
@@ -235,13 +206,13 @@ def narrow_like(result: Any, updates: optax.Updates) -> Any:
 # --- buffers of the size of the gradients -----------------------------------------------------------
 
 
-def per_task_zeros(params: optax.Params, num_tasks: int, dtype: DType) -> Any:
+def per_task_zeros(params: optax.Params, num_tasks: int, dtype: DType) -> optax.Updates:
     """Returns zeros `[T, *shape]` with the sharding of `params`."""
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
     return optax.tree.batch_shape(zeros, (num_tasks,))
 
 
-def remove_absent(updates: optax.Updates, keep: jax.Array) -> Any:
+def remove_absent(updates: _Tree, keep: jax.Array) -> _Tree:
     """Sets the entries of all tasks outside `keep` `[T]` to 0."""
 
     def one(leaf: jax.Array) -> jax.Array:
@@ -250,7 +221,9 @@ def remove_absent(updates: optax.Updates, keep: jax.Array) -> Any:
     return jax.tree.map(one, updates)
 
 
-def move_towards(averages: Any, updates: optax.Updates, step: jax.Array, active: jax.Array) -> Any:
+def move_towards(
+    averages: _Tree, updates: optax.Updates, step: jax.Array, active: jax.Array
+) -> _Tree:
     """Returns `averages + step * (updates - averages)` for active tasks, and `averages` for the others.
 
     The two terms are computed separately, so that a step of 1 gives exactly `updates`.

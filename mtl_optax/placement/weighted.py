@@ -152,14 +152,11 @@ def weighted_value_and_grad(
 
         def by_products(state: BalanceState) -> Step:
             """New weights, of the norms or products of gradients that are not held."""
-            seen = inputs.active, inputs.dtype
             if "gram" in method.needs:
-                gram = in_turn.gram_matrix(chosen, inputs.dtype)
-                measured = pipeline.measured(inputs, *task_tree.cosines_of(gram[None], *seen))
+                found = in_turn.gram_matrix(chosen, inputs.dtype)
             else:
-                squares = in_turn.squared_norms(chosen)
-                norms = task_tree.norms_of(squares[None], *seen)
-                measured = pipeline.measured(inputs, None, *norms)
+                found = in_turn.squared_norms(chosen)
+            measured = pipeline.measured(inputs, found[None])
             state = pipeline.weigh(state, measured)
             weights = pipeline.applied_weights(state)[0]
             update, went_in = in_turn.weighted_sum(

@@ -30,10 +30,10 @@ def refusal(tx, state):
 @pytest.mark.parametrize("name", every_method(quick=SAMPLE))
 def test_states_that_are_not_of_this_method(name):
     tx = make(name, T)
-    for number, found in ((1, "1 task"), (2, "2 tasks"), (4, "4 tasks")):
-        assert refusal(tx, make(name, number).init(PARAMS)) == (
-            f"{name}: the state is for {found}, and this method has 3: make it by init of the same method."
-        )
+    for number in (1, 2, 4):
+        found = refusal(tx, make(name, number).init(PARAMS))
+        assert found.startswith(f"{name}: the weights in the state must have the shape [blocks, 3]")
+        assert found.endswith(f", {number}]: make it by init of the same method.")
     own = tx.init(PARAMS)
     for other in OTHERS:
         state = make(other, T).init(PARAMS)
@@ -53,16 +53,18 @@ def test_states_that_are_not_of_this_method(name):
             f"{type(nonsense).__name__}."
         )
     turned = own._replace(balance_count=own.balance_count.astype(jnp.float32))
-    assert refusal(tx, turned).split(": ")[2].startswith("balance_count is float32[], not int32[]")
+    assert "its leaf .balance_count is float[], expected int32[]" in refusal(tx, turned)
 
 
 def test_the_message_names_what_differs():
     for other, difference in (
-        ("inverse_norm", "rule_state is InverseNormState, not FAMOState"),
-        ("mgda", "rule_state is empty, not FAMOState"),
+        ("inverse_norm", ".rule_state.weight_ema is float[1, 3], expected none"),
+        ("mgda", ".cosine is float[1, 3, 3], expected none"),
     ):
         assert difference in refusal(mtl.famo(T), make(other, T).init(PARAMS))
-    assert "cosine is empty, not an array" in refusal(mtl.mgda(T), mtl.sum_tasks(T).init(PARAMS))
+    assert ".cosine is missing, expected float[1, 3, 3]" in refusal(
+        mtl.mgda(T), mtl.sum_tasks(T).init(PARAMS)
+    )
 
 
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "scale_by_mtadam"])
@@ -70,7 +72,7 @@ def test_a_state_of_other_parameters(name):
     tx = make(name, T)
     assert "made by another method or for other parameters: " in refusal(tx, tx.init(PARAMS["w"]))
     other = {"b": jnp.ones(2), "w": jnp.ones((5, 2))}
-    assert "['w'] is float32[3, 5, 2], not float32[3, 4, 2]" in refusal(tx, tx.init(other))
+    assert "['w'] is float[3, 5, 2], expected float[3, 4, 2]" in refusal(tx, tx.init(other))
 
 
 def losses_of(params, *_):
@@ -98,7 +100,10 @@ def test_states_of_others_in_every_place(place, every):
     tx = mtl.famo(T, update_every=every)
     chain = optax.chain(tx, optax.adam(1e-3))
     for state, expected in (
-        (mtl.famo(2).init(PARAMS), "famo: the state is for 2 tasks, and this method has 3"),
+        (
+            mtl.famo(2).init(PARAMS),
+            r"famo: the weights in the state must have the shape \[blocks, 3\]",
+        ),
         (mtl.gradnorm(T).init(PARAMS), "famo: the state was made by another method"),
         (chain.init(PARAMS), "famo: the state is that of a whole optimizer"),
         (None, "famo: the state must be what init of this method returns, found a NoneType"),
@@ -122,7 +127,5 @@ def test_states_that_went_through_trees_pass():
     jax.eval_shape(lambda: step(narrow, None))
     several = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(4))
     jax.eval_shape(jax.vmap(lambda state: step(state, None)), several)
-    with pytest.raises(
-        ValueError, match=r"must have the shape \[blocks, tasks\], found \(4, 1, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"must have the shape \[blocks, 3\], found \[4, 1, 3\]"):
         step(several, None)
