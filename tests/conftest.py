@@ -50,6 +50,13 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def dtype(request: pytest.FixtureRequest) -> Iterator[jax.numpy.dtype]:
+    """Run one test in double precision, and as a slow one in single precision."""
+    with jax.enable_x64(request.param == "float64"):
+        yield jax.numpy.dtype(request.param)
+
+
 @pytest.fixture
 def strict_dtypes() -> Iterator[None]:
     """Refuse implicit dtype promotion in one test (optax.adam itself would fail under it)."""
