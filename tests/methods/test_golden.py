@@ -26,12 +26,13 @@ from golden_cases import GOLDEN, error
 import mtl_optax as mtl
 
 # What the reference numbers call by the letter of a paper.
-ARGUMENTS = {"alpha": "ema_decay"}
+ARGUMENTS: dict[str, str] = {"alpha": "ema_decay"}
 GIVEN = ("losses", "traces", "noise")
 
 
 def arguments(case: Any) -> dict[str, Any]:
-    return {ARGUMENTS.get(key, key): x for key, x in case["hyperparameters"].items()}
+    given: dict[str, Any] = case["hyperparameters"]
+    return {ARGUMENTS.get(key, key): x for key, x in given.items()}
 
 
 def says_all(name: str, case: Any) -> bool:

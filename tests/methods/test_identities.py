@@ -119,8 +119,8 @@ def test_emtl_does_not_depend_on_the_scales_of_losses(tasks: int) -> None:
 
         @jax.jit
         @jax.vmap
-        def scaled(scale: jax.Array) -> jax.Array:
-            def one(g: jax.Array) -> jax.Array:
+        def scaled(scale: jax.Array) -> Any:
+            def one(g: jax.Array) -> Any:
                 return tx.update(g * scale[:, None], tx.init(g[0]), losses=losses * scale)[0]
 
             return jax.vmap(one)(gradients)
