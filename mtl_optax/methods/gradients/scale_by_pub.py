@@ -65,14 +65,14 @@ def scale_by_pub(
 
     The moments are then updated with :math:`\sum_t w_t g_t`. Scale: the method's own; with new weights
     the norm is :math:`\sqrt T` for any number of parameters, which that of Adam's updates is not, so tune
-    the learning rate. Algorithm 1 of the paper.
+    the learning rate.
 
     Args:
       tasks: T, or the task names.
       b1: decay of the first moments.
       b2: decay of the second moments.
       eps: added to the root of the second moments, as in Adam.
-      update_every: steps between new weights, static, >= 1; the paper uses 10.
+      update_every: steps between new weights, static, >= 1; the authors use 10.
       axis_name: see `MethodOptions`.
 
     Returns:
@@ -88,9 +88,9 @@ def scale_by_pub(
       `optax.add_decayed_weights` between them for weight decay. With moments of its own for every task,
       the method is ``optax.chain(per_task(optax.scale_by_adam(), T), nash_mtl(T))``.
 
-      The weights of updates that almost cancel are large. If they are kept for some steps, as in the
-      paper, the update can be much longer than :math:`\sqrt T`: on the toy problem of this documentation
-      all five paths then diverge, and with new weights in every step none does.
+      The weights of updates that almost cancel are large. If they are kept for 10 steps, as in the
+      authors' code, the update can be much longer than :math:`\sqrt T`: all five paths on the toy problem
+      of the documentation then diverge. With new weights in every step none does.
 
       The authors' code renews the weights in steps 1, 11, ..., with weights of 1 before, and corrects the
       bias of the updates in the bargaining for one step less. It names a solver that does not exist and

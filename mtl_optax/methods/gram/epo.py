@@ -61,7 +61,8 @@ def epo(
         \max_\alpha 1^\top C \alpha \;\text{ s.t. }\; C \alpha \ge 0, \quad
         \alpha^\top C a \ge \min(0, \max_t (C a)_t).
 
-    Scale: mean-like; the weights sum to 1. Algorithm 1 of the first paper, in its restricted form.
+    Scale: mean-like; the weights sum to 1. These are the linear programs of the authors' code for the first
+    paper, in the restricted form.
 
     Args:
       tasks: T, or the task names.

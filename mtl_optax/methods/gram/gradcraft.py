@@ -56,13 +56,13 @@ def gradcraft(
     where the rows of :math:`C_t` are the gradients :math:`g_s'` with :math:`g_s' \cdot g_t' < 0`, and
     :math:`c_t` are their norms: :math:`d_t` is the nearest vector to :math:`g_t'` with
     :math:`g_s' \cdot d_t = \epsilon |g_s'| |g_t'|` for all of them. Scale: mean-like, relative to the
-    largest gradient. Section 4 of the paper.
+    largest gradient. This is the magnitude balance and the global direction balance of the paper.
 
     Args:
       tasks: T, or the task names.
       relax_factor: r in [0, 1]; 1 makes all magnitudes equal, 0 leaves them as they are.
-      margin: epsilon, the inner product after the projection relative to the norms; the paper uses 1e-10
-        to 1e-8.
+      margin: epsilon, the inner product after the projection relative to the norms; the authors' program
+        tries 1e-10 to 1e-8.
       ema_decay: beta in [0, 1).
       **options: see `MethodOptions`.
 

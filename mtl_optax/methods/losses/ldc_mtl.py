@@ -39,8 +39,8 @@ def ldc_mtl(
         \frac{\sum_t s_t L_t}{\sum_t s_t} + \lambda \sum_{t<T} |s_t L_t - s_{t+1} L_{t+1}|,
 
     where the first denominator is a constant under differentiation. The weights are the derivatives of
-    the objective with respect to the losses. Scale: mean-like, as long as the penalty is small. Equation
-    5 of the paper, in the form of the authors' code.
+    the objective with respect to the losses. Scale: mean-like, as long as the penalty is small. This is
+    the form of the authors' CelebA program.
 
     Args:
       tasks: T, or the task names; the order of the tasks says which differences the penalty has.
@@ -55,10 +55,10 @@ def ldc_mtl(
       ValueError: if the penalty is negative.
 
     Notes:
-      The form is that of the authors' CelebA program. There, one optimizer trains the network and v; here
-      v has its own optimizer. In two of their programs a layer on the representation computes the weights.
-      In another one the losses are divided by their first value and replaced by their logarithm: return
-      such losses from the loss function.
+      In the authors' program, one optimizer trains the network and v; here v has its own optimizer. In two
+      other programs of theirs, a layer on the representation computes the weights. In another one the
+      losses are divided by their first value and replaced by their logarithm: return such losses from the
+      loss function.
 
       Weights can be negative if :math:`2 \lambda \sum_t s_t > 1`. The trained value of an absent task does
       not change, and the tasks before and after it become neighbours. The derivative of the absolute

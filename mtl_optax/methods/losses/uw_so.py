@@ -44,7 +44,7 @@ def uw_so(
       ValueError: if the temperature is outside its range.
 
     Notes:
-      The authors have published no program. Their weights without the softmax (UW-O, proportional to
+      No program of the authors is known. Their weights without the softmax (UW-O, proportional to
       :math:`1/L_t`) are those of `scale_invariant` up to a common factor.
 
       A negative loss counts with its absolute value. A loss of 0 has weight 0 and is excluded from the
