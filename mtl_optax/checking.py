@@ -116,12 +116,16 @@ def check(
     except Exception as error:
         raise ValueError(_about_init(error, tx, given)) from error
     _refuse(rounded_hyperparameter(tx.init, given, state))
-    number, names = _tasks_inside(tx, state) if tasks is None else read_tasks("check", tasks)
+    number, names = _tasks_of(tx, state, tasks)
     like, state = _arrays_of_variables((given, state))
     if gradients is None:
         gradients = _with_tasks(gradients_like(like), number)
     gradients = _arrays_of_variables(_shapes(gradients))
-    extra_args = {"losses": _losses(number, names), **extra_args}
+    losses = jax.ShapeDtypeStruct((number,), jnp.float32)
+    if names is not None:
+        # A method for tasks of other names refuses a dictionary.
+        losses = dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
+    extra_args = {"losses": losses, **extra_args}
     arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
     # Functions and Python numbers are not traced.
     others = {name: value for name, value in extra_args.items() if name not in arrays}
@@ -143,7 +147,7 @@ def check(
         without_losses = {k: v for k, v in arrays.items() if k != "losses"}
         trace_without_losses = functools.partial(trace, gradients, state, like, without_losses)
         variables = jax.tree.structure(like) != jax.tree.structure(given)
-        about = _about_update(error, state, number, trace_without_losses, variables)
+        about = _about_update(error, state, trace_without_losses, variables)
         raise ValueError(about) from error
     _check_updates(updates, like, number, state)
     _check_state(state, following, number)
@@ -169,28 +173,30 @@ def _refuse(fault: str | None) -> None:
         raise ValueError(f"check: {fault}")
 
 
-# --- the tasks, and the methods ----------------------------------------------------------------------
-
-
-def _tasks_inside(tx: optax.GradientTransformation, state: optax.OptState) -> Tasks:
-    """Returns the tasks of the methods in an optimizer; in a chain only their number is known yet."""
-    if isinstance(tx, Method):
-        return tx.tasks
-    made_for = {node.weights.shape[-1]: path for path, node in nodes_in(state, BalanceState)}
-    if not made_for:
+def _tasks_of(
+    tx: optax.GradientTransformation,
+    state: optax.OptState,
+    tasks: int | Collection[str] | None,
+) -> Tasks:
+    """Returns the tasks, and raises if a method in the optimizer is made for another number."""
+    known = tx.tasks if isinstance(tx, Method) else None
+    if tasks is not None:
+        known = read_tasks("check", tasks)
+    for path, node in nodes_in(state, BalanceState):
+        number = node.weights.shape[-1]
+        known = known or Tasks(number, None)
+        if number != known.number:
+            raise ValueError(
+                f"check: the method of state{path} is made for {number} task{'s' * (number > 1)}, expected "
+                f"{known.number}. Give check and all methods the number of losses that loss_fn returns."
+            )
+    if known is None:
         raise ValueError(
             "check: found no method of mtl_optax in this optimizer: put one, such as "
             "mtl_optax.sum_tasks(tasks), before the optimizer. For a transformation of your own that "
             "removes the task axis give check tasks=, their number or names."
         )
-    if len(made_for) > 1:
-        found = ", ".join(f"state{path} for {count}" for count, path in made_for.items())
-        raise ValueError(
-            f"check: the methods are made for different numbers of tasks: {found}. Give all of them the "
-            "number of losses that loss_fn returns."
-        )
-    (number,) = made_for
-    return Tasks(number, None)
+    return known
 
 
 # --- what an update returned -------------------------------------------------------------------------
@@ -262,17 +268,9 @@ def _about_init(error: Exception, tx: optax.GradientTransformation, params: opta
 def _about_update(
     error: Exception,
     state: optax.OptState,
-    num_tasks: int,
     without_losses: Callable[[], object],
     variables: bool,
 ) -> str:
-    for path, node in nodes_in(state, BalanceState):
-        made_for = node.weights.shape[-1]
-        if made_for != num_tasks:
-            return (
-                f"check: tasks={num_tasks}, but the method of state{path} is made for {made_for} "
-                f"task{'s' * (made_for > 1)}. Give both the number of losses that loss_fn returns."
-            )
     around = _stands_around(state)
     if around:
         return f"check: {around}"
@@ -347,13 +345,6 @@ def _quote(function: str, error: Exception, remedy: str) -> str:
 
 
 # --- trees of shapes ---------------------------------------------------------------------------------
-
-
-def _losses(num_tasks: int, names: tuple[str, ...] | None) -> object:
-    """Returns the shapes of losses; methods for tasks of other names refuse a dictionary."""
-    if names is None:
-        return jax.ShapeDtypeStruct((num_tasks,), jnp.float32)
-    return dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _shapes(tree: _Tree) -> _Tree:

@@ -19,8 +19,6 @@ from mtl_optax.core.method import PROGRAM
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 _Tree = TypeVar("_Tree")
 _Node = TypeVar("_Node")
-_LIFT = "Put it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
-
 # The gradients that reach every method, by the position and the name of the method.
 _Reached = dict[tuple[int, str], list[jax.Array]]
 
@@ -71,9 +69,8 @@ def fault_before_methods(
         return jax.tree.map(draw, tree)
 
     def with_tasks(gradient: jax.ShapeDtypeStruct, p: jax.ShapeDtypeStruct) -> object:
-        return jax.ShapeDtypeStruct(
-            (*gradient.shape[: len(gradient.shape) - len(p.shape)], *p.shape), gradient.dtype
-        )
+        tasks = gradient.shape[: gradient.ndim - p.ndim]
+        return jax.ShapeDtypeStruct((*tasks, *p.shape), gradient.dtype)
 
     params = _small(params)
     trained = gradients_like(params)
@@ -81,32 +78,27 @@ def fault_before_methods(
         gradients = jax.tree.map(with_tasks, gradients, trained)
         with jax.numpy_rank_promotion("allow"):
             program = jax.make_jaxpr(lambda g, p: update(g, init(p), p))(gradients, params)
-
-        @jax.jit
-        def reach(gradients: optax.Updates, params: optax.Params) -> _Reached:
-            return _what_reaches_methods(program, jax.tree.leaves((gradients, params)))
-
-        quiet, loud = numbers(gradients, 1e-2), numbers(gradients, 1e4)
-        weights, others = numbers(params, 1.0), numbers(params, 1.0)
+        reach = jax.jit(lambda *trees: _what_reaches_methods(program, jax.tree.leaves(trees)))
+        quiet, weights, others = (
+            numbers(gradients, 1e-2),
+            numbers(params, 1.0),
+            numbers(params, 1.0),
+        )
         reached = reach(quiet, weights)
         for task in range(num_tasks):
-            # A gradient without a task axis stays as it is.
-            one_loud = jax.tree.map(
-                lambda q, x, p, task=task: (
-                    q
-                    if q.ndim == p.ndim
-                    else np.concatenate([q[:task], x[task : task + 1], q[task + 1 :]])
-                ),
+            factors = np.where(np.arange(num_tasks) == task, 1e6, 1)
+            # The axes are reversed, so that the factors broadcast; without a task axis there are none.
+            louder = jax.tree.map(
+                lambda g, p, by=factors: g if g.ndim == p.ndim else (by * g.T).T.astype(g.dtype),
                 quiet,
-                loud,
                 trained,
             )
-            method = _differs(reached, reach(one_loud, weights), np.arange(num_tasks) != task)
+            method = _differs(reached, reach(louder, weights), np.arange(num_tasks) != task)
             if method:
                 return (
                     f"what stands before {method} mixes the tasks, as optax.clip_by_global_norm does with "
-                    "one norm over all of them: the gradient of a task depends on those of the others. "
-                    + _LIFT
+                    "one norm over all of them: the gradient of a task depends on those of the others. Put "
+                    "it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
                 )
         zeros = jax.tree.map(np.zeros_like, quiet)
         method = _differs(reach(zeros, weights), reach(zeros, others), ...)
@@ -209,8 +201,7 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
             called = eqn.params.get("jaxpr" if kind in ("jit", "pjit") else "call_jaxpr")
             if method:
                 # The gradients are the last arguments, and the argument before them is a mask.
-                is_gradient = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)  # noqa: E731
-                gradients = itertools.takewhile(is_gradient, reversed(inputs))
+                gradients = itertools.takewhile(_is_floating, reversed(inputs))
                 reached[len(reached), method] = [g for g in gradients if id(g) not in unchanged]
                 results = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
             elif isinstance(called, ClosedJaxpr):
@@ -227,6 +218,10 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
 
     run(program, arguments)
     return reached
+
+
+def _is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
 def _differs(reached: _Reached, other: _Reached, rows: np.ndarray | EllipsisType) -> str | None:

@@ -187,9 +187,8 @@ def test_methods_that_disagree_are_refused():
     groups = {"a": mtl.mgda(2), "b": optax.chain(mtl.moco(4), optax.adam(1e-2))}
     tx = optax.partition(groups, {"head": "a", "shared": "b"})
     assert refusal(tx, tasks=None) == (
-        "check: the methods are made for different numbers of tasks: state.inner_states['a'].inner_state "
-        "for 2, state.inner_states['b'].inner_state[0] for 4. Give all of them the number of losses that "
-        "loss_fn returns."
+        "check: the method of state.inner_states['b'].inner_state[0] is made for 4 tasks, expected 2. Give "
+        "check and all methods the number of losses that loss_fn returns."
     )
     names = ("click", "buy")
     first = mtl.metabalance(names, target="buy", reduce=False)
@@ -291,8 +290,8 @@ WRONG_NUMBER = {
 def test_a_wrong_number_of_tasks(name):
     tx, where, number = WRONG_NUMBER[name]
     assert refusal(tx) == (
-        f"check: tasks=3, but the method of state{where} is made for {number}. Give both the number of "
-        "losses that loss_fn returns."
+        f"check: the method of state{where} is made for {number}, expected 3. Give check and all methods "
+        "the number of losses that loss_fn returns."
     )
 
 

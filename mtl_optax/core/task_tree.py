@@ -101,7 +101,7 @@ def products(
 
 def measure(
     products: jax.Array, active: jax.Array, dtype: DType
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns cosines `[B, T, T]` or None, norms `[B, T]`, and which tasks are finite `[T]`.
 
     Inactive and non-finite tasks have norm 0 and cosines 0. The cosines are None if `products` are only
@@ -115,7 +115,9 @@ def measure(
     finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
     smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
     norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0).astype(dtype)
-    cosine = jax.vmap(cosine_matrix)(products, norms > 0)[0].astype(dtype) if pairs else None
+    cosine: jax.Array = None  # type: ignore[assignment]  # as in `StepInputs`
+    if pairs:
+        cosine = jax.vmap(cosine_matrix)(products, norms > 0)[0].astype(dtype)
     return cosine, norms, finite
 
 

@@ -144,7 +144,8 @@ def scale_by_pub(
 
         def fresh() -> tuple[jax.Array, Any]:
             blocks = task_tree.assign_blocks(state.mu, "all")
-            cosine, norms, _ = task_tree.gram(updates, blocks, active, dtype, axis_name)
+            products = task_tree.products(updates, blocks, len(active), axis_name, pairs=True)
+            cosine, norms, _ = task_tree.measure(products, active, dtype)
             weights, bargaining = bargain.weigh(
                 inputs._replace(cosine=cosine[0], norms=norms[0]), state.bargaining
             )
