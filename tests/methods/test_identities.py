@@ -119,11 +119,7 @@ def test_emtl_does_not_depend_on_the_scales_of_losses(tasks: int) -> None:
 
         @jax.jit
         @jax.vmap
-<<<<<<< Updated upstream
         def scaled(scale: jax.Array) -> Any:
-=======
-        def scaled(scale: jax.Array) -> jax.Array:
->>>>>>> Stashed changes
             def one(g: jax.Array) -> Any:
                 return tx.update(g * scale[:, None], tx.init(g[0]), losses=losses * scale)[0]
 
