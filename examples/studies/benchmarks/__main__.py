@@ -7,8 +7,6 @@ memory and floating-point operations are what XLA says of the compiled program.
 `python -m examples.studies.benchmarks.growth` and `.tpu` have tables of their own.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +16,10 @@ from rich.console import Console
 from rich.progress import track
 
 from examples.studies.benchmarks import methods, peers, places
-from examples.studies.benchmarks.report import Row, markdown, show
+from examples.studies.benchmarks.report import TITLE, Row, lines_of
 from examples.studies.benchmarks.vocabulary import vocabulary
-from examples.studies.harness.command import OneLineParser, check_writable, run_command
+from examples.studies.harness.command import check_writable, make_parser, run_command
+from examples.studies.harness.report import markdown, show
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
@@ -42,9 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = OneLineParser(
-        prog="python -m examples.studies.benchmarks", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("examples.studies.benchmarks", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
     parser.add_argument("--peers", action="store_true", help="compare with TorchJD and PyTorch")
@@ -69,9 +66,9 @@ def work(options: argparse.Namespace) -> None:
         rows += SECTIONS[name](options.quick)
     order = list(dict.fromkeys(row.section for row in rows))
     rows.sort(key=lambda row: order.index(row.section))
-    show(rows)
+    show(lines_of(rows), TITLE, left=2)
     if options.file:
-        options.file.write_text(markdown(rows), encoding="utf-8")
+        options.file.write_text(markdown(lines_of(rows), TITLE, left=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

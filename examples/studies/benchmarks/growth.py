@@ -3,20 +3,16 @@
 python -m examples.studies.benchmarks.growth --out growth.png
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
 from examples.studies.benchmarks.steps import steps
-from examples.studies.harness import report as tables
-from examples.studies.harness.command import OneLineParser, check_writable, run_command
+from examples.studies.harness.command import check_writable, make_parser, run_command
+from examples.studies.harness.report import picture, show
 from examples.studies.harness.timing import interleaved_ratios
 
 # Smaller than the problems of the table: there are many points, and each compiles three steps.
@@ -80,27 +76,22 @@ def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
 def plot(points: list[Point], path: Path) -> None:
     """Time above, memory below, one column for each thing that grows."""
     axes_names = list(dict.fromkeys(point.axis for point in points))
-    figure, grid = plt.subplots(
-        2, len(axes_names), figsize=(4 * len(axes_names), 6), squeeze=False, layout="constrained"
-    )
-    for column, axis in zip(grid.T, axes_names, strict=True):
-        for place in dict.fromkeys(point.place for point in points if point.axis == axis):
-            chosen = [point for point in points if (point.axis, point.place) == (axis, place)]
-            sizes = [point.size for point in chosen]
-            column[0].plot(sizes, [point.ratio for point in chosen], marker="o", label=place)
-            column[1].plot(sizes, [point.memory for point in chosen], marker="o", label=place)
-        column[0].set(xscale="log", yscale="log", ylabel="step time / plain", xlabel=axis)
-        column[1].set(xscale="log", ylabel="memory beyond plain (MiB)", xlabel=axis)
-        column[0].legend()
-    figure.savefig(path)
-    plt.close(figure)
+    size = (4 * len(axes_names), 6)
+    with picture(path, 2, len(axes_names), dpi=100, figsize=size) as (_, grid):
+        for column, axis in zip(grid.T, axes_names, strict=True):
+            for place in dict.fromkeys(point.place for point in points if point.axis == axis):
+                chosen = [point for point in points if (point.axis, point.place) == (axis, place)]
+                sizes = [point.size for point in chosen]
+                column[0].plot(sizes, [point.ratio for point in chosen], marker="o", label=place)
+                column[1].plot(sizes, [point.memory for point in chosen], marker="o", label=place)
+            column[0].set(xscale="log", yscale="log", ylabel="step time / plain", xlabel=axis)
+            column[1].set(xscale="log", ylabel="memory beyond plain (MiB)", xlabel=axis)
+            column[0].legend()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = OneLineParser(
-        prog="python -m examples.studies.benchmarks.growth", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("examples.studies.benchmarks.growth", __doc__)
     parser.add_argument(
         "--out",
         type=Path,
@@ -118,7 +109,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def work(options: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
     points = list(measure(options.quick))
-    tables.show(lines_of(points), "Growth")
+    show(lines_of(points), "Growth")
     if options.file:
         plot(points, options.file)
 

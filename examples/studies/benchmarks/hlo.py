@@ -1,7 +1,5 @@
 """What a compiled program exchanges between devices, read from its text."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Sections on methods alone: `update`, solvers, and the time to compile. Times are medians of rounds."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator

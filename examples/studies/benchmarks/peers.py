@@ -3,8 +3,6 @@
 They are no dependency: `pip install torch==2.13.0 torchjd` (and what its Nash-MTL and CAGrad ask for).
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Sections on whole training steps: time and memory of a method in each of its places."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

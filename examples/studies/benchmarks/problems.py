@@ -1,7 +1,5 @@
 """The two networks of the measurements: a recommender's ranking model and a dense one."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, NamedTuple
 

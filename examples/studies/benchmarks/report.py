@@ -1,11 +1,7 @@
-"""One table of everything that was measured, on the terminal and as Markdown."""
-
-from __future__ import annotations
+"""The rows of one table of everything that was measured."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
-
-from examples.studies.harness import report as tables
 
 
 class Row(NamedTuple):
@@ -44,13 +40,3 @@ TITLE, HEADER = "mtl_optax: time and memory", ("section", "case", "measured", "t
 def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     """The header and the rows of the table."""
     return [HEADER, *(row.cells() for row in rows)]
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """The table as Markdown."""
-    return tables.markdown(lines_of(rows), TITLE, left=2)
-
-
-def show(rows: Iterable[Row]) -> None:
-    """Prints the table."""
-    tables.show(lines_of(rows), TITLE, left=2)

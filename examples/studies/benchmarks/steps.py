@@ -1,7 +1,5 @@
 """Whole training steps: a method in each of its places against the plain sum of losses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ takes on every chip, and which collectives the chips exchange. Needs `libtpu`
 (`pip install mtl_optax[tpu-compile]`).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os
@@ -24,8 +22,8 @@ import mtl_optax as mtl
 from examples.studies.benchmarks.hlo import collectives
 from examples.studies.benchmarks.problems import decode
 from examples.studies.benchmarks.steps import step_functions
-from examples.studies.harness import report as tables
-from examples.studies.harness.command import OneLineParser, run_command
+from examples.studies.harness.command import make_parser, run_command
+from examples.studies.harness.report import show
 
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
 
@@ -140,14 +138,12 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; see `run_command` for what it returns."""
-    parser = OneLineParser(
-        prog="python -m examples.studies.benchmarks.tpu", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("examples.studies.benchmarks.tpu", __doc__)
 
     def work(_: argparse.Namespace) -> None:
         # The recommender on 4 and 256 chips, and one with 1e9 rows on 256: each as soon as it is there.
         for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
-            tables.show(_lines(problem, chips), _title(problem, chips))
+            show(_lines(problem, chips), _title(problem, chips))
 
     return run_command(
         "examples.studies.benchmarks.tpu", lambda: parser.parse_args(arguments), work

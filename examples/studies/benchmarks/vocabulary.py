@@ -1,7 +1,5 @@
 """MetaBalance with embedding tables: T gradients of the rows that a batch reads, or of whole tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from unittest import mock
 

@@ -14,8 +14,6 @@ Methods that look at gradients combine those of the shared parameters; methods t
 weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, as their papers do.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

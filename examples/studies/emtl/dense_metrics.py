@@ -3,8 +3,6 @@
 Pixels without a label count in nothing: label -1, depth 0, normal (0, 0, 0).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import jax

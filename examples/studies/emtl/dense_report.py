@@ -1,7 +1,5 @@
 """The table and the pictures of EMTL's Table 2."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path

@@ -7,8 +7,6 @@ light of one lamp, and noise.
 Coordinates of the camera: x to the right, y downwards, z forwards. Depth is z, not the length of the ray.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Clocks that survive a busy machine: what is compared runs in turns, and medians are taken."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -20,16 +20,8 @@ OPTIONS = {
         "help": "a folder with buy.csv[.gz], view.csv[.gz], ...; the raw file of UserBehavior-2017 or "
         "IJCAI-2015; ml-100k; synthetic-ijcai or synthetic-userbehavior",
     },
-    "scale": {
-        "type": Fraction,
-        "default": Fraction(1, 64),
-        "help": "of synthetic data: 1, 1/8 or 1/64",
-    },
-    "relatedness": {
-        "type": float,
-        "default": 0.7,
-        "help": "of synthetic tasks to the target, 0 to 1",
-    },
+    "scale": {"type": Fraction, "default": Fraction(1, 64), "help": "of it: 1, 1/8 or 1/64"},
+    "relatedness": {"type": float, "default": 0.7, "help": "of its tasks to the target, 0 to 1"},
     "seeds": {"default": 5},
     "trials": {"default": 8},
     "batch_pairs": {"type": int, "help": "pairs of a step"},

@@ -3,8 +3,6 @@
 Without options: all methods on the Helmholtz equation, and the shorter list of --help on the other two.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,18 +59,10 @@ OPTIONS = {
         "metavar": "PROBLEM",
         "help": ", ".join(PROBLEMS),
     },
-    "methods": {
-        "nargs": "+",
-        "type": one_of("method", ["all", *ROWS]),
-        "metavar": "METHOD",
-        "help": "see below, or all",
-    },
+    "methods": {"nargs": "+", "type": one_of("method", ["all", *ROWS]), "metavar": "METHOD"},
     "jobs": {"default": min(2, cores())},
     "quick": {"help": "a few steps of tiny networks"},
-    "time": {
-        "action": "store_true",
-        "help": "only measure the time of a step, all methods in turns",
-    },
+    "time": {"action": "store_true", "help": "only measure the time of a step, in turns"},
 }
 EPILOG = (
     f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other problems "

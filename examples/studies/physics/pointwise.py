@@ -1,7 +1,5 @@
 """One weight a collocation point: residual-based attention as a method of one's own."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

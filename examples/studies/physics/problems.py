@@ -1,7 +1,5 @@
 """Three partial differential equations with known solutions, as residuals of a network u(x, y)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

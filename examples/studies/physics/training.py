@@ -1,7 +1,5 @@
 """Training of small networks on a problem: the rows of the comparison, and where each is placed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial

@@ -16,14 +16,9 @@ from examples.studies.ranking.synthetic import LogConfig, synthetic
 CLICK, CONVERSION, CONVERSION_OF_CLICK = "CTR", "Conv|imp", "CVR"
 FUNNEL = (CLICK, CONVERSION_OF_CLICK, CONVERSION)
 CENSUS_NUMBERS = (
-    "age",
-    "wage_per_hour",
-    "capital_gains",
-    "capital_losses",
-    "stock_dividends",
-    "num_emp",
+    "age", "wage_per_hour", "capital_gains", "capital_losses", "stock_dividends", "num_emp",
     "weeks_worked",
-)
+)  # fmt: skip
 # `instance_weight` is how many people a row of the survey stands for, and no property of the person.
 CENSUS_LEFT_OUT = ("marital_stat", "income_50k", "instance_weight")
 SHARES = (0.6, 0.2)  # training and validation; the rest is the test set
@@ -34,10 +29,7 @@ def load(data: str, log: LogConfig | None = None) -> Dataset:
     if data == "synthetic":
         return synthetic(log or LogConfig())
     path = Path(data)
-    for pattern, read in (
-        ("*hillstrom*.csv*", hillstrom),
-        ("*census*income*.csv*", census),
-    ):
+    for pattern, read in (("*hillstrom*.csv*", hillstrom), ("*census*income*.csv*", census)):
         if path.is_file() and path.match(pattern):
             return read(path)
         found = sorted(path.glob(pattern)) if path.is_dir() else []
@@ -93,16 +85,10 @@ def impressions(folder: Path) -> Dataset:
     training rows is the validation set). Columns: click, conversion or purchase; numerical_* hold
     numbers; search_id is left out; all others are categories.
     """
+    words = {"train": ["train"], "validation": ["val", "dev"], "test": ["test"]}
     files = {
-        part: next(
-            (path for name in names for path in sorted(folder.glob(f"*{name}*.csv*"))),
-            None,
-        )
-        for part, names in {
-            "train": ["train"],
-            "validation": ["val", "dev"],
-            "test": ["test"],
-        }.items()
+        part: next((p for name in names for p in sorted(folder.glob(f"*{name}*.csv*"))), None)
+        for part, names in words.items()
     }
     if files["train"] is None or files["test"] is None:
         raise UserError(f"--data {folder}: no CSV files with train and test in their names")

@@ -50,23 +50,13 @@ from examples.studies.recommender.training import TrainConfig, Trainer, populari
 SEARCHED, STANDARDISED = "searched weights", "standardised labels"
 FIXED = (SEARCHED, STANDARDISED)  # rows with weights that this command finds
 METHODS = (
-    SINGLE,
-    SUM,
-    STANDARDISED,
-    SEARCHED,
-    "metabalance",
-    "metabalance(relax_factor=1)",
+    SINGLE, SUM, STANDARDISED, SEARCHED,
+    "metabalance", "metabalance(relax_factor=1)",
     "metabalance(relax_factor=1, place='representation')",
-    "multibalance",
-    "inverse_norm",
-    "imtl_g",
-    "mgda",
+    "multibalance", "inverse_norm", "imtl_g", "mgda",
     'emtl(base="mgda", epsilon=0.3, rho=0.3)',  # as in the stored table
-    "db_mtl",
-    "gradnorm",
-    "famo",
-    "uncertainty",
-)
+    "db_mtl", "gradnorm", "famo", "uncertainty",
+)  # fmt: skip
 # What is not asked for: of a whole run, and of a quick one.
 DEFAULTS = {"method": METHODS, "seeds": 3, "search_runs": 12, "epochs": 5}
 QUICK = {"method": (SUM, "metabalance(relax_factor=1)"), "seeds": 1, "search_runs": 2, "epochs": 1}
@@ -87,21 +77,11 @@ OPTIONS = {
         "help": "name, name(option=value), or a chain 'name + name'; place='losses', 'representation' or "
         f"'parameters' is an option too. Names: {', '.join((*FIXED, *known_methods()))}",
     },
-    "data": {
-        "default": "movielens",
-        "help": "movielens, synthetic, or a folder with buy.csv[.gz], ...",
-    },
-    "tasks": {
-        "choices": ("units", "nested"),
-        "default": "units",
-        "help": "the tasks of MovieLens",
-    },
+    "data": {"default": "movielens", "help": "movielens, synthetic, or a folder of behaviours"},
+    "tasks": {"choices": ("units", "nested"), "default": "units", "help": "of MovieLens"},
     "target": {"help": "the task to rank for (default: buy, or rated 5)"},
     "search_runs": {"type": int, "help": "runs of the random search over weights (default 12)"},
-    "tune": {
-        "action": "store_true",
-        "help": "search the optimizer's settings for the plain sum, and stop",
-    },
+    "tune": {"action": "store_true", "help": "search the plain sum's settings, and stop"},
     "quick": {"help": "two methods, one seed, one epoch"},
 }
 
