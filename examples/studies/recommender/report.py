@@ -1,7 +1,6 @@
 """The comparison's columns, the test over seeds and users, and the picture of norms and weights."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,7 @@ def metric(task: Task, column: str = f"{HEADLINE}, all") -> Metric:
     if task.kind == REGRESSION:
         return Metric(task.name, "rmse", lambda squares: np.sqrt(squares.mean()), digits=2)
     place = COLUMNS.index(column)
-    return Metric(
-        task.name, column, partial(lambda place, users: np.nanmean(users[:, place]), place)
-    )
+    return Metric(task.name, column, lambda users: np.nanmean(users[:, place]))
 
 
 def metrics(tasks: Sequence[Task]) -> list[Metric]:
