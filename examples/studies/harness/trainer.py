@@ -294,6 +294,12 @@ class Trainer:
         return {choice.label: call_of(choice) for choice in choices}
 
 
+def each_run(params: Any) -> list[Any]:
+    """The parameters of every run, without the axis of runs."""
+    runs = len(jax.tree.leaves(params)[0])
+    return [jax.tree.map(lambda leaf, run=run: leaf[run], params) for run in range(runs)]
+
+
 def _stacked(plans: list[Plan]) -> Setting:
     """The settings of all plans with a first axis of runs."""
     settings = [jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), p.setting) for p in plans]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,47 +172,48 @@ def on_points(problem: Problem, method: mtl.Method, config: Config) -> Any:
     return init, direction
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table: a method, given the names of the losses, and where it is placed."""
+class Row(NamedTuple):
+    """One row of the table: a method of the names of the losses, and where it is placed."""
 
-    make: Callable[[tuple[str, ...], Config], mtl.Method]
-    place: Placement = every_gradient
+    make: Callable[[tuple[str, ...]], mtl.Method]
+    place: Placement
 
 
+def row(make: Callable[..., mtl.Method], place: Placement = every_gradient, **options: Any) -> Row:
+    """A factory with its options."""
+    return Row(partial(make, **options), place)
+
+
+def hundredfold(names: tuple[str, ...]) -> mtl.Method:
+    """Weight 1 for the equation and 100 for every condition on the boundary."""
+    weights = {name: 1.0 if name == "equation" else 100.0 for name in names}
+    return mtl.fixed_weights(names, weights)
+
+
+SLOW = {"ema_decay": 0.999}
 ROWS = {
-    "plain sum": Row(lambda names, _: mtl.sum_tasks(names), on_losses),
-    "fixed weights, 100": Row(
-        lambda names, _: mtl.fixed_weights(
-            names, {name: 1.0 if name == "equation" else 100.0 for name in names}
-        ),
-        on_losses,
+    "plain sum": row(mtl.sum_tasks, on_losses),
+    "fixed weights, 100": row(hundredfold, on_losses),
+    "inverse_norm": row(mtl.inverse_norm),
+    "inverse_norm, slow average": row(mtl.inverse_norm, **SLOW),
+    "inverse_norm, slow average, one gradient": row(mtl.inverse_norm, one_gradient, **SLOW),
+    "inverse_norm, kept weights": row(
+        mtl.inverse_norm, kept_weights, update_every=Config.period, eps=1e-5
     ),
-    "inverse_norm": Row(lambda names, _: mtl.inverse_norm(names)),
-    "inverse_norm, slow average": Row(lambda names, _: mtl.inverse_norm(names, ema_decay=0.999)),
-    "inverse_norm, slow average, one gradient": Row(
-        lambda names, _: mtl.inverse_norm(names, ema_decay=0.999), one_gradient
-    ),
-    "inverse_norm, kept weights": Row(
-        lambda names, config: mtl.inverse_norm(names, update_every=config.period, eps=1e-5),
-        kept_weights,
-    ),
-    "lr_annealing": Row(lambda names, _: mtl.lr_annealing(names, target="equation")),
-    "ntk": Row(lambda names, _: mtl.ntk(names), on_losses),
-    "metabalance": Row(
-        lambda names, _: mtl.metabalance(names, target="equation", relax_factor=1.0, blocks="all")
-    ),
-    "upgrad": Row(lambda names, _: mtl.upgrad(names)),
-    "conflict_free": Row(lambda names, _: mtl.conflict_free(names)),
-    "conflict_free, one gradient": Row(lambda names, _: mtl.conflict_free(names), one_gradient),
-    "mgda": Row(lambda names, _: mtl.mgda(names)),
-    "imtl_g": Row(lambda names, _: mtl.imtl_g(names)),
-    "multibalance": Row(lambda names, _: mtl.multibalance(names)),
-    "gradnorm": Row(lambda names, _: mtl.gradnorm(names)),
-    "db_mtl": Row(lambda names, _: mtl.db_mtl(names)),
-    "softadapt": Row(lambda names, _: mtl.softadapt(names, variant="normalized"), on_losses),
-    "relobralo": Row(lambda names, _: mtl.relobralo(names), on_losses),
-    "residual attention": Row(lambda names, _: mtl.sum_tasks(names), on_points),
+    "lr_annealing": row(mtl.lr_annealing, target="equation"),
+    "ntk": row(mtl.ntk, on_losses),
+    "metabalance": row(mtl.metabalance, target="equation", relax_factor=1.0, blocks="all"),
+    "upgrad": row(mtl.upgrad),
+    "conflict_free": row(mtl.conflict_free),
+    "conflict_free, one gradient": row(mtl.conflict_free, one_gradient),
+    "mgda": row(mtl.mgda),
+    "imtl_g": row(mtl.imtl_g),
+    "multibalance": row(mtl.multibalance),
+    "gradnorm": row(mtl.gradnorm),
+    "db_mtl": row(mtl.db_mtl),
+    "softadapt": row(mtl.softadapt, on_losses, variant="normalized"),
+    "relobralo": row(mtl.relobralo, on_losses),
+    "residual attention": row(mtl.sum_tasks, on_points),
 }
 
 
@@ -265,7 +266,7 @@ class Trainer(trainer.Trainer):
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """The step of the row that the choice names; the batch is its number and its points."""
         row, config = ROWS[choice.label], self.config
-        init_state, direction = row.place(self.problem, row.make(self.names, config), config)
+        init_state, direction = row.place(self.problem, row.make(self.names), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
         def update(params: Any, state: Any, batch: Any) -> Any:
@@ -294,13 +295,12 @@ class Trainer(trainer.Trainer):
 
     def validate(self, params: Any) -> np.ndarray:
         """Nothing stops a run."""
-        return np.zeros(len(jax.tree.leaves(params)[0]))
+        return np.zeros(len(trainer.each_run(params)))
 
     def results(self, params: Any) -> list[Any]:
         """The relative L2 error, and the solution on the grid `[grid * grid]`."""
         points, found = jnp.asarray(self.points, jnp.float32), []
-        for run in range(len(jax.tree.leaves(params)[0])):
-            of_run = jax.tree.map(lambda leaf, run=run: leaf[run], params)
+        for of_run in trainer.each_run(params):
             field = np.asarray(self._solve(of_run, points), np.float64)
             error = np.linalg.norm(field - self.exact) / np.linalg.norm(self.exact)
             found.append(({}, {ERROR: np.array(error), FIELD: field}))

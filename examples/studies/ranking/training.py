@@ -103,12 +103,14 @@ class Trainer(trainer.Trainer):
 
     def validate(self, params: Any) -> np.ndarray:
         """See `value`."""
-        return np.array([self.value(one) for one in _each(params)])
+        return np.array([self.value(one) for one in trainer.each_run(params)])
 
     def results(self, params: Any) -> list[Any]:
         """Both sets, all tasks."""
         parts = self.dataset.validation, self.dataset.test
-        return [tuple(self.measure(one, part) for part in parts) for one in _each(params)]
+        return [
+            tuple(self.measure(one, part) for part in parts) for one in trainer.each_run(params)
+        ]
 
     def predict(self, params: Any, features: Features) -> np.ndarray:
         """Logits and numbers `[N, T]`."""
@@ -142,12 +144,6 @@ class Trainer(trainer.Trainer):
             losses.append(normalized_loss(task, labels, predicted[counts, place]))
         # A task whose validation labels are all equal says nothing.
         return -float(np.nanmean(losses)) if not np.isnan(losses).all() else 0.0
-
-
-def _each(params: Any) -> list[Any]:
-    """The parameters of every run."""
-    runs = len(jax.tree.leaves(params)[0])
-    return [jax.tree.map(lambda leaf, run=run: leaf[run], params) for run in range(runs)]
 
 
 def _is_table(params: Any) -> Any:
