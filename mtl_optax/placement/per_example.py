@@ -107,6 +107,9 @@ def gradients_in_factors(
     Returns:
       The losses `[B]`, `aux` with leaves `[B, ...]`, and the factors for every leaf of `params`.
 
+    Raises:
+      ValueError: for a `shard_map` inside `loss_fn`.
+
     Example:
 
       >>> import jax.numpy as jnp
@@ -214,6 +217,11 @@ def _evaluate(program: Jaxpr, consts: Sequence[Any], inputs: Sequence[_Marked]) 
             results = _evaluate(getattr(inner, "jaxpr", inner), constants, operands)
         elif eqn.primitive.name == "scan":
             results = _evaluate_scan(values, **eqn.params)
+        elif eqn.primitive.name == "shard_map":
+            raise ValueError(
+                'weighted_value_and_grad: mode="examples" cannot run a shard_map inside loss_fn. Let jit '
+                'divide the model, or use mode="products".'
+            )
         else:
             value = eqn.primitive.bind(*values, **eqn.params)
             if eqn.primitive.multiple_results:

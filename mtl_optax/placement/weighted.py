@@ -117,7 +117,8 @@ def weighted_value_and_grad(
       TypeError: for a method that is no weighted sum; with `mode="products"`, if a `custom_vjp` of the
         model has a backward pass that JAX cannot transpose.
       ValueError: for several blocks, `reduce=False`, `weights_from` that chooses no leaf, or an unknown
-        mode; with "examples", for arguments or losses without an axis of T examples.
+        mode; with "examples", for arguments or losses without an axis of T examples, or a
+        `shard_map` inside `loss_fn`.
 
     Example:
 

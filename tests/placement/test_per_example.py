@@ -369,6 +369,18 @@ def test_arguments_that_are_no_examples_are_refused(loss_fn, batch, found):
         step(mtl.upgrad(B), "examples", DENSE[0], loss_fn, batch)
 
 
+def test_a_shard_map_inside_the_loss_is_refused_with_the_other_mode():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.P(None, "model")
+
+    def loss_fn(p, x):
+        product = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(jax.P(), columns), out_specs=columns)
+        return (product(x, p["dense"]) ** 2).sum(1)
+
+    with pytest.raises(ValueError, match=r'shard_map inside loss_fn.*mode="products"'):
+        step(mtl.inverse_norm(B), "examples", {"dense": KERNEL}, loss_fn, (X,))
+
+
 # --- memory and the ways to a Gram matrix -----------------------------------------------------------------
 
 
