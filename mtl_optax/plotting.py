@@ -10,9 +10,18 @@ mapping from block names to either of these.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# `[steps, T]`, or `[steps]` by task name.
+_ByTask: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
+_History: TypeAlias = _ByTask | Mapping[str, _ByTask]
+_Cosines: TypeAlias = ArrayLike | Mapping[str, Mapping[str, ArrayLike]]
 
 # One line style per block; they repeat from the ninth block on.
 _STYLES = (
@@ -29,7 +38,9 @@ _STYLES = (
 _LONGEST_TICKS = 30
 
 
-def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: Any = None) -> Any:
+def plot_weights(
+    history: _History, *, task_names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
     """Draws the weight of every task over the steps.
 
     Args:
@@ -56,7 +67,9 @@ def plot_weights(history: Any, *, task_names: Sequence[str] | None = None, ax: A
     return _plot_lines("plot_weights", history, "weight", task_names, ax)
 
 
-def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any = None) -> Any:
+def plot_norms(
+    history: _History, *, task_names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
     """Draws the gradient norm of every task over the steps, on a logarithmic scale.
 
     Args:
@@ -83,7 +96,12 @@ def plot_norms(history: Any, *, task_names: Sequence[str] | None = None, ax: Any
     return ax
 
 
-def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax: Any = None) -> Any:
+def plot_conflicts(
+    cosines: _Cosines,
+    *,
+    task_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Draws the cosines between task gradients as a heat map; negative ones are conflicts.
 
     Args:
@@ -107,27 +125,14 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
       >>> [text.get_text() for text in ax.texts]
       ['1.00', '-0.50', '-0.50', '1.00']
     """
-    found: Any = type(cosines).__name__
-    values: Any = np.empty(0)
-    if not isinstance(cosines, Mapping):
-        values = np.asarray(cosines, dtype=float)
-        found = values.shape
-    elif all(isinstance(row, Mapping) and set(row) == set(cosines) for row in cosines.values()):
-        task_names = list(cosines) if task_names is None else task_names
-        rows = [[row[name] for name in cosines] for row in cosines.values()]
-        values = np.moveaxis(np.asarray(rows, dtype=float), (0, 1), (-2, -1))
-    if values.ndim == 3:
-        values = values.mean(axis=0)
-    if values.ndim != 2 or values.shape[0] != values.shape[1]:
-        raise ValueError(
-            "plot_conflicts: cosines must be an array [T, T] or [steps, T, T], or a mapping from task "
-            f"names to mappings from task names; found {found}."
-        )
+    if isinstance(cosines, Mapping) and task_names is None:
+        task_names = list(cosines)
+    values = _matrix(cosines)
     names = _labels("plot_conflicts", task_names, values.shape[0])
     ax = _axes(ax)
     image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu")
     for row, column in np.ndindex(*values.shape):
-        value = round(values[row, column], 2) + 0.0  # no "-0.00"
+        value = round(float(values[row, column]), 2) + 0.0  # no "-0.00"
         color = "white" if abs(value) > 0.6 else "black"
         ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     long = len("".join(names)) > _LONGEST_TICKS
@@ -138,14 +143,34 @@ def plot_conflicts(cosines: Any, *, task_names: Sequence[str] | None = None, ax:
     return ax
 
 
+def _matrix(cosines: Any) -> np.ndarray:
+    """Returns the cosines `[T, T]`, averaged over steps."""
+    found = type(cosines).__name__
+    values: np.ndarray = np.empty(0)
+    if not isinstance(cosines, Mapping):
+        values = np.asarray(cosines, dtype=float)
+        found = values.shape
+    elif all(isinstance(row, Mapping) and set(row) == set(cosines) for row in cosines.values()):
+        rows = [[row[name] for name in cosines] for row in cosines.values()]
+        values = np.moveaxis(np.asarray(rows, dtype=float), (0, 1), (-2, -1))
+    if values.ndim == 3:
+        values = values.mean(axis=0)
+    if values.ndim != 2 or len(set(values.shape)) != 1:
+        raise ValueError(
+            "plot_conflicts: cosines must be an array [T, T] or [steps, T, T], or a mapping from task "
+            f"names to mappings from task names; found {found}."
+        )
+    return values
+
+
 def plot_pareto(
-    trajectories: Any,
+    trajectories: _History,
     *,
     tasks: tuple[int | str, int | str] = (0, 1),
     task_names: Sequence[str] | None = None,
-    front: Any = None,
-    ax: Any = None,
-) -> Any:
+    front: ArrayLike | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Draws how the losses of two tasks change over training, one path per run.
 
     Args:
@@ -195,8 +220,13 @@ def plot_pareto(
 
 
 def _plot_lines(
-    caller: str, history: Any, what: str, task_names: Any, ax: Any, positive: bool = False
-) -> Any:
+    caller: str,
+    history: _History,
+    what: str,
+    task_names: Sequence[str] | None,
+    ax: Axes | None,
+    positive: bool = False,
+) -> Axes:
     blocks, names = _read(caller, history, "history", task_names)
     ax = _axes(ax)
     drawn = []
@@ -220,11 +250,12 @@ def _plot_lines(
     return ax
 
 
-def _legend_of_blocks(ax: Any, drawn: list[Any], blocks: list[str], names: list[str]) -> None:
+def _legend_of_blocks(ax: Axes, drawn: list[Any], blocks: list[str], names: list[str]) -> None:
     """Adds a legend beside the plot, with one line per task and one per block."""
     lines = drawn[: len(names)] + drawn[:: len(names)]
     legend = ax.legend(lines, names + blocks, loc="upper left", bbox_to_anchor=(1, 1))
-    for handle in legend.legend_handles[len(names) :]:
+    handles: list[Any] = legend.legend_handles
+    for handle in handles[len(names) :]:
         handle.set_color("black")
 
 
@@ -267,7 +298,7 @@ def _labels(caller: str, task_names: Sequence[str] | None, num_tasks: int) -> li
     return names
 
 
-def _axes(ax: Any) -> Any:
+def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     try:

@@ -91,7 +91,9 @@ def _states(name: str, tree: optax.Params) -> list[BalanceState]:
     return states
 
 
-def _read(state: BalanceState, method: Any, params: optax.Params | None) -> dict[str, Any]:
+def _read(
+    state: BalanceState, method: Method | None, params: optax.Params | None
+) -> dict[str, Any]:
     if method is not None and not isinstance(method, Method):
         raise ValueError(
             "diagnostics: method must be what a method's factory returned, found a "
@@ -151,7 +153,7 @@ def _by_task(array: jax.Array, names: tuple[str, ...] | None, axes: int) -> Any:
 
 
 def _block_names(
-    state: BalanceState, method: Any, params: optax.Params | None
+    state: BalanceState, method: Method | None, params: optax.Params | None
 ) -> tuple[str, ...] | None:
     if params is None:
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +40,7 @@ def projection_order(
     The extra argument `order` of `update`, if given, replaces the result. "cyclic" starts row i with task
     i + 1; "random" shuffles every row at every step. Row i also contains i, which the rules skip.
     """
-    given: Any = inputs.extra["order"]
+    given = inputs.extra["order"]
     if given is not None:
         if np.shape(given) != (num_tasks, num_tasks) or not jnp.issubdtype(
             jnp.result_type(given), jnp.integer

@@ -82,14 +82,14 @@ def factory(make: Callable[P, Method]) -> Callable[P, Method]:
     return made
 
 
-def _after_tasks(bound: inspect.BoundArguments) -> dict[str, Any]:
+def _after_tasks(bound: inspect.BoundArguments) -> dict[str, object]:
     """Returns the arguments after the tasks; mutable arrays are copied."""
     _, *arguments = bound.arguments.items()
     return {name: _own(value) for name, value in flat_options(dict(arguments)).items()}
 
 
-def _own(value: object) -> Any:
-    def copied(leaf: object) -> Any:
+def _own(value: object) -> object:
+    def copied(leaf: object) -> object:
         return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
     return jax.tree.map(copied, value, is_leaf=is_method)
@@ -111,7 +111,7 @@ def _check(name: str, what: str, value: object, kind: Any) -> None:
             _check(name, what, value, one)
 
 
-def _refuse_unknown(name: str, given: dict[str, Any], known: list[str]) -> None:
+def _refuse_unknown(name: str, given: dict[str, object], known: list[str]) -> None:
     for option in given:
         if option not in known:
             near = get_close_matches(option, known, n=1, cutoff=0.5)

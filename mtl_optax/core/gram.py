@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations_with_replacement
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +112,6 @@ def _squares(leaf: Leaf, dtype: DType, pairwise: bool) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.square(row.astype(dtype))) for row in leaf.rows])
 
 
-def _unsharded(leaves: Any) -> bool:
+def _unsharded(leaves: object) -> bool:
     arrays = jax.tree.leaves(leaves)
     return all(axis is None for x in arrays for axis in jax.typeof(x).sharding.spec)

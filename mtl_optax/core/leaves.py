@@ -8,12 +8,14 @@ into one array. Both forms represent the same values.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from mtl_optax.core.types import DType
 
 
 class TaskRows(NamedTuple):
@@ -27,7 +29,7 @@ class TaskRows(NamedTuple):
         return (len(self.rows), *self.rows[0].shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         """The dtype of each row."""
         return self.rows[0].dtype
 
@@ -40,7 +42,7 @@ def is_rows(node: object) -> bool:
     return isinstance(node, TaskRows)
 
 
-def leaves_of(updates: object) -> list[Any]:
+def leaves_of(updates: object) -> list[Leaf]:
     """Returns the leaves of a task tree, of both forms."""
     return jax.tree.leaves(updates, is_leaf=is_rows)
 

@@ -65,8 +65,8 @@ class Origin(NamedTuple):
     """
 
     make: Callable[..., Method]
-    given: dict[str, Any]
-    arguments: dict[str, Any]
+    given: dict[str, object]
+    arguments: dict[str, object]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class Method(optax.GradientTransformationExtraArgs):
         given = (f"{name}={describe(value)}" for name, value in self.origin.given.items())
         return f"{self.name}({', '.join([repr(tasks), *given])})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copies the method by a call of its factory."""
         return functools.partial(self.origin.make, self.tasks, **self.origin.given), ()
 
@@ -238,7 +238,7 @@ def _flatten(method: Method) -> tuple[tuple[()], Method]:
 jax.tree_util.register_pytree_node(Method, _flatten, lambda method, _: method)
 
 
-def flat_options(given: dict[str, Any]) -> dict[str, Any]:
+def flat_options(given: dict[str, object]) -> dict[str, object]:
     """Merges the entries of a keyword argument `options` into the other keyword arguments.
 
     `optax.inject_hyperparams` passes a factory's `**options` as one dictionary; its entries take
@@ -250,7 +250,7 @@ def flat_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "options"} | dict(nested)
 
 
-def _by_value(leaf: object) -> Any:
+def _by_value(leaf: object) -> object:
     """Returns a hashable value for comparison: shape, dtype and bytes of an array, else `leaf` itself."""
     if not isinstance(leaf, (jax.Array, np.ndarray)):
         return leaf

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ from mtl_optax.core.validation import (
     names_of,
     read_tasks,
 )
+
+_Result = TypeVar("_Result")
 
 
 def from_rule(
@@ -101,7 +103,7 @@ class Given(NamedTuple):
 
     losses: jax.Array | None
     params: optax.Params | None
-    extra: dict[str, Any]
+    extra: dict[str, object]
     present: jax.Array
 
 
@@ -130,7 +132,7 @@ class Pipeline(Definition):
         *,
         losses: Losses | None = None,
         active: Active | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, BalanceState]:
         """Combines the gradients of the tasks.
 
@@ -158,7 +160,7 @@ class Pipeline(Definition):
         losses: Losses | None,
         active: Active | None,
         params: optax.Params | None = None,
-        extra_args: Mapping[str, Any] | None = None,
+        extra_args: Mapping[str, object] | None = None,
     ) -> Given:
         """Checks and converts the caller's arguments of a step."""
         extra_args = extra_args or {}
@@ -337,14 +339,14 @@ def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
 
 
 def _over_blocks(
-    function: Callable[[StepInputs, Any], Any],
+    function: Callable[[StepInputs, Any], _Result],
     inputs: StepInputs,
     rule_state: optax.OptState,
     num_blocks: int,
-) -> Any:
+) -> _Result:
     """Calls a rule's `weigh` or `bound`, vmapped over the blocks."""
 
-    def of_block(norms: Any, cosine: Any, rule_state: optax.OptState) -> Any:
+    def of_block(norms: jax.Array, cosine: jax.Array, rule_state: optax.OptState) -> _Result:
         return function(inputs._replace(norms=norms, cosine=cosine), rule_state)
 
     blocked = (inputs.norms, inputs.cosine, rule_state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class TrainedState(NamedTuple):
     """
 
     values: jax.Array
-    optimizer: Any
+    optimizer: optax.OptState
 
 
 def start(optimizer: optax.GradientTransformation, values: jax.Array) -> TrainedState:

@@ -87,10 +87,10 @@ def accumulate(
         *,
         losses: Losses | None = None,
         active: Active | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, AccumulateState]:
+        **extra_args: object,
+    ) -> tuple[optax.Updates, AccumulateState]:
         keep, vector = read_present(
-            "accumulate", updates, params, losses, active, axis, state.losses.dtype, axis_name
+            "accumulate", axis, updates, params, active, axis_name, losses, state.losses.dtype
         )
         gradients = jax.tree.map(
             lambda total, g: total + g.astype(total.dtype),
@@ -104,7 +104,7 @@ def accumulate(
             present=state.present + keep.astype(state.present.dtype),
         )
 
-        def step(sums: AccumulateState) -> tuple[Any, AccumulateState]:
+        def step(sums: AccumulateState) -> tuple[optax.Updates, AccumulateState]:
             times = jnp.maximum(sums.present, 1)
             mean = jax.tree.map(
                 lambda total: total / task_tree.along_tasks(times, total.ndim), sums.gradients
@@ -117,7 +117,7 @@ def accumulate(
             empty = jax.tree.map(jnp.zeros_like, sums._replace(inner_state=None))
             return result, empty._replace(inner_state=inner_state)
 
-        def wait(sums: AccumulateState) -> tuple[Any, AccumulateState]:
+        def wait(sums: AccumulateState) -> tuple[optax.Updates, AccumulateState]:
             shapes, _ = jax.eval_shape(step, sums)
             return jax.tree.map(jnp.zeros_like, shapes), sums
 

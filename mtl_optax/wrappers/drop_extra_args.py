@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 
 
@@ -40,8 +38,8 @@ def drop_extra_args(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> Any:
+        **extra_args: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         kept = {name: value for name, value in extra_args.items() if name not in names}
         return inner.update(updates, state, params, **kept)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core import task_tree, validation
 from mtl_optax.core.types import Active, AxisName
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.wrappers.present import read_present
 
 
 def per_task(
@@ -53,11 +52,9 @@ def per_task(
         params: optax.Params | None = None,
         *,
         active: Active | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
-        validation.check_updates("per_task", updates, axis, params)
-        keep = validation.read_active("per_task", active, axis)
-        keep = keep & task_tree.finite(updates, axis.number, axis_name)
+        keep, _ = read_present("per_task", axis, updates, params, active, axis_name)
         return update_each(inner, updates, state, params, keep, extra_args)
 
     return optax.GradientTransformationExtraArgs(
@@ -65,10 +62,12 @@ def per_task(
     )
 
 
-def init_each(inner: optax.GradientTransformation, params: optax.Params, num_tasks: int) -> Any:
+def init_each(
+    inner: optax.GradientTransformation, params: optax.Params, num_tasks: int
+) -> optax.OptState:
     """Returns one state of `inner` per task, stacked along a leading axis."""
 
-    def concrete(leaf: object) -> Any:
+    def concrete(leaf: object) -> object:
         shaped = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if shaped else leaf
 
@@ -82,13 +81,13 @@ def update_each(
     states: optax.OptState,
     params: optax.Params | None,
     keep: jax.Array,
-    extra_args: dict[str, Any],
+    extra_args: dict[str, object],
 ) -> tuple[optax.Updates, optax.OptState]:
     """Applies `inner` per task; gradient and state of tasks outside `keep` `[T]` do not change."""
     update = optax.with_extra_args_support(inner).update
 
     def one(
-        gradient: Any, state: optax.OptState, keep: jax.Array
+        gradient: optax.Updates, state: optax.OptState, keep: jax.Array
     ) -> tuple[optax.Updates, optax.OptState]:
         moved = update(gradient, state, params, **extra_args)
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))

@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
-from mtl_optax.core.types import Active, AxisName, Losses
+from mtl_optax.core.types import Active, AxisName, Losses, Number
 from mtl_optax.core.validation import Tasks, check_range, read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.wrappers.present import read_present
@@ -35,7 +35,7 @@ class RememberState(NamedTuple):
 
 def remember(
     inner: optax.GradientTransformation,
-    decay: Any = 0.0,
+    decay: Number = 0.0,
     *,
     tasks: int | Collection[str] | None = None,
     axis_name: AxisName = None,
@@ -106,11 +106,11 @@ def remember(
         *,
         losses: Losses | None = None,
         active: Active | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, RememberState]:
+        **extra_args: object,
+    ) -> tuple[optax.Updates, RememberState]:
         dtype = state.share.dtype
         keep, vector = read_present(
-            "remember", updates, params, losses, active, axis, dtype, axis_name
+            "remember", axis, updates, params, active, axis_name, losses, dtype
         )
         last = state.losses if vector is None else jnp.where(keep, vector, state.losses)
         step = 1 - jnp.asarray(decay, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +55,12 @@ def skip_nonfinite(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, SkipNonfiniteState]:
+        **extra_args: object,
+    ) -> tuple[optax.Updates, SkipNonfiniteState]:
         result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        seen = _without_absent((updates, extra_args.get("losses")), extra_args.get("active"))
-        bad = jnp.logical_not(_all_finite((seen, result))).astype(jnp.float32)
+        losses, active = (_vector(extra_args.get(name)) for name in ("losses", "active"))
+        present = [_without_absent(leaf, active) for leaf in jax.tree.leaves((updates, losses))]
+        bad = jnp.logical_not(_all_finite((present, result))).astype(jnp.float32)
         ok = task_tree.sum_over(bad, axis_name) == 0
         result = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros((), u.dtype)), result)
         kept = jax.tree.map(
@@ -72,32 +72,21 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _without_absent(tree: Any, active: Any) -> Any:
-    """Sets the entries of absent tasks to 0 in the leaves `[T, ...]` of a tree."""
-    if active is None:
-        return tree
-    updates, losses = tree
-    tree = (updates, _in_order(losses))
-    active = _in_order(active)
-
-    def one(leaf: Any) -> Any:
-        # The gradient of a head may have no task axis; the check of the update covers it.
-        with_tasks = jnp.shape(leaf)[:1] == active.shape
-        return task_tree.remove_absent(leaf, active) if with_tasks else leaf
-
-    return jax.tree.map(one, tree)
+def _vector(values: object) -> jax.Array | None:
+    """Returns one number per task as an array, from an array, a sequence, or a dictionary by name."""
+    if values is None:
+        return None
+    return jnp.concatenate([jnp.atleast_1d(value) for value in jax.tree.leaves(values)])
 
 
-def _in_order(values: Any) -> Any:
-    """Converts a dictionary or sequence of one number per task to an array in task order."""
-    if isinstance(values, Mapping):
-        values = [values[name] for name in sorted(values)]
-    if isinstance(values, (tuple, list)):
-        values = jnp.stack([jnp.asarray(value) for value in values])
-    return None if values is None else jnp.asarray(values)
+def _without_absent(leaf: jax.Array, active: jax.Array | None) -> jax.Array:
+    # The gradient of a head may have no task axis; the check of the update covers it.
+    if active is None or jnp.shape(leaf)[:1] != active.shape:
+        return leaf
+    return task_tree.remove_absent(leaf, active)
 
 
-def _all_finite(tree: optax.Params) -> jax.Array:
+def _all_finite(tree: object) -> jax.Array:
     checks = [
         jnp.all(jnp.isfinite(leaf))
         for leaf in jax.tree.leaves(tree)
