@@ -17,7 +17,8 @@ from jax import lax
 
 from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
-from mtl_optax.core.types import AxisName, DType, Label
+from mtl_optax.core.types import AxisName, DType, Label, Number
+from mtl_optax.solvers.arithmetic import move_average
 from mtl_optax.solvers.cosine import cosine_matrix
 
 _Tree = TypeVar("_Tree")
@@ -223,17 +224,14 @@ def remove_absent(updates: _Tree, keep: jax.Array) -> _Tree:
     return jax.tree.map(one, updates)
 
 
-def move_towards(
-    averages: _Tree, updates: optax.Updates, step: jax.Array, active: jax.Array
+def move_averages(
+    averages: _Tree, updates: optax.Updates, decay: Number, active: jax.Array
 ) -> _Tree:
-    """Returns `averages + step * (updates - averages)` for active tasks, and `averages` for the others.
-
-    The two terms are computed separately, so that a step of 1 gives exactly `updates`.
-    """
+    """Applies `move_average` to the gradients of the active tasks."""
 
     def one(average: jax.Array, leaf: jax.Array) -> jax.Array:
-        moved = (1 - step) * average + step * leaf.astype(average.dtype)
-        return jnp.where(along_tasks(active, leaf.ndim), moved, average)
+        new = leaf.astype(average.dtype)
+        return move_average(average, new, decay, along_tasks(active, leaf.ndim))
 
     return jax.tree.map(one, averages, updates)
 

@@ -256,7 +256,7 @@ def task_numbers(
       or_one: whether one number for all tasks is allowed too.
 
     Returns:
-      An array `[T]`, or the one number. It is a new NumPy array unless an entry is a JAX array.
+      An array `[T]`, a new NumPy array unless an entry is a JAX array; None for None.
 
     Raises:
       TypeError, ValueError: if the number of entries or their names are wrong, or an entry is not a number
@@ -267,6 +267,8 @@ def task_numbers(
       >>> task_numbers("pcd", "tau", {"b": 0.2, "a": 0.1}, Tasks(2, ("a", "b"))).tolist()
       [0.1, 0.2]
     """
+    if value is None:
+        return None
     given = _in_order(name, what, value, tasks)
     if isinstance(given, np.ndarray):
         given = given.tolist()
@@ -276,8 +278,10 @@ def task_numbers(
     if several:
         traced = any(isinstance(entry, jax.Array) for entry in given)
         given = jnp.asarray(given) if traced else np.array(given)
-    if not (or_one and np.ndim(given) == 0):
-        _check_entries(name, what, np.shape(given), tasks, "be a number or " * or_one)
+    if or_one and np.ndim(given) == 0:
+        spread = jnp.broadcast_to if isinstance(given, jax.Array) else np.broadcast_to
+        return spread(given, (tasks.number,))
+    _check_entries(name, what, np.shape(given), tasks, "be a number or " * or_one)
     return given
 
 

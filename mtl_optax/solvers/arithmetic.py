@@ -1,4 +1,4 @@
-"""Arithmetic with finite results."""
+"""Quotients, means and averages with finite results, over the active tasks."""
 
 from __future__ import annotations
 
@@ -53,3 +53,43 @@ def count_active(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
       2.0
     """
     return jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1).astype(dtype)
+
+
+def mean_active(values: jax.Array, active: jax.Array) -> jax.Array:
+    """The mean of the values of the active tasks; 0 if no task is active."""
+    # Divided before the sum, which could overflow.
+    return jnp.sum(values / count_active(active, values.dtype), where=active)
+
+
+def move_average(
+    average: jax.Array,
+    new: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike,
+    moves: jax.Array,
+) -> jax.Array:
+    """One step of an exponential moving average; averages that do not move stay as they are.
+
+    Args:
+      average: the last averages.
+      new: what they move towards.
+      decay: the share of the last average. With 0 the result is `new`, as for a first value.
+      moves: bool, which averages move.
+
+    Returns:
+      `decay * average + (1 - decay) * new` where `moves`, else `average`.
+
+    Example:
+
+      >>> import jax.numpy as jnp
+      >>> moves = jnp.array([True, False])
+      >>> move_average(jnp.array([2.0, 2.0]), 4.0, 0.5, moves).tolist()
+      [3.0, 2.0]
+    """
+    decay = jnp.asarray(decay, average.dtype)
+    return jnp.where(moves, decay * average + (1 - decay) * new, average)
+
+
+def move_mean(mean: jax.Array, new: jax.Array, count: jax.Array, moves: jax.Array) -> jax.Array:
+    """The mean of `count` values where `moves`, from the mean of all but the last one, `new`."""
+    number = jnp.maximum(count, 1).astype(mean.dtype)
+    return move_average(mean, new, 1 - 1 / number, moves)

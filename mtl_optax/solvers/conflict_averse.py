@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
+from mtl_optax.solvers.cosine import mask_inactive, product, uniform_weights
 from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.nonnegative import (
     REFINEMENTS,
@@ -17,7 +17,6 @@ from mtl_optax.solvers.nonnegative import (
     factored_solve,
     masked_inverse_factor,
     nonnegative_least_squares,
-    product,
     semidefinite,
 )
 

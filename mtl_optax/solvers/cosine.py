@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.solvers.arithmetic import count_active
+from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
 def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +45,24 @@ def mask_inactive(
         return cosine, norms, jnp.ones(norms.shape, bool)
     both = active[:, None] & active[None, :]
     return jnp.where(both, cosine, 0), jnp.where(active, norms, 0), active
+
+
+def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """Matrix times vector as a product and a sum: full precision on every backend, and fusible."""
+    return jnp.sum(matrix * vector[None, :], axis=1)
+
+
+def gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:
+    """The inner product of every gradient with their weighted sum, finite for any norms.
+
+    Norms above a quarter of the root of the largest number count as this. A gradient step on weights of
+    such a size ends at a vertex of the simplex in any case.
+    """
+    largest = jnp.max(norms)
+    lengths = safe_divide(norms, largest)
+    products = lengths * product(cosine, lengths * weights)
+    limit = float(jnp.finfo(norms.dtype).max) ** 0.5 / 4
+    return products * jnp.minimum(largest, limit) ** 2
 
 
 def uniform_weights(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product, semidefinite
+from mtl_optax.solvers.cosine import mask_inactive, product, uniform_weights
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
 
 
 def _preference(preference: jax.Array | None, active: jax.Array, norms: jax.Array) -> jax.Array:

@@ -58,6 +58,7 @@ def kl_ball_mirror_step(
       tasks have a value whose exponential is exactly 0.
     """
     dtype = log_p.dtype
+    scores = jnp.asarray(scores, dtype)
     if active is None:
         active = jnp.ones(log_p.shape, bool)
     radius = jnp.asarray(radius, dtype)

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.solvers.arithmetic import safe_divide
+
 
 def largest_weight(dtype: jax.typing.DTypeLike) -> float:
     """The upper bound of weights that are ratios of losses: the square root of the largest number.
@@ -14,6 +16,17 @@ def largest_weight(dtype: jax.typing.DTypeLike) -> float:
     With a weight of that size a gradient of norm 1e18 still gives a finite update.
     """
     return float(jnp.finfo(dtype).max) ** 0.5
+
+
+def clip_weights(weights: jax.Array) -> jax.Array:
+    """The weights, clipped to at most `largest_weight` in absolute value."""
+    largest = largest_weight(weights.dtype)
+    return jnp.clip(weights, -largest, largest)
+
+
+def loss_ratio(losses: jax.Array, base: jax.Array, known: jax.Array | bool = True) -> jax.Array:
+    """`losses / base`, clipped to `largest_weight`; 1 if the base is 0 or not known."""
+    return clip_weights(safe_divide(losses, base, 1, where=known & (base != 0)))
 
 
 def magnitudes(losses: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,6 +70,11 @@ def keep_log_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Ar
     log_share = peak + jnp.log(jnp.where(share > 0, share, 1))
     moved = jnp.maximum(new + jnp.where(jnp.all(active), 0, log_share), lowest)
     return jnp.where(active, moved, old)
+
+
+def softmax(logits: jax.Array, active: jax.Array) -> jax.Array:
+    """The softmax over the active entries, `[T]`; exactly 0 for the others."""
+    return jnp.exp(log_softmax(logits, active))
 
 
 def log_softmax(logits: jax.Array, active: jax.Array) -> jax.Array:

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.arithmetic import count_active
-from mtl_optax.solvers.cosine import mask_inactive
+from mtl_optax.solvers.cosine import mask_inactive, product
 from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nonnegative import (
     factored_solve,
     inverse_factor,
-    product,
     ridge,
     semidefinite,
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.cosine import product
 from mtl_optax.solvers.loops import varying_like
 
 REFINEMENTS = 2  # steps of iterative refinement after a solve
@@ -80,11 +81,6 @@ def factored_solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
     """Solves the system for the right-hand side `right`, `[T]`, given its `inverse_factor`."""
     half = product(inverse, right)
     return jnp.sum(inverse * half[:, None], axis=0)
-
-
-def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Matrix times vector as a product and a sum: full precision on every backend, and fusible."""
-    return jnp.sum(matrix * vector[None, :], axis=1)
 
 
 def exchange(

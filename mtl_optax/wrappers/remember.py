@@ -13,7 +13,7 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
 from mtl_optax.core.types import Active, AxisName, Losses, Number
 from mtl_optax.core.validation import Tasks, check_range, read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.wrappers.present import read_present
 
 
@@ -113,10 +113,9 @@ def remember(
             "remember", axis, updates, params, active, axis_name, losses, dtype
         )
         last = state.losses if vector is None else jnp.where(keep, vector, state.losses)
-        step = 1 - jnp.asarray(decay, dtype)
         present = task_tree.remove_absent(updates, keep)
-        gradients = task_tree.move_towards(state.gradients, present, step, keep)
-        share = jnp.where(keep, (1 - step) * state.share + step, state.share)
+        gradients = task_tree.move_averages(state.gradients, present, decay, keep)
+        share = move_average(state.share, 1, decay, keep)
         corrected = jax.tree.map(
             lambda m: safe_divide(m, task_tree.along_tasks(share, m.ndim)), gradients
         )

@@ -14,9 +14,8 @@ from mtl_optax.core.factory import AnyNumber, Decay, Flag, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
-from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import count_active, mean_active, safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.
 _EPS = 1e-8
@@ -104,22 +103,21 @@ def db_mtl(
         updates = inputs.updates
         if log_losses:
             updates = _divide(updates, jnp.maximum(inputs.losses, 0) + _EPS)
-        step = new_share(inputs.step, inputs.dtype)
-        averages = task_tree.move_towards(averages, updates, step, inputs.active)
+        averages = task_tree.move_averages(averages, updates, decay(inputs), inputs.active)
         return averages, averages
 
-    def new_share(step: jax.Array, dtype: DType) -> jax.Array:
-        count = (step + 1).astype(dtype)
-        return 1 - jnp.asarray(ema_decay, dtype) * count ** -jnp.asarray(beta_sigma, dtype)
+    def decay(inputs: StepInputs) -> jax.Array:
+        count = (inputs.step + 1).astype(inputs.dtype)
+        return ema_decay * count ** -jnp.asarray(beta_sigma, inputs.dtype)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        common = _COMMON[norm](inputs.norms, inputs.active)
+        common = jnp.where(jnp.any(inputs.active), _COMMON[norm](inputs.norms, inputs.active), 0)
         return common / (inputs.norms + _EPS), state
 
     def bound(inputs: StepInputs, state: optax.OptState) -> jax.Array:
         """The weights for the current averages, over the share of the current gradient in them."""
         weights, _ = weigh(inputs, state)
-        return safe_divide(weights, new_share(inputs.step, weights.dtype), jnp.inf)
+        return safe_divide(weights, 1 - decay(inputs), jnp.inf)
 
     needs = frozenset({"losses", "norms"} if log_losses else {"norms"})
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
@@ -141,24 +139,16 @@ def _divide(updates: optax.Updates, divisors: jax.Array) -> Any:
     return jax.tree.map(one, updates)
 
 
-def _count(active: jax.Array) -> jax.Array:
-    return jnp.maximum(jnp.sum(active, dtype=jnp.int32), 1)
-
-
-def _min(norms: jax.Array, active: jax.Array) -> jax.Array:
-    return jnp.where(jnp.any(active), jnp.min(jnp.where(active, norms, jnp.inf)), 0)
-
-
 def _median(norms: jax.Array, active: jax.Array) -> jax.Array:
-    ordered, count = jnp.sort(jnp.where(active, norms, jnp.inf)), _count(active)
-    middle = ordered[(count - 1) // 2] + ordered[count // 2]
-    return jnp.where(jnp.any(active), middle / 2, 0)
+    ordered = jnp.sort(jnp.where(active, norms, jnp.inf))
+    count = count_active(active, jnp.int32)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
-# The common norm of the active tasks; the norms of the others are 0.
+# The common norm of the active tasks.
 _COMMON = {
-    "max": lambda norms, active: jnp.max(norms),
-    "min": _min,
+    "max": lambda norms, active: jnp.max(norms, where=active, initial=0),
+    "min": lambda norms, active: jnp.min(norms, where=active, initial=jnp.inf),
     "median": _median,
-    "mean": lambda norms, active: jnp.sum(norms) / _count(active).astype(norms.dtype),
+    "mean": mean_active,
 }

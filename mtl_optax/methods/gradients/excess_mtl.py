@@ -17,8 +17,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.log_weights import keep_log_shares, largest_weight, log_softmax
+from mtl_optax.solvers.arithmetic import move_mean, safe_divide
+from mtl_optax.solvers.log_weights import clip_weights, keep_log_shares, log_softmax
 
 
 class ExcessMTLState(NamedTuple):
@@ -125,13 +125,12 @@ def excess_mtl(
         excess = inputs.norms**2
         # The first steps measure the baseline; without warm-up, the first step also changes the weights.
         measures = active & (state.seen < max(warmup_steps, 1))
-        mean = state.baseline + (excess - state.baseline) / (state.seen + 1).astype(dtype)
         relative = safe_divide(excess, state.baseline, excess)
-        step = jnp.minimum(jnp.asarray(step_size, dtype) * relative, largest_weight(dtype))
+        step = clip_weights(jnp.asarray(step_size, dtype) * relative)
         step = jnp.where(active & (state.seen >= warmup_steps), step, 0)
         log_weights = log_softmax(state.log_weights + step, active)
         kept = keep_log_shares(log_weights, state.log_weights, active)
-        baseline = jnp.where(measures, mean, state.baseline)
+        baseline = move_mean(state.baseline, excess, state.seen + 1, measures)
         seen = state.seen + measures.astype(jnp.int32)
         return jnp.exp(log_weights), ExcessMTLState(kept, baseline, seen)
 

@@ -89,7 +89,7 @@ def graddrop(
     ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
         leaves, treedef = jax.tree.flatten(inputs.updates)
         noise = _noise_leaves(inputs.extra["noise"], leaves, treedef, step_key(seed, inputs))
-        leaks = jnp.broadcast_to(jnp.asarray(leak, inputs.dtype), (axis.number,))
+        leaks = jnp.asarray(leak, inputs.dtype)
         masked = [_mask(leaf, uniform, leaks) for leaf, uniform in zip(leaves, noise, strict=True)]
         update = [jnp.sum(leaf, axis=0) for leaf in masked]
         kept, whole = (sum_over(_l1_norms(part, inputs), axis_name) for part in (masked, leaves))

@@ -17,8 +17,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.types import AxisName, DType
 from mtl_optax.core.validation import find_target, read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.solvers.log_weights import clip_weights
 
 
 class LRAnnealingState(NamedTuple):
@@ -102,10 +102,8 @@ def lr_annealing(
     ) -> tuple[Any, jax.Array, LRAnnealingState]:
         largest, mean = _absolute_statistics(inputs, index, axis_name)
         known = inputs.active & (mean > 0) & (largest > 0) & (jnp.arange(axis.number) != index)
-        fresh = jnp.minimum(safe_divide(largest, mean, 1), largest_weight(inputs.dtype))
-        decay = jnp.asarray(ema_decay, inputs.dtype)
-        moved = decay * state.weight_ema + (1 - decay) * fresh
-        weights = jnp.where(known, moved, state.weight_ema)
+        fresh = clip_weights(safe_divide(largest, mean, 1))
+        weights = move_average(state.weight_ema, fresh, ema_decay, known)
         blocks = task_tree.assign_blocks(task_tree.without_task_axis(inputs.updates), "all")
         update = task_tree.combine(inputs.updates, weights[None], inputs.active, blocks)
         return update, weights, LRAnnealingState(weights)

@@ -16,7 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.cosine import gram_product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -105,14 +105,13 @@ def moco(
     def average(
         inputs: StepInputs, averages: optax.OptState
     ) -> tuple[optax.Updates, optax.OptState]:
-        step = jnp.asarray(1 - ema_decay, inputs.dtype)
-        averages = task_tree.move_towards(averages, inputs.updates, step, inputs.active)
+        averages = task_tree.move_averages(averages, inputs.updates, ema_decay, inputs.active)
         return averages, averages
 
     def weigh(inputs: StepInputs, state: MoCoState) -> tuple[jax.Array, MoCoState]:
         active, dtype = inputs.active, inputs.norms.dtype
         old = renormalize(state.simplex_weights, active)
-        gradient = _gram_product(inputs.cosine, inputs.norms, old)
+        gradient = gram_product(inputs.cosine, inputs.norms, old)
         gradient = gradient + jnp.asarray(rho, dtype) * old
         weights = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * gradient, active)
         return weights, MoCoState(keep_shares(weights, state.simplex_weights, active))
@@ -120,13 +119,3 @@ def moco(
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
     rule = WeightRule(frozenset({"gram"}), weigh, init, average=moving_average)
     return from_rule("moco", axis, rule, **options)
-
-
-def _gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns `Y Y' weights`, finite even if the Gram matrix would overflow."""
-    largest = jnp.max(norms)
-    relative = safe_divide(norms, largest)
-    product = relative * jnp.sum(cosine * (relative * weights)[None, :], axis=1)
-    # Steps far smaller than this limit already end at a vertex of the simplex.
-    limit = jnp.sqrt(jnp.asarray(jnp.finfo(norms.dtype).max, norms.dtype)) / 4
-    return product * jnp.minimum(largest, limit) ** 2

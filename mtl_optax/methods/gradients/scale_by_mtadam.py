@@ -18,7 +18,7 @@ from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.types import AxisName, DType, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -118,8 +118,7 @@ def scale_by_mtadam(
       https://arxiv.org/abs/2006.14683
     """
     axis = read_tasks("scale_by_mtadam", tasks)
-    if ranks is not None:
-        ranks = task_numbers("scale_by_mtadam", "ranks", ranks, axis, 0)
+    ranks = task_numbers("scale_by_mtadam", "ranks", ranks, axis, 0)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> MTAdamState:
         return MTAdamState(
@@ -149,8 +148,8 @@ def scale_by_mtadam(
             # A gradient that counts as zero can still be large relative to an average that has decayed.
             scaled = jnp.clip(unit * along_tasks(target, leaf.ndim), -longest, longest)
             present = along_tasks(active, leaf.ndim)
-            mus.append(jnp.where(present, decays.b1 * mu + (1 - decays.b1) * scaled, mu))
-            nus.append(jnp.where(present, decays.b2 * nu + (1 - decays.b2) * scaled**2, nu))
+            mus.append(move_average(mu, scaled, b1, present))
+            nus.append(move_average(nu, scaled**2, b2, present))
             steps.append(_adam_direction(mus[-1], nus[-1], counts, active, decays))
             factor = jnp.minimum(safe_divide(target, ema, target), largest)
             weights = weights + factor / len(leaves)
@@ -168,11 +167,11 @@ def _norm_averages(
     """Returns the new averages `[T]` of every tensor."""
     blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
     norms, _ = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
+    decay = jnp.where(state.task_counts > 0, decay, 0)
     averages = []
     # An empty tree has one block and no tensor.
     for norm, old in zip(norms, jax.tree.leaves(state.norm_ema), strict=False):
-        new = jnp.where(state.task_counts > 0, decay * old + (1 - decay) * norm, norm)
-        averages.append(jnp.where(inputs.active, new, old))
+        averages.append(move_average(old, norm, decay, inputs.active))
     return averages
 
 

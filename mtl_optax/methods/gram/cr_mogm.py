@@ -16,6 +16,7 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.solvers.arithmetic import move_average
 
 
 class CRMOGMState(NamedTuple):
@@ -94,12 +95,11 @@ def cr_mogm(
         )
 
     def weigh(inputs: StepInputs, state: CRMOGMState) -> tuple[jax.Array, CRMOGMState]:
-        active, dtype = inputs.active, state.smoothed.dtype
         fresh, base_state = inner.weigh(inputs, state.base)
-        fresh, decay = fresh.astype(dtype), jnp.asarray(ema_decay, dtype)
-        average = jnp.where(state.seen, decay * state.smoothed + (1 - decay) * fresh, fresh)
-        smoothed = jnp.where(active, average, state.smoothed)
-        return smoothed, CRMOGMState(smoothed, state.seen | active, base_state)
+        fresh = fresh.astype(state.smoothed.dtype)
+        decay = jnp.where(state.seen, ema_decay, 0)
+        smoothed = move_average(state.smoothed, fresh, decay, inputs.active)
+        return smoothed, CRMOGMState(smoothed, state.seen | inputs.active, base_state)
 
     rule = WeightRule(inner.needs, weigh, init, inner.extra)
     return from_rule("cr_mogm", axis, rule, **options)

@@ -125,20 +125,18 @@ def emtl(
         return EMTLState(log_p, inner.init(dtype))
 
     def weigh(inputs: StepInputs, state: EMTLState) -> tuple[jax.Array, EMTLState]:
-        norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
+        active, dtype = inputs.active, inputs.dtype
         alpha, base_state = inner.weigh(inputs, state.base)
         alpha = jnp.where(active, alpha, 0).astype(dtype)
-        per_norm = safe_divide(alpha, norms)
+        per_norm = safe_divide(alpha, inputs.norms)
         radius = jnp.sqrt(jnp.asarray(rho, dtype)) if kl_radius is None else kl_radius
-        scores = jnp.asarray(step_size, dtype) * per_norm * inputs.losses
-        log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(radius, dtype), active)
+        scores = step_size * per_norm * inputs.losses
+        log_p = kl_ball_mirror_step(state.log_p, scores, radius, active)
+        eps = jnp.asarray(epsilon, dtype)
+        weights = eps * alpha + (1 - eps) * jnp.exp(log_p) * per_norm
         # The share of p of an absent task does not change.
         kept = keep_log_shares(log_p, state.log_p, active)
-        p = jnp.where(active, jnp.exp(log_p), 0)
-        eps = jnp.asarray(epsilon, dtype)
-        number = count_active(active, dtype)
-        weights = (eps * alpha + (1 - eps) * p * per_norm) / number
-        return weights, EMTLState(kept, base_state)
+        return weights / count_active(active, dtype), EMTLState(kept, base_state)
 
     needs = inner.needs | {"losses", "norms"}
     rule = WeightRule(needs, weigh, init, inner.extra)

@@ -16,7 +16,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.projections import projected_sum_weights
 
 
@@ -125,7 +125,7 @@ def grad_vaccine(
 
     def weigh(inputs: StepInputs, state: GradVaccineState) -> tuple[jax.Array, GradVaccineState]:
         cosine, norms, active = inputs.cosine, inputs.norms, inputs.active
-        newest, epsilon = jnp.asarray(1 - ema_decay, norms.dtype), jnp.asarray(eps, norms.dtype)
+        epsilon = jnp.asarray(eps, norms.dtype)
 
         def visit(carry: _ScanState, others: jax.Array) -> tuple[_ScanState, None]:
             one_hot = others[:, None] == own[None, :]
@@ -141,12 +141,11 @@ def grad_vaccine(
             rest = carry.length * carry.length - component * component
             length = jnp.sqrt(jnp.maximum(rest, 0) + (component + amount) ** 2)
             pair = one_hot & (active & active[others] & (others != own))[:, None]
-            average = (1 - newest) * ema + newest * c[:, None]
             return _ScanState(
                 carry.added + amount[:, None] * pick,
                 carry.along + amount[:, None] * cosine[others],
                 length,
-                jnp.where(pair, average, ema),
+                move_average(ema, c[:, None], ema_decay, pair),
             ), None
 
         start = _ScanState(

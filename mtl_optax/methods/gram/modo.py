@@ -15,6 +15,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.solvers.cosine import gram_product, product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -96,11 +97,11 @@ def modo(
         old = renormalize(state.simplex_weights, active)
         gram = given_gram("modo", axis.number, inputs)
         if gram is None:
-            # Prevents overflow; a step of this size ends at a vertex of the simplex in any case.
-            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max / (4 * axis.number), dtype))
-            gram = inputs._replace(norms=jnp.minimum(inputs.norms, limit)).gram
-        direction = jnp.sum(gram * old[None, :], axis=1) + jnp.asarray(rho, dtype) * old
-        new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * direction, active)
+            gradient = gram_product(inputs.cosine, inputs.norms, old)
+        else:
+            gradient = product(gram, old)
+        gradient = gradient + jnp.asarray(rho, dtype) * old
+        new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * gradient, active)
         return new, MoDoState(keep_shares(new, state.simplex_weights, active))
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))

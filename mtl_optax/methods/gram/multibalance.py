@@ -14,8 +14,9 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.cosine import uniform_weights
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.solvers.cosine import gram_product
+from mtl_optax.solvers.preference import active_preference
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -105,8 +106,7 @@ def multibalance(
       https://arxiv.org/abs/2411.11871
     """
     axis = read_tasks("multibalance", tasks)
-    if prior is not None:
-        prior = task_numbers("multibalance", "prior", prior, axis, 0)
+    prior = task_numbers("multibalance", "prior", prior, axis, 0)
 
     def init(dtype: DType) -> MultiBalanceState:
         zeros = jnp.zeros((axis.number,), dtype)
@@ -116,23 +116,16 @@ def multibalance(
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
         ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         old = renormalize(state.simplex_weights, active)
-        if prior is None:
-            prior_weights = uniform_weights(active, dtype)
+        strength = jnp.asarray(prior_strength, dtype)
+        y = old + strength * active_preference(prior, active, dtype)
+        if direction == "gradient":
+            step = gram_product(inputs.cosine, smooth, y)
         else:
-            prior_weights = jnp.where(active, jnp.asarray(prior, dtype), 0)
-        # In units of the largest smoothed norm the squares cannot overflow.
-        unit = jnp.max(smooth)
-        lengths = safe_divide(smooth, unit)
-        inner = inputs.cosine * lengths[:, None] * lengths[None, :]
-        y = old + jnp.asarray(prior_strength, dtype) * prior_weights
-        along = jnp.sum(inner * y[None, :], axis=1)
-        if direction == "cosine":
+            # In units of the largest smoothed norm the squares cannot overflow.
+            lengths = safe_divide(smooth, jnp.max(smooth))
+            along = gram_product(inputs.cosine, lengths, y)
             length_of_y = jnp.sqrt(jnp.maximum(jnp.sum(along * y), 0))
             step = safe_divide(along, lengths * length_of_y)
-        else:
-            # Prevents overflow; a step of this size ends at a vertex of the simplex in any case.
-            limit = jnp.sqrt(jnp.asarray(jnp.finfo(dtype).max, dtype)) / 4
-            step = along * jnp.minimum(unit, limit) ** 2
         new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * step, active)
         kept = keep_shares(new, state.simplex_weights, active)
         return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
@@ -154,13 +147,10 @@ def _smooth_norms(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the new `norm_ema` and `seen`, and the smoothed norms u; all are `[T]`."""
     decay = jnp.asarray(ema_decay, norms.dtype)
-    moved = decay * state.norm_ema + (1 - decay) * norms
-    share = decay * state.seen + (1 - decay)
     if ema_init == "first":
-        moved = jnp.where(state.seen > 0, moved, norms)
-        share = jnp.ones_like(norms)
-    ema = jnp.where(active, moved, state.norm_ema)
-    seen = jnp.where(active, share, state.seen)
+        decay = jnp.where(state.seen > 0, decay, 0)
+    ema = move_average(state.norm_ema, norms, decay, active)
+    seen = move_average(state.seen, 1, decay, active)
     if ema_init == "debias":
         return ema, seen, safe_divide(ema, seen, where=active & (seen > 0))
     return ema, seen, jnp.where(active, ema, 0)

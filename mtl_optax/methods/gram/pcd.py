@@ -15,8 +15,9 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import find_target, read_tasks, task_numbers
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares, product
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.solvers.cosine import product
+from mtl_optax.solvers.nonnegative import nonnegative_least_squares
 
 
 class PCDState(NamedTuple):
@@ -105,15 +106,13 @@ def pcd(
 
     def weigh(inputs: StepInputs, state: PCDState) -> tuple[jax.Array, PCDState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
-        decay = jnp.asarray(ema_decay, dtype)
-        squares = jnp.minimum(norms**2, jnp.asarray(jnp.finfo(dtype).max, dtype))
-        average = decay * state.square_ema + (1 - decay) * squares
-        square_ema = jnp.where(active, average, state.square_ema)
-        seen = jnp.where(active, decay * state.seen + (1 - decay), state.seen)
+        squares = jnp.minimum(norms**2, float(jnp.finfo(dtype).max))
+        square_ema = move_average(state.square_ema, squares, ema_decay, active)
+        seen = move_average(state.seen, 1, ema_decay, active)
         mean_square = safe_divide(square_ema, seen)
         spread = jnp.sqrt(mean_square + jnp.asarray(eps, dtype))
         lengths = safe_divide(norms, spread, norms)
-        guaranteed = jnp.broadcast_to(jnp.asarray(tau, dtype), (axis.number,)) * lengths
+        guaranteed = jnp.asarray(tau, dtype) * lengths
         along, feasible = _constrained(inputs.cosine, lengths, guaranteed, active, index)
         # Scaled to the norm of the target's gradient; a norm below the rounding error counts as 0.
         squared = jnp.sum(along * product(inputs.cosine, along))

@@ -16,8 +16,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.cosine import uniform_weights
+from mtl_optax.solvers.arithmetic import mean_active, safe_divide
+from mtl_optax.solvers.cosine import product, uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -110,18 +110,17 @@ def sdmgrad(
         if gram is None:
             matrix = inputs._replace(norms=_over_mean(inputs.norms, active)).gram
         else:
-            diagonal = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
-            mean = jnp.sum(diagonal) / count_active(active, dtype)
+            mean = mean_active(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0)), active)
             # Divided twice, because the square of the mean can overflow.
             matrix = safe_divide(safe_divide(gram, mean), mean)
         uniform = uniform_weights(active, dtype)
         share, rate = jnp.asarray(lam, dtype), jnp.asarray(step_size, dtype)
         decay = jnp.asarray(momentum, dtype)
-        pull = share * jnp.sum(matrix * uniform[None, :], axis=1)
+        pull = share * product(matrix, uniform)
 
         def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             weights, trace = carry
-            trace = decay * trace + jnp.sum(matrix * weights[None, :], axis=1) + pull
+            trace = decay * trace + product(matrix, weights) + pull
             return project_onto_simplex(weights - rate * trace, active), trace
 
         old = renormalize(state.simplex_weights, active)
@@ -136,5 +135,4 @@ def sdmgrad(
 def _over_mean(norms: jax.Array, active: jax.Array) -> jax.Array:
     """Divides norms by their mean; first by the largest norm, so that their sum cannot overflow."""
     lengths = safe_divide(norms, jnp.max(norms))
-    mean = jnp.sum(lengths) / count_active(active, norms.dtype)
-    return safe_divide(lengths, mean)
+    return safe_divide(lengths, mean_active(lengths, active))

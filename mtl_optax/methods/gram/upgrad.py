@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
@@ -16,6 +15,7 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
+from mtl_optax.solvers.preference import active_preference
 
 
 @factory
@@ -128,13 +128,11 @@ def _dual_cone(
     options: MethodOptions,
 ) -> Method:
     axis = read_tasks(name, tasks)
-    if preference is not None:
-        preference = task_numbers(name, "preference", preference, axis, 0)
+    preference = task_numbers(name, "preference", preference, axis, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        norms = inputs.norms
-        goal = None if preference is None else jnp.asarray(preference, norms.dtype)
-        return solve(inputs.cosine, norms, inputs.active, goal), state
+        goal = active_preference(preference, inputs.active, inputs.dtype)
+        return solve(inputs.cosine, inputs.norms, inputs.active, goal), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule(name, axis, rule, **options)

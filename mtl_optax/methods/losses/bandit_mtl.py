@@ -17,7 +17,7 @@ from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
-from mtl_optax.solvers.log_weights import keep_log_shares, log_softmax
+from mtl_optax.solvers.log_weights import keep_log_shares, softmax
 
 
 class BanditMTLState(NamedTuple):
@@ -93,11 +93,9 @@ def bandit_mtl(
         return BanditMTLState(jnp.full((axis.number,), -math.log(axis.number), dtype))
 
     def weigh(inputs: StepInputs, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
-        active, dtype = inputs.active, inputs.losses.dtype
-        number = count_active(active, dtype)
-        weights = jnp.exp(log_softmax(state.log_p, active)) / number
-        scores = jnp.asarray(step_size, dtype) * inputs.losses
-        log_p = kl_ball_mirror_step(state.log_p, scores, jnp.asarray(kl_radius, dtype), active)
+        active = inputs.active
+        weights = softmax(state.log_p, active) / count_active(active, inputs.dtype)
+        log_p = kl_ball_mirror_step(state.log_p, step_size * inputs.losses, kl_radius, active)
         return weights, BanditMTLState(keep_log_shares(log_p, state.log_p, active))
 
     return from_rule("bandit_mtl", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

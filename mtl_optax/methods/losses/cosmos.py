@@ -15,7 +15,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.log_weights import clip_weights, largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
 
 
@@ -74,8 +74,7 @@ def cosmos(
       https://arxiv.org/abs/2103.13392
     """
     axis = read_tasks("cosmos", tasks)
-    if preference is not None:
-        preference = task_numbers("cosmos", "preference", preference, axis, 0)
+    preference = task_numbers("cosmos", "preference", preference, axis, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         losses = inputs.losses
@@ -83,9 +82,9 @@ def cosmos(
         (direction, _), (unit_losses, length) = unit(wanted), unit(losses)
         # The part of the preference orthogonal to the losses: |L| times the gradient of the cosine.
         orthogonal = direction - jnp.sum(direction * unit_losses) * unit_losses
-        largest = largest_weight(losses.dtype)
-        step = orthogonal / jnp.maximum(length, 1 / largest) * jnp.asarray(lam, losses.dtype)
-        return jnp.clip(wanted - jnp.where(length > 0, step, 0), -largest, largest), state
+        shortest = 1 / largest_weight(losses.dtype)
+        step = jnp.asarray(lam, losses.dtype) * orthogonal / jnp.maximum(length, shortest)
+        return clip_weights(wanted - jnp.where(length > 0, step, 0)), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
     return from_rule("cosmos", axis, rule, **options)

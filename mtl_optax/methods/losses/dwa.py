@@ -14,8 +14,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+from mtl_optax.solvers.arithmetic import count_active, move_mean
+from mtl_optax.solvers.log_weights import loss_ratio, softmax
 
 
 class DWAState(NamedTuple):
@@ -98,18 +98,13 @@ def dwa(
 
     def weigh(inputs: StepInputs, state: DWAState) -> tuple[jax.Array, DWAState]:
         active, dtype = inputs.active, inputs.losses.dtype
-        largest = largest_weight(dtype)
-        known = (state.windows == 2) & (state.before != 0)
-        ratio = safe_divide(state.last, state.before, 1, where=known)
-        logits = jnp.clip(ratio, -largest, largest) / jnp.asarray(temperature, dtype)
-        count = jnp.sum(active).astype(dtype)
-        weights = count * jnp.exp(log_softmax(logits, active))
-        return weights, observe(inputs, state)
+        ratio = loss_ratio(state.last, state.before, state.windows == 2)
+        logits = ratio / jnp.asarray(temperature, dtype)
+        return count_active(active, dtype) * softmax(logits, active), observe(inputs, state)
 
     def observe(inputs: StepInputs, state: DWAState) -> DWAState:
         seen = state.seen + inputs.active.astype(jnp.int32)
-        change = (inputs.losses - state.mean) / jnp.maximum(seen, 1).astype(state.mean.dtype)
-        mean = jnp.where(inputs.active, state.mean + change, state.mean)
+        mean = move_mean(state.mean, inputs.losses, seen, inputs.active)
         full = seen == window
         return DWAState(
             mean=jnp.where(full, 0, mean),

@@ -16,7 +16,7 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import check_range, read_tasks, task_numbers, task_vector
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+from mtl_optax.solvers.log_weights import largest_weight, softmax
 
 # Part of the definition of the method: the logarithm of a loss at its minimum is finite.
 _EPSILON = 1e-8
@@ -117,7 +117,7 @@ def famo(
         return FAMOState(start(optimizer, zeros), zeros, jnp.full((axis.number,), -2, jnp.int32))
 
     def log_excess(losses: jax.Array) -> jax.Array:
-        low = jnp.broadcast_to(jnp.asarray(min_losses, losses.dtype), losses.shape)
+        low = jnp.asarray(min_losses, losses.dtype)
         return jnp.log(jnp.maximum(losses - low, 0) + _EPSILON)
 
     def weigh(inputs: StepInputs, state: FAMOState) -> tuple[jax.Array, FAMOState]:
@@ -128,7 +128,7 @@ def famo(
         else:
             after, trains = read_after(losses_after, inputs, state)
         logits = train_logits(state, after, trains)
-        weights = jnp.exp(log_softmax(logits.values - log_losses, active))
+        weights = softmax(logits.values - log_losses, active)
         last = jnp.where(active, inputs.step, state.last_step)
         return weights, FAMOState(logits, jnp.where(active, log_losses, state.log_losses), last)
 
@@ -142,7 +142,7 @@ def famo(
 
     def train_logits(state: FAMOState, after: jax.Array, trains: jax.Array) -> TrainedState:
         logits = state.logits.values
-        z = jnp.exp(log_softmax(logits, trains))
+        z = softmax(logits, trains)
         decrease = jnp.where(trains, state.log_losses - after, 0)
         gradient = z * (decrease - jnp.sum(z * decrease))
         gradient = gradient + jnp.asarray(gamma, logits.dtype) * logits

@@ -14,7 +14,7 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active
+from mtl_optax.solvers.arithmetic import count_active, mean_active
 from mtl_optax.solvers.log_weights import exp_weights, magnitudes
 
 
@@ -61,9 +61,8 @@ def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Metho
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         sizes, usable = magnitudes(inputs.losses, inputs.active)
         logs = jnp.log(sizes)
-        number = count_active(usable, logs.dtype)
-        mean = jnp.sum(jnp.where(usable, logs, 0)) / number
-        return exp_weights(mean - logs - jnp.log(number), usable), state
+        log_number = jnp.log(count_active(usable, logs.dtype))
+        return exp_weights(mean_active(logs, usable) - logs - log_number, usable), state
 
     rule = WeightRule(frozenset({"losses"}), weigh)
     return from_rule("gls", axis, rule, **options)

@@ -14,9 +14,9 @@ from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.types import DType
+from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import Tasks, read_tasks, task_numbers
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.log_weights import clip_weights
 
 
 class LagrangianState(NamedTuple):
@@ -95,14 +95,11 @@ def lagrangian(
 
     def weigh(inputs: StepInputs, state: LagrangianState) -> tuple[jax.Array, LagrangianState]:
         dtype = state.multipliers.dtype
-        largest = largest_weight(dtype)
-        excess = jnp.clip(inputs.losses - jnp.asarray(limit, dtype), -largest, largest)
+        excess = clip_weights(inputs.losses - jnp.asarray(limit, dtype))
 
-        def add(share: Any) -> jax.Array:
-            moved = state.multipliers + jnp.clip(
-                jnp.asarray(share, dtype) * excess, -largest, largest
-            )
-            return jnp.clip(moved, 0, largest)
+        def add(share: Number) -> jax.Array:
+            moved = state.multipliers + clip_weights(jnp.asarray(share, dtype) * excess)
+            return jnp.maximum(clip_weights(moved), 0)
 
         weights = jnp.where(constrained, add(damping), 1)
         moves = inputs.active & constrained

@@ -6,14 +6,13 @@ from collections.abc import Collection
 from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
 from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.solvers.cosine import uniform_weights
 
 
 @factory
@@ -39,10 +38,8 @@ def mean_tasks(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -
     References:
       Caruana, Multitask Learning, 1997, https://doi.org/10.1023/A:1007379606734
     """
-    axis = read_tasks("mean_tasks", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        present = jnp.maximum(jnp.sum(inputs.active), 1)
-        return jnp.broadcast_to(1 / present, (axis.number,)), state
+        return uniform_weights(inputs.active, inputs.dtype), state
 
-    return from_rule("mean_tasks", axis, WeightRule(frozenset(), weigh), **options)
+    return from_rule("mean_tasks", tasks, WeightRule(frozenset(), weigh), **options)

@@ -15,8 +15,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks, task_vector
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.arithmetic import count_active, move_average, safe_divide
+from mtl_optax.solvers.log_weights import clip_weights
 
 
 class NTKState(NamedTuple):
@@ -98,10 +98,8 @@ def ntk(
         common = jnp.sum(shares)
         if reference == "mean":
             common = common / count_active(usable, dtype)
-        fresh = jnp.minimum(safe_divide(common, shares, 1), largest_weight(dtype))
-        decay = jnp.asarray(ema_decay, dtype)
-        moved = decay * state.weight_ema + (1 - decay) * fresh
-        weights = jnp.where(usable, moved, state.weight_ema)
+        fresh = clip_weights(safe_divide(common, shares, 1))
+        weights = move_average(state.weight_ema, fresh, ema_decay, usable)
         return weights, NTKState(weights)
 
     rule = WeightRule(frozenset(), weigh, init, extra=("traces",))

@@ -73,15 +73,14 @@ def pbi(
       https://doi.org/10.1109/TEVC.2007.892759
     """
     axis = read_tasks("pbi", tasks)
-    if preference is not None:
-        preference = task_numbers("pbi", "preference", preference, axis, 0)
+    preference = task_numbers("pbi", "preference", preference, axis, 0)
     reference = task_numbers("pbi", "reference", reference, axis, or_one=True)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         active, dtype = inputs.active, inputs.losses.dtype
         direction, _ = unit(active_preference(preference, active, dtype))
-        origin = jnp.broadcast_to(jnp.asarray(reference, dtype), (axis.number,))
-        unit_losses, _ = unit(jnp.where(active, inputs.losses - origin, 0))
+        above = inputs.losses - jnp.asarray(reference, dtype)
+        unit_losses, _ = unit(jnp.where(active, above, 0))
         residual = unit_losses - jnp.sum(unit_losses * direction) * direction
         unit_residual, distance = unit(residual)
         # A smaller residual, and so its direction, consists of rounding errors.

@@ -16,8 +16,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+from mtl_optax.solvers.arithmetic import count_active
+from mtl_optax.solvers.log_weights import loss_ratio, softmax
 
 
 class ReLoBRaLoState(NamedTuple):
@@ -105,12 +105,10 @@ def relobralo(
         losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
         first = jnp.where(state.seen > 0, state.first_losses, losses)
         last = jnp.where(state.seen > 0, state.last_losses, losses)
-        number = count_active(active, dtype)
-        limit = largest_weight(dtype)
 
         def balanced(base: jax.Array) -> jax.Array:
-            ratio = jnp.clip(safe_divide(losses, base, 1, where=base != 0), -limit, limit)
-            return number * jnp.exp(log_softmax(ratio / jnp.asarray(temperature, dtype), active))
+            logits = loss_ratio(losses, base) / jnp.asarray(temperature, dtype)
+            return count_active(active, dtype) * softmax(logits, active)
 
         share = jnp.asarray(ema_decay, dtype)
         past = jnp.where(_draw(inputs, seed) < rho, state.weight_ema, balanced(first))

@@ -15,7 +15,7 @@ from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import read_tasks, task_vector
-from mtl_optax.solvers.log_weights import log_softmax
+from mtl_optax.solvers.log_weights import softmax
 
 
 @factory
@@ -69,7 +69,7 @@ def rlw(
         if noise is None:
             noise = jax.random.normal(step_key(seed, inputs), (axis.number,), jnp.float32)
         noise = task_vector("rlw", "noise", noise, axis)
-        return jnp.exp(log_softmax(noise, inputs.active)), state
+        return softmax(noise, inputs.active), state
 
     rule = WeightRule(frozenset(), weigh, extra=("noise",))
     return from_rule("rlw", axis, rule, **options)

@@ -15,7 +15,7 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax
+from mtl_optax.solvers.log_weights import clip_weights, softmax
 
 
 class SoftAdaptState(NamedTuple):
@@ -94,9 +94,8 @@ def softadapt(
 
     def weigh(inputs: StepInputs, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
         losses, active = inputs.losses, inputs.active
-        limit = largest_weight(losses.dtype)
         last = jnp.where(state.seen & active, state.last_losses, losses)
-        change = jnp.clip(losses / 2 - last / 2, -limit, limit) * 2
+        change = 2 * clip_weights(losses / 2 - last / 2)
         if variant == "normalized":
             change = safe_divide(change, jnp.sum(jnp.abs(change)))
         logits = jnp.asarray(beta, losses.dtype) * change
@@ -108,9 +107,8 @@ def softadapt(
             counted = active & (positive | ~known)
         else:
             counted = active
-        weights = jnp.exp(log_softmax(logits, counted))
         kept = jnp.where(active, losses, state.last_losses)
-        return weights, SoftAdaptState(kept, state.seen | active)
+        return softmax(logits, counted), SoftAdaptState(kept, state.seen | active)
 
     rule = WeightRule(frozenset({"losses"}), weigh, init)
     return from_rule("softadapt", axis, rule, **options)

@@ -101,9 +101,8 @@ def stch(
         nadir, _ = magnitudes(state.nadir, active)
         logs = jnp.log(sizes)
         log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
-        number = count_active(active, dtype)
         known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
-        log_weights = jnp.where(known, log_shares + jnp.log(number), 0) - logs
+        log_weights = jnp.where(known, log_shares + jnp.log(count_active(active, dtype)), 0) - logs
         early = early_means(inputs, *state, warmup_steps, nadir_steps)
         return exp_weights(log_weights, usable), STCHState(*early)
 

@@ -92,8 +92,7 @@ def uncertainty(
     factor = 0.5 if form.startswith("half") else 1.0
 
     def init_state(dtype: DType) -> TrainedState:
-        values = jnp.broadcast_to(jnp.asarray(init, dtype), (axis.number,))
-        return start(optimizer, values)
+        return start(optimizer, jnp.asarray(init, dtype))
 
     def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:
         losses, value = inputs.losses, state.values

@@ -17,8 +17,8 @@ from mtl_optax.core.state import next_count
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.arithmetic import mean_active, safe_divide
+from mtl_optax.solvers.log_weights import largest_weight, loss_ratio
 
 
 class GradNormState(NamedTuple):
@@ -115,8 +115,8 @@ def gradnorm(
         largest = largest_weight(weights.dtype)
         trained = train(optimizer, state.trained_weights, gradient, active, 0.0, largest)
         # The sum of the active weights does not change, because absent tasks keep their weights.
-        total = jnp.sum(jnp.where(active, trained.values, 0))
-        old_total = jnp.sum(jnp.where(active, weights, 0))
+        total = jnp.sum(trained.values, where=active)
+        old_total = jnp.sum(weights, where=active)
         fails = jnp.any(active) & ~(total > 0)
         rescaled = trained.values * safe_divide(old_total, total)
         return weights, GradNormState(
@@ -128,12 +128,10 @@ def gradnorm(
 
     def weight_gradient(inputs: StepInputs, weights: jax.Array, first: jax.Array) -> jax.Array:
         active, dtype = inputs.active, weights.dtype
-        number = count_active(active, dtype)
-        relative = safe_divide(inputs.losses, first, 1, where=first != 0)
-        relative = jnp.where(active, jnp.clip(relative, 0, largest_weight(dtype)), 0)
-        rate = safe_divide(relative, jnp.sum(relative) / number, 1)
-        norms = jnp.where(active, weights * inputs.norms, 0)
-        target = jnp.sum(norms / number) * rate ** jnp.asarray(alpha, dtype)
+        relative = jnp.maximum(loss_ratio(inputs.losses, first), 0)
+        rate = safe_divide(relative, mean_active(relative, active), 1)
+        norms = weights * inputs.norms
+        target = mean_active(norms, active) * rate ** jnp.asarray(alpha, dtype)
         return jnp.sign(norms - target) * inputs.norms
 
     rule = WeightRule(frozenset({"losses", "norms"}), weigh, init)

@@ -14,8 +14,8 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.solvers.arithmetic import mean_active, move_average, safe_divide
+from mtl_optax.solvers.log_weights import clip_weights
 
 
 class InverseNormState(NamedTuple):
@@ -101,17 +101,14 @@ def inverse_norm(
         norms, dtype = inputs.norms, inputs.norms.dtype
         # In units of the largest norm, so that no square overflows.
         lengths = safe_divide(norms, jnp.max(norms))
-        number = count_active(inputs.active, dtype)
         if reference == "mean":
-            common = jnp.sum(lengths) / number
+            common = mean_active(lengths, inputs.active)
         else:
-            common = jnp.sqrt(jnp.sum(lengths * lengths) / number)
+            common = jnp.sqrt(mean_active(lengths * lengths, inputs.active))
         nonzero = lengths > 0
         ratio = safe_divide(common, lengths + jnp.asarray(eps, dtype) * common, 1, where=nonzero)
-        fresh = jnp.minimum(ratio ** jnp.asarray(power, dtype), largest_weight(dtype))
-        decay = jnp.asarray(ema_decay, dtype)
-        moved = decay * state.weight_ema + (1 - decay) * fresh
-        weights = jnp.where(inputs.active & nonzero, moved, state.weight_ema)
+        fresh = clip_weights(ratio ** jnp.asarray(power, dtype))
+        weights = move_average(state.weight_ema, fresh, ema_decay, inputs.active & nonzero)
         return weights, InverseNormState(weights)
 
     rule = WeightRule(frozenset({"norms"}), weigh, init)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import find_target, read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
 
 
 class MetaBalanceState(NamedTuple):
@@ -120,12 +120,8 @@ def metabalance(
         inputs: StepInputs, state: MetaBalanceState
     ) -> tuple[MetaBalanceState, jax.Array, jax.Array]:
         """Returns the new averages, the target's to compare with each, and which weights may change."""
-        decay = jnp.asarray(ema_decay, inputs.norms.dtype)
-
-        def move(old: jax.Array, new: Any) -> jax.Array:
-            return jnp.where(inputs.active, decay * old + (1 - decay) * new, old)
-
-        ema, seen = move(state.norm_ema, inputs.norms), move(state.seen, 1)
+        ema = move_average(state.norm_ema, inputs.norms, ema_decay, inputs.active)
+        seen = move_average(state.seen, 1, ema_decay, inputs.active)
         known = (seen > 0) & (ema[index] > 0)
         share = safe_divide(seen, seen[index], seen, where=known)  # exactly 1 if all are present
         balanced = known & (jnp.arange(axis.number) != index)
