@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.types import DType
+from mtl_optax.solvers.cosine import Geometry
 
 
 class StepInputs(NamedTuple):
@@ -57,6 +58,11 @@ class StepInputs(NamedTuple):
         active = self.active & finite
         losses = None if self.losses is None else jnp.where(active, self.losses, 0)
         return self._replace(active=active, losses=losses)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The lengths and angles of the gradients, for the solvers."""
+        return Geometry(self.cosine, self.norms, self.active)
 
     @property
     def gram(self) -> jax.Array:

@@ -40,7 +40,7 @@ def min_norm_rule(normalize: str) -> WeightRule:
             # A loss of 0 would make its gradient infinite, so its gradient counts as zero instead.
             norms = safe_divide(norms, jnp.maximum(inputs.losses, 0))
         norms = norms.astype(inputs.cosine.dtype)
-        return min_norm_weights(inputs.cosine, norms, inputs.active), state
+        return min_norm_weights(inputs.geometry._replace(norms=norms)), state
 
     needs = {"gram", "losses"} if normalize in ("loss", "loss+") else {"gram"}
     return WeightRule(frozenset(needs), weigh)
@@ -54,7 +54,7 @@ def fair_rule(alpha: Number) -> WeightRule:
 
     def weigh(inputs: StepInputs, state: BargainingState) -> tuple[jax.Array, BargainingState]:
         fairness = jnp.asarray(alpha, inputs.norms.dtype)
-        weights, solved = fair_weights(inputs.cosine, inputs.norms, inputs.active, fairness)
+        weights, solved = fair_weights(inputs.geometry, fairness)
         failed = jnp.any(inputs.active) & ~solved
         return weights, BargainingState(next_count(state.fallback_count, failed))
 

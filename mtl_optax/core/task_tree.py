@@ -19,7 +19,7 @@ from mtl_optax.core.gram import gram_matrices, squared_norms
 from mtl_optax.core.leaves import is_rows, leaves_of, rows_of, stack_of
 from mtl_optax.core.types import AxisName, DType, Label, Number
 from mtl_optax.solvers.arithmetic import move_average
-from mtl_optax.solvers.cosine import cosine_matrix
+from mtl_optax.solvers.cosine import geometry_of
 
 _Tree = TypeVar("_Tree")
 
@@ -118,7 +118,7 @@ def measure(
     norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0).astype(dtype)
     cosine: jax.Array = None  # type: ignore[assignment]  # as in `StepInputs`
     if pairs:
-        cosine = jax.vmap(cosine_matrix)(products, norms > 0)[0].astype(dtype)
+        cosine = jax.vmap(geometry_of)(products, norms > 0).cosine.astype(dtype)
     return cosine, norms, finite
 
 

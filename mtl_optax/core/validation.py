@@ -237,7 +237,7 @@ def task_vector(
 def task_numbers(
     name: str,
     what: str,
-    value: Number | PerTask,
+    value: Number | PerTask | None,
     tasks: Tasks,
     low: float = -math.inf,
     high: float = math.inf,

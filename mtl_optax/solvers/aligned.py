@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.cosine import mask_inactive
+from mtl_optax.solvers.cosine import Geometry
 from mtl_optax.solvers.spectral import kept_eigenpairs, rotate
 
 
@@ -22,39 +22,28 @@ def _common_value(singular: jax.Array, kept: jax.Array, scale: str) -> jax.Array
     return jnp.sqrt(total / jnp.maximum(count, 1).astype(singular.dtype))
 
 
-def aligned_weights(
-    cosine: jax.Array,
-    norms: jax.Array,
-    active: jax.Array | None = None,
-    scale: str = "min",
-    preference: jax.Array | None = None,
-) -> jax.Array:
-    r"""Weights :math:`\sigma\, U \operatorname{diag}(1 / s) U^\top p` from the singular values s.
+def aligned_weights(geometry: Geometry, scale: str = "min") -> jax.Array:
+    r"""Weights :math:`\sigma\, U \operatorname{diag}(1 / s) U^\top 1` from the singular values s.
 
     Args:
-      cosine: `[T, T]`, cosines of the gradients.
-      norms: `[T]`, gradient norms.
-      active: bool `[T]`, the tasks that count; all by default.
+      geometry: the lengths and angles of the gradients.
       scale: sigma: "min", the smallest nonzero singular value; "median", the lower median of the nonzero
         ones; "rmse", their root mean square.
-      preference: `[T]`, p; ones by default.
 
     Returns:
       Weights `[T]` on the raw gradients, sum-like. Singular values below the square root of
       `mtl_optax.solvers.spectral.eigenvalue_tolerance` (relative to the largest) count as zero, so in
       float32 a gradient about a thousand times shorter than another one is dropped. A zero gradient has
-      weight 0. If all are zero, the weights are the preference.
+      weight 0. If all are zero, the weights are 1.
     """
-    cosine, norms, active = mask_inactive(cosine, norms, active)
-    if preference is None:
-        preference = jnp.ones_like(norms)
-    preference = jnp.where(active, preference, 0)
+    cosine, norms, active = geometry
+    ones = active.astype(norms.dtype)
     largest = jnp.max(norms)
     lengths = safe_divide(norms, largest)
     values, vectors, kept = kept_eigenpairs(cosine * lengths[:, None] * lengths[None, :])
     singular = jnp.sqrt(jnp.where(kept, values, 0))
     coefficients = safe_divide(1, singular, where=kept)
     common = _common_value(singular, kept, scale)
-    weights = common * rotate(vectors, coefficients, preference)
+    weights = common * rotate(vectors, coefficients, ones)
     weights = jnp.where(norms > 0, weights, 0)
-    return jnp.where(largest > 0, weights, preference)
+    return jnp.where(largest > 0, weights, ones)

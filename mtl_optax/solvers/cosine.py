@@ -1,6 +1,8 @@
-"""Cosines and norms from a Gram matrix: the input of every Gram-based solver."""
+"""The lengths and angles of gradients: the input of every solver on the Gram matrix."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,30 @@ import jax.numpy as jnp
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
-def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+class Geometry(NamedTuple):
+    """The lengths and angles of the task gradients: what solvers read of them.
+
+    Attributes:
+      cosine: `[T, T]`; the rows and columns of zero gradients and inactive tasks are 0.
+      norms: `[T]`; 0 for inactive tasks.
+      active: bool `[T]`, the tasks that count.
+    """
+
+    cosine: jax.Array
+    norms: jax.Array
+    active: jax.Array
+
+    @property
+    def nonzero(self) -> jax.Array:
+        """Bool `[T]`, the active tasks with a nonzero gradient."""
+        return self.norms > 0
+
+    def over_norms(self, reference: jax.typing.ArrayLike) -> jax.Array:
+        """`reference / norms`, and 0 for zero gradients."""
+        return safe_divide(reference, self.norms)
+
+
+def geometry_of(gram: jax.Array, active: jax.Array | None = None) -> Geometry:
     """Splits a Gram matrix into cosines and norms.
 
     If gradient norms differ by orders of magnitude, the entries of the Gram matrix differ by the square of
@@ -16,35 +41,19 @@ def cosine_matrix(gram: jax.Array, active: jax.Array | None = None) -> tuple[jax
 
     Args:
       gram: `[T, T]`, inner products of the task gradients.
-      active: bool `[T]`, the tasks that count; all by default.
+      active: bool `[T]`, the tasks that count; all by default. The others may have any entries.
 
     Returns:
-      `(cosine [T, T], norms [T])`. The diagonal of `cosine` is exactly 1 for nonzero gradients. A zero
-      gradient or an inactive task has norm 0 and a zero row and column.
+      The geometry. The diagonal of `cosine` is exactly 1 for nonzero gradients.
     """
     diagonal = jnp.diagonal(gram)
-    if active is not None:
-        diagonal = jnp.where(active, diagonal, 0)
-    nonzero = diagonal > 0
+    active = jnp.ones(diagonal.shape, bool) if active is None else active
+    nonzero = active & (diagonal > 0)
     norms = jnp.sqrt(jnp.where(nonzero, diagonal, 1))
     both = nonzero[:, None] & nonzero[None, :]
     cosine = jnp.where(both, gram, 0) / norms[:, None] / norms[None, :]
     cosine = jnp.where(jnp.eye(len(norms), dtype=bool), 1, jnp.clip(cosine, -1, 1))
-    return jnp.where(both, cosine, 0), jnp.where(nonzero, norms, 0)
-
-
-def mask_inactive(
-    cosine: jax.Array, norms: jax.Array, active: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sets the entries of inactive tasks to 0, NaN entries too.
-
-    Returns:
-      `(cosine, norms, active)`; `active` is a bool array `[T]` also if it was None.
-    """
-    if active is None:
-        return cosine, norms, jnp.ones(norms.shape, bool)
-    both = active[:, None] & active[None, :]
-    return jnp.where(both, cosine, 0), jnp.where(active, norms, 0), active
+    return Geometry(jnp.where(both, cosine, 0), jnp.where(nonzero, norms, 0), active)
 
 
 def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:

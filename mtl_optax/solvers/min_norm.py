@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.cosine import mask_inactive, uniform_weights
+from mtl_optax.solvers.cosine import Geometry, uniform_weights
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
 
 
-def min_norm_weights(
-    cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
-) -> jax.Array:
+def min_norm_weights(geometry: Geometry) -> jax.Array:
     r"""Weights of the min-norm point of the convex hull of the gradients.
 
     Minimises :math:`|\sum_i a_i g_i|^2` over the simplex, without the constraint on the sum: with
@@ -26,23 +24,19 @@ def min_norm_weights(
     combination is then not 0, but at most as long as this gradient.
 
     Args:
-      cosine: cosines C of the gradients, `[T, T]`.
-      norms: norms n, `[T]`.
-      active: tasks that count, bool `[T]`; all by default.
+      geometry: the cosines C and the norms n of the gradients.
 
     Returns:
       Weights of the raw gradients, `[T]`, nonnegative, sum 1. Zero gradients share all the weight equally,
       and the combination is then exactly 0.
     """
-    cosine, norms, active = mask_inactive(cosine, norms, active)
-    cosine = semidefinite(cosine)
-    zero = active & ~(norms > 0)
-    usable = active & (norms > 0)
-    smallest = jnp.min(jnp.where(usable, norms, jnp.inf))
-    ratio = safe_divide(smallest, norms, where=usable)
-    amounts = nonnegative_least_squares(cosine + ratio[:, None] * ratio[None, :], ratio, usable)
+    norms, usable = geometry.norms, geometry.nonzero
+    ratio = geometry.over_norms(jnp.min(norms, where=usable, initial=jnp.inf))
+    matrix = semidefinite(geometry.cosine) + ratio[:, None] * ratio[None, :]
+    amounts = nonnegative_least_squares(matrix, ratio, usable)
     # b / n could overflow; its multiple by n_min cannot, and the factor cancels in the normalisation.
     weights = amounts * ratio
     total = jnp.sum(weights)
     weights = safe_divide(weights, total, weights)
+    zero = geometry.active & ~usable
     return jnp.where(jnp.any(zero), uniform_weights(zero, norms.dtype), weights)

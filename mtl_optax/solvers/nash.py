@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_optax.solvers.arithmetic import count_active
-from mtl_optax.solvers.cosine import mask_inactive, product
+from mtl_optax.solvers.arithmetic import mean_active
+from mtl_optax.solvers.cosine import Geometry, product
 from mtl_optax.solvers.loops import varying_like
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nonnegative import (
@@ -32,10 +32,7 @@ class _Newton(NamedTuple):
 
 
 def fair_weights(
-    cosine: jax.Array,
-    norms: jax.Array,
-    active: jax.Array | None = None,
-    alpha: jax.typing.ArrayLike = 1.0,
+    geometry: Geometry, alpha: jax.typing.ArrayLike = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     r"""Positive root of :math:`K w = w^{-1/\alpha}`.
 
@@ -47,9 +44,7 @@ def fair_weights(
     search.
 
     Args:
-      cosine: cosines C of the gradients, `[T, T]`.
-      norms: norms n, `[T]`.
-      active: tasks that count, bool `[T]`; all by default.
+      geometry: the cosines C and the norms n of the gradients.
       alpha: fairness, positive; 1 is Nash bargaining.
 
     Returns:
@@ -57,14 +52,12 @@ def fair_weights(
       gradients (numerically: of the unit gradients, to about `4 sqrt(T eps)`). Then `solved` is False, and
       the weights are those of the min-norm point, whose combination is 0 there.
     """
-    cosine, norms, active = mask_inactive(cosine, norms, active)
-    cosine = semidefinite(cosine)
+    norms, usable = geometry.norms, geometry.nonzero
+    cosine = semidefinite(geometry.cosine)
     dtype, size = norms.dtype, norms.shape[0]
     inverse_alpha = 1 / jnp.asarray(alpha, dtype)
-    usable = active & (norms > 0)
-    number = count_active(usable, dtype)
     log_norms = jnp.log(jnp.where(usable, norms, 1))
-    centre = jnp.sum(log_norms) / number
+    centre = mean_active(log_norms, usable)
     log_c = jnp.where(usable, (inverse_alpha - 1) * (log_norms - centre), 0)
     eps = jnp.finfo(dtype).eps
     magnitude = jnp.abs(cosine)
@@ -93,7 +86,7 @@ def fair_weights(
     start = _Newton(
         log_amounts=log_c / (1 + inverse_alpha),
         step=jnp.asarray(0, jnp.int32),
-        stationary=jnp.any(active & ~usable) | ~jnp.any(usable),
+        stationary=jnp.any(geometry.active & ~usable) | ~jnp.any(usable),
         converged=jnp.asarray(False),
         close=jnp.asarray(False),
     )
@@ -104,15 +97,5 @@ def fair_weights(
     log_scale = centre * (inverse_alpha - 1) / (inverse_alpha + 1)
     roots = jnp.where(usable, jnp.exp(end.log_amounts + log_scale - log_norms), 0)
     solved = ~end.stationary & end.close & jnp.all(jnp.isfinite(roots))
-    weights = lax.cond(solved, lambda: roots, lambda: min_norm_weights(cosine, norms, active))
+    weights = lax.cond(solved, lambda: roots, lambda: min_norm_weights(geometry))
     return weights, solved
-
-
-def nash_bargaining_weights(
-    cosine: jax.Array, norms: jax.Array, active: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    r"""Positive root of :math:`K a = 1 / a`: `fair_weights` with `alpha=1`.
-
-    The norm of the combination is always `sqrt(T)`.
-    """
-    return fair_weights(cosine, norms, active, alpha=1.0)

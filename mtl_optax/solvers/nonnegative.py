@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,6 @@ from mtl_optax.solvers.cosine import product
 from mtl_optax.solvers.loops import varying_like
 
 REFINEMENTS = 2  # steps of iterative refinement after a solve
-
-
-class _Pivoting(NamedTuple):
-    passive: jax.Array  # bool [T]: variables that may be positive
-    solution: jax.Array  # [T]
-    inverse: jax.Array  # [T, T], inverse factor of the last passive set
-    fewest: jax.Array  # smallest number of violated conditions so far
-    patience: jax.Array  # full exchanges still allowed without progress
-    step: jax.Array
-    done: jax.Array
 
 
 def ridge(size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -83,92 +73,140 @@ def factored_solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.sum(inverse * half[:, None], axis=0)
 
 
-def exchange(
-    passive: jax.Array, violated: jax.Array, fewest: jax.Array, patience: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One exchange of block principal pivoting.
+def refined_solve(
+    matrix: jax.Array,
+    inverse: jax.Array,
+    right: jax.Array,
+    passive: jax.Array,
+    shift: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Solves `(matrix + shift) x = right` on the passive rows, with iterative refinement; x is 0 elsewhere.
+
+    With a `shift` of 0, refinement removes the effect of the ridge in the inverse factor, except in the
+    null space of the matrix.
+    """
+    solution = jnp.zeros_like(right)
+    for _ in range(1 + REFINEMENTS):
+        rest = right - product(matrix, solution) - shift * solution
+        solution = solution + factored_solve(inverse, jnp.where(passive, rest, 0))
+    return solution
+
+
+class _Pivoting(NamedTuple):
+    passive: jax.Array  # bool [T]: variables that may be positive
+    solution: jax.Array  # [T], on the passive set of the last step
+    fewest: jax.Array  # smallest number of violated conditions so far
+    patience: jax.Array  # full exchanges still allowed without progress
+    step: jax.Array
+    done: jax.Array
+
+
+def _pivot(unit: jax.Array, target: jax.Array, usable: jax.Array) -> _Pivoting:
+    """Block principal pivoting: exchanges every variable whose sign condition is violated.
 
     All violated variables change sides as long as their number decreases. After three exchanges without
     progress only the last violated variable does (Murty's rule, which cannot cycle).
-
-    Returns:
-      The new `(passive, fewest, patience)`.
     """
-    count = jnp.sum(violated, dtype=jnp.int32)
-    progress = count < fewest
-    whole_block = progress | (patience > 0)
-    index = jnp.arange(passive.shape[0], dtype=jnp.int32)
-    last = jnp.max(jnp.where(violated, index, -1))
-    moved = jnp.where(whole_block, violated, index == last)
-    patience = jnp.where(progress, 3, jnp.maximum(patience - 1, 0))
-    return passive ^ moved, jnp.minimum(count, fewest), patience
+    size = target.shape[0]
+    index = jnp.arange(size, dtype=jnp.int32)
+    tolerance = 8 * jnp.finfo(target.dtype).eps
+
+    def step(state: _Pivoting) -> _Pivoting:
+        inverse = masked_inverse_factor(unit, state.passive)
+        solution = factored_solve(inverse, jnp.where(state.passive, target, 0))
+        slope = product(unit, solution) - target
+        amount = jnp.max(jnp.abs(solution))
+        too_small = state.passive & (solution < -tolerance * amount)
+        downhill = usable & ~state.passive & (slope < -tolerance * (1 + amount))
+        violated = too_small | downhill
+        count = jnp.sum(violated, dtype=jnp.int32)
+        progress = count < state.fewest
+        last = index == jnp.max(jnp.where(violated, index, -1))
+        moved = jnp.where(progress | (state.patience > 0), violated, last)
+        return _Pivoting(
+            passive=state.passive ^ moved,
+            solution=solution,
+            fewest=jnp.minimum(count, state.fewest),
+            patience=jnp.where(progress, 3, jnp.maximum(state.patience - 1, 0)),
+            step=state.step + 1,
+            done=count == 0,
+        )
+
+    start = _Pivoting(
+        passive=target > 0,
+        solution=jnp.zeros_like(target),
+        fewest=jnp.asarray(size + 1, jnp.int32),
+        patience=jnp.asarray(3, jnp.int32),
+        step=jnp.asarray(0, jnp.int32),
+        done=jnp.asarray(False),
+    )
+    limit = 20 + size // 2
+    return lax.while_loop(
+        lambda state: ~state.done & (state.step < limit), step, varying_like(unit, start)
+    )
 
 
 class _Descent(NamedTuple):
     passive: jax.Array  # bool [T]
-    solution: jax.Array  # [T], always feasible
-    last: jax.Array  # bool [T], the passive set of the last step
-    inverse: jax.Array  # [T, T], the inverse factor of that set
+    point: jax.Array  # [T], nonnegative
     step: jax.Array
     done: jax.Array
 
 
 def _descend(
-    unit: jax.Array, target: jax.Array, usable: jax.Array, skip: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    unit: jax.Array,
+    target: jax.Array,
+    start: tuple[jax.Array, jax.Array],
+    candidates: jax.Array,
+    shift: jax.typing.ArrayLike,
+    skip: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Active-set method of Lawson and Hanson: one variable at a time, with a decreasing objective.
 
-    It is slower than block pivoting, but it also converges if that cycles, as for many gradients in few
-    dimensions. Rounding then decides signs, so each solution is refined first. It does nothing if `skip`
-    is True.
+    It moves to the solution on the passive set. If variables become negative on the way, it stops where
+    the first one is 0 and removes that variable: setting it to 0 at the end would leave the others wrong.
+
+    Args:
+      unit: `[T, T]` with a unit diagonal.
+      target: `[T]`.
+      start: the first passive set, and a nonnegative point on it.
+      candidates: the variables that may enter the passive set.
+      shift: see `refined_solve`.
+      skip: whether to return the start.
 
     Returns:
-      The passive set, its inverse factor, and a feasible point on the set.
+      The last passive set, and the point.
     """
     size, dtype = target.shape[0], target.dtype
-    tolerance = 8 * jnp.finfo(dtype).eps
     index = jnp.arange(size, dtype=jnp.int32)
 
     def step(state: _Descent) -> _Descent:
         inverse = masked_inverse_factor(unit, state.passive)
-        goal = jnp.zeros_like(target)
-        for _ in range(1 + REFINEMENTS):
-            left = target - product(unit, goal) - ridge(size, dtype) * goal
-            goal = goal + factored_solve(inverse, jnp.where(state.passive, left, 0))
+        goal = refined_solve(unit, inverse, target, state.passive, shift)
         blocked = state.passive & (goal <= 0)
         # The share of the step to `goal` after which each blocked variable is 0.
         shares = safe_divide(
-            state.solution,
-            state.solution - goal,
+            state.point,
+            state.point - goal,
             jnp.where(blocked, 0, jnp.inf),
-            where=blocked & (state.solution > goal),
+            where=blocked & (state.point > goal),
         )
         share = jnp.minimum(jnp.min(shares), 1)
-        solution = jnp.maximum(state.solution + share * (goal - state.solution), 0)
         kept = state.passive & ~(blocked & (shares <= share))
-        solution = jnp.where(kept, solution, 0)
+        point = jnp.maximum(state.point + share * (goal - state.point), 0)
+        point = jnp.where(kept, point, 0)
 
         # Only at the optimum of the passive set may another variable enter: the steepest one.
-        slope = jnp.where(usable & ~kept, product(unit, solution) - target, jnp.inf)
+        slope = jnp.where(candidates & ~kept, product(unit, point) - target, jnp.inf)
         steepest = jnp.argmin(slope).astype(jnp.int32)
         settled = ~jnp.any(blocked)
-        optimal = slope[steepest] >= -tolerance * (1 + jnp.max(solution))
+        optimal = slope[steepest] >= -8 * jnp.finfo(dtype).eps * (1 + jnp.max(point))
         enters = settled & ~optimal & (index == steepest)
-        return _Descent(
-            kept | enters, solution, state.passive, inverse, state.step + 1, settled & optimal
-        )
+        return _Descent(kept | enters, point, state.step + 1, settled & optimal)
 
-    start = _Descent(
-        passive=jnp.zeros_like(usable),
-        solution=jnp.zeros_like(target),
-        last=jnp.zeros_like(usable),
-        inverse=jnp.eye(size, dtype=dtype),
-        step=jnp.asarray(0, jnp.int32),
-        done=skip,
-    )
-    start = varying_like(unit, start)
-    end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, start)
-    return end.last, end.inverse, end.solution
+    first = varying_like(unit, _Descent(*start, jnp.asarray(0, jnp.int32), skip))
+    end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, first)
+    return end.passive, end.point
 
 
 def nonnegative_least_squares(
@@ -176,10 +214,10 @@ def nonnegative_least_squares(
 ) -> jax.Array:
     r"""Minimises :math:`\tfrac12 z^\top M z - q^\top z` over :math:`z \ge 0`.
 
-    Block principal pivoting (Judice and Pires 1994; Kim and Park 2011): solves for the variables assumed
-    positive (the passive set) and exchanges every variable whose sign condition is violated. This takes a
-    few Cholesky factorisations; an exchange of single variables would take one per variable. If it does
-    not converge, the method of Lawson and Hanson (1974) is used.
+    Block principal pivoting (Judice and Pires 1994; Kim and Park 2011) finds the positive variables (the
+    passive set) by a few Cholesky factorisations; an exchange of single variables would take one per
+    variable. It may cycle for many gradients in few dimensions. The method of Lawson and Hanson (1974),
+    which always converges, then replaces it.
 
     Args:
       matrix: M, positive semidefinite `[T, T]`; it may be singular.
@@ -199,85 +237,14 @@ def nonnegative_least_squares(
     target = jnp.where(usable, linear, 0) * scale
     largest = jnp.max(jnp.abs(target))
     target = safe_divide(target, largest)
-    tolerance = 8 * jnp.finfo(dtype).eps
 
-    def step(state: _Pivoting) -> _Pivoting:
-        inverse = masked_inverse_factor(unit, state.passive)
-        solution = factored_solve(inverse, jnp.where(state.passive, target, 0))
-        slope = product(unit, solution) - target
-        amount = jnp.max(jnp.abs(solution))
-        too_small = state.passive & (solution < -tolerance * amount)
-        downhill = usable & ~state.passive & (slope < -tolerance * (1 + amount))
-        violated = too_small | downhill
-        passive, fewest, patience = exchange(state.passive, violated, state.fewest, state.patience)
-        return _Pivoting(
-            passive, solution, inverse, fewest, patience, state.step + 1, ~jnp.any(violated)
-        )
-
-    start = _Pivoting(
-        passive=target > 0,
-        solution=jnp.zeros_like(target),
-        inverse=jnp.eye(size, dtype=dtype),
-        fewest=jnp.asarray(size + 1, jnp.int32),
-        patience=jnp.asarray(3, jnp.int32),
-        step=jnp.asarray(0, jnp.int32),
-        done=jnp.asarray(False),
+    pivoted = _pivot(unit, target, usable)
+    passive = pivoted.done & pivoted.passive
+    found = passive, jnp.where(passive, jnp.maximum(pivoted.solution, 0), 0)
+    # The ridge makes every solution unique; without it rounding could let variables enter for ever.
+    found = _descend(unit, target, found, usable, ridge(size, dtype), pivoted.done)
+    # Without the ridge, refinement is unconstrained in the null space, and variables may become negative.
+    _, point = _descend(
+        unit, target, found, jnp.zeros_like(usable), 0, jnp.zeros_like(pivoted.done)
     )
-    limit = 20 + size // 2
-    start = varying_like(unit, start)
-    end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
-
-    slow_passive, slow_inverse, slow_solution = _descend(unit, target, usable, end.done)
-    passive = jnp.where(end.done, end.passive, slow_passive)
-    inverse = jnp.where(end.done, end.inverse, slow_inverse)
-    point = jnp.where(end.done, jnp.maximum(end.solution, 0), slow_solution)
-    solution = _refine(unit, target, tolerance, passive, inverse, point)
-    return jnp.maximum(solution, 0) * scale * largest
-
-
-class _Refining(NamedTuple):
-    passive: jax.Array  # bool [T]
-    point: jax.Array  # [T], nonnegative, with an objective never above that of the first point
-    solution: jax.Array  # [T], refined
-    blocked: jax.Array  # bool [T]: variables that became negative by refinement
-    step: jax.Array
-
-
-def _refine(
-    unit: jax.Array,
-    target: jax.Array,
-    tolerance: Any,
-    passive: jax.Array,
-    inverse: jax.Array,
-    point: jax.Array,
-) -> jax.Array:
-    """The solution on a passive set without the effect of the ridge.
-
-    In the null space of the matrix, refinement is unconstrained and may make variables negative. The
-    first variable to reach 0 is then not needed: it is removed and the others are solved again, as in the
-    method of Lawson and Hanson. Setting it to 0 would leave the others wrong.
-    """
-    index = jnp.arange(target.shape[0], dtype=jnp.int32)
-
-    def solve(
-        passive: jax.Array, inverse: jax.Array, point: jax.Array, step: jax.Array
-    ) -> _Refining:
-        solution = factored_solve(inverse, jnp.where(passive, target, 0))
-        for _ in range(REFINEMENTS):
-            rest = jnp.where(passive, target - product(unit, solution), 0)
-            solution = solution + factored_solve(inverse, rest)
-        blocked = passive & (solution < -tolerance * jnp.max(jnp.abs(solution)))
-        return _Refining(passive, jnp.where(passive, point, 0), solution, blocked, step)
-
-    def without_first(state: _Refining) -> _Refining:
-        decrease = state.point - state.solution
-        shares = safe_divide(state.point, decrease, jnp.inf, where=state.blocked)
-        point = jnp.maximum(state.point - jnp.min(shares) * decrease, 0)
-        passive = state.passive & (index != jnp.argmin(shares).astype(jnp.int32))
-        return solve(passive, masked_inverse_factor(unit, passive), point, state.step + 1)
-
-    start = varying_like(unit, solve(passive, inverse, point, jnp.asarray(0, jnp.int32)))
-    limit = target.shape[0]
-    return lax.while_loop(
-        lambda state: jnp.any(state.blocked) & (state.step < limit), without_first, start
-    ).solution
+    return point * scale * largest

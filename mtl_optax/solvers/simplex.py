@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
+from mtl_optax.solvers.cosine import uniform_weights
 
 
 def project_onto_simplex(point: jax.Array, active: jax.Array | None = None) -> jax.Array:
@@ -35,7 +36,7 @@ def project_onto_simplex(point: jax.Array, active: jax.Array | None = None) -> j
     counts = jnp.sum(not_below, axis=1)
     support = active & (1 + counts * shifted > sums)
     size = count_active(support, point.dtype)
-    threshold = (jnp.sum(jnp.where(support, shifted, 0)) - 1) / size
+    threshold = (jnp.sum(shifted, where=support) - 1) / size
     return jnp.where(support, jnp.maximum(shifted - threshold, 0), 0)
 
 
@@ -44,10 +45,8 @@ def renormalize(weights: jax.Array, active: jax.Array) -> jax.Array:
 
     The starting point of a method that stores simplex weights, in a step with absent tasks.
     """
-    number = count_active(active, weights.dtype)
     kept = jnp.where(active, weights, 0)
-    total = jnp.sum(kept)
-    return safe_divide(kept, total, active.astype(weights.dtype) / number)
+    return safe_divide(kept, jnp.sum(kept), uniform_weights(active, weights.dtype))
 
 
 def keep_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:
@@ -64,5 +63,5 @@ def keep_shares(new: jax.Array, old: jax.Array, active: jax.Array) -> jax.Array:
     Returns:
       `[T]`, sum 1; exactly `new` if all tasks are active.
     """
-    share = jnp.sum(jnp.where(active, old, 0))
+    share = jnp.sum(old, where=active)
     return jnp.where(active, new * jnp.where(jnp.all(active), 1, share), old)

@@ -13,19 +13,19 @@ from sampling import sampled
 from mtl_optax.solvers import nash
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
-from mtl_optax.solvers.cosine import cosine_matrix
+from mtl_optax.solvers.cosine import Geometry, geometry_of
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 from mtl_optax.solvers.equal_projection import config_weights, equal_projection_weights
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.linear_program import maximize_on_simplex
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nash import fair_weights, nash_bargaining_weights
+from mtl_optax.solvers.nash import fair_weights
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
-def nash_only(cosine, norms, active=None):
-    return nash_bargaining_weights(cosine, norms, active)[0]
+def nash_only(geometry):
+    return fair_weights(geometry)[0]
 
 
 SOLVERS = {
@@ -41,7 +41,7 @@ SOLVERS = {
 
 
 def solver(name):
-    return lambda gram, active: SOLVERS[name](*cosine_matrix(gram, active), active)
+    return lambda gram, active: SOLVERS[name](geometry_of(gram, active))
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def test_fair_weights_reference(alpha):
         if float(key) == alpha
     ]
     weights, solved = solve_all(
-        lambda gram, active: fair_weights(*cosine_matrix(gram, active), active, alpha=alpha),
+        lambda gram, active: fair_weights(geometry_of(gram, active), alpha),
         [gradients for _, gradients, _ in cases],
         np.float64,
     )
@@ -139,10 +139,10 @@ def test_fair_weights_reference(alpha):
 def test_fair_weights_far_from_the_solution_are_not_called_solved(limit, monkeypatch):
     monkeypatch.setattr(nash, "LIMIT", limit)
     rows = jnp.array([[1.0, 0.0, 0.0], [-0.9, 1.0, 0.0], [-0.9, -0.9, 1.0]])
-    cosine, norms = cosine_matrix(rows @ rows.T)
-    weights, solved = jax.jit(lambda *inputs: fair_weights(*inputs))(cosine, norms)
+    geometry = geometry_of(rows @ rows.T)
+    weights, solved = jax.jit(lambda geometry: fair_weights(geometry))(geometry)
     assert not bool(solved)
-    np.testing.assert_allclose(weights, jax.jit(min_norm_weights)(cosine, norms), rtol=1e-5)
+    np.testing.assert_allclose(weights, jax.jit(min_norm_weights)(geometry), rtol=1e-5)
 
 
 def test_shares_among_those_who_are_there():
@@ -254,7 +254,7 @@ def test_documented_degenerate_answers():
     np.testing.assert_array_equal(solve("mgda", one_zero, np.float32), [0, 1, 0])
     for name in ("mgda", "nash_mtl", "upgrad", "dualproj"):
         np.testing.assert_allclose(solve(name, hull, np.float32) @ hull, 0, atol=1e-4)
-    assert not nash_bargaining_weights(*cosine_matrix(jnp.asarray(hull @ hull.T, "float32")))[1]
+    assert not fair_weights(geometry_of(jnp.asarray(hull @ hull.T, "float32")))[1]
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-4, 0.005, 0.008, 0.1])
@@ -304,7 +304,7 @@ def test_min_norm_point_of_more_gradients_than_dimensions(num_tasks, size):
     norms = rng.uniform(0.2, 1, size=(3000, num_tasks))
 
     def solve(unit, norms):
-        return min_norm_weights(cosine_matrix(unit @ unit.T)[0], norms)
+        return min_norm_weights(geometry_of(unit @ unit.T)._replace(norms=norms))
 
     weights = np.asarray(jax.jit(jax.vmap(solve))(unit, norms))
     point = np.einsum("bt,btn->bn", weights * norms, unit)
@@ -327,7 +327,7 @@ def test_cosines_that_rounding_has_made_indefinite(name, noise):
     norms = rng.uniform(0.2, 1, size=(20, 8))
     solver = jax.jit(SOLVERS[name])
     for c, n, u in zip(cosine.astype("float32"), norms.astype("float32"), unit, strict=True):
-        weights = np.asarray(solver(c, n), np.float64)
+        weights = np.asarray(solver(Geometry(c, n, n > 0)), np.float64)
         assert np.isfinite(weights).all()
         if name == "mgda":
             point = (weights * n) @ u

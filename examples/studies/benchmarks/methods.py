@@ -13,11 +13,11 @@ from examples.studies.benchmarks.report import Row
 from examples.studies.harness.timing import interleaved, several
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
-from mtl_optax.solvers.cosine import cosine_matrix
+from mtl_optax.solvers.cosine import geometry_of
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nash import nash_bargaining_weights
+from mtl_optax.solvers.nash import fair_weights
 
 SHAPES = ((2, 10_000), (4, 10_000), (8, 10_000), (8, 1_000_000), (16, 1_000_000))
 SOLVERS = {
@@ -25,7 +25,7 @@ SOLVERS = {
     "projection of the sum (dualproj)": dualproj_weights,
     "projection of each (upgrad)": upgrad_weights,
     "conflict-averse (cagrad)": conflict_averse_weights,
-    "bargaining (nash_mtl)": nash_bargaining_weights,
+    "bargaining (nash_mtl)": fair_weights,
     "aligned (aligned_mtl)": aligned_weights,
     "equal projections (imtl_g)": equal_projection_weights,
 }
@@ -75,10 +75,10 @@ def solvers(quick: bool) -> Iterator[Row]:
     """Solvers alone, from cosines and norms to weights, microseconds."""
     num_tasks = 2 if quick else 8
     g = gradients(num_tasks, 20)
-    cosine, norms = cosine_matrix(g @ g.T)
+    geometry = geometry_of(g @ g.T)
     for name, solve in dict(list(SOLVERS.items())[:1] if quick else SOLVERS).items():
-        compiled = jax.jit(solve).lower(cosine, norms).compile()
-        call = several(lambda compiled=compiled: compiled(cosine, norms), 1 if quick else 50)
+        compiled = jax.jit(solve).lower(geometry).compile()
+        call = several(lambda compiled=compiled: compiled(geometry), 1 if quick else 50)
         seconds = interleaved({name: call}, 1 if quick else 15)[name]
         microseconds = 1e6 * statistics.median(seconds) / (1 if quick else 50)
         yield Row("solver alone", f"{name}, T={num_tasks}", microseconds, "us", 100.0)

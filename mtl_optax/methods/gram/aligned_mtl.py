@@ -77,8 +77,7 @@ def aligned_mtl(
     axis = read_tasks("aligned_mtl", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        weights = aligned_weights(inputs.cosine, inputs.norms, inputs.active, scale)
-        return weights, state
+        return aligned_weights(inputs.geometry, scale), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule("aligned_mtl", axis, rule, **options)

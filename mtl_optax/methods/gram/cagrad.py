@@ -80,9 +80,8 @@ def cagrad(
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         radius = jnp.asarray(c, inputs.norms.dtype)
-        weights = conflict_averse_weights(inputs.cosine, inputs.norms, inputs.active, radius)
         divisor = (1, 1 + radius * radius, 1 + radius)[rescale]
-        return weights / divisor, state
+        return conflict_averse_weights(inputs.geometry, radius) / divisor, state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule("cagrad", axis, rule, **options)

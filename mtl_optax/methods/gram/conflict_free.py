@@ -61,7 +61,7 @@ def conflict_free(tasks: int | Collection[str], **options: Unpack[MethodOptions]
     axis = read_tasks("conflict_free", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        return config_weights(inputs.cosine, inputs.norms, inputs.active), state
+        return config_weights(inputs.geometry), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule("conflict_free", axis, rule, **options)

@@ -75,8 +75,8 @@ def imtl(
         # A common factor of the scales cancels in a. Dividing by the largest prevents overflow.
         present = jnp.where(inputs.active, scale, 0)
         relative = safe_divide(present, jnp.max(present))
-        weights = equal_projection_weights(inputs.cosine, inputs.norms * relative, inputs.active)
-        return weights * scale, state
+        geometry = inputs.geometry._replace(norms=inputs.norms * relative)
+        return equal_projection_weights(geometry) * scale, state
 
     rule = WeightRule(frozenset({"losses", "gram"}), weigh, scales.init)
     return from_rule("imtl", axis, rule, **options)

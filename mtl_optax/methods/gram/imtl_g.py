@@ -62,8 +62,7 @@ def imtl_g(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Me
     axis = read_tasks("imtl_g", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        weights = equal_projection_weights(inputs.cosine, inputs.norms, inputs.active)
-        return weights, state
+        return equal_projection_weights(inputs.geometry), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule("imtl_g", axis, rule, **options)

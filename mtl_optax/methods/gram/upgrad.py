@@ -15,7 +15,6 @@ from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
-from mtl_optax.solvers.preference import active_preference
 
 
 @factory
@@ -131,8 +130,7 @@ def _dual_cone(
     preference = task_numbers(name, "preference", preference, axis, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        goal = active_preference(preference, inputs.active, inputs.dtype)
-        return solve(inputs.cosine, inputs.norms, inputs.active, goal), state
+        return solve(inputs.geometry, preference), state
 
     rule = WeightRule(frozenset({"gram"}), weigh)
     return from_rule(name, axis, rule, **options)
