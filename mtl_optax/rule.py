@@ -1,9 +1,18 @@
-"""Rules, and `from_rule`, which makes an optax transformation from a rule.
+"""What a method is made of, those of the library and your own: `from_rule` and the types of rules.
 
-"A method of your own" in docs/recipes/own_method.md shows how to write one.
+"A method of your own" in the documentation has an example.
 """
 
+from mtl_optax.core.method import Method, MethodOptions
 from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.rule import GradientAverage, StepInputs, UpdateRule, WeightRule
 
-__all__ = ["GradientAverage", "StepInputs", "UpdateRule", "WeightRule", "from_rule"]
+__all__ = [
+    "GradientAverage",
+    "Method",
+    "MethodOptions",
+    "StepInputs",
+    "UpdateRule",
+    "WeightRule",
+    "from_rule",
+]

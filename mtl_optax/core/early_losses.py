@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.rule import StepInputs
+from mtl_optax.solvers.arithmetic import move_mean
 
 
 def early_means(
@@ -25,6 +26,5 @@ def early_means(
     """
     measured = seen - skipped
     counts = inputs.active & (measured < window)
-    number = jnp.maximum(measured + 1, 1).astype(mean.dtype)
-    moved = mean + (inputs.losses - mean) / number
-    return jnp.where(counts & (measured >= 0), moved, mean), seen + counts.astype(jnp.int32)
+    moved = move_mean(mean, inputs.losses, measured + 1, counts & (measured >= 0))
+    return moved, seen + counts.astype(jnp.int32)

@@ -36,6 +36,12 @@ def safe_divide(
     return jnp.where(usable, numerator / jnp.where(usable, denominator, 1), otherwise)
 
 
+def clip_finite(x: jax.Array) -> jax.Array:
+    """The nearest finite numbers."""
+    largest = float(jnp.finfo(x.dtype).max)
+    return jnp.clip(x, -largest, largest)
+
+
 def count_active(active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Counts the active tasks; the result is at least 1, so that a mean can be divided by it.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+State = TypeVar("State")
 
-def varying_like(x: jax.Array, start: Any) -> Any:
+
+def varying_like(x: jax.Array, start: State) -> State:
     """`start` with the varying type of `x`: the initial state of a loop whose states depend on `x`.
 
     Inside `shard_map` the type of a value contains the mapped axes over which it varies, and the type of

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +9,9 @@ from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import uniform_weights
 
 
-def active_preference(preference: Any, active: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def active_preference(
+    preference: jax.typing.ArrayLike | None, active: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """The preference `[T]` with 0 for inactive tasks; None is one over the number of active tasks."""
     if preference is None:
         return uniform_weights(active, dtype)

@@ -10,11 +10,9 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Transformation, factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.types import AxisName, DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.wrappers.per_task import init_each, update_each
 
 

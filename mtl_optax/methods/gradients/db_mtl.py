@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,7 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import AnyNumber, Decay, Flag, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, mean_active, safe_divide
 
 # Part of the method's definition: added to the losses and to the norms.
@@ -95,7 +92,6 @@ def db_mtl(
       He et al., MultiBalance: Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task
       Recommendation System, 2024, https://arxiv.org/abs/2411.11871
     """
-    axis = read_tasks("db_mtl", tasks)
 
     def average(
         inputs: StepInputs, averages: optax.OptState
@@ -122,11 +118,11 @@ def db_mtl(
     needs = frozenset({"losses", "norms"} if log_losses else {"norms"})
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
     return from_rule(
-        "db_mtl", axis, WeightRule(needs, weigh, average=moving_average, bound=bound), **options
+        "db_mtl", tasks, WeightRule(needs, weigh, average=moving_average, bound=bound), **options
     )
 
 
-def _divide(updates: optax.Updates, divisors: jax.Array) -> Any:
+def _divide(updates: optax.Updates, divisors: jax.Array) -> optax.Updates:
     """Divides each task's gradient by its entry of `divisors`, in the dtype of `divisors`."""
     size = sum(leaf[0].size for leaf in jax.tree.leaves(updates))
     # A loss near 0 must not cause an average whose squared norm overflows, on up to 2**16 devices.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,10 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Nonnegative, NonnegativeInt, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import move_mean, safe_divide
+from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.arithmetic import clip_finite, move_mean, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights, keep_log_shares, log_softmax
 
 
@@ -110,7 +108,9 @@ def excess_mtl(
             seen=jnp.zeros((axis.number,), jnp.int32),
         )
 
-    def scale_by_hessian(inputs: StepInputs, squares: Any) -> tuple[optax.Updates, optax.OptState]:
+    def scale_by_hessian(
+        inputs: StepInputs, squares: optax.Updates
+    ) -> tuple[optax.Updates, optax.Updates]:
         """Returns `g / sqrt(H)`, whose squared norm is e, and the new sums of squares."""
         squares = jax.tree.map(_add_square, squares, inputs.updates)
 
@@ -142,4 +142,4 @@ def excess_mtl(
 def _add_square(total: jax.Array, gradient: jax.Array) -> jax.Array:
     """Adds the squared gradient, up to the largest number of the dtype."""
     wide = gradient.astype(total.dtype)
-    return jnp.minimum(total + wide * wide, float(jnp.finfo(total.dtype).max))
+    return clip_finite(total + wide * wide)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ import optax
 
 from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Seed, factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
 from mtl_optax.core.types import AxisName, Number
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 
 
@@ -120,7 +117,10 @@ def _l1_norms(leaves: list[jax.Array], inputs: StepInputs) -> jax.Array:
 
 
 def _noise_leaves(
-    noise: Any, leaves: list[jax.Array], treedef: Any, key: jax.Array
+    noise: optax.Params | None,
+    leaves: list[jax.Array],
+    treedef: object,
+    key: jax.Array,
 ) -> list[jax.Array]:
     """Returns one array of uniform numbers per leaf: `noise`, or random numbers in at least float32."""
     if noise is None:

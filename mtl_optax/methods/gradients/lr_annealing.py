@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Decay, factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.types import AxisName, DType
 from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
 
@@ -39,7 +37,7 @@ def lr_annealing(
     ema_decay: Decay = 0.9,
     axis_name: AxisName = None,
 ) -> Method:
-    r"""Raises the weights of boundary losses until their gradients match the equation's largest entry.
+    r"""Weighs boundary losses so that the mean entry of their gradients is the equation's largest entry.
 
     In a physics-informed network, the gradient of the equation's loss, the ``target``, is often so much
     larger than the gradients of the boundary and initial conditions that the conditions are not fitted.
@@ -99,7 +97,7 @@ def lr_annealing(
 
     def apply(
         inputs: StepInputs, state: LRAnnealingState
-    ) -> tuple[Any, jax.Array, LRAnnealingState]:
+    ) -> tuple[optax.Updates, jax.Array, LRAnnealingState]:
         largest, mean = _absolute_statistics(inputs, index, axis_name)
         known = inputs.active & (mean > 0) & (largest > 0) & (jnp.arange(axis.number) != index)
         fresh = clip_weights(safe_divide(largest, mean, 1))
@@ -116,11 +114,8 @@ def _absolute_statistics(
     inputs: StepInputs, target: int, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the largest absolute entry of the target's gradient, and the mean ones of all `[T]`."""
-    largest, total, size = (
-        jnp.zeros((), inputs.dtype),
-        jnp.zeros(inputs.active.shape, inputs.dtype),
-        0,
-    )
+    largest, total = jnp.zeros((), inputs.dtype), jnp.zeros(inputs.active.shape, inputs.dtype)
+    size = 0
     for leaf in jax.tree.leaves(inputs.updates):
         absolute = jnp.abs(leaf.astype(inputs.dtype))
         count = leaf[0].size

@@ -11,11 +11,9 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import AnyNumber, Decay, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.cosine import gram_product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 

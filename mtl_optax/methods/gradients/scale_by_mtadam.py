@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,12 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Decay, Nonnegative, factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
-from mtl_optax.core.types import AxisName, DType, PerTask
+from mtl_optax.core.types import AxisName, DType, Number, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
-from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
+from mtl_optax.solvers.arithmetic import clip_finite, move_average, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -33,16 +31,9 @@ class MTAdamState(NamedTuple):
     """
 
     task_counts: jax.Array
-    norm_ema: Any
-    mu: Any
-    nu: Any
-
-
-class _Decays(NamedTuple):
-    b1: jax.Array
-    b2: jax.Array
-    b3: jax.Array
-    eps: jax.Array
+    norm_ema: optax.Updates
+    mu: optax.Updates
+    nu: optax.Updates
 
 
 @factory
@@ -128,61 +119,58 @@ def scale_by_mtadam(
             nu=task_tree.per_task_zeros(params, num_tasks, dtype),
         )
 
-    def apply(inputs: StepInputs, state: MTAdamState) -> tuple[Any, jax.Array, MTAdamState]:
+    def apply(
+        inputs: StepInputs, state: MTAdamState
+    ) -> tuple[optax.Updates, jax.Array, MTAdamState]:
         active, dtype = inputs.active, inputs.dtype
-        decays = _Decays(*(jnp.asarray(x, dtype) for x in (b1, b2, b3, eps)))
+        structure = jax.tree.structure(inputs.updates)
         rank = jnp.ones((axis.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
-        counts = next_count(state.task_counts, active)
-        norm_ema = _norm_averages(inputs, state, decays.b3, axis_name)
-        largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
         longest = largest_weight(dtype) / 2  # whose square is finite
-        leaves, treedef = jax.tree.flatten(inputs.updates)
-        steps, mus, nus, weights = [], [], [], jnp.zeros((axis.number,), dtype)
-        for leaf, ema, mu, nu in zip(
-            leaves, norm_ema, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True
-        ):
+        counts = next_count(state.task_counts, active)
+        corrections = [
+            1 - jnp.asarray(decay, dtype) ** jnp.maximum(counts, 1).astype(dtype)
+            for decay in (b1, b2)
+        ]
+
+        def one(
+            leaf: jax.Array, ema: jax.Array, mu: jax.Array, nu: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            """Returns the step, the moments and the factors of the gradients of one tensor."""
+            present, first, second = (along_tasks(x, leaf.ndim) for x in (active, *corrections))
             target = rank * ema[jnp.argmax(ema > 0)]
             wide = leaf.astype(dtype)
             # The division is first, because the ratio of the two averages may overflow.
             unit = safe_divide(wide, along_tasks(ema, leaf.ndim), wide)
             # A gradient that counts as zero can still be large relative to an average that has decayed.
             scaled = jnp.clip(unit * along_tasks(target, leaf.ndim), -longest, longest)
-            present = along_tasks(active, leaf.ndim)
-            mus.append(move_average(mu, scaled, b1, present))
-            nus.append(move_average(nu, scaled**2, b2, present))
-            steps.append(_adam_direction(mus[-1], nus[-1], counts, active, decays))
-            factor = jnp.minimum(safe_divide(target, ema, target), largest)
-            weights = weights + factor / len(leaves)
-        unflatten = treedef.unflatten
-        new = MTAdamState(counts, unflatten(norm_ema), unflatten(mus), unflatten(nus))
-        return unflatten(steps), weights, new
+            mu = move_average(mu, scaled, b1, present)
+            nu = move_average(nu, scaled**2, b2, present)
+            total = jnp.sum(mu / first, axis=0, where=present)
+            roots = jnp.sqrt(nu / second) + jnp.asarray(eps, dtype)
+            step = safe_divide(total, jnp.max(roots, axis=0, where=present, initial=0))
+            factor = clip_finite(safe_divide(target, ema, target))
+            return step, mu, nu, factor / structure.num_leaves
+
+        norm_ema = _norm_averages(inputs, state, b3, axis_name)
+        trees = (inputs.updates, norm_ema, state.mu, state.nu)
+        results = [one(*leaves) for leaves in zip(*map(jax.tree.leaves, trees), strict=True)]
+        steps, mu, nu, factors = ([result[i] for result in results] for i in range(4))
+        weights = sum(factors, jnp.zeros((axis.number,), dtype))
+        new = MTAdamState(counts, norm_ema, structure.unflatten(mu), structure.unflatten(nu))
+        return structure.unflatten(steps), weights, new
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
     return from_rule("scale_by_mtadam", axis, rule, axis_name=axis_name)
 
 
 def _norm_averages(
-    inputs: StepInputs, state: MTAdamState, decay: jax.Array, axis_name: AxisName
-) -> list[jax.Array]:
-    """Returns the new averages `[T]` of every tensor."""
+    inputs: StepInputs, state: MTAdamState, decay: Number, axis_name: AxisName
+) -> optax.Updates:
+    """Returns the new averages `[T]` of every tensor, which start at the first norm."""
     blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
     norms, _ = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
-    decay = jnp.where(state.task_counts > 0, decay, 0)
-    averages = []
+    old, structure = jax.tree.flatten(state.norm_ema)
+    decays = jnp.where(state.task_counts > 0, decay, 0)
     # An empty tree has one block and no tensor.
-    for norm, old in zip(norms, jax.tree.leaves(state.norm_ema), strict=False):
-        averages.append(move_average(old, norm, decay, inputs.active))
-    return averages
-
-
-def _adam_direction(
-    mu: jax.Array, nu: jax.Array, counts: jax.Array, active: jax.Array, decays: _Decays
-) -> jax.Array:
-    """Divides the summed first moments of the active tasks by the root of their largest second moment."""
-    seen = jnp.maximum(counts, 1).astype(mu.dtype)
-    present = along_tasks(active, mu.ndim)
-    first = mu / along_tasks(1 - decays.b1**seen, mu.ndim)
-    second = nu / along_tasks(1 - decays.b2**seen, mu.ndim)
-    total = jnp.sum(jnp.where(present, first, 0), axis=0)
-    largest = jnp.max(jnp.where(present, jnp.sqrt(second) + decays.eps, 0), axis=0)
-    return safe_divide(total, largest)
+    pairs = zip(old, norms, strict=False)
+    return structure.unflatten([move_average(*pair, decays, inputs.active) for pair in pairs])

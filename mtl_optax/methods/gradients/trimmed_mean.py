@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
 from mtl_optax.core.types import AxisName
 from mtl_optax.core.validation import check_integer, read_tasks
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 
 
 @factory

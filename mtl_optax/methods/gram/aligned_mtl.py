@@ -9,10 +9,7 @@ import jax
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.aligned import aligned_weights
 
 
@@ -74,10 +71,8 @@ def aligned_mtl(
       Senushkin, Patakin, Kuznetsov and Konushin, Independent Component Alignment for Multi-Task
       Learning, 2023, https://arxiv.org/abs/2305.19000
     """
-    axis = read_tasks("aligned_mtl", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return aligned_weights(inputs.geometry, scale), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("aligned_mtl", axis, rule, **options)
+    return from_rule("aligned_mtl", tasks, WeightRule(frozenset({"gram"}), weigh), **options)

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 
 
@@ -76,12 +73,10 @@ def cagrad(
       Liu, Liu, Jin, Stone and Liu, Conflict-Averse Gradient Descent for Multi-task Learning, 2021,
       https://arxiv.org/abs/2110.14048
     """
-    axis = read_tasks("cagrad", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         radius = jnp.asarray(c, inputs.norms.dtype)
         divisor = (1, 1 + radius * radius, 1 + radius)[rescale]
         return conflict_averse_weights(inputs.geometry, radius) / divisor, state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("cagrad", axis, rule, **options)
+    return from_rule("cagrad", tasks, WeightRule(frozenset({"gram"}), weigh), **options)

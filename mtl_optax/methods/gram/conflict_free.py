@@ -9,10 +9,7 @@ import jax
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.equal_projection import config_weights
 
 
@@ -58,10 +55,8 @@ def conflict_free(tasks: int | Collection[str], **options: Unpack[MethodOptions]
       Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
       2024, https://arxiv.org/abs/2408.11104
     """
-    axis = read_tasks("conflict_free", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return config_weights(inputs.geometry), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("conflict_free", axis, rule, **options)
+    return from_rule("conflict_free", tasks, WeightRule(frozenset({"gram"}), weigh), **options)

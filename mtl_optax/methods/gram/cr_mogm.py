@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Decay, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule, rule_of
-from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.pipeline import rule_of
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average
 
 
@@ -30,7 +29,7 @@ class CRMOGMState(NamedTuple):
 
     smoothed: jax.Array
     seen: jax.Array
-    base: Any
+    base: optax.OptState
 
 
 @factory
@@ -101,5 +100,4 @@ def cr_mogm(
         smoothed = move_average(state.smoothed, fresh, decay, inputs.active)
         return smoothed, CRMOGMState(smoothed, state.seen | inputs.active, base_state)
 
-    rule = WeightRule(inner.needs, weigh, init, inner.extra)
-    return from_rule("cr_mogm", axis, rule, **options)
+    return from_rule("cr_mogm", axis, WeightRule(inner.needs, weigh, init, inner.extra), **options)

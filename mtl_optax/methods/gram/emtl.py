@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, Share, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule, rule_of
-from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.pipeline import rule_of
 from mtl_optax.core.shared_rules import min_norm_rule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.log_weights import keep_log_shares
@@ -31,7 +30,7 @@ class EMTLState(NamedTuple):
     """
 
     log_p: jax.Array
-    base: Any
+    base: optax.OptState
 
 
 @factory
@@ -139,5 +138,4 @@ def emtl(
         return weights / count_active(active, dtype), EMTLState(kept, base_state)
 
     needs = inner.needs | {"losses", "norms"}
-    rule = WeightRule(needs, weigh, init, inner.extra)
-    return from_rule("emtl", axis, rule, **options)
+    return from_rule("emtl", axis, WeightRule(needs, weigh, init, inner.extra), **options)

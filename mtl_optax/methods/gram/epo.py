@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
+from mtl_optax.solvers.cosine import product, uniform_weights
 from mtl_optax.solvers.linear_program import maximize_on_simplex
 from mtl_optax.solvers.log_weights import largest_weight
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nonnegative import product
 from mtl_optax.solvers.preference import active_preference
 
 
@@ -108,20 +106,19 @@ def epo(
       Decision-Making, 2021, https://arxiv.org/abs/2108.00597
     """
     axis = read_tasks("epo", tasks)
-    if preference is not None:
-        preference = task_numbers("epo", "preference", preference, axis, 0)
+    vector = task_numbers("epo", "preference", preference, axis, 0)
 
     def init(dtype: DType) -> EPOState:
         return EPOState(jnp.zeros((), jnp.int32))
 
     def weigh(inputs: StepInputs, state: EPOState) -> tuple[jax.Array, EPOState]:
         cosine, active, dtype = inputs.cosine, inputs.active, inputs.norms.dtype
-        share = active_preference(preference, active, dtype)
+        share = active_preference(vector, active, dtype)
         parts, adjustments, uniform = _adjustments(inputs.losses, share, active)
         balance = uniform > jnp.asarray(tolerance, dtype)
         # In units of the smallest norm n: x = alpha * norms / n, gain = C a / (norms * n).
-        nonzero = active & (inputs.norms > 0)
-        smallest = jnp.min(jnp.where(nonzero, inputs.norms, jnp.inf))
+        nonzero = inputs.geometry.nonzero
+        smallest = jnp.min(inputs.norms, where=nonzero, initial=jnp.inf)
         lengths = jnp.where(nonzero, safe_divide(inputs.norms, smallest, where=nonzero), 1)
         lengths = jnp.minimum(lengths, largest_weight(dtype))
         gain = product(cosine, lengths * adjustments)
@@ -138,7 +135,7 @@ def epo(
             ),
             jnp.append(jnp.where(bound & ~free, gain, 0), jnp.where(balance, 0, rise / unit)),
         )
-        weights = jnp.where(solved, alpha / lengths, min_norm_weights(cosine, inputs.norms, active))
+        weights = jnp.where(solved, alpha / lengths, min_norm_weights(inputs.geometry))
         return weights, EPOState(next_count(state.fallback_count, jnp.any(active) & ~solved))
 
     return from_rule("epo", axis, WeightRule(frozenset({"losses", "gram"}), weigh, init), **options)
@@ -150,9 +147,8 @@ def _adjustments(
     """Returns the shares p `[T]`, the adjustments a `[T]` and the nonuniformity."""
     losses = jnp.where(active, jnp.maximum(losses, 0), 0)
     parts = preference * safe_divide(losses, jnp.max(losses))
-    total = jnp.sum(parts)
+    parts = safe_divide(parts, jnp.sum(parts), uniform_weights(active, losses.dtype))
     number = count_active(active, losses.dtype)
-    parts = safe_divide(parts, total, active.astype(losses.dtype) / number)
     logs = jnp.log(jnp.maximum(parts * number, jnp.finfo(losses.dtype).tiny))
     nonuniformity = jnp.sum(parts * logs)
     return parts, jnp.where(active, preference * (logs - nonuniformity), 0), nonuniformity

@@ -6,10 +6,8 @@ from collections.abc import Collection
 from typing import Unpack
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import fair_rule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
 @factory
@@ -62,8 +60,7 @@ def fairgrad(
       Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024,
       https://arxiv.org/abs/2402.15638
     """
-    axis = read_tasks("fairgrad", tasks)
     if isinstance(alpha, (int, float)) and alpha == 0:
         raise ValueError("fairgrad: alpha must be positive; for the mean use mean_tasks.")
 
-    return from_rule("fairgrad", axis, fair_rule(alpha), **options)
+    return from_rule("fairgrad", tasks, fair_rule(alpha), **options)

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.projections import projected_sum_weights
 
 
@@ -26,8 +24,8 @@ def grad_surgery(
 ) -> Method:
     r"""Removes the part of each auxiliary gradient that conflicts with the target, and sums the results.
 
-    PCGrad for one target task: the target's gradient is never changed, and auxiliary gradients are not
-    projected on each other. To first order, no auxiliary slows the target down.
+    This is PCGrad for one target task: the target's gradient is never changed, and auxiliary gradients
+    are not projected on each other. To first order, no auxiliary slows the target down.
 
     .. math:: g_t' = g_t - \frac{\min(g_t \cdot g_{target},\, 0)}{|g_{target}|^2}\, g_{target}
         \quad (t \ne target), \qquad update = g_{target} + \sum_{t \ne target} g_t'

@@ -7,17 +7,14 @@ from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import Decay, Nonnegative, Seed, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
-from mtl_optax.solvers.projections import projected_sum_weights
+from mtl_optax.solvers.projections import add_in_order, projected_sum_weights
 
 
 class GradVaccineState(NamedTuple):
@@ -27,22 +24,6 @@ class GradVaccineState(NamedTuple):
       similarity_ema: `[T, T]`, EMA of the cosine of task i's gradient (row) with task j's, from 0.
     """
 
-    similarity_ema: jax.Array
-
-
-class _ScanState(NamedTuple):
-    """Row i describes g_i', in units of |g_i|.
-
-    Attributes:
-      added: `[T, T]`, the coefficient of each unit gradient j that was added to g_i.
-      along: `[T, T]`, inner products of g_i' with each unit gradient j.
-      length: `[T]`, the norm of g_i'.
-      similarity_ema: as in `GradVaccineState`.
-    """
-
-    added: jax.Array
-    along: jax.Array
-    length: jax.Array
     similarity_ema: jax.Array
 
 
@@ -118,42 +99,33 @@ def grad_vaccine(
       in Massively Multilingual Models, 2021, https://arxiv.org/abs/2010.05874
     """
     axis = read_tasks("grad_vaccine", tasks)
-    own = jnp.arange(axis.number, dtype=jnp.int32)
 
     def init(dtype: DType) -> GradVaccineState:
         return GradVaccineState(jnp.zeros((axis.number, axis.number), dtype))
 
     def weigh(inputs: StepInputs, state: GradVaccineState) -> tuple[jax.Array, GradVaccineState]:
-        cosine, norms, active = inputs.cosine, inputs.norms, inputs.active
-        epsilon = jnp.asarray(eps, norms.dtype)
+        norms, active = inputs.norms, inputs.active
+        own, epsilon = jnp.arange(axis.number), jnp.asarray(eps, norms.dtype)
 
-        def visit(carry: _ScanState, others: jax.Array) -> tuple[_ScanState, None]:
-            one_hot = others[:, None] == own[None, :]
-            pick = one_hot.astype(norms.dtype)
-            ema = carry.similarity_ema
-            component = jnp.sum(carry.along * pick, axis=1)
-            goal = jnp.sum(ema * pick, axis=1)
-            other_norms = norms[others]
-            c = _cosine(component, carry.length, norms, other_norms, epsilon)
-            amount = _amount(c, goal, carry.length, other_norms, epsilon)
+        def rotate(
+            component: jax.Array, others: jax.Array, memory: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            """Lengths and components are in units of |g_i|, at the start."""
+            length, ema = memory
+            goal, other_norms = ema[own, others], norms[others]
+            c = _cosine(component, length, norms, other_norms, epsilon)
+            amount = _amount(c, goal, length, other_norms, epsilon)
             amount = jnp.where((c < goal) & (others != own), amount, 0)
             # Only the part of g_i' along g_j changes.
-            rest = carry.length * carry.length - component * component
-            length = jnp.sqrt(jnp.maximum(rest, 0) + (component + amount) ** 2)
-            pair = one_hot & (active & active[others] & (others != own))[:, None]
-            return _ScanState(
-                carry.added + amount[:, None] * pick,
-                carry.along + amount[:, None] * cosine[others],
-                length,
-                move_average(ema, c[:, None], ema_decay, pair),
-            ), None
+            rest = jnp.maximum(length * length - component * component, 0)
+            moves = active & active[others] & (others != own)
+            ema = ema.at[own, others].set(move_average(goal, c, ema_decay, moves))
+            return amount, (jnp.sqrt(rest + (component + amount) ** 2), ema)
 
-        start = _ScanState(
-            jnp.zeros_like(cosine), cosine, (norms > 0).astype(norms.dtype), state.similarity_ema
-        )
         orders = projection_order("grad_vaccine", axis.number, order, seed, inputs)
-        end, _ = lax.scan(visit, start, orders.T)
-        return projected_sum_weights(end.added, norms), GradVaccineState(end.similarity_ema)
+        start = (norms > 0).astype(norms.dtype), state.similarity_ema
+        added, (_, ema) = add_in_order(inputs.cosine, orders, rotate, start)
+        return projected_sum_weights(added, norms), GradVaccineState(ema)
 
     needs = frozenset({"gram"})
     return from_rule("grad_vaccine", axis, WeightRule(needs, weigh, init, ("order",)), **options)

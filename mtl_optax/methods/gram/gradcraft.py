@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, Share, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.arithmetic import count_active, move_average, safe_divide
 from mtl_optax.solvers.spectral import pseudo_solve
 
 
@@ -103,12 +101,11 @@ def gradcraft(
 
     def weigh(inputs: StepInputs, state: GradCraftState) -> tuple[jax.Array, GradCraftState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
-        decay = jnp.asarray(ema_decay, dtype)
-        ema = jnp.where(active, decay * state.norm_ema + (1 - decay) * norms, state.norm_ema)
-        seen = jnp.where(active, decay * state.seen + (1 - decay), state.seen)
+        ema = move_average(state.norm_ema, norms, ema_decay, active)
+        seen = move_average(state.seen, 1, ema_decay, active)
         mean = safe_divide(ema, seen)
         relax = jnp.asarray(relax_factor, dtype)
-        largest = jnp.max(jnp.where(active, mean, 0))
+        largest = jnp.max(mean, where=active, initial=0)
         # A norm divided by its average is bounded; the quotient of two averages is not.
         balanced = relax * largest * safe_divide(norms, mean) + (1 - relax) * norms
         added = _projections(inputs.cosine, jnp.asarray(margin, dtype)) * balanced[:, None]

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Transformation, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.shared_rules import trained_scale_rule
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 

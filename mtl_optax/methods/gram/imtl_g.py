@@ -9,10 +9,7 @@ import jax
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.equal_projection import equal_projection_weights
 
 
@@ -59,10 +56,8 @@ def imtl_g(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Me
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    axis = read_tasks("imtl_g", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return equal_projection_weights(inputs.geometry), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("imtl_g", axis, rule, **options)
+    return from_rule("imtl_g", tasks, WeightRule(frozenset({"gram"}), weigh), **options)

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Flag, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import check_integer, read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
@@ -87,8 +85,7 @@ def krum(
         scores = jnp.where(active, scores, jnp.inf)
         return _mean_of_lowest(scores, active, num_selected), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule("krum", axis, rule, **options)
+    return from_rule("krum", axis, WeightRule(frozenset({"gram"}), weigh), **options)
 
 
 def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
@@ -96,9 +93,8 @@ def _distances(cosine: jax.Array, norms: jax.Array, squared: bool) -> jax.Array:
 
     The sum of a difference of norms and a term for the angle is accurate; `|a|^2 + |b|^2 - 2 a.b` is not.
     """
-    cosine = (
-        cosine + cosine.T
-    ) / 2  # exactly symmetric, so that equal scores are equal bit for bit
+    # Exactly symmetric, so that equal scores are equal bit for bit.
+    cosine = (cosine + cosine.T) / 2
     lengths = safe_divide(norms, jnp.max(norms))
     difference = lengths[:, None] - lengths[None, :]
     angle = 2 * lengths[:, None] * lengths[None, :] * (1 - cosine)

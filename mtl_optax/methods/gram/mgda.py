@@ -6,10 +6,8 @@ from collections.abc import Collection
 from typing import Literal, Unpack
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import min_norm_rule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
 @factory
@@ -74,5 +72,4 @@ def mgda(
       Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018,
       https://arxiv.org/abs/1810.04650
     """
-    axis = read_tasks("mgda", tasks)
-    return from_rule("mgda", axis, min_norm_rule(normalize), **options)
+    return from_rule("mgda", tasks, min_norm_rule(normalize), **options)

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.cosine import gram_product, product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 

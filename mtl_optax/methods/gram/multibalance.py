@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.types import DType, PerTask
+from mtl_optax.core.types import DType, Number, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.cosine import gram_product
 from mtl_optax.solvers.preference import active_preference
@@ -106,7 +104,7 @@ def multibalance(
       https://arxiv.org/abs/2411.11871
     """
     axis = read_tasks("multibalance", tasks)
-    prior = task_numbers("multibalance", "prior", prior, axis, 0)
+    vector = task_numbers("multibalance", "prior", prior, axis, 0)
 
     def init(dtype: DType) -> MultiBalanceState:
         zeros = jnp.zeros((axis.number,), dtype)
@@ -117,7 +115,7 @@ def multibalance(
         ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         old = renormalize(state.simplex_weights, active)
         strength = jnp.asarray(prior_strength, dtype)
-        y = old + strength * active_preference(prior, active, dtype)
+        y = old + strength * active_preference(vector, active, dtype)
         if direction == "gradient":
             step = gram_product(inputs.cosine, smooth, y)
         else:
@@ -143,7 +141,7 @@ def multibalance(
 
 
 def _smooth_norms(
-    norms: jax.Array, active: jax.Array, state: MultiBalanceState, ema_decay: Any, ema_init: str
+    norms: jax.Array, active: jax.Array, state: MultiBalanceState, ema_decay: Number, ema_init: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the new `norm_ema` and `seen`, and the smoothed norms u; all are `[T]`."""
     decay = jnp.asarray(ema_decay, norms.dtype)

@@ -6,17 +6,12 @@ from collections.abc import Collection
 from typing import Unpack
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import fair_rule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
 @factory
-def nash_mtl(
-    tasks: int | Collection[str],
-    **options: Unpack[MethodOptions],
-) -> Method:
+def nash_mtl(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
     r"""Takes the Nash bargaining solution: the direction with the largest product of progresses.
 
     It is invariant to the scale of each loss, and every task makes progress:
@@ -62,5 +57,4 @@ def nash_mtl(
       Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, Multi-Task Learning as a
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
-    axis = read_tasks("nash_mtl", tasks)
-    return from_rule("nash_mtl", axis, fair_rule(1.0), **options)
+    return from_rule("nash_mtl", tasks, fair_rule(1.0), **options)

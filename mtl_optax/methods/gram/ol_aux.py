@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,11 @@ import optax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Flag, Nonnegative, PositiveInt, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import GradientAverage, StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.arithmetic import clip_finite
 
 # Limit of the absolute value of a weight, so that its product with a gradient stays finite.
 _LARGEST_WEIGHT = 2.0**60
@@ -42,7 +41,7 @@ class OLAuxWindow(NamedTuple):
       filled: int32 `[T]`, the number of steps in which each task was present.
     """
 
-    window: Any
+    window: optax.Updates
     filled: jax.Array
 
 
@@ -119,13 +118,12 @@ def ol_aux(
         return OLAuxState(jnp.ones((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
 
     def weigh(inputs: StepInputs, state: OLAuxState) -> tuple[jax.Array, OLAuxState]:
-        weights, dtype = state.task_weights, state.task_weights.dtype
-        largest = jnp.asarray(jnp.finfo(dtype).max, dtype)
-        products = jnp.clip(state.products + inputs.gram[index], -largest, largest)
+        weights = state.task_weights
+        products = clip_finite(state.products + inputs.gram[index])
         due = inputs.active & ((inputs.step + 1) % update_every == 0)
         due = due & (jnp.arange(axis.number) != index)
         lowest = 0.0 if nonnegative else -_LARGEST_WEIGHT
-        moved = weights + jnp.asarray(weight_lr, dtype) * products
+        moved = weights + jnp.asarray(weight_lr, weights.dtype) * products
         moved = jnp.clip(moved, lowest, _LARGEST_WEIGHT)
         new = OLAuxState(jnp.where(due, moved, weights), jnp.where(due, 0, products))
         return weights, new
@@ -143,7 +141,7 @@ def _window_means(size: int) -> GradientAverage:
         window = optax.tree.batch_shape(zeros, (size,))
         return OLAuxWindow(window, jnp.zeros((num_tasks,), jnp.int32))
 
-    def apply(inputs: StepInputs, state: OLAuxWindow) -> tuple[Any, OLAuxWindow]:
+    def apply(inputs: StepInputs, state: OLAuxWindow) -> tuple[optax.Updates, OLAuxWindow]:
         # The buffer of an absent task does not change; its next gradient replaces its oldest one.
         oldest = jnp.arange(size, dtype=jnp.int32)[:, None] == (state.filled % size)[None, :]
         replaced = oldest & inputs.active[None, :]

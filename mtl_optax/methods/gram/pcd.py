@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import find_target, read_tasks, task_numbers
-from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.arithmetic import clip_finite, move_average, safe_divide
 from mtl_optax.solvers.cosine import product
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares
 
@@ -106,8 +104,7 @@ def pcd(
 
     def weigh(inputs: StepInputs, state: PCDState) -> tuple[jax.Array, PCDState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
-        squares = jnp.minimum(norms**2, float(jnp.finfo(dtype).max))
-        square_ema = move_average(state.square_ema, squares, ema_decay, active)
+        square_ema = move_average(state.square_ema, clip_finite(norms**2), ema_decay, active)
         seen = move_average(state.seen, 1, ema_decay, active)
         mean_square = safe_divide(square_ema, seen)
         spread = jnp.sqrt(mean_square + jnp.asarray(eps, dtype))

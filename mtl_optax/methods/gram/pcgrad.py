@@ -8,15 +8,12 @@ from typing import Literal, Unpack
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import Seed, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.projections import projected_sum_weights
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.projections import add_in_order, projected_sum_weights
 
 
 @factory
@@ -77,27 +74,17 @@ def pcgrad(
       https://arxiv.org/abs/2001.06782
     """
     axis = read_tasks("pcgrad", tasks)
-    own = jnp.arange(axis.number, dtype=jnp.int32)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        cosine, norms = inputs.cosine, inputs.norms
-
-        def project(
-            carry: tuple[jax.Array, jax.Array], others: jax.Array
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            # Row i in units of |g_i|: coefficients of the added unit gradients, and components along
-            # them.
-            added, along = carry
-            one_hot = (others[:, None] == own[None, :]).astype(cosine.dtype)
-            component = jnp.sum(along * one_hot, axis=1)
-            conflict = (component < 0) & (others != own)
-            taken = jnp.where(conflict, -component, 0)[:, None]
-            return (added + taken * one_hot, along + taken * cosine[others]), None
-
         orders = projection_order("pcgrad", axis.number, order, seed, inputs)
-        start = (jnp.zeros_like(cosine), cosine)
-        (added, _), _ = lax.scan(project, start, orders.T)
-        return projected_sum_weights(added, norms), state
+
+        def remove_conflict(
+            component: jax.Array, others: jax.Array, memory: tuple[()]
+        ) -> tuple[jax.Array, tuple[()]]:
+            return jnp.maximum(-component, 0), memory
+
+        added, _ = add_in_order(inputs.cosine, orders, remove_conflict, ())
+        return projected_sum_weights(added, inputs.norms), state
 
     rule = WeightRule(frozenset({"gram"}), weigh, extra=("order",))
     return from_rule("pcgrad", axis, rule, **options)

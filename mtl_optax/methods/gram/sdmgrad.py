@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,9 @@ from jax import lax
 
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import Nonnegative, NonnegativeInt, Share, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, safe_divide
 from mtl_optax.solvers.cosine import product, uniform_weights
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -118,7 +116,7 @@ def sdmgrad(
         decay = jnp.asarray(momentum, dtype)
         pull = share * product(matrix, uniform)
 
-        def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def step(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             weights, trace = carry
             trace = decay * trace + product(matrix, weights) + pull
             return project_onto_simplex(weights - rate * trace, active), trace

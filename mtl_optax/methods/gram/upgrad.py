@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 
 
@@ -123,14 +121,13 @@ def _dual_cone(
     name: str,
     solve: Callable[..., jax.Array],
     tasks: int | Collection[str],
-    preference: Any,
+    preference: PerTask | None,
     options: MethodOptions,
 ) -> Method:
     axis = read_tasks(name, tasks)
-    preference = task_numbers(name, "preference", preference, axis, 0)
+    vector = task_numbers(name, "preference", preference, axis, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        return solve(inputs.geometry, preference), state
+        return solve(inputs.geometry, vector), state
 
-    rule = WeightRule(frozenset({"gram"}), weigh)
-    return from_rule(name, axis, rule, **options)
+    return from_rule(name, axis, WeightRule(frozenset({"gram"}), weigh), **options)

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import clip_weights, largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
 
@@ -74,11 +72,11 @@ def cosmos(
       https://arxiv.org/abs/2103.13392
     """
     axis = read_tasks("cosmos", tasks)
-    preference = task_numbers("cosmos", "preference", preference, axis, 0)
+    vector = task_numbers("cosmos", "preference", preference, axis, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         losses = inputs.losses
-        wanted = active_preference(preference, inputs.active, losses.dtype)
+        wanted = active_preference(vector, inputs.active, losses.dtype)
         (direction, _), (unit_losses, length) = unit(wanted), unit(losses)
         # The part of the preference orthogonal to the losses: |L| times the gradient of the cosine.
         orthogonal = direction - jnp.sum(direction * unit_losses) * unit_losses
@@ -86,5 +84,4 @@ def cosmos(
         step = jnp.asarray(lam, losses.dtype) * orthogonal / jnp.maximum(length, shortest)
         return clip_weights(wanted - jnp.where(length > 0, step, 0)), state
 
-    rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("cosmos", axis, rule, **options)
+    return from_rule("cosmos", axis, WeightRule(frozenset({"losses"}), weigh), **options)

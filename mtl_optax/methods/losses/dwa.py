@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Positive, PositiveInt, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, move_mean
 from mtl_optax.solvers.log_weights import loss_ratio, softmax
 
@@ -72,7 +70,7 @@ def dwa(
       The windows are as in the authors' code. Another published program initialises them with ones, so
       that its first ratios compare losses with 1.
 
-      If :math:`\bar L_t(e-2) = 0`, the ratio is 1. Its absolute value is at most 1.8e19 (float32). A
+      If :math:`\bar L_t(e-2) = 0`, the ratio is 1. Ratios are at most 1.8e19 in absolute value (float32). A
       task's windows count the steps at which it was present. The weights of the present tasks sum to
       their number. With one task, the update is its gradient.
 

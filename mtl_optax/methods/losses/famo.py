@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.trained_values import TrainedState, start, train
-from mtl_optax.core.types import DType, Number
+from mtl_optax.core.types import DType, Losses, Number
 from mtl_optax.core.validation import check_range, read_tasks, task_numbers, task_vector
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import largest_weight, softmax
 
 # Part of the definition of the method: the logarithm of a loss at its minimum is finite.
@@ -133,7 +131,7 @@ def famo(
         return weights, FAMOState(logits, jnp.where(active, log_losses, state.log_losses), last)
 
     def read_after(
-        losses_after: Any, inputs: StepInputs, state: FAMOState
+        losses_after: Losses, inputs: StepInputs, state: FAMOState
     ) -> tuple[jax.Array, jax.Array]:
         losses = task_vector("famo", "losses_after", losses_after, axis, state.log_losses.dtype)
         finite = jnp.isfinite(losses)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.types import PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
 
 @factory
 def fixed_weights(
-    tasks: int | Collection[str], weights: Any, **options: Unpack[MethodOptions]
+    tasks: int | Collection[str], weights: PerTask, **options: Unpack[MethodOptions]
 ) -> Method:
     """Multiplies each task gradient by a given number.
 

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, mean_active
 from mtl_optax.solvers.log_weights import exp_weights, magnitudes
 
@@ -56,7 +53,6 @@ def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Metho
       Chennupati, Sistu, Yogamani and Rawashdeh, MultiNet++: Multi-Stream Feature Aggregation and
       Geometric Loss Strategy for Multi-Task Learning, 2019, https://arxiv.org/abs/1904.08492
     """
-    axis = read_tasks("gls", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         sizes, usable = magnitudes(inputs.losses, inputs.active)
@@ -64,5 +60,4 @@ def gls(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Metho
         log_number = jnp.log(count_active(usable, logs.dtype))
         return exp_weights(mean_active(logs, usable) - logs - log_number, usable), state
 
-    rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("gls", axis, rule, **options)
+    return from_rule("gls", tasks, WeightRule(frozenset({"losses"}), weigh), **options)

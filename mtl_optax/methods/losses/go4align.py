@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import check_integer, read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.k_means import k_means_on_line
 from mtl_optax.solvers.log_weights import exp_weights, keep_log_shares, log_softmax, magnitudes
 

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 
 from mtl_optax.core.early_losses import early_means
 from mtl_optax.core.factory import NonnegativeInt, PositiveInt, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import exp_weights, largest_weight, log_softmax, magnitudes
+from mtl_optax.solvers.log_weights import clip_weights, exp_weights, log_softmax, magnitudes
 
 
 class IGBState(NamedTuple):
@@ -95,11 +93,11 @@ def igb(
         active, dtype = inputs.active, inputs.losses.dtype
         sizes, usable = magnitudes(inputs.losses, active)
         base, nonzero = magnitudes(state.base, active)
-        ratio = jnp.minimum(safe_divide(sizes, base, 1, where=nonzero), largest_weight(dtype))
+        ratio = clip_weights(safe_divide(sizes, base, 1, where=nonzero))
         log_shares = log_softmax(ratio, usable)
-        number = count_active(active, dtype)
         known = jnp.all((state.seen == warmup_steps + base_steps) | ~active)
-        log_weights = jnp.where(known, log_shares + jnp.log(number), 0) - jnp.log(sizes)
+        log_number = jnp.log(count_active(active, dtype))
+        log_weights = jnp.where(known, log_shares + log_number, 0) - jnp.log(sizes)
         early = early_means(inputs, *state, warmup_steps, base_steps)
         return exp_weights(log_weights, usable), IGBState(*early)
 

@@ -8,10 +8,9 @@ from typing import Unpack
 import optax
 
 from mtl_optax.core.factory import Transformation, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
 from mtl_optax.core.shared_rules import trained_scale_rule
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
 @factory

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import Tasks, read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import clip_weights
+
+# One number per constrained task, and None for an objective.
+Limits: TypeAlias = Mapping[str, Number] | Sequence[Number | None] | jax.Array | np.ndarray
 
 
 class LagrangianState(NamedTuple):
@@ -34,7 +35,7 @@ class LagrangianState(NamedTuple):
 def lagrangian(
     tasks: int | Collection[str],
     *,
-    limits: Any,
+    limits: Limits,
     step_size: Nonnegative,
     damping: Nonnegative = 0.0,
     **options: Unpack[MethodOptions],
@@ -105,11 +106,10 @@ def lagrangian(
         moves = inputs.active & constrained
         return weights, LagrangianState(jnp.where(moves, add(step_size), state.multipliers))
 
-    rule = WeightRule(frozenset({"losses"}), weigh, init)
-    return from_rule("lagrangian", axis, rule, **options)
+    return from_rule("lagrangian", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
 
 
-def _read_limits(limits: Any, axis: Tasks) -> tuple[np.ndarray, np.ndarray]:
+def _read_limits(limits: Limits, axis: Tasks) -> tuple[np.ndarray, np.ndarray]:
     """Returns the limits `[T]`, 0 for objectives, and which tasks have a limit."""
     if isinstance(limits, Mapping):
         names = axis.names or ()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Decay, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks, task_vector
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
 
@@ -107,11 +105,11 @@ def ntk(
 
 
 def ntk_trace(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., jax.Array],
     params: optax.Params,
-    *args: Any,
+    *args: object,
     num_samples: int | None = None,
-    key: Any = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the trace of a residual function's block of the neural tangent kernel.
 

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import Number, PerTask
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.preference import active_preference, unit
 
 
@@ -73,12 +71,12 @@ def pbi(
       https://doi.org/10.1109/TEVC.2007.892759
     """
     axis = read_tasks("pbi", tasks)
-    preference = task_numbers("pbi", "preference", preference, axis, 0)
+    vector = task_numbers("pbi", "preference", preference, axis, 0)
     reference = task_numbers("pbi", "reference", reference, axis, or_one=True)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         active, dtype = inputs.active, inputs.losses.dtype
-        direction, _ = unit(active_preference(preference, active, dtype))
+        direction, _ = unit(active_preference(vector, active, dtype))
         above = inputs.losses - jnp.asarray(reference, dtype)
         unit_losses, _ = unit(jnp.where(active, above, 0))
         residual = unit_losses - jnp.sum(unit_losses * direction) * direction
@@ -87,5 +85,4 @@ def pbi(
         apart = distance > 4 * axis.number * float(jnp.finfo(dtype).eps)
         return direction + jnp.asarray(theta, dtype) * jnp.where(apart, unit_residual, 0), state
 
-    rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("pbi", axis, rule, **options)
+    return from_rule("pbi", axis, WeightRule(frozenset({"losses"}), weigh), **options)

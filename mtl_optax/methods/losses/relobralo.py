@@ -11,11 +11,9 @@ import numpy as np
 
 from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Decay, Positive, Seed, Share, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.log_weights import loss_ratio, softmax
 
@@ -61,7 +59,7 @@ def relobralo(
     Args:
       tasks: T, or the task names.
       ema_decay: alpha, the weight of the past, in [0, 1).
-      rho: probability of using the past weights instead of looking back at the first losses, in [0, 1].
+      rho: probability that the past weights enter, and not those relative to the first losses, in [0, 1].
       temperature: tau > 0; larger values make the weights more equal.
       seed: an integer, the seed of the random numbers.
       **options: see `MethodOptions`.

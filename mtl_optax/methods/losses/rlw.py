@@ -11,10 +11,8 @@ import optax
 
 from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Seed, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.validation import read_tasks, task_vector
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import softmax
 
 
@@ -71,5 +69,4 @@ def rlw(
         noise = task_vector("rlw", "noise", noise, axis)
         return softmax(noise, inputs.active), state
 
-    rule = WeightRule(frozenset(), weigh, extra=("noise",))
-    return from_rule("rlw", axis, rule, **options)
+    return from_rule("rlw", axis, WeightRule(frozenset(), weigh, extra=("noise",)), **options)

@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import largest_weight
 
 
@@ -58,7 +55,6 @@ def scale_invariant(
       Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, Multi-Task Learning as a
       Bargaining Game, 2022, https://arxiv.org/abs/2202.01017
     """
-    axis = read_tasks("scale_invariant", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         dtype = inputs.losses.dtype
@@ -66,5 +62,4 @@ def scale_invariant(
         bounded = jnp.maximum(sizes, 1 / largest_weight(dtype))
         return jnp.where(sizes >= jnp.finfo(dtype).tiny, 1 / bounded, 0), state
 
-    rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("scale_invariant", axis, rule, **options)
+    return from_rule("scale_invariant", tasks, WeightRule(frozenset({"losses"}), weigh), **options)

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import AnyNumber, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import clip_weights, softmax
 
@@ -110,5 +108,4 @@ def softadapt(
         kept = jnp.where(active, losses, state.last_losses)
         return softmax(logits, counted), SoftAdaptState(kept, state.seen | active)
 
-    rule = WeightRule(frozenset({"losses"}), weigh, init)
-    return from_rule("softadapt", axis, rule, **options)
+    return from_rule("softadapt", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

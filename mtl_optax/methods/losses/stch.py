@@ -10,11 +10,9 @@ import jax.numpy as jnp
 
 from mtl_optax.core.early_losses import early_means
 from mtl_optax.core.factory import NonnegativeInt, Positive, PositiveInt, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
@@ -57,7 +55,7 @@ def stch(
       tasks: T, or the task names.
       mu: smoothing, >= 1e-6; smaller values are closer to the maximum.
       warmup_steps: steps before the nadir is measured, static, >= 0.
-      nadir_steps: steps over which it is averaged, static, >= 1.
+      nadir_steps: steps over which the nadir is averaged, static, >= 1.
       **options: see `MethodOptions`.
 
     Returns:

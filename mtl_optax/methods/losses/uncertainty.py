@@ -12,12 +12,10 @@ import numpy as np
 import optax
 
 from mtl_optax.core.factory import Transformation, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
 from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import largest_weight
 
 

@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Positive, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
-from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.log_weights import largest_weight, log_softmax, magnitudes
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
+from mtl_optax.solvers.log_weights import clip_weights, magnitudes, softmax
 
 
 @factory
@@ -62,12 +59,11 @@ def uw_so(
       Kirchdorfer, Elich, Kutsche, Stuckenschmidt, Schott and Köhler, Analytical Uncertainty-Based Loss
       Weighting in Multi-Task Learning, 2024, https://arxiv.org/abs/2408.07985
     """
-    axis = read_tasks("uw_so", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         sizes, usable = magnitudes(inputs.losses, inputs.active)
-        inverse = jnp.minimum(1 / sizes, largest_weight(sizes.dtype))
-        return jnp.exp(log_softmax(inverse / jnp.asarray(temperature, sizes.dtype), usable)), state
+        return softmax(
+            clip_weights(1 / sizes) / jnp.asarray(temperature, sizes.dtype), usable
+        ), state
 
-    rule = WeightRule(frozenset({"losses"}), weigh)
-    return from_rule("uw_so", axis, rule, **options)
+    return from_rule("uw_so", tasks, WeightRule(frozenset({"losses"}), weigh), **options)

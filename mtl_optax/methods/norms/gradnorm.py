@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, Transformation, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, loss_ratio
 

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
 
@@ -111,5 +109,4 @@ def inverse_norm(
         weights = move_average(state.weight_ema, fresh, ema_decay, inputs.active & nonzero)
         return weights, InverseNormState(weights)
 
-    rule = WeightRule(frozenset({"norms"}), weigh, init)
-    return from_rule("inverse_norm", axis, rule, **options)
+    return from_rule("inverse_norm", axis, WeightRule(frozenset({"norms"}), weigh, init), **options)
