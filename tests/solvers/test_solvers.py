@@ -332,3 +332,20 @@ def test_cosines_that_rounding_has_made_indefinite(name, noise):
         if name == "mgda":
             point = (weights * n) @ u
             assert np.max(point @ point - (u * n[:, None]) @ point) < 20 * noise
+
+
+def test_the_correction_of_nearly_opposite_gradients_stays_in_its_ball():
+    """Where only rounding decides which gradients conflict, in float32."""
+    rng = np.random.default_rng(0)
+    line = rng.normal(size=(100, 1, 20)) * rng.choice([-1, 1], size=(100, 5, 1))
+    gradients = line + 10.0 ** rng.uniform(-5, -1, size=(100, 1, 1)) * rng.normal(size=(100, 5, 20))
+    gram = gradients @ gradients.transpose(0, 2, 1)
+
+    def solve(gram):
+        return conflict_averse_weights(geometry_of(gram), 2.0)
+
+    weights = jax.jit(jax.vmap(solve))(jnp.asarray(gram, "float32"))
+    update = np.einsum("bt,btn->bn", np.asarray(weights, np.float64), gradients)
+    mean = gradients.mean(1)
+    radius = 2 * np.linalg.norm(mean, axis=1)
+    assert np.max(np.linalg.norm(update - mean, axis=1) / radius) < 1 + 1e-2
