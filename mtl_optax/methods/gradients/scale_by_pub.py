@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,14 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Decay, Nonnegative, PositiveInt, factory
-from mtl_optax.core.method import Method
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, UpdateRule
 from mtl_optax.core.shared_rules import fair_rule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.types import AxisName, DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.log_weights import largest_weight
+from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
+from mtl_optax.solvers.arithmetic import move_average, safe_divide
+from mtl_optax.solvers.log_weights import clip_weights, largest_weight
 
 
 class PUBState(NamedTuple):
@@ -37,9 +35,9 @@ class PUBState(NamedTuple):
 
     steps: jax.Array
     last_weights: jax.Array
-    mu: Any
-    nu: Any
-    bargaining: Any
+    mu: optax.Updates
+    nu: optax.Updates
+    bargaining: optax.OptState
 
 
 @factory
@@ -118,39 +116,37 @@ def scale_by_pub(
     bargain = fair_rule(1.0)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> PUBState:
-        def zeros() -> Any:
+        def zeros() -> optax.Updates:
             return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
         steps, weights = jnp.zeros((), jnp.int32), jnp.zeros((num_tasks,), dtype)
         return PUBState(steps, weights, zeros(), zeros(), bargain.init(dtype))
 
-    def apply(inputs: StepInputs, state: PUBState) -> tuple[Any, jax.Array, PUBState]:
+    def apply(inputs: StepInputs, state: PUBState) -> tuple[optax.Updates, jax.Array, PUBState]:
         active, dtype = inputs.active, inputs.dtype
         anyone = jnp.any(active)
-        first, second, small = (jnp.asarray(x, dtype) for x in (b1, b2, eps))
+        first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         steps = next_count(state.steps, anyone)
         seen = jnp.maximum(steps, 1).astype(dtype)
         gradients = jax.tree.map(lambda g: g.astype(dtype), inputs.updates)
 
-        def moment(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-            return decay * old + (1 - decay) * new
-
         def direction(g: jax.Array, mu: jax.Array, nu: jax.Array) -> jax.Array:
-            up = moment(first, mu[None], g) / (1 - first**seen)
-            down = jnp.sqrt(moment(second, nu[None], g * g) / (1 - second**seen)) + small
-            return jnp.where(along_tasks(active, g.ndim), safe_divide(up, down), 0)
+            present = along_tasks(active, g.ndim)
+            up = move_average(mu[None], g, b1, present) / (1 - first**seen)
+            square = move_average(nu[None], g * g, b2, present) / (1 - second**seen)
+            down = jnp.sqrt(square) + jnp.asarray(eps, dtype)
+            return jnp.where(present, safe_divide(up, down), 0)
 
         updates = jax.tree.map(direction, gradients, state.mu, state.nu)
 
-        def fresh() -> tuple[jax.Array, Any]:
+        def fresh() -> tuple[jax.Array, optax.OptState]:
             blocks = task_tree.assign_blocks(state.mu, "all")
             products = task_tree.products(updates, blocks, len(active), axis_name, pairs=True)
             cosine, norms, _ = task_tree.measure(products, active, dtype)
             weights, bargaining = bargain.weigh(
                 inputs._replace(cosine=cosine[0], norms=norms[0]), state.bargaining
             )
-            limit = largest_weight(dtype)
-            return jnp.where(active, jnp.minimum(weights, limit), state.last_weights), bargaining
+            return jnp.where(active, clip_weights(weights), state.last_weights), bargaining
 
         due = (inputs.step % update_every == 0) | jnp.any(active & (state.last_weights <= 0))
         weights, bargaining = lax.cond(due, fresh, lambda: (state.last_weights, state.bargaining))
@@ -162,11 +158,8 @@ def scale_by_pub(
         longest = largest_weight(dtype) / 2  # whose square is finite
         joint = jax.tree.map(lambda g: jnp.clip(total(g), -longest, longest), gradients)
 
-        def move(decay: jax.Array, old: Any, new: Any) -> Any:
-            return jax.tree.map(lambda o, n: jnp.where(anyone, moment(decay, o, n), o), old, new)
-
-        mu = move(first, state.mu, joint)
-        nu = move(second, state.nu, jax.tree.map(jnp.square, joint))
+        mu = jax.tree.map(lambda old, new: move_average(old, new, b1, anyone), state.mu, joint)
+        nu = jax.tree.map(lambda old, new: move_average(old, new**2, b2, anyone), state.nu, joint)
         new = PUBState(steps, weights, mu, nu, bargaining)
         return jax.tree.map(total, updates), weights, new
 

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import Nonnegative, Transformation, factory
-from mtl_optax.core.method import Method, MethodOptions
-from mtl_optax.core.pipeline import from_rule
-from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
+from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -89,8 +87,8 @@ def ldc_mtl(
         position = jnp.cumsum(active.astype(jnp.int32))
         neighbours = (jnp.abs(position[:, None] - position[None, :]) == 1) & active[None, :]
         order = jnp.sign(weighted[:, None] - weighted[None, :])
-        above = jnp.sum(jnp.where(neighbours, order, 0), axis=1)
-        share = safe_divide(1, jnp.sum(jnp.where(active, factors, 0)))
+        above = jnp.sum(order, axis=1, where=neighbours)
+        share = safe_divide(1, jnp.sum(factors, where=active))
         weights = factors * (share + jnp.asarray(penalty, dtype) * above)
         gradient = (1 - factors) * losses * weights
         bound = math.log(largest_weight(dtype))
