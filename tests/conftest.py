@@ -101,7 +101,7 @@ LONGEST = (
     "test_checkpoints.py",
     "test_notebooks.py",
     "test_properties.py",
-    "test_multi_process.py",
+    "test_several_processes.py",
 )
 
 

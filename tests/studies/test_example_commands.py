@@ -24,7 +24,6 @@ PROGRAMS = [
     "studies.benchmarks.__main__",
     "studies.benchmarks.growth",
     "studies.benchmarks.tpu",
-    "multi_process",
 ]
 
 

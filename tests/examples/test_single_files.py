@@ -1,0 +1,176 @@
+"""The examples of one file: each runs, prints what its docstring shows, and stands alone."""
+
+import ast
+import gzip
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mtl_optax as mtl
+
+
+def made_ratings():
+    """Rows user, film, stars, time; every user rates half of the films."""
+    rng = np.random.default_rng(0)
+    user, film = np.nonzero(rng.random((40, 150)) < 0.5)
+    return np.stack([user, film, rng.integers(1, 6, len(user)), np.zeros_like(user)], axis=1)
+
+
+# The arguments of `main`, for a run of a few steps on few data.
+SMALL = {
+    "device_mesh": lambda module: {"steps": 2, "examples": 2000},
+    "esmm_missing_conversions": lambda module: {"steps": 3, "examples": 2000},
+    "large_tables": lambda module: {"users": 3000, "items": 2000, "steps": 2},
+    "mmoe_emtl": lambda module: {"steps": 2, "examples": 500},
+    "one_gradient_a_step": lambda module: {"steps": 3, "examples": 300},
+    "own_method": lambda module: {"steps": 2, "examples": 100},
+    "physics_informed": lambda module: {"steps": 2},
+    "ranking_on_representation": lambda module: {"steps": 2, "examples": 2000},
+    "retrieval_and_rating": lambda module: {"ratings": made_ratings(), "steps": 2},
+    "several_loaders": lambda module: {"visits": 2600, "epochs": 1},
+    "target_with_auxiliaries": lambda module: {"pairs": module.made_data(30, 100), "steps": 2},
+    "transformer_mtp": lambda module: {"steps": 1},
+}
+NAMES = sorted([*SMALL, "several_processes"])
+
+
+def load(name):
+    return importlib.import_module(f"examples.{name}")
+
+
+def without_numbers(line):
+    return " ".join(re.sub(r"-?\b(\d[\d.]*(e[+-]?\d+)?|nan|inf)", "#", line).split())
+
+
+def shown(module):
+    """The output in a docstring: the indented lines at its end."""
+    return re.search(r"\n((?:    .*\n)+)\Z", f"{module.__doc__.rstrip()}\n").group(1).splitlines()
+
+
+def test_the_table_and_these_tests_name_every_example(root):
+    files = {path.stem for path in (root / "examples").glob("*.py")} - {"__init__", "compare"}
+    table = (root / "examples" / "README.md").read_text(encoding="utf-8")
+    assert sorted(files) == NAMES
+    assert sorted(re.findall(r"^\| \[`(\w+)`\]\(\1\.py\)", table, flags=re.M)) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_one_file_of_its_own(name, root):
+    source = (root / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert source.count("\n") <= 155
+    imported = {
+        getattr(node, "module", None) or node.names[0].name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert not [module for module in imported if module.startswith("examples")]
+    doc = load(name).__doc__
+    assert f"    python -m examples.{name}" in doc
+    assert re.search(r"two CPU cores", doc)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_an_example_prints_what_its_docstring_shows(name, capsys, monkeypatch):
+    module = load(name)
+    if hasattr(module, "METHODS"):  # one of them is enough: each is compiled for some seconds
+        monkeypatch.setattr(module, "METHODS", dict([*module.METHODS.items()][-1:]))
+    module.main(**SMALL[name](module))
+    printed, expected = (
+        [without_numbers(line) for line in lines]
+        for lines in (capsys.readouterr().out.splitlines(), shown(module))
+    )
+    assert printed[-1] == expected[-1]
+    assert set(printed) <= set(expected)
+
+
+def test_several_processes_prints_what_its_docstring_shows(capsys, monkeypatch):
+    module = load("several_processes")
+    found = {name: module.train(name, steps=1) for name in module.METHODS}
+    monkeypatch.setattr(module, "launch", lambda steps, processes: [found] * processes)
+    module.main(["--steps", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert list(map(without_numbers, printed)) == list(map(without_numbers, shown(module)))
+
+
+# --- what a copy of a program must not get wrong ---------------------------------------------------
+
+
+def test_ratings_are_read_from_a_file(tmp_path):
+    file = tmp_path / "u.data"
+    file.write_text("1\t242\t3\t881250949\n2\t302\t5\t891717742\n")
+    rows = load("retrieval_and_rating").movielens(file)
+    assert rows.tolist() == [[1, 242, 3, 881250949], [2, 302, 5, 891717742]]
+
+
+def test_a_folder_of_behaviours_is_read(tmp_path):
+    module = load("target_with_auxiliaries")
+    for task, rows in {"buy": "7,30\n9,10", "fav": "9,10", "view": "8,10\n7,30\n7,20"}.items():
+        (tmp_path / f"{task}.csv.gz").write_bytes(gzip.compress(f"user,item\n{rows}\n".encode()))
+    pairs = {task: rows.tolist() for task, rows in module.read(tmp_path).items()}
+    assert pairs == {"buy": [[0, 2], [2, 0]], "fav": [[2, 0]], "view": [[1, 0], [0, 2], [0, 1]]}
+
+
+def test_a_purchase_held_out_is_in_no_training_data():
+    module = load("target_with_auxiliaries")
+    made = module.made_data(20, 100)
+    pairs, held = module.hold_out(made, np.random.default_rng(0))
+    assert sorted(held[:, 0]) == list(range(20))
+    out = set(map(tuple, held))
+    assert out <= set(map(tuple, made["buy"]))
+    for task, rows in pairs.items():
+        assert set(map(tuple, rows)) == set(map(tuple, made[task])) - out
+
+
+def test_rows_that_are_read_move_as_in_a_step_on_whole_tables():
+    """The first step of Adam on the distinct rows is that on the tables; other rows stay."""
+    module = load("large_tables")
+    sizes = {"user": 3000, "item": 2000}
+    batch = module.made_data(sizes, module.BATCH, seed=1)
+    keys = dict(zip(sizes, jax.random.split(jax.random.key(0)), strict=True))
+    tables = {n: jax.random.normal(keys[n], (size, module.WIDTH)) for n, size in sizes.items()}
+    graph, dense = nnx.split(module.Dense(nnx.Rngs(0)))
+    moved = []
+    for way in (module.whole_tables, module.rows_read):
+        init, step = way(graph, mtl.sum_tasks(module.TASKS))
+        params = dict(tables), dense
+        moved.append(jax.jit(step)(params, init(params), batch)[0][0])
+    for name, table in tables.items():
+        np.testing.assert_allclose(moved[1][name], moved[0][name], atol=1e-5)
+        others = np.setdiff1d(np.arange(len(table)), batch[0][name])
+        assert len(others) > 0
+        np.testing.assert_array_equal(moved[1][name][others], table[others])
+
+
+def test_the_own_method_weights_by_agreement_with_the_target():
+    module = load("own_method")
+    method = module.by_agreement(("a", "b", "c"), target="b", decay=0.0)
+    # a agrees with b and is twice as long; c points the other way.
+    grads = jnp.array([[2.0, 0.0], [1.0, 0.0], [-3.0, 0.0]])
+    update, state = method.update(grads, method.init(jnp.zeros(2)), jnp.zeros(2))
+    np.testing.assert_allclose(mtl.head_weights(state), [0.5, 1.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(update, [2.0, 0.0], rtol=1e-6)
+
+
+def test_the_loss_of_the_load_is_not_weighed():
+    """A weight of the tasks does not change the gradient that the load gives a router."""
+    module = load("transformer_mtp")
+    graph, params = nnx.split(module.Transformer(nnx.Rngs(0)))
+    text = np.tile(np.arange(40, 40 + module.LENGTH + 3), (2, 1))
+
+    def load_alone(params, fork):
+        losses, load = nnx.merge(graph, params).losses(text, fork)
+        return {task: 0.0 * loss + load * (task == "1 ahead") for task, loss in losses.items()}
+
+    routers = []
+    for weight in (1.0, 100.0):
+        method = mtl.fixed_weights(module.TASKS, dict.fromkeys(module.TASKS, weight))
+        state = method.init(jax.ShapeDtypeStruct((2, module.LENGTH, module.WIDTH), jnp.float32))
+        _, (grads, _) = jax.jit(mtl.fork_value_and_grad(load_alone, method))(params, state)
+        routers.append(grads["mixtures"][0]["router"]["kernel"][...])
+    assert np.any(routers[0])
+    np.testing.assert_allclose(routers[0], routers[1], rtol=1e-6)
