@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # `[steps, T]`, or `[steps]` by task name.
 _ByTask: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
 _History: TypeAlias = _ByTask | Mapping[str, _ByTask]
+_Names: TypeAlias = Sequence[str] | None
 _Cosines: TypeAlias = ArrayLike | Mapping[str, Mapping[str, ArrayLike]]
 
 # One line style per block; they repeat from the ninth block on.
@@ -38,9 +39,7 @@ _STYLES = (
 _LONGEST_TICKS = 30
 
 
-def plot_weights(
-    history: _History, *, task_names: Sequence[str] | None = None, ax: Axes | None = None
-) -> Axes:
+def plot_weights(history: _History, *, task_names: _Names = None, ax: Axes | None = None) -> Axes:
     """Draws the weight of every task over the steps.
 
     Args:
@@ -67,9 +66,7 @@ def plot_weights(
     return _plot_lines("plot_weights", history, "weight", task_names, ax)
 
 
-def plot_norms(
-    history: _History, *, task_names: Sequence[str] | None = None, ax: Axes | None = None
-) -> Axes:
+def plot_norms(history: _History, *, task_names: _Names = None, ax: Axes | None = None) -> Axes:
     """Draws the gradient norm of every task over the steps, on a logarithmic scale.
 
     Args:
@@ -91,15 +88,15 @@ def plot_norms(
       >>> plot_norms({"w": [[1.0, 10.0], [2.0, 0.0]]}).get_yscale()
       'log'
     """
-    ax = _plot_lines("plot_norms", history, "gradient norm", task_names, ax, positive=True)
-    ax.set_yscale("log")
+    ax = _plot_lines("plot_norms", history, "gradient norm", task_names, ax)
+    ax.set_yscale("log", nonpositive="mask")
     return ax
 
 
 def plot_conflicts(
     cosines: _Cosines,
     *,
-    task_names: Sequence[str] | None = None,
+    task_names: _Names = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draws the cosines between task gradients as a heat map; negative ones are conflicts.
@@ -167,7 +164,7 @@ def plot_pareto(
     trajectories: _History,
     *,
     tasks: tuple[int | str, int | str] = (0, 1),
-    task_names: Sequence[str] | None = None,
+    task_names: _Names = None,
     front: ArrayLike | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -220,19 +217,12 @@ def plot_pareto(
 
 
 def _plot_lines(
-    caller: str,
-    history: _History,
-    what: str,
-    task_names: Sequence[str] | None,
-    ax: Axes | None,
-    positive: bool = False,
+    caller: str, history: _History, what: str, task_names: _Names, ax: Axes | None
 ) -> Axes:
     blocks, names = _read(caller, history, "history", task_names)
     ax = _axes(ax)
     drawn = []
     for number, (block, values) in enumerate(blocks.items()):
-        if positive:
-            values = np.where(values > 0, values, np.nan)
         style = _STYLES[number % len(_STYLES)]
         marker = "o" if len(values) == 1 else None  # a line needs two steps
         for task, name in enumerate(names):
@@ -260,7 +250,7 @@ def _legend_of_blocks(ax: Axes, drawn: list[Any], blocks: list[str], names: list
 
 
 def _read(
-    caller: str, given: Any, what: str, task_names: Sequence[str] | None
+    caller: str, given: Any, what: str, task_names: _Names
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns the arrays `[steps, T]` by block or run ("" if there is one), and the task labels."""
     several = isinstance(given, Mapping) and not _is_by_task(given)
@@ -291,7 +281,7 @@ def _is_by_task(given: Mapping[str, Any]) -> bool:
     )
 
 
-def _labels(caller: str, task_names: Sequence[str] | None, num_tasks: int) -> list[str]:
+def _labels(caller: str, task_names: _Names, num_tasks: int) -> list[str]:
     names = [f"task {t}" for t in range(num_tasks)] if task_names is None else list(task_names)
     if len(names) != num_tasks:
         raise ValueError(f"{caller}: task_names must have {num_tasks} entries, found {len(names)}.")
