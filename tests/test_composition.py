@@ -1188,7 +1188,7 @@ def test_odd_trees(name):
 
 
 # Their own Adam does not pass in strict mode, which is optax's code.
-WITH_ADAM = ("adatask", "famo", "gradnorm", "imtl", "imtl_l", "uncertainty")
+WITH_ADAM = ("adatask", "famo", "gradnorm", "imtl", "imtl_l", "ldc_mtl", "uncertainty")
 
 
 @pytest.mark.parametrize("dtype", sampled(["bfloat16", "float32"], ["bfloat16"]))
