@@ -45,7 +45,7 @@ def transformation(update, init=lambda params: ()):
 # --- what it accepts ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(mtl.METHODS))
+@pytest.mark.parametrize("name", every_method(quick=SAMPLE))
 def test_every_method_passes(name):
     tx = optax.chain(make(name, T), optax.adam(1e-2))
     assert mtl.check(tx, PARAMS, T).startswith(f"{name}: 3 tasks")

@@ -132,7 +132,7 @@ def unsharded(group):
     return jax.device_get(run_group(group, None)[1])
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", sampled(AXIS_TYPES, ["explicit"]))
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_method_is_the_same_on_a_mesh(group, kind):
     expected = unsharded(group)
@@ -438,6 +438,7 @@ def test_gradient_accumulation_by_microbatching_is_exact():
 # --- shard_map -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_a_device_under_shard_map(family):
     """Loops inside `shard_map` must start from the types that they end with."""

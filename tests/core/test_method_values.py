@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from method_properties import make
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -326,7 +327,10 @@ PER_TASK = {
 }
 
 
-@pytest.mark.parametrize(("name", "option"), PER_TASK)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    sampled(PER_TASK, [("famo", "min_losses"), ("multibalance", "prior"), ("pcd", "tau")]),
+)
 def test_numbers_by_task_name(name, option):
     numbers = PER_TASK[name, option]
     by_name = dict(zip(["buy", "cart", "click"], numbers, strict=True))

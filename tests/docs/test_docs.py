@@ -42,7 +42,13 @@ def default_precision() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", module_names())
+@pytest.mark.parametrize(
+    "name",
+    [  # those of a method are alike
+        pytest.param(name, marks=pytest.mark.slow if name.count(".") == 3 else ())
+        for name in module_names()
+    ],
+)
 def test_doctests(name: str) -> None:
     if name in NEED_EXTRA and importlib.util.find_spec(NEED_EXTRA[name]) is None:
         pytest.skip(f"{name} needs {NEED_EXTRA[name]}")

@@ -333,6 +333,7 @@ def test_normals_have_length_1():
     assert np.isfinite(grads).all()
 
 
+@pytest.mark.slow
 def test_segnet_predicts_three_tasks():
     graphdef, shapes = abstract(SegNetMTAN, 5, widths=(4, 8))
     run = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731

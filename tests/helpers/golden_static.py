@@ -6,15 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from golden_cases import Batch, error
+from sampling import sampled
 
 # Relative errors allowed: float64 closed forms and solvers, float32 the same.
 CLOSED, SOLVED = (1e-6, 1e-4), (1e-5, 1e-3)
-
-
 DTYPES = (jnp.float64, jnp.float32)
-
-
+both_precisions = pytest.mark.parametrize("dtype", sampled(DTYPES, [jnp.float64]))
 # Families with a zero in the hull by construction: rounding decides on which side a solution lies.
 DEGENERATE = ("anticollinear", "all_zero", "one_zero")
 
@@ -24,6 +23,7 @@ def degenerate(name: str) -> bool:
 
 
 def check(
+    dtype: Any,
     batch: Batch,
     names: list[str],
     wants: list[Any],
@@ -33,28 +33,26 @@ def check(
     relative_to: tuple[str, str] = ("update", "gradients"),
     **run: Any,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Compares the updates in both precisions, and returns those in double precision, and the weights.
+    """Compares the updates, and returns them and the weights.
 
-    A want of None asks for finite numbers only; so do cases in
-    `single_exempt` in float32. `relative_to` says in each precision what errors are compared with: the
-    largest gradient ("gradients"), of which rounding of the input alone moves the update by a share; the
-    update itself ("own"); or the update where it does not vanish next to the gradients ("update").
+    A want of None asks for finite numbers only; so do cases in `single_exempt` in float32. `tolerances` and
+    `relative_to` are those of `DTYPES`. Errors are compared with the largest gradient ("gradients"), of
+    which rounding of the input alone moves the update by a share; the update itself ("own"); or the update
+    where it does not vanish next to the gradients ("update").
     """
     assert any(want is not None for want in wants)
-    results = []
-    for dtype, tolerance, scale in zip(DTYPES, tolerances, relative_to, strict=True):
-        updates, weights = batch.run(make, dtype, **run)
-        for i, (name, want) in enumerate(zip(names, wants, strict=True)):
-            assert np.isfinite(updates[i]).all() and np.isfinite(weights[i]).all(), name
-            if want is None or (dtype == jnp.float32 and name in single_exempt):
-                continue
-            if scale == "gradients":
-                found = np.abs(updates[i] - np.asarray(want)).max() / (batch.largest[i] or 1)
-            else:
-                found = error(updates[i], want, batch.largest[i] if scale == "update" else 0.0)
-            assert found <= tolerance, (name, str(dtype), found)
-        results.append((updates, weights))
-    return results[0]
+    tolerance, scale = (pair[DTYPES.index(dtype)] for pair in (tolerances, relative_to))
+    updates, weights = batch.run(make, dtype, **run)
+    for i, (name, want) in enumerate(zip(names, wants, strict=True)):
+        assert np.isfinite(updates[i]).all() and np.isfinite(weights[i]).all(), name
+        if want is None or (dtype == jnp.float32 and name in single_exempt):
+            continue
+        if scale == "gradients":
+            found = np.abs(updates[i] - np.asarray(want)).max() / (batch.largest[i] or 1)
+        else:
+            found = error(updates[i], want, batch.largest[i] if scale == "update" else 0.0)
+        assert found <= tolerance, (name, str(dtype), found)
+    return updates, weights
 
 
 def batch_of(cases: list[Any]) -> tuple[Batch, list[str]]:

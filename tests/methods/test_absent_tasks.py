@@ -112,11 +112,16 @@ def program(case, tasks):
     return lambda active: jax.device_get(run(GRADIENTS[:, rows], LOSSES[:, rows], active))
 
 
-IDS = {"ids": lambda case: case if isinstance(case, str) else ", ".join(case)}
+# The methods with their own options are quick, and those with others slow.
+EVERY_CASE = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in VARIANTS else ()) for case in CASES],
+    ids=lambda case: case if isinstance(case, str) else ", ".join(case),
+)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES, **IDS)
+@EVERY_CASE
 def test_an_absent_task_is_no_task(case):
     updates, weights, _ = program(case, ALL)(np.tile(HERE, (STEPS, 1)))
     fewer = program(case, PRESENT)(np.ones((STEPS, len(PRESENT)), bool))
@@ -127,7 +132,7 @@ def test_an_absent_task_is_no_task(case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES, **IDS)
+@EVERY_CASE
 def test_what_is_remembered_of_a_task_stays_while_it_is_absent(case):
     """Its slot in every array of the state with a task axis: nothing else has the size of T."""
     active = np.ones((STEPS, len(ALL)), bool)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from golden_cases import load
-from golden_static import CLOSED, batch_of, check
+from golden_static import CLOSED, batch_of, both_precisions, check
 
 import mtl_optax as mtl
 
 
 @pytest.mark.usefixtures("x64")
-def test_golden_gradsurgery_target() -> None:
+@both_precisions
+def test_golden_gradsurgery_target(dtype: Any) -> None:
     cases = load("gradient/gradsurgery_target")
     batch, names = batch_of(cases)
     wants = [c["update"] for c in cases]
-    check(batch, names, wants, mtl.grad_surgery, CLOSED)
+    check(dtype, batch, names, wants, mtl.grad_surgery, CLOSED)
     # Orthogonal up to rounding: its sign decides whether an auxiliary is kept.
     exempt = [n for n in names if n.startswith("orthogonal")]
     wants = [c["gradsimilarity_update"] for c in cases]
-    check(batch, names, wants, mtl.grad_similarity, CLOSED, exempt)
+    check(dtype, batch, names, wants, mtl.grad_similarity, CLOSED, exempt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,17 +16,18 @@ from golden_cases import (
     run_sequence,
 )
 from golden_sequences import TOLERANCE, all_steps
-from golden_static import OWN_LENGTH, SOLVED, batch_of, check, degenerate
+from golden_static import OWN_LENGTH, SOLVED, batch_of, both_precisions, check, degenerate
 
 import mtl_optax as mtl
 
 
 @pytest.mark.usefixtures("x64")
-def test_golden() -> None:
+@both_precisions
+def test_golden(dtype: Any) -> None:
     cases = [case for case in load("gradient/nash_mtl") if "G" in case]
     batch, names = batch_of(cases)
     wants = [None if degenerate(case["name"]) else case["update"] for case in cases]
-    check(batch, names, wants, mtl.nash_mtl, SOLVED, relative_to=OWN_LENGTH)
+    check(dtype, batch, names, wants, mtl.nash_mtl, SOLVED, relative_to=OWN_LENGTH)
 
 
 @pytest.mark.usefixtures("x64")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from golden_cases import Batch, load, pad_order
-from golden_static import CLOSED, check, flatten
+from golden_static import CLOSED, both_precisions, check, flatten
 
 import mtl_optax as mtl
 
 
 @pytest.mark.usefixtures("x64")
-def test_golden() -> None:
+@both_precisions
+def test_golden(dtype: Any) -> None:
     rows = flatten(load("gradient/pcgrad"), "orders")
     batch = Batch([case["G"] for case, _, _ in rows])
     names = [f"{case['name']} {label}" for case, label, _ in rows]
@@ -20,4 +23,4 @@ def test_golden() -> None:
     exempt = [n for n in names if n.startswith(("rankdef", "collinear", "anticollinear"))]
     wants = [e["update"] for _, _, e in rows]
     tolerances = (1e-9, CLOSED[1])
-    check(batch, names, wants, mtl.pcgrad, tolerances, exempt, order=orders)
+    check(dtype, batch, names, wants, mtl.pcgrad, tolerances, exempt, order=orders)

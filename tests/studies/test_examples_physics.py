@@ -96,6 +96,7 @@ SMALL = training.Config(
 )
 
 
+@pytest.mark.slow
 def test_a_method_trains():
     problem = problems.PROBLEMS["advection"]
     trainer = training.Trainer(problem, SMALL)
