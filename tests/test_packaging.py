@@ -140,6 +140,18 @@ def test_the_wheel_says_what_it_needs(wheel: dict[str, bytes]) -> None:
     }
 
 
+def test_the_source_archive_does_without_what_it_leaves_out() -> None:
+    left_out = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["exclude"]
+    assert left_out == ["/examples/studies", "/examples/compare.py", "/tests/studies"]
+    imports = re.compile(r"^\s*(?:from|import) examples\.(?:studies|compare)\b", re.MULTILINE)
+    found = []
+    for path in tracked_files():
+        name = f"/{path.relative_to(ROOT).as_posix()}"
+        if path.suffix == ".py" and not name.startswith(tuple(left_out)):
+            found += [name] * bool(imports.search(path.read_text(encoding="utf-8")))
+    assert found == []
+
+
 def test_no_file_names_a_machine_or_an_index() -> None:
     found = []
     for path in tracked_files():
