@@ -104,9 +104,11 @@ def train(mesh: jax.sharding.Mesh, method: mtl.Method, data: Data, steps: int) -
 
 def main(steps: int = 500, examples: int = 100_000) -> None:
     data, held_out = made_data(examples, seed=1), made_data(examples // 4, seed=2)
+    devices = jax.devices() if len(jax.devices()) >= 4 else jax.devices("cpu")
     for name, (shape, method) in METHODS.items():
-        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-        mesh = jax.sharding.Mesh(devices, ("data", "model"))
+        mesh = jax.sharding.Mesh(
+            np.array(devices[: np.prod(shape)]).reshape(shape), ("data", "model")
+        )
         model, weights = train(mesh, method, data, steps)
         part = model.user_table.embedding[...].addressable_shards[0].data.shape
         logits = jax.device_get(model({k: jnp.asarray(v) for k, v in held_out.items()}))
@@ -116,8 +118,7 @@ def main(steps: int = 500, examples: int = 100_000) -> None:
 
 
 if __name__ == "__main__":
-    if jax.config.jax_platforms in (None, "cpu"):
-        jax.config.update("jax_num_cpu_devices", 4)
-        # Simulated devices share the threads of the CPU: two steps at a time can wait for each other.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_num_cpu_devices", 4)
+    # Simulated devices share the threads of the CPU: two steps at a time can wait for each other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     main()

@@ -81,7 +81,7 @@ def read(folder: Path) -> Pairs:
     tables = {task: pd.read_csv(folder / f"{task}.csv.gz")[["user", "item"]] for task in TASKS}
     every = pd.concat(tables)
     for name in ("user", "item"):
-        every[name] = every[name].astype("category").cat.codes
+        every[name] = pd.factorize(every[name], sort=True)[0]
     return {task: every.loc[task].to_numpy() for task in TASKS}
 
 
