@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from mtl_optax.core.types import DType
 from mtl_optax.core.validation import Tasks, task_vector, where
 
 Result = TypeVar("Result")
+# The losses, as a tuple where they can be differentiated separately, and what the loss function returned.
+Split: TypeAlias = tuple[tuple[jax.Array, ...] | jax.Array, Result]
 
 
 def loss_terms(losses: object) -> tuple[jax.Array, ...] | jax.Array:
@@ -81,7 +83,7 @@ def loss_vector(losses: object) -> jax.Array:
     return jnp.stack(terms) if isinstance(terms, tuple) else terms
 
 
-def split_result(result: Result, has_aux: bool) -> tuple[tuple[jax.Array, ...] | jax.Array, Result]:
+def split_result(result: Result, has_aux: bool) -> Split[Result]:
     """Separates the losses from the result of a user's loss function.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +24,7 @@ def weigh_losses(
     method: Method,
     *,
     active: Active | None = None,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[jax.Array, BalanceState]:
     """Weighs the losses by a method that needs only the losses.
 
@@ -92,7 +90,7 @@ def _weights(
     losses: Losses,
     state: BalanceState,
     active: Active | None,
-    extra_args: dict[str, Any],
+    extra_args: dict[str, object],
 ) -> tuple[jax.Array, BalanceState]:
     """Returns the weights `[T]` of a method that needs only the losses, and its new state."""
     pipeline = method.definition

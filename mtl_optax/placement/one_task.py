@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Concatenate, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mtl_optax.core.types import Losses
 from mtl_optax.core.validation import check_choice, read_tasks, task_vector
 from mtl_optax.placement.loss_vector import check_differentiable, split_result
 from mtl_optax.placement.pull_back import vjp_of_losses
 
+Params = TypeVar("Params")
+
 
 def one_task_value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Params, ...], Losses],
     tasks: int | Collection[str],
     *,
     order: Literal["cyclic", "random"] = "cyclic",
     seed: int = 0,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[jax.Array, tuple[Params, jax.Array]]]:
     """Differentiates one task per step, by one forward and one backward pass.
 
     A method on the parameters takes T backward passes per step. This function evaluates and
@@ -72,10 +75,12 @@ def one_task_value_and_grad(
     axis = read_tasks("one_task_value_and_grad", tasks)
     check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))
 
-    def value_and_grad(step: Any, params: optax.Params, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad(
+        step: int | jax.Array, params: Params, *args: object, **kwargs: object
+    ) -> tuple[jax.Array, tuple[Params, jax.Array]]:
         check_differentiable("one_task_value_and_grad", params)
 
-        def only(t: int, params: optax.Params) -> tuple[jax.Array, Any]:
+        def only(t: int, params: Params) -> tuple[jax.Array, optax.Updates]:
             losses, pullback, given = vjp_of_losses(
                 lambda params: split_result(loss_fn(params, *args, **kwargs), False), params
             )

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Concatenate, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from mtl_optax.core.method import Method
 from mtl_optax.core.validation import check_choice, read_tasks
-from mtl_optax.placement.loss_vector import check_differentiable, split_result
+from mtl_optax.placement.loss_vector import Split, check_differentiable, split_result
 from mtl_optax.placement.pull_back import Mode, pull_each, vjp_of_losses
+
+Result = TypeVar("Result")
+Shared = TypeVar("Shared")
+Heads = TypeVar("Heads")
+Representation = TypeVar("Representation")
+Tree = TypeVar("Tree")
 
 
 def per_task_value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Result],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     mode: Mode = "auto",
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Result, Any]]:
     """Differentiates a function that returns one loss per task.
 
     The counterpart of `jax.value_and_grad` for a `loss_fn` that returns a dictionary or tuple of scalars,
@@ -73,16 +79,16 @@ def per_task_value_and_grad(
     """
     check_choice("per_task_value_and_grad", "mode", mode, get_args(Mode))
 
-    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+    def value_and_grad(*args: object, **kwargs: object) -> tuple[Result, Any]:
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        chosen = [args[n] for n in numbers]
 
-        def of_chosen(*chosen: Any) -> Any:
+        def of_chosen(*chosen: object) -> Split[Result]:
             whole = list(args)
             for number, value in zip(numbers, chosen, strict=True):
                 whole[number] = value
             return split_result(loss_fn(*whole, **kwargs), has_aux)
 
-        chosen = [args[n] for n in numbers]
         for value in chosen:
             check_differentiable("per_task_value_and_grad", value)
         losses, pullback, result = vjp_of_losses(of_chosen, *chosen)
@@ -93,12 +99,12 @@ def per_task_value_and_grad(
 
 
 def split_value_and_grad(
-    encode: Callable[..., Any],
-    decode: Callable[..., Any],
+    encode: Callable[Concatenate[Shared, ...], Representation],
+    decode: Callable[Concatenate[Heads, Representation, ...], Result],
     has_aux: bool = False,
     *,
     mode: Mode = "auto",
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Result, tuple[Shared, Heads]]]:
     """Differentiates the shared parameters per task, and the heads once.
 
     The losses are `decode(heads, encode(shared, *args), *args)`. T backward passes through `encode` give
@@ -147,23 +153,27 @@ def split_value_and_grad(
     """
     check_choice("split_value_and_grad", "mode", mode, get_args(Mode))
 
-    def value_and_grad(shared: Any, heads: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad(
+        shared: Shared, heads: Heads, *args: object, **kwargs: object
+    ) -> tuple[Result, tuple[Shared, Heads]]:
         for part in (shared, heads):
             check_differentiable("split_value_and_grad", part)
         representation, pull_shared = jax.vjp(lambda s: encode(s, *args, **kwargs), shared)
 
-        def losses_of(heads: Any, representation: optax.Params) -> Any:
+        def losses_of(heads: Heads, representation: Representation) -> Split[Result]:
             return split_result(decode(heads, representation, *args, **kwargs), has_aux)
 
         losses, pull_heads, result = vjp_of_losses(losses_of, heads, representation)
         head_grads = pull_heads.whole(jnp.ones_like(losses))[0]
         shared_grads = pull_each(pull_heads, losses, mode, lambda grads: pull_shared(grads[1]))[0]
-        return result, (shared_grads, head_grads)
+        return result, cast("tuple[Shared, Heads]", (shared_grads, head_grads))
 
     return value_and_grad
 
 
-def stack_tasks(gradients_by_name: Mapping[str, Any], names: Any) -> tuple[Any, jax.Array]:
+def stack_tasks(
+    gradients_by_name: Mapping[str, Tree], names: Collection[str] | Method
+) -> tuple[Tree, jax.Array]:
     """Stacks gradients that were computed separately per task.
 
     It is meant for one data loader per task, or for a subset of the tasks per step. The entries of tasks
@@ -188,7 +198,7 @@ def stack_tasks(gradients_by_name: Mapping[str, Any], names: Any) -> tuple[Any, 
       >>> updates["w"].tolist(), active.tolist()
       ([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [False, True])
     """
-    tasks = read_tasks("stack_tasks", getattr(names, "tasks", names))
+    tasks = read_tasks("stack_tasks", names.tasks if isinstance(names, Method) else names)
     if tasks.names is None:
         raise TypeError(
             "stack_tasks: names must be the names of all tasks; found only their number."

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax import lax
 
+from mtl_optax.placement.loss_vector import Split
+
 Mode = Literal["auto", "vmap", "unroll", "map"]
 Aux = TypeVar("Aux")
 Rows = TypeVar("Rows")
@@ -58,7 +60,7 @@ class Pullback(NamedTuple):
 
 
 def vjp_of_losses(
-    losses_of: Callable[..., tuple[tuple[jax.Array, ...] | jax.Array, Aux]], *primals: object
+    losses_of: Callable[..., Split[Aux]], *primals: object
 ) -> tuple[jax.Array, Pullback, Aux]:
     """Computes `jax.vjp` of a function that returns `(losses, aux)`, also per loss.
 
@@ -88,7 +90,7 @@ def vjp_of_losses(
     floats = [jnp.asarray(x) for x, is_float in zip(leaves, floating, strict=True) if is_float]
     no_cotangents = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), primals)
 
-    def of_floats(floats: list[jax.Array]) -> tuple[tuple[jax.Array, ...] | jax.Array, Aux]:
+    def of_floats(floats: list[jax.Array]) -> Split[Aux]:
         return losses_of(*replace_leaves(primals, floating, floats))
 
     losses, tangents, aux = jax.linearize(of_floats, floats, has_aux=True)

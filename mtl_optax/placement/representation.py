@@ -11,8 +11,8 @@ contain, and removes the unused part of the first. The state of the method is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Concatenate, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ try:
 except ImportError:  # in older releases of jax
     from jax.core import get_opaque_trace_state  # type: ignore[attr-defined]
 
+Params = TypeVar("Params")
+Result = TypeVar("Result")
+
 _INNER_TRACE = (
     "fork_value_and_grad: loss_fn calls fork inside jit, checkpoint, scan, vmap or the like. Move the call "
     "out of there, or use mtl_optax.fork and mtl_optax.join, which may stand anywhere."
@@ -42,12 +45,12 @@ _INNER_TRACE = (
 
 
 def fork_value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Params, Any, ...], Result],
     method: optax.GradientTransformation,
     has_aux: bool = False,
     *,
     tasks: int | Collection[str] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Result, tuple[Params, Any]]]:
     """Differentiates a multi-task model with a method on its shared representation.
 
     Let h be the representation and c_t the gradient of loss t with respect to task t's copy of h. The
@@ -117,23 +120,27 @@ def fork_value_and_grad(
     """
 
     def value_and_grad(
-        params: optax.Params,
+        params: Params,
         state: optax.OptState,
-        *args: Any,
+        *args: object,
         active: Active | None = None,
-        extra_args: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        extra_args: Mapping[str, object] | None = None,
+        **kwargs: object,
+    ) -> tuple[Result, tuple[Params, optax.OptState]]:
         axis = tasks_of("fork_value_and_grad", method, state, tasks)
         check_differentiable("fork_value_and_grad", params)
         present = read_active("fork_value_and_grad", active, axis)
 
-        def run(params: optax.Params, zeros: Any) -> Any:
+        def run(
+            params: Params, zeros: tuple[optax.Params, ...] | None
+        ) -> tuple[tuple[jax.Array, optax.Params], Result]:
             """Returns the losses and the representation; adds `zeros` to the copies unless it is None."""
-            seen: list[Any] = []
+            seen: list[optax.Params] = []
             here = get_opaque_trace_state()
 
-            def fork(representation: optax.Params) -> Any:
+            def fork(
+                representation: optax.Params,
+            ) -> tuple[optax.Params, ...] | dict[str, optax.Params]:
                 # The representation would leak from an inner trace, and its gradient would be 0.
                 if get_opaque_trace_state() != here:
                     raise ValueError(_INNER_TRACE)
@@ -178,10 +185,10 @@ def fork_value_and_grad(
 
 def combine_cotangents(
     method: optax.GradientTransformation,
-    cotangents: tuple[Any, ...],
+    cotangents: tuple[optax.Updates, ...],
     state: optax.OptState,
     representation: optax.Params,
-    **extra_args: Any,
+    **extra_args: object,
 ) -> tuple[optax.Updates, optax.OptState]:
     """Combines the T cotangents of a representation by a method.
 
@@ -221,7 +228,7 @@ def combine_cotangents(
 
 
 def tasks_of(
-    name: str, method: Any, state: optax.OptState, tasks: int | Collection[str] | None
+    name: str, method: object, state: optax.OptState, tasks: int | Collection[str] | None
 ) -> Tasks:
     """Finds the tasks: from `tasks`, from the method, or from the state of a method inside it.
 
@@ -279,6 +286,6 @@ def check_representation(representation: optax.Params) -> None:
             )
 
 
-def _copy(representation: optax.Params, zeros: Any) -> Any:
+def _copy(representation: optax.Params, zeros: optax.Params | None) -> optax.Params:
     held = jax.lax.stop_gradient(representation)
     return held if zeros is None else jax.tree.map(jnp.add, held, zeros)

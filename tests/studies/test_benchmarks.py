@@ -8,7 +8,7 @@ import pytest
 from sampling import sampled
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import growth, hlo, methods, peers, places
+from examples.studies.benchmarks import growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY
 from examples.studies.benchmarks.report import Row
@@ -21,7 +21,6 @@ from examples.studies.benchmarks.steps import steps
         [
             places.step_times,
             places.savings,
-            places.products,
             places.map_memory,
             methods.updates,
             methods.solvers,
@@ -58,7 +57,7 @@ def losses_in_training(method, places, count=6):
 
 def test_every_place_trains_the_same_model():
     """What is compared is the same work: with the plain sum of gradients, the same losses all along."""
-    places = ("fork", "split", "per_task", "weighted", "weighted_by_layers")
+    places = ("losses", "fork", "split", "per_task", "weighted", "weighted_by_layers")
     losses = losses_in_training(mtl.sum_tasks(2), places)
     plain = losses.pop("plain")
     assert losses.keys() == set(places)
@@ -80,6 +79,15 @@ def test_verdict_compares_with_the_target():
     assert Row("s", "c", 1.0, "x", 1.0).verdict == "yes"
     assert Row("s", "c", 1.1, "x", 1.0).verdict == "no"
     assert Row("s", "c", 1.1, "x").verdict == ""
+
+
+def test_ways_are_measured_and_drawn(tmp_path):
+    """Also beside TorchJD, where it is installed."""
+    assert ways.main(["--quick", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| heads | 2 | products |" in table and "| examples | 4 | map |" in table
+    assert ("| TorchJD, autogram |" in table) is peers.installed()
+    assert (tmp_path / "memory.png").stat().st_size > 0
 
 
 def test_growth_draws_its_points(tmp_path):

@@ -15,6 +15,21 @@ state: mtl.BalanceState = method.init({"w": jnp.zeros(2)})
 weights: jax.Array = state.weights
 total, state = mtl.weigh_losses({"a": jnp.ones(()), "b": jnp.ones(())}, state, mtl.gls(2))
 
+
+def losses_of(params: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+    return {"a": (params["w"] * x).sum(), "b": params["w"].sum()}
+
+
+params = {"w": jnp.ones(2)}
+losses, (update, state) = mtl.weighted_value_and_grad(losses_of, method)(params, state, jnp.ones(2))
+new_params: dict[str, jax.Array] = update
+losses, grads = mtl.per_task_value_and_grad(losses_of)(params, jnp.ones(2))
+loss: jax.Array = losses["a"]
+
+number: int = mtl.weighted_value_and_grad(losses_of, method)(params, state)[0]  # wrong
+mtl.weighted_value_and_grad(losses_of, optax.adam(1e-3))  # wrong
+mtl.weighted_value_and_grad(losses_of, method, mode="least memory")  # wrong
+mtl.per_task_value_and_grad(losses_of, mode="products")  # wrong
 mtl.upgrad(2.5)  # wrong
 mtl.upgrad()  # wrong
 mtl.metabalance(2, relax_factor="high")  # wrong

@@ -4,7 +4,7 @@
 
 Ratios are medians over rounds in which what is compared runs in turns, times are medians of rounds, and
 memory and floating-point operations are what XLA says of the compiled program.
-`python -m examples.studies.benchmarks.growth` and `.tpu` have tables of their own.
+`python -m examples.studies.benchmarks.growth`, `.tpu` and `.ways` have tables of their own.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from examples.studies.harness.report import markdown, show
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
-    "products": places.products,
     "map": places.map_memory,
     "vocabulary": vocabulary,
     "updates": methods.updates,
@@ -53,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.peers and "peers" not in options.only:
         options.only = [*options.only, "peers"]
     if "peers" in options.only and not peers.installed():
-        parser.error("--peers needs TorchJD: pip install torch==2.13.0 torchjd")
+        parser.error("--peers needs TorchJD: pip install torch torchjd qpsolvers quadprog")
     if options.file:
         check_writable(options.file.parent)
     return options

@@ -1,9 +1,11 @@
 """The same work in TorchJD and plain PyTorch, in turns with ours, where they are installed.
 
-They are no dependency: `pip install torch==2.13.0 torchjd` (and what its Nash-MTL and CAGrad ask for).
+They are no dependency: `pip install torch torchjd qpsolvers quadprog`, and what its Nash-MTL and CAGrad
+ask for.
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.studies.benchmarks.methods import gradients, update_call
+from examples.studies.benchmarks.problems import Problem
 from examples.studies.benchmarks.report import Row
 from examples.studies.harness.timing import interleaved, ratio, several
 from mtl_optax.core.gram import gram_matrices
@@ -65,6 +68,60 @@ def peers(quick: bool) -> Iterator[Row]:
             yield _compare(f"{name} / TorchJD", num_tasks, size, calls, target, quick)
             if quick:
                 break
+
+
+def training_steps(tasks: str, number: int, problem: Problem) -> dict[str, Callable[[], Any]]:
+    """PyTorch's plain step and TorchJD's steps with UPGrad, on the dense network of our steps."""
+    import torch
+    from torch import nn
+    from torchjd import aggregation, autogram, autojac
+
+    by_example = tasks == "examples"
+    batch, num_heads = (number, 1) if by_example else (problem.batch, number)
+    x, labels = torch.randn(batch, problem.dense), torch.randint(2, (num_heads, batch)).float()
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    weighting, upgrad = aggregation.UPGradWeighting(), aggregation.UPGrad()
+
+    def dense(*widths: int) -> nn.Sequential:
+        pairs = [(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+        return nn.Sequential(*itertools.chain.from_iterable(pairs))
+
+    def plain(losses: Any, *_: Any) -> None:
+        losses.sum().backward()
+
+    def jac_to_grad(losses: Any, params: Any, _: Any) -> None:
+        autojac.backward(losses)
+        autojac.jac_to_grad(params, upgrad)
+
+    def by_gramian(losses: Any, _: Any, engine: autogram.Engine) -> None:
+        losses.backward(weighting(engine.compute_gramian(losses)))
+
+    def step(backward: Callable[..., None]) -> Callable[[], None]:
+        widths = (problem.bottom[-1], *problem.head)
+        heads = [nn.Sequential(dense(*widths), nn.Linear(widths[-1], 1)) for _ in labels]
+        bottom = dense(problem.dense, *problem.bottom)
+        params = list(nn.ModuleList([bottom, *heads]).parameters())
+        adam = torch.optim.Adam(params, 1e-3)
+        # It watches the modules from here on, so that no other step may use them.
+        engine = (
+            autogram.Engine(bottom, *heads, batch_dim=0 if by_example else None)
+            if backward is by_gramian
+            else None
+        )
+
+        def run() -> None:
+            h = bottom(x)
+            pairs = zip(heads, labels, strict=True)
+            each = [cross_entropy(head(h)[:, 0], y, reduction="none") for head, y in pairs]
+            losses = each[0] if by_example else torch.stack([loss.mean() for loss in each])
+            backward(losses, params, engine)
+            adam.step()
+            adam.zero_grad()
+
+        return run
+
+    named = {"PyTorch, plain": plain, "TorchJD, jac_to_grad": jac_to_grad}
+    return {name: step(f) for name, f in (named | {"TorchJD, autogram": by_gramian}).items()}
 
 
 def gram_call(stacked: Any) -> Callable[[], Any]:

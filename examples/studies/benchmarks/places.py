@@ -76,23 +76,6 @@ def savings(quick: bool) -> Iterator[Row]:
         yield Row("fewer passes", f"{label} beyond plain, recsys, T={num_tasks}", extra, "MiB")
 
 
-def products(quick: bool) -> Iterator[Row]:
-    """UPGrad with T gradients in memory (unrolled, or in a loop) and with none."""
-    # Gradients of 15 MB and a small batch, so that the gradients are what memory holds.
-    problem = TINY["dense"] if quick else DENSE._replace(bottom=(1024,) * 4, batch=256)
-    for num_tasks in (2,) if quick else (2, 4, 8, 16):
-        made = {}
-        for mode in ("unroll", "map", "products"):
-            of_mode = steps(problem, num_tasks, ["weighted"], mtl.upgrad(num_tasks), mode)
-            made |= {"plain": of_mode["plain"], mode: of_mode["weighted"]}
-        for mode, value in interleaved_ratios(made, "plain", 1 if quick else 5).items():
-            yield Row("no gradients held", f"{mode} / plain, dense, T={num_tasks}", value, "x")
-        for mode in ("unroll", "map", "products"):
-            extra = made[mode].temporary_mebibytes - made["plain"].temporary_mebibytes
-            case = f"{mode} beyond plain, dense, T={num_tasks}"
-            yield Row("no gradients held", case, extra, "MiB")
-
-
 def map_memory(quick: bool) -> Iterator[Row]:
     """Temporary memory of `mode="map"`, against one gradient's, for several T."""
     problem = TINY["dense"] if quick else DENSE

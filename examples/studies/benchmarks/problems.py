@@ -80,6 +80,12 @@ def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
     )
 
 
+def example_losses(params: Any, batch: Any) -> jax.Array:
+    """The losses `[B]` of one head, one per example."""
+    logits = _head(params["heads"][0], encode(params["shared"], batch))
+    return optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
+
+
 def _head(layers: Any, x: jax.Array) -> jax.Array:
     *hidden, (weight, bias) = layers
     for w, b in hidden:

@@ -5,10 +5,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import mtl_optax as mtl
-from examples.studies.benchmarks.problems import Problem, decode, encode, initial
+from examples.studies.benchmarks.problems import (
+    Problem,
+    decode,
+    encode,
+    example_losses,
+    initial,
+)
 from examples.studies.harness.timing import Training
 
 Encode = Callable[[Any, Any], Any]
@@ -17,11 +24,17 @@ PLACES = ("fork", "split", "per_task")
 
 
 def step_functions(
-    encode: Encode, decode: Decode, method: mtl.Method, optimizer: Any, mode: Any = "auto"
+    encode: Encode,
+    decode: Decode,
+    method: mtl.Method,
+    optimizer: Any,
+    mode: Any = "auto",
+    losses_of: Callable[[Any, Any], Any] | None = None,
 ) -> dict[str, Callable[..., Any]]:
     """Training steps `(params, opt_state, balance_state, batch) -> the first three and the losses`.
 
-    `encode(shared, batch)` is the representation, and `decode(heads, copies, batch)` the T losses.
+    `encode(shared, batch)` is the representation, and `decode(heads, copies, batch)` the T losses. Steps
+    that need no representation differentiate `losses_of(params, batch)`, by default those of the heads.
     """
     num_tasks = method.num_tasks
 
@@ -32,15 +45,25 @@ def step_functions(
     def of_heads(heads: Any, h: Any, batch: Any) -> tuple[jax.Array, ...]:
         return decode(heads, (h,) * num_tasks, batch)
 
-    def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
-        return of_heads(params["heads"], encode(params["shared"], batch), batch)
+    losses_of = losses_of or (
+        lambda params, batch: of_heads(params["heads"], encode(params["shared"], batch), batch)
+    )
 
     def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         def total(params: Any) -> Any:
             losses = losses_of(params, batch)
-            return sum(losses), losses
+            return jnp.asarray(losses).sum(), losses
 
         grads, losses = jax.grad(total, has_aux=True)(params)
+        return *descend(params, opt_state, grads), balance, losses
+
+    def on_losses(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
+        def total(params: Any) -> Any:
+            losses = losses_of(params, batch)
+            weighted, state = mtl.weigh_losses(losses, balance, method)
+            return weighted, (losses, state)
+
+        grads, (losses, balance) = jax.grad(total, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
     def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
@@ -74,19 +97,32 @@ def step_functions(
         return "'layers'" in jax.tree_util.keystr(path)
 
     by_layers = partial(weighted, weights_from=layers)
-    made = {"plain": plain, "fork": fork, "split": split, "per_task": per_task}
+    made = {"plain": plain, "losses": on_losses, "fork": fork, "split": split, "per_task": per_task}
     return {**made, "weighted": weighted, "weighted_by_layers": by_layers}
 
 
 def steps(
-    problem: Problem, num_tasks: int, places: Iterable[str], method: Any = None, mode: Any = "auto"
+    problem: Problem,
+    num_tasks: int,
+    places: Iterable[str],
+    method: Any = None,
+    mode: Any = "auto",
+    by_example: bool = False,
 ) -> dict[str, Training]:
-    """The plain step and those of `places`, compiled, by name; MultiBalance and Adam by default."""
+    """The plain step and those of `places`, compiled, by name; MultiBalance and Adam by default.
+
+    With `by_example` the tasks are the examples of a batch and the network has one head.
+    """
     method = mtl.multibalance(num_tasks) if method is None else method
-    params, batch = initial(problem, num_tasks)
+    if by_example:
+        params, batch = initial(problem._replace(batch=num_tasks), 1)
+        batch = {"features": batch["features"], "labels": batch["labels"][0]}
+    else:
+        params, batch = initial(problem, num_tasks)
     optimizer = optax.adam(1e-3)
     opt_state = optimizer.init(params)
-    made = step_functions(encode, decode, method, optimizer, mode)
+    losses_of = example_losses if by_example else None
+    made = step_functions(encode, decode, method, optimizer, mode, losses_of)
 
     def start(name: str) -> Any:
         if name == "plain":

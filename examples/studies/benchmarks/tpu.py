@@ -67,6 +67,9 @@ INTERNET = Problem(
     fields=26,
 )
 
+# A network whose gradients are what memory holds: 134 MB of layers in float32 on every chip.
+LARGE = Problem(tables=1, rows=1000, dense=2032, bottom=(2048,) * 8, batch=1024)
+
 
 class Cost(NamedTuple):
     """What XLA says of one step, on each chip.
@@ -118,7 +121,9 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
         return x
 
     method = mtl.multibalance(problem.tasks)
-    step = step_functions(encode, decode, method, optax.adam(1e-3))[name]
+    mode = name if name in ("map", "products") else "auto"
+    made = step_functions(encode, decode, method, optax.adam(1e-3), mode)
+    step = made[name if mode == "auto" else "weighted"]
     arguments = _arguments(problem, mesh, forked=name == "fork")
     results = jax.tree.map(lambda x: x.sharding, (*arguments[:3], _like((problem.tasks,), mesh)))
     jitted = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=results)
@@ -141,9 +146,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("examples.studies.benchmarks.tpu", __doc__)
 
     def work(_: argparse.Namespace) -> None:
-        # The recommender on 4 and 256 chips, and one with 1e9 rows on 256: each as soon as it is there.
+        # The recommender on 4 and 256 chips, one with 1e9 rows on 256, and the dense network: each as soon
+        # as it is there.
         for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
             show(_lines(problem, chips), _title(problem, chips))
+        for tasks, chips in itertools.product((4, 16), (4, 256)):
+            problem = LARGE._replace(tasks=tasks)
+            show(_lines(problem, chips, ("map", "products")), _title(problem, chips))
 
     return run_command(
         "examples.studies.benchmarks.tpu", lambda: parser.parse_args(arguments), work
@@ -153,15 +162,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _title(problem: Problem, chips: int) -> str:
     return (
         f"TPU v5e, {chips} chips, compiled ahead of time: {problem.tables} x {problem.rows:,} x "
-        f"{problem.width} embeddings, T = {problem.tasks}, batch {problem.batch} per chip"
+        f"{problem.width} embeddings, {len(problem.bottom)} layers of at most {max(problem.bottom)}, "
+        f"T = {problem.tasks}, batch {problem.batch} per chip"
     )
 
 
-def _lines(problem: Problem, chips: int) -> list[tuple[str, ...]]:
+def _lines(
+    problem: Problem, chips: int, places: tuple[str, ...] = ("fork", "split", "per_task")
+) -> list[tuple[str, ...]]:
     lines = [("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")]
     mesh = tpu_mesh(chips)
     plain = measure("plain", problem, mesh)
-    for name in ("plain", "fork", "split", "per_task"):
+    for name in ("plain", *places):
         try:
             cost = plain if name == "plain" else measure(name, problem, mesh)
         except jax.errors.JaxRuntimeError as error:

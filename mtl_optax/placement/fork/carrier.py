@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 
-def fork_init(method: optax.GradientTransformation, representation: optax.Params) -> Any:
+def fork_init(method: optax.GradientTransformation, representation: optax.Params) -> optax.OptState:
     """Makes the carrier of a method's initial state, for `fork`.
 
     The carrier encodes the state `method.init(representation)` in float leaves. It can be donated,
@@ -76,7 +76,7 @@ def fork_state(
     return jax.tree.map(_decode, carrier, like)
 
 
-def encode_state(state: optax.OptState) -> Any:
+def encode_state(state: optax.OptState) -> optax.OptState:
     """Encodes a state: integers and keys become 16-bit halves in float32, floats stay unchanged.
 
     Args:

@@ -12,19 +12,21 @@ encoded as a *carrier*, see `carrier.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
 
-from mtl_optax.core.types import Active
+from mtl_optax.core.types import Active, Losses
 from mtl_optax.core.validation import Tasks, task_vector
 from mtl_optax.placement.fork.carrier import encode_state, fork_state
 from mtl_optax.placement.loss_vector import loss_vector
 from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
+
+Representation = TypeVar("Representation", bound=optax.Params)
 
 
 class ForkToken(NamedTuple):
@@ -36,10 +38,10 @@ class ForkToken(NamedTuple):
 def fork(
     method: optax.GradientTransformation,
     carrier: optax.OptState,
-    representation: optax.Params,
+    representation: Representation,
     *,
     tasks: int | Collection[str] | None = None,
-) -> tuple[tuple[Any, ...], ForkToken]:
+) -> tuple[tuple[Representation, ...], ForkToken]:
     """Returns T copies of a representation, whose cotangents the method combines.
 
     Let h be the representation and c_t the gradient of loss t with respect to copy t. In the backward
@@ -95,7 +97,7 @@ def fork(
     return copies, ForkToken(slots)
 
 
-def join(losses: Any, token: ForkToken, *, active: Active | None = None) -> jax.Array:
+def join(losses: Losses, token: ForkToken, *, active: Active | None = None) -> jax.Array:
     """Sums the losses of a fork's heads, and passes the losses to the method.
 
     Args:
@@ -139,8 +141,8 @@ def join(losses: Any, token: ForkToken, *, active: Active | None = None) -> jax.
 
 
 def _fork_forward(
-    held: Any, num_tasks: int, representation: optax.Params, carrier: optax.OptState
-) -> tuple[tuple[Any, ...], jax.Array]:
+    held: object, num_tasks: int, representation: optax.Params, carrier: optax.OptState
+) -> tuple[tuple[optax.Params, ...], jax.Array]:
     leaves = jax.tree.leaves(representation)
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
     slots = jnp.zeros((3, num_tasks), jnp.float64 if wide else jnp.float32)
@@ -151,15 +153,20 @@ _fork = jax.custom_vjp(_fork_forward, nondiff_argnums=(0, 1))
 
 
 def _fork_fwd(
-    held: Any, num_tasks: int, representation: optax.Params, carrier: optax.OptState
-) -> Any:
+    held: object, num_tasks: int, representation: optax.Params, carrier: optax.OptState
+) -> tuple[tuple[tuple[optax.Params, ...], jax.Array], tuple[optax.Params, optax.OptState]]:
     value = lambda tree: jax.tree.map(lambda primal: primal.value, tree)  # noqa: E731
     representation, carrier = value(representation), value(carrier)
     outputs = _fork_forward(held, num_tasks, representation, carrier)
     return outputs, (representation, carrier)
 
 
-def _fork_bwd(held: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any:
+def _fork_bwd(
+    held: Callable[[], optax.GradientTransformation],
+    num_tasks: int,
+    residuals: tuple[optax.Params, optax.OptState],
+    cotangents: tuple[tuple[Any, ...], Any],
+) -> tuple[optax.Updates, optax.OptState]:
     method = held()
     representation, carrier = residuals
     copies, slots = cotangents
@@ -174,7 +181,7 @@ def _fork_bwd(held: Any, num_tasks: int, residuals: Any, cotangents: Any) -> Any
         for copy in copies
     )
     state = fork_state(method, carrier, representation)
-    given: dict[str, Any] = {}
+    given: dict[str, jax.Array] = {}
     if not is_zero(slots):
         losses, present, joined = slots
         # `joined` counts the joins. It is 0 if the join was not differentiated, and the losses are
@@ -200,11 +207,15 @@ def _join(losses: jax.Array, slots: jax.Array, present: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(present > 0, losses, 0))
 
 
-def _join_fwd(losses: jax.Array, slots: jax.Array, present: jax.Array) -> Any:
+def _join_fwd(
+    losses: jax.Array, slots: jax.Array, present: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return _join(losses, slots, present), (losses, slots, present)
 
 
-def _join_bwd(residuals: Any, cotangent: jax.Array) -> Any:
+def _join_bwd(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     losses, slots, present = residuals
     to_method = jnp.stack([losses.astype(slots.dtype), present, jnp.ones_like(present)])
     d_losses = jnp.where(present > 0, cotangent, 0).astype(losses.dtype)
