@@ -275,14 +275,16 @@ def test_metabalance_chains(name: str) -> None:
 
 def test_dcgd_is_conflict_free_or_dualproj() -> None:
     """The two forms of dual cone gradient descent, as its authors write them, for two losses."""
-    for g in np.asarray(draws(2)):
+    gradients = draws(2)
+    centered = updates(mtl.conflict_free(2), gradients)
+    dual = updates(mtl.dualproj(2, preference=[1.0, 1.0]), gradients)
+    for g, found, other in zip(np.asarray(gradients), centered, dual, strict=True):
         total, units = g.sum(0), g / np.linalg.norm(g, axis=1, keepdims=True)
         center = units.sum(0)
         expected = center @ total / (center @ center) * center
-        np.testing.assert_allclose(updates(mtl.conflict_free(2), g[None])[0], expected, rtol=1e-9)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
         projected = total - sum(min(total @ row, 0.0) / (row @ row) * row for row in g)
-        dual = updates(mtl.dualproj(2, preference=[1.0, 1.0]), g[None])[0]
-        np.testing.assert_allclose(dual, projected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(other, projected, rtol=1e-9, atol=1e-12)
 
 
 def test_names_of_two_tasks_and_of_inverse_norms() -> None:
