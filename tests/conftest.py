@@ -93,15 +93,15 @@ def pytest_runtest_teardown() -> None:
 # The files that take longest, longest first: a worker that starts one of them last is waited for.
 LONGEST = (
     "test_sharding.py",
-    "test_examples_compare.py",
-    "test_solvers.py",
-    "test_benchmarks.py",
-    "test_golden_gram.py",
-    "test_on_representation.py",
-    "test_checkpoints.py",
-    "test_notebooks.py",
+    "test_absent_tasks.py",
     "test_properties.py",
-    "test_several_processes.py",
+    "test_solvers.py",
+    "test_recommender.py",
+    "test_on_representation.py",
+    "test_products.py",
+    "test_composition.py",
+    "test_identities.py",
+    "test_per_example.py",
 )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -74,7 +75,7 @@ def test_an_example_is_one_file_of_its_own(name, root):
     assert re.search(r"two CPU cores", doc)
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", sampled(sorted(SMALL), ["own_method", "several_loaders"]))
 def test_an_example_prints_what_its_docstring_shows(name, capsys, monkeypatch):
     module = load(name)
     if hasattr(module, "METHODS"):  # one of them is enough: each is compiled for some seconds

@@ -267,11 +267,11 @@ def test_a_representation_may_hold_integers(mode):
 
 def test_unknown_mode_is_refused():
     all_gradients = '"auto", "vmap", "unroll" or "map"'
-    products = '"auto", "vmap", "unroll", "map" or "products"'
+    all_modes = '"auto", "vmap", "unroll", "map", "products" or "examples"'
     places = (
         (mtl.per_task_value_and_grad, [plain_losses], all_gradients),
         (mtl.split_value_and_grad, [plain_losses] * 2, all_gradients),
-        (mtl.weighted_value_and_grad, [plain_losses, METHOD], products),
+        (mtl.weighted_value_and_grad, [plain_losses, METHOD], all_modes),
     )
     for place, arguments, modes in places:
         with pytest.raises(ValueError) as caught:
