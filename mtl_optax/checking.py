@@ -239,7 +239,7 @@ def _check_state(old: optax.OptState, new: optax.OptState, num_tasks: int) -> No
             raise ValueError(
                 f"check: state{path} changes its shape from {before.shape} to {now.shape}: a "
                 "transformation before the method keeps one state for all tasks. Put it after the "
-                "method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+                "method, or apply it per task: mtl_optax.per_task(inner, tasks)."
             )
         for what in ("shape", "dtype"):
             was, is_now = getattr(before, what), getattr(now, what)
@@ -312,7 +312,7 @@ def _remedy(
         )
     return (
         "What stands before or around a method is given gradients with a task axis. Put it after the "
-        f"method; before it, lift it over the tasks: mtl_optax.per_task(inner, tasks). {_GUIDE}"
+        f"method; before it, apply it per task: mtl_optax.per_task(inner, tasks). {_GUIDE}"
     )
 
 

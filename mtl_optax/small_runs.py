@@ -98,7 +98,7 @@ def fault_before_methods(
                 return (
                     f"what stands before {method} mixes the tasks, as optax.clip_by_global_norm does with "
                     "one norm over all of them: the gradient of a task depends on those of the others. Put "
-                    "it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+                    "it after the method, or apply it per task: mtl_optax.per_task(inner, tasks)."
                 )
         zeros = jax.tree.map(np.zeros_like, quiet)
         method = _differs(reach(zeros, weights), reach(zeros, others), ...)

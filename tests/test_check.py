@@ -25,7 +25,7 @@ WHOLE = optax.chain(BALANCE, optax.sgd(1e-2))
 GUIDE = "See docs/composition.md."
 REMEDY = (
     "\nWhat stands before or around a method is given gradients with a task axis. Put it after the method; "
-    "before it, lift it over the tasks: mtl_optax.per_task(inner, tasks). " + GUIDE
+    "before it, apply it per task: mtl_optax.per_task(inner, tasks). " + GUIDE
 )
 
 

@@ -322,7 +322,7 @@ CANNOT_STAND_AROUND = {
 }
 REMEDY = (
     "What stands before or around a method is given gradients with a task axis. Put it after the method; "
-    "before it, lift it over the tasks: mtl_optax.per_task(inner, tasks). See docs/composition.md."
+    "before it, apply it per task: mtl_optax.per_task(inner, tasks). See docs/composition.md."
 )
 
 
@@ -389,7 +389,7 @@ def mixed(method="sum_tasks"):
     return (
         f"check: what stands before {method} mixes the tasks, as optax.clip_by_global_norm "
         "does with one norm over all of them: the gradient of a task depends on those of the others. Put "
-        "it after the method, or lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+        "it after the method, or apply it per task: mtl_optax.per_task(inner, tasks)."
     )
 
 
@@ -658,7 +658,7 @@ def test_a_stateful_transformation_before_is_refused(name):
     _, where = STATEFUL[name]
     assert refusal(REFUSED["before", name]) == (
         f"check: state[0].{where} changes its shape from (2, 3) to (3, 2, 3): a transformation before the "
-        "method keeps one state for all tasks. Put it after the method, or lift it over the tasks: "
+        "method keeps one state for all tasks. Put it after the method, or apply it per task: "
         "mtl_optax.per_task(inner, tasks)."
     )
 

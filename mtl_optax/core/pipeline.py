@@ -296,17 +296,17 @@ class Pipeline(Definition):
         rule, options = self.rule, self.options
         assert isinstance(rule, WeightRule)
         blocks = task_tree.assign_blocks(task_tree.without_task_axis(updates), options.blocks)
-        seen, weighted, averages = updates, updates, state.averages
+        measured_on, weighted, averages = updates, updates, state.averages
         if rule.average is not None:
-            seen, averages = rule.average.apply(inputs, averages)
-            weighted = seen if rule.average.weighted else inputs.updates
+            measured_on, averages = rule.average.apply(inputs, averages)
+            weighted = measured_on if rule.average.weighted else inputs.updates
 
         def fresh(state: BalanceState) -> tuple[BalanceState, jax.Array]:
-            measured = self.measure(seen, blocks, inputs, cosines="gram" in rule.needs)
+            measured = self.measure(measured_on, blocks, inputs, cosines="gram" in rule.needs)
             return self.weigh(state, measured), measured.active
 
         def kept(state: BalanceState) -> tuple[BalanceState, jax.Array]:
-            measured = self.measure(seen, blocks, inputs, cosines=False)
+            measured = self.measure(measured_on, blocks, inputs, cosines=False)
             return self.keep_weights(state, measured), measured.active
 
         # The averages are as large as the gradients, so they are not passed through the `cond`.
@@ -315,7 +315,7 @@ class Pipeline(Definition):
             state, active = fresh(state)
         else:
             state, active = lax.cond(self.due(state, inputs.active), fresh, kept, state)
-        weights = self.applied_weights(state) if weighted is seen else state.weights
+        weights = self.applied_weights(state) if weighted is measured_on else state.weights
         broken = None if options.reduce else present & ~active
         result = task_tree.combine(weighted, weights, active, blocks, broken)
         return result, state._replace(averages=averages), active

@@ -135,7 +135,7 @@ def fork_value_and_grad(
             params: Params, zeros: tuple[optax.Params, ...] | None
         ) -> tuple[tuple[jax.Array, optax.Params], Result]:
             """Returns the losses and the representation; adds `zeros` to the copies unless it is None."""
-            seen: list[optax.Params] = []
+            forked: list[optax.Params] = []
             here = get_opaque_trace_state()
 
             def fork(
@@ -144,19 +144,19 @@ def fork_value_and_grad(
                 # The representation would leak from an inner trace, and its gradient would be 0.
                 if get_opaque_trace_state() != here:
                     raise ValueError(_INNER_TRACE)
-                seen.append(representation)
+                forked.append(representation)
                 rows = (None,) * axis.number if zeros is None else zeros
                 copies = tuple(_copy(representation, row) for row in rows)
                 return copies if axis.names is None else dict(zip(axis.names, copies, strict=True))
 
             losses, result = split_result(loss_fn(params, fork, *args, **kwargs), has_aux)
-            if len(seen) != 1:
+            if len(forked) != 1:
                 raise ValueError(
                     "fork_value_and_grad: loss_fn must call fork exactly once, it called it "
-                    f"{len(seen)} times. Where each task has inputs of its own, fork one representation of "
+                    f"{len(forked)} times. If each task has inputs of its own, fork one representation of "
                     'the concatenated batch; a tuple of representations needs a method with blocks="all".'
                 )
-            return (loss_vector(losses), seen[0]), result
+            return (loss_vector(losses), forked[0]), result
 
         _, like = jax.eval_shape(lambda params: run(params, None)[0], params)
         check_representation(like)

@@ -764,7 +764,7 @@ def test_fork_is_called_once():
             mtl.fork_value_and_grad(loss_fn, method)(jnp.ones(2), method.init(jnp.ones(2)))
         assert str(caught.value) == (
             f"fork_value_and_grad: loss_fn must call fork exactly once, it called it {times} times. "
-            "Where each task has inputs of its own, fork one representation of the concatenated batch; a "
+            "If each task has inputs of its own, fork one representation of the concatenated batch; a "
             'tuple of representations needs a method with blocks="all".'
         )
 

@@ -25,12 +25,12 @@ class ExcessMTLState(NamedTuple):
     Attributes:
       log_weights: logarithms of the weights, which start at `-log(T)`.
       baseline: mean excess risk over the steps that measure it.
-      seen: int32, the number of these steps so far, per task.
+      num_steps: int32, the number of these steps so far, per task.
     """
 
     log_weights: jax.Array
     baseline: jax.Array
-    seen: jax.Array
+    num_steps: jax.Array
 
 
 @factory
@@ -105,7 +105,7 @@ def excess_mtl(
         return ExcessMTLState(
             log_weights=jnp.full((axis.number,), -math.log(axis.number), dtype),
             baseline=jnp.zeros((axis.number,), dtype),
-            seen=jnp.zeros((axis.number,), jnp.int32),
+            num_steps=jnp.zeros((axis.number,), jnp.int32),
         )
 
     def scale_by_hessian(
@@ -124,15 +124,15 @@ def excess_mtl(
         active, dtype = inputs.active, inputs.norms.dtype
         excess = inputs.norms**2
         # The first steps measure the baseline; without warm-up, the first step also changes the weights.
-        measures = active & (state.seen < max(warmup_steps, 1))
+        measures = active & (state.num_steps < max(warmup_steps, 1))
         relative = safe_divide(excess, state.baseline, excess)
         step = clip_weights(jnp.asarray(step_size, dtype) * relative)
-        step = jnp.where(active & (state.seen >= warmup_steps), step, 0)
+        step = jnp.where(active & (state.num_steps >= warmup_steps), step, 0)
         log_weights = log_softmax(state.log_weights + step, active)
         kept = keep_log_shares(log_weights, state.log_weights, active)
-        baseline = move_mean(state.baseline, excess, state.seen + 1, measures)
-        seen = state.seen + measures.astype(jnp.int32)
-        return jnp.exp(log_weights), ExcessMTLState(kept, baseline, seen)
+        baseline = move_mean(state.baseline, excess, state.num_steps + 1, measures)
+        num_steps = state.num_steps + measures.astype(jnp.int32)
+        return jnp.exp(log_weights), ExcessMTLState(kept, baseline, num_steps)
 
     scaled = GradientAverage(task_tree.per_task_zeros, scale_by_hessian, weighted=False)
     rule = WeightRule(frozenset({"norms"}), weigh, init, average=scaled)

@@ -127,13 +127,13 @@ def scale_by_pub(
         anyone = jnp.any(active)
         first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         steps = next_count(state.steps, anyone)
-        seen = jnp.maximum(steps, 1).astype(dtype)
+        count = jnp.maximum(steps, 1).astype(dtype)
         gradients = jax.tree.map(lambda g: g.astype(dtype), inputs.updates)
 
         def direction(g: jax.Array, mu: jax.Array, nu: jax.Array) -> jax.Array:
             present = along_tasks(active, g.ndim)
-            up = move_average(mu[None], g, b1, present) / (1 - first**seen)
-            square = move_average(nu[None], g * g, b2, present) / (1 - second**seen)
+            up = move_average(mu[None], g, b1, present) / (1 - first**count)
+            square = move_average(nu[None], g * g, b2, present) / (1 - second**count)
             down = jnp.sqrt(square) + jnp.asarray(eps, dtype)
             return jnp.where(present, safe_divide(up, down), 0)
 

@@ -23,12 +23,12 @@ class CRMOGMState(NamedTuple):
 
     Attributes:
       smoothed: `[T]`, EMA of the weights.
-      seen: bool `[T]`, whether each task has been present.
+      started: bool `[T]`, whether each task has been present.
       base: the state of the underlying method.
     """
 
     smoothed: jax.Array
-    seen: jax.Array
+    started: jax.Array
     base: optax.OptState
 
 
@@ -96,8 +96,8 @@ def cr_mogm(
     def weigh(inputs: StepInputs, state: CRMOGMState) -> tuple[jax.Array, CRMOGMState]:
         fresh, base_state = inner.weigh(inputs, state.base)
         fresh = fresh.astype(state.smoothed.dtype)
-        decay = jnp.where(state.seen, ema_decay, 0)
+        decay = jnp.where(state.started, ema_decay, 0)
         smoothed = move_average(state.smoothed, fresh, decay, inputs.active)
-        return smoothed, CRMOGMState(smoothed, state.seen | inputs.active, base_state)
+        return smoothed, CRMOGMState(smoothed, state.started | inputs.active, base_state)
 
     return from_rule("cr_mogm", axis, WeightRule(inner.needs, weigh, init, inner.extra), **options)

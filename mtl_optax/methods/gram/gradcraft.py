@@ -21,11 +21,11 @@ class GradCraftState(NamedTuple):
 
     Attributes:
       norm_ema: EMA of each task's gradient norm, which starts at 0.
-      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
+      correction: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
     """
 
     norm_ema: jax.Array
-    seen: jax.Array
+    correction: jax.Array
 
 
 @factory
@@ -102,15 +102,15 @@ def gradcraft(
     def weigh(inputs: StepInputs, state: GradCraftState) -> tuple[jax.Array, GradCraftState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
         ema = move_average(state.norm_ema, norms, ema_decay, active)
-        seen = move_average(state.seen, 1, ema_decay, active)
-        mean = safe_divide(ema, seen)
+        correction = move_average(state.correction, 1, ema_decay, active)
+        mean = safe_divide(ema, correction)
         relax = jnp.asarray(relax_factor, dtype)
         largest = jnp.max(mean, where=active, initial=0)
         # A norm divided by its average is bounded; the quotient of two averages is not.
         balanced = relax * largest * safe_divide(norms, mean) + (1 - relax) * norms
         added = _projections(inputs.cosine, jnp.asarray(margin, dtype)) * balanced[:, None]
         weights = safe_divide(balanced + jnp.sum(added, axis=0), norms)
-        return weights / count_active(active, dtype), GradCraftState(ema, seen)
+        return weights / count_active(active, dtype), GradCraftState(ema, correction)
 
     return from_rule("gradcraft", axis, WeightRule(frozenset({"gram"}), weigh, init), **options)
 

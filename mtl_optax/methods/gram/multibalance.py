@@ -23,12 +23,12 @@ class MultiBalanceState(NamedTuple):
 
     Attributes:
       norm_ema: EMA of each task's gradient norm.
-      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
+      correction: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
       simplex_weights: lambda; starts uniform.
     """
 
     norm_ema: jax.Array
-    seen: jax.Array
+    correction: jax.Array
     simplex_weights: jax.Array
 
 
@@ -112,7 +112,7 @@ def multibalance(
 
     def weigh(inputs: StepInputs, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
-        ema, seen, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
+        ema, correction, smooth = _smooth_norms(norms, active, state, ema_decay, ema_init)
         old = renormalize(state.simplex_weights, active)
         strength = jnp.asarray(prior_strength, dtype)
         y = old + strength * active_preference(vector, active, dtype)
@@ -126,7 +126,7 @@ def multibalance(
             step = safe_divide(along, lengths * length_of_y)
         new = project_onto_simplex(old - jnp.asarray(weight_lr, dtype) * step, active)
         kept = keep_shares(new, state.simplex_weights, active)
-        return new * safe_divide(smooth, norms), MultiBalanceState(ema, seen, kept)
+        return new * safe_divide(smooth, norms), MultiBalanceState(ema, correction, kept)
 
     def bound(inputs: StepInputs, state: MultiBalanceState) -> jax.Array:
         """The weights for the current norms and the stored lambda, over `1 - ema_decay`."""
@@ -143,12 +143,12 @@ def multibalance(
 def _smooth_norms(
     norms: jax.Array, active: jax.Array, state: MultiBalanceState, ema_decay: Number, ema_init: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the new `norm_ema` and `seen`, and the smoothed norms u; all are `[T]`."""
+    """Returns the new `norm_ema` and `correction`, and the smoothed norms u; all are `[T]`."""
     decay = jnp.asarray(ema_decay, norms.dtype)
     if ema_init == "first":
-        decay = jnp.where(state.seen > 0, decay, 0)
+        decay = jnp.where(state.correction > 0, decay, 0)
     ema = move_average(state.norm_ema, norms, decay, active)
-    seen = move_average(state.seen, 1, decay, active)
+    correction = move_average(state.correction, 1, decay, active)
     if ema_init == "debias":
-        return ema, seen, safe_divide(ema, seen, where=active & (seen > 0))
-    return ema, seen, jnp.where(active, ema, 0)
+        return ema, correction, safe_divide(ema, correction, where=active & (correction > 0))
+    return ema, correction, jnp.where(active, ema, 0)

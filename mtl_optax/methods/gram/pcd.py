@@ -23,12 +23,12 @@ class PCDState(NamedTuple):
 
     Attributes:
       square_ema: EMA of each task's squared gradient norm; starts at 0.
-      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
+      correction: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
       fallback_count: one int32 scalar per block, the number of steps without the constraints.
     """
 
     square_ema: jax.Array
-    seen: jax.Array
+    correction: jax.Array
     fallback_count: jax.Array
 
 
@@ -105,8 +105,8 @@ def pcd(
     def weigh(inputs: StepInputs, state: PCDState) -> tuple[jax.Array, PCDState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
         square_ema = move_average(state.square_ema, clip_finite(norms**2), ema_decay, active)
-        seen = move_average(state.seen, 1, ema_decay, active)
-        mean_square = safe_divide(square_ema, seen)
+        correction = move_average(state.correction, 1, ema_decay, active)
+        mean_square = safe_divide(square_ema, correction)
         spread = jnp.sqrt(mean_square + jnp.asarray(eps, dtype))
         lengths = safe_divide(norms, spread, norms)
         guaranteed = jnp.asarray(tau, dtype) * lengths
@@ -119,7 +119,7 @@ def pcd(
         weights = jnp.where(squared > rounding, along / length * ratio, 0)
         failed = active[index] & (norms[index] > 0) & ~feasible
         fallbacks = next_count(state.fallback_count, failed)
-        return weights, PCDState(square_ema, seen, fallbacks)
+        return weights, PCDState(square_ema, correction, fallbacks)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, target=index)
     return from_rule("pcd", axis, rule, **options)

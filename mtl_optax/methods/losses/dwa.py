@@ -21,14 +21,14 @@ class DWAState(NamedTuple):
 
     Attributes:
       mean: mean loss of the current window so far.
-      seen: int32, the number of steps of the current window so far.
+      num_steps: int32, the number of steps of the current window so far.
       last: mean loss of the last complete window.
       before: mean loss of the window before that.
       windows: int32, the number of complete windows so far, at most 2.
     """
 
     mean: jax.Array
-    seen: jax.Array
+    num_steps: jax.Array
     last: jax.Array
     before: jax.Array
     windows: jax.Array
@@ -101,12 +101,12 @@ def dwa(
         return count_active(active, dtype) * softmax(logits, active), observe(inputs, state)
 
     def observe(inputs: StepInputs, state: DWAState) -> DWAState:
-        seen = state.seen + inputs.active.astype(jnp.int32)
-        mean = move_mean(state.mean, inputs.losses, seen, inputs.active)
-        full = seen == window
+        num_steps = state.num_steps + inputs.active.astype(jnp.int32)
+        mean = move_mean(state.mean, inputs.losses, num_steps, inputs.active)
+        full = num_steps == window
         return DWAState(
             mean=jnp.where(full, 0, mean),
-            seen=jnp.where(full, 0, seen),
+            num_steps=jnp.where(full, 0, num_steps),
             last=jnp.where(full, mean, state.last),
             before=jnp.where(full, state.last, state.before),
             windows=jnp.minimum(state.windows + full.astype(jnp.int32), 2),

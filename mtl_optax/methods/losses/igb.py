@@ -22,12 +22,12 @@ class IGBState(NamedTuple):
 
     Attributes:
       base: mean loss over the steps that measure it.
-      seen: int32, the number of steps at which each task was present, at most
+      num_steps: int32, the number of steps at which each task was present, at most
         `warmup_steps + base_steps`.
     """
 
     base: jax.Array
-    seen: jax.Array
+    num_steps: jax.Array
 
 
 @factory
@@ -95,7 +95,7 @@ def igb(
         base, nonzero = magnitudes(state.base, active)
         ratio = clip_weights(safe_divide(sizes, base, 1, where=nonzero))
         log_shares = log_softmax(ratio, usable)
-        known = jnp.all((state.seen == warmup_steps + base_steps) | ~active)
+        known = jnp.all((state.num_steps == warmup_steps + base_steps) | ~active)
         log_number = jnp.log(count_active(active, dtype))
         log_weights = jnp.where(known, log_shares + log_number, 0) - jnp.log(sizes)
         early = early_means(inputs, *state, warmup_steps, base_steps)

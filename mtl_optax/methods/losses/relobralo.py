@@ -25,13 +25,13 @@ class ReLoBRaLoState(NamedTuple):
       weight_ema: `[T]`, the weights, which start at 1.
       first_losses: `[T]`, the loss of each task when it was first present.
       last_losses: `[T]`, the loss of each task when it was last present.
-      seen: int32 `[T]`, the number of steps at which each task was present, at most 2.
+      num_steps: int32 `[T]`, the number of steps at which each task was present, at most 2.
     """
 
     weight_ema: jax.Array
     first_losses: jax.Array
     last_losses: jax.Array
-    seen: jax.Array
+    num_steps: jax.Array
 
 
 @factory
@@ -101,8 +101,8 @@ def relobralo(
 
     def weigh(inputs: StepInputs, state: ReLoBRaLoState) -> tuple[jax.Array, ReLoBRaLoState]:
         losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
-        first = jnp.where(state.seen > 0, state.first_losses, losses)
-        last = jnp.where(state.seen > 0, state.last_losses, losses)
+        first = jnp.where(state.num_steps > 0, state.first_losses, losses)
+        last = jnp.where(state.num_steps > 0, state.last_losses, losses)
 
         def balanced(base: jax.Array) -> jax.Array:
             logits = loss_ratio(losses, base) / jnp.asarray(temperature, dtype)
@@ -111,13 +111,13 @@ def relobralo(
         share = jnp.asarray(ema_decay, dtype)
         past = jnp.where(_draw(inputs, seed) < rho, state.weight_ema, balanced(first))
         later = share * past + (1 - share) * balanced(last)
-        weights = jnp.where(state.seen == 1, balanced(first), later)
-        weights = jnp.where(active & (state.seen > 0), weights, state.weight_ema)
+        weights = jnp.where(state.num_steps == 1, balanced(first), later)
+        weights = jnp.where(active & (state.num_steps > 0), weights, state.weight_ema)
         return weights, ReLoBRaLoState(
             weights,
             jnp.where(active, first, state.first_losses),
             jnp.where(active, losses, state.last_losses),
-            jnp.minimum(state.seen + active.astype(jnp.int32), 2),
+            jnp.minimum(state.num_steps + active.astype(jnp.int32), 2),
         )
 
     rule = WeightRule(frozenset({"losses"}), weigh, init, extra=("noise",))

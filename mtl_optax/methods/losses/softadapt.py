@@ -21,11 +21,11 @@ class SoftAdaptState(NamedTuple):
 
     Attributes:
       last_losses: `[T]`, the losses of the step at which each task was last present.
-      seen: bool `[T]`, whether each task has been present.
+      started: bool `[T]`, whether each task has been present.
     """
 
     last_losses: jax.Array
-    seen: jax.Array
+    started: jax.Array
 
 
 @factory
@@ -92,7 +92,7 @@ def softadapt(
 
     def weigh(inputs: StepInputs, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
         losses, active = inputs.losses, inputs.active
-        last = jnp.where(state.seen & active, state.last_losses, losses)
+        last = jnp.where(state.started & active, state.last_losses, losses)
         change = 2 * clip_weights(losses / 2 - last / 2)
         if variant == "normalized":
             change = safe_divide(change, jnp.sum(jnp.abs(change)))
@@ -100,12 +100,12 @@ def softadapt(
         if variant == "loss_weighted":
             size = jnp.abs(losses / 2 + last / 2)
             positive = size >= jnp.finfo(losses.dtype).tiny
-            known = jnp.any(active & positive) & jnp.any(state.seen & active)
+            known = jnp.any(active & positive) & jnp.any(state.started & active)
             logits = jnp.where(known, logits + jnp.log(jnp.where(positive, size, 1)), logits)
             counted = active & (positive | ~known)
         else:
             counted = active
         kept = jnp.where(active, losses, state.last_losses)
-        return softmax(logits, counted), SoftAdaptState(kept, state.seen | active)
+        return softmax(logits, counted), SoftAdaptState(kept, state.started | active)
 
     return from_rule("softadapt", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -22,12 +22,12 @@ class STCHState(NamedTuple):
 
     Attributes:
       nadir: mean loss over the steps that measure it.
-      seen: int32, the number of steps at which each task was present, at most
+      num_steps: int32, the number of steps at which each task was present, at most
         `warmup_steps + nadir_steps`.
     """
 
     nadir: jax.Array
-    seen: jax.Array
+    num_steps: jax.Array
 
 
 @factory
@@ -99,7 +99,7 @@ def stch(
         nadir, _ = magnitudes(state.nadir, active)
         logs = jnp.log(sizes)
         log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
-        known = jnp.all((state.seen == warmup_steps + nadir_steps) | ~active)
+        known = jnp.all((state.num_steps == warmup_steps + nadir_steps) | ~active)
         log_weights = jnp.where(known, log_shares + jnp.log(count_active(active, dtype)), 0) - logs
         early = early_means(inputs, *state, warmup_steps, nadir_steps)
         return exp_weights(log_weights, usable), STCHState(*early)

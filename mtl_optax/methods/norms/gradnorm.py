@@ -25,13 +25,13 @@ class GradNormState(NamedTuple):
     Attributes:
       trained_weights: the weights and the state of their optimizer.
       first_losses: the loss of each task when it was first present.
-      seen: bool, whether each task has been present.
+      started: bool, whether each task has been present.
       fallback_count: int32 scalar, the number of updates without a positive new weight.
     """
 
     trained_weights: TrainedState
     first_losses: jax.Array
-    seen: jax.Array
+    started: jax.Array
     fallback_count: jax.Array
 
 
@@ -102,13 +102,13 @@ def gradnorm(
         return GradNormState(
             trained_weights=start(optimizer, jnp.ones((axis.number,), dtype)),
             first_losses=jnp.zeros((axis.number,), dtype),
-            seen=jnp.zeros((axis.number,), bool),
+            started=jnp.zeros((axis.number,), bool),
             fallback_count=jnp.zeros((), jnp.int32),
         )
 
     def weigh(inputs: StepInputs, state: GradNormState) -> tuple[jax.Array, GradNormState]:
         active, weights = inputs.active, state.trained_weights.values
-        first = jnp.where(state.seen | ~active, state.first_losses, inputs.losses)
+        first = jnp.where(state.started | ~active, state.first_losses, inputs.losses)
         gradient = weight_gradient(inputs, weights, first)
         largest = largest_weight(weights.dtype)
         trained = train(optimizer, state.trained_weights, gradient, active, 0.0, largest)
@@ -120,7 +120,7 @@ def gradnorm(
         return weights, GradNormState(
             trained_weights=trained._replace(values=jnp.where(active & ~fails, rescaled, weights)),
             first_losses=first,
-            seen=state.seen | active,
+            started=state.started | active,
             fallback_count=next_count(state.fallback_count, fails),
         )
 

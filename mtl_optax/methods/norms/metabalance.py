@@ -20,11 +20,11 @@ class MetaBalanceState(NamedTuple):
 
     Attributes:
       norm_ema: EMA of each task's gradient norm, which starts at 0.
-      seen: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
+      correction: the bias correction of each EMA: `1 - ema_decay ** k` after k steps.
     """
 
     norm_ema: jax.Array
-    seen: jax.Array
+    correction: jax.Array
 
 
 @factory
@@ -119,11 +119,13 @@ def metabalance(
     ) -> tuple[MetaBalanceState, jax.Array, jax.Array]:
         """Returns the new averages, the target's to compare with each, and which weights may change."""
         ema = move_average(state.norm_ema, inputs.norms, ema_decay, inputs.active)
-        seen = move_average(state.seen, 1, ema_decay, inputs.active)
-        known = (seen > 0) & (ema[index] > 0)
-        share = safe_divide(seen, seen[index], seen, where=known)  # exactly 1 if all are present
+        correction = move_average(state.correction, 1, ema_decay, inputs.active)
+        known = (correction > 0) & (ema[index] > 0)
+        share = safe_divide(
+            correction, correction[index], correction, where=known
+        )  # exactly 1 if all are present
         balanced = known & (jnp.arange(axis.number) != index)
-        return MetaBalanceState(ema, seen), ema[index] * share, balanced
+        return MetaBalanceState(ema, correction), ema[index] * share, balanced
 
     def rescaled(reference: jax.Array, norms: jax.Array) -> jax.Array:
         relax = jnp.asarray(relax_factor, norms.dtype)
@@ -139,8 +141,8 @@ def metabalance(
     def bound(inputs: StepInputs, state: MetaBalanceState) -> jax.Array:
         """The weights for the smallest averages that these norms allow, `(1 - ema_decay) * norms`."""
         moved, reference, balanced = average(inputs, state)
-        # Multiplied by `seen`, as `reference` is: both have the bias of this task's average.
-        least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.seen * inputs.norms
+        # Multiplied by `correction`, as `reference` is: both have the bias of this task's average.
+        least = (1 - jnp.asarray(ema_decay, reference.dtype)) * moved.correction * inputs.norms
         limits = rescaled(reference, least)
         if strategy == "enlarge":  # no weight is below 1
             limits = jnp.maximum(limits, 1)
