@@ -50,7 +50,10 @@ def types(tree):
 # --- the same numbers as the computation written out -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ["sum_tasks", "metabalance", "emtl", "optax"]
+
+
+@pytest.mark.parametrize("name", sampled(METHODS, QUICK))
 def test_equals_the_explicit_computation(name):
     method = METHODS[name]
     params, batch = make_problem()
@@ -66,7 +69,7 @@ def test_equals_the_explicit_computation(name):
         params, state = descend(params, grads), new
 
 
-@pytest.mark.parametrize("name", sampled(METHODS, ["sum_tasks", "metabalance", "optax"]))
+@pytest.mark.parametrize("name", sampled(METHODS, QUICK))
 def test_equals_fork_and_join(name):
     method = METHODS[name]
     params, batch = make_problem()

@@ -55,6 +55,7 @@ def losses_in_training(method, places, count=6):
     return {name: np.stack([step()[0] for _ in range(count)]) for name, step in made.items()}
 
 
+@pytest.mark.slow
 def test_every_place_trains_the_same_model():
     """What is compared is the same work: with the plain sum of gradients, the same losses all along."""
     places = ("losses", "fork", "split", "per_task", "weighted", "weighted_by_layers")
@@ -81,6 +82,7 @@ def test_verdict_compares_with_the_target():
     assert Row("s", "c", 1.1, "x").verdict == ""
 
 
+@pytest.mark.slow
 def test_ways_are_measured_and_drawn(tmp_path):
     """Also beside TorchJD, where it is installed."""
     assert ways.main(["--quick", "--out", str(tmp_path)]) == 0
@@ -91,11 +93,12 @@ def test_ways_are_measured_and_drawn(tmp_path):
 
 
 def test_growth_draws_its_points(tmp_path):
+    open_before = plt.get_fignums()
     points = list(growth.measure(quick=True))
     assert {point.place for point in points} == {"fork", "split"}
     growth.plot(points, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 0
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 def test_collectives_are_read_from_the_text():

@@ -397,6 +397,7 @@ def test_a_run_says_what_happened(trainer):
     assert run.test["CTR"].shape == (2,) and np.isfinite(run.test["CTR"]).all()
 
 
+@pytest.mark.slow
 def test_training_stops_when_nothing_gets_better(trainer):
     idle = Plan(0, trainer.default_setting()._replace(learning_rate=0.0))
     (run,) = trainer.train(parse_choice("sum"), [idle], measure=False)

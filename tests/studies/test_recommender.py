@@ -716,6 +716,7 @@ def test_every_choice_sees_the_same_batches(units_trainer, runs):
     np.testing.assert_array_equal(runs["sum", 0].history["weights"], 1)
 
 
+@pytest.mark.slow
 def test_a_run_has_every_metric_and_keeps_the_best_epoch(units, runs):
     run = runs["sum", 0]
     assert runs["single", 0].test == runs["single", 0].validation == {}
