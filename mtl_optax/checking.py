@@ -93,8 +93,9 @@ def check(
     Raises:
       ValueError: if `init` or `update` raises, the update does not have the shapes of the parameters, the
         state changes its shape or dtype, a transformation before a method mixes tasks, methods have
-        different tasks, or `optax.inject_hyperparams` changes a number by rounding. The message contains
-        the location and a remedy.
+        different numbers of tasks, a method has other task names than `tasks`, or
+        `optax.inject_hyperparams` changes a number by rounding. The message contains the location and a
+        remedy.
 
     Example:
 
@@ -256,7 +257,7 @@ def _check_state(old: optax.OptState, new: optax.OptState, num_tasks: int) -> No
 def _about_init(error: Exception, tx: optax.GradientTransformation, params: optax.Params) -> str:
     remedy = (
         "A transformation before the method looks at the task axis, which the parameters that init sees do "
-        "not have. Lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+        "not have. Apply it per task: mtl_optax.per_task(inner, tasks)."
     )
     try:
         jax.eval_shape(tx.init, _with_tasks(params, 2))

@@ -755,7 +755,7 @@ def test_snapshot_of_a_vmapped_measure_before_fails_at_init():
     assert found.startswith("check: init raises ValueError: vmap")
     assert found.endswith(
         "\nA transformation before the method looks at the task axis, which the parameters that init sees "
-        "do not have. Lift it over the tasks: mtl_optax.per_task(inner, tasks)."
+        "do not have. Apply it per task: mtl_optax.per_task(inner, tasks)."
     )
 
 

@@ -75,5 +75,16 @@ class MethodRow:
 
 
 def method_table() -> dict[str, MethodRow]:
-    """Returns the rows of all factories that were imported, by name."""
+    """Returns the rows of all factories that were imported, by name.
+
+    Returns:
+      A dictionary from the public name of a method to its `MethodRow`.
+
+    Example:
+
+      >>> import mtl_optax as mtl
+      >>> row = mtl.METHODS["metabalance"]
+      >>> row.family, row.needs, row.scale
+      ('norms', ('norms',), 'sum')
+    """
     return {name: MethodRow(make) for name, make in FACTORIES.items()}
