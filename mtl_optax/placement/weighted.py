@@ -22,6 +22,7 @@ from mtl_optax.placement.loss_vector import check_differentiable, check_tasks, s
 from mtl_optax.placement.products import NotTransposable, TaskGradients
 from mtl_optax.placement.pull_back import (
     Mode,
+    Pullback,
     chosen_leaves,
     pull_each,
     replace_leaves,
@@ -140,7 +141,7 @@ def weighted_value_and_grad(
     """
     check_choice("weighted_value_and_grad", "mode", mode, (*get_args(Mode), "products", "examples"))
     _check_method(method)
-    pipeline, axis_name = method.definition, method.options.axis_name
+    pipeline = method.definition
 
     def value_and_grad(
         params: Params,
@@ -151,21 +152,9 @@ def weighted_value_and_grad(
         **kwargs: object,
     ) -> tuple[Result, tuple[Params, BalanceState]]:
         check_differentiable("weighted_value_and_grad", params)
-        result: Any
-        pullback = None
-        if mode == "examples":
-            batch = per_example.check_examples(method.num_tasks, args, kwargs)
-            loss = per_example.loss_of_example(loss_fn, has_aux)
-            losses, aux, factors = per_example.gradients_in_factors(loss, params, batch)
-            result = (losses, aux) if has_aux else losses
-            gradients = ExampleGradients(factors, axis_name)
-        else:
-            losses, pullback, result = vjp_of_losses(
-                lambda params: split_result(loss_fn(params, *args, **kwargs), has_aux), params
-            )
-            if mode in ("vmap", "map"):
-                pullback = pullback._replace(apart=False)
-            gradients = TaskGradients(pullback, losses, axis_name)
+        losses, result, gradients, pullback = _differentiate(
+            loss_fn, method, has_aux, mode, params, args, kwargs
+        )
         check_tasks("weighted_value_and_grad", result, has_aux, method.tasks)
         given = pipeline.read(state, losses, active, extra_args=extra_args)
         check_fields(method.name, method.rule, state, ())
@@ -224,6 +213,34 @@ def weighted_value_and_grad(
         return result, (update, pipeline.finish(state, given, went_in))
 
     return value_and_grad
+
+
+def _differentiate(
+    loss_fn: Callable[..., Any],
+    method: Method,
+    has_aux: bool,
+    mode: str,
+    params: object,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[jax.Array, Any, TaskGradients | ExampleGradients, Pullback | None]:
+    """Returns the losses `[T]`, the result of `loss_fn`, the gradients that are not held, and a pullback.
+
+    With "examples" there is no pullback.
+    """
+    axis_name = method.options.axis_name
+    if mode == "examples":
+        batch = per_example.check_examples(method.num_tasks, args, kwargs)
+        loss = per_example.loss_of_example(loss_fn, has_aux)
+        losses, aux, factors = per_example.gradients_in_factors(loss, params, batch)
+        result = (losses, aux) if has_aux else losses
+        return losses, result, ExampleGradients(factors, axis_name), None
+    losses, pullback, result = vjp_of_losses(
+        lambda params: split_result(loss_fn(params, *args, **kwargs), has_aux), params
+    )
+    if mode in ("vmap", "map"):
+        pullback = pullback._replace(apart=False)
+    return losses, result, TaskGradients(pullback, losses, axis_name), pullback
 
 
 def _are_large(params: object, chosen: Sequence[bool], losses: jax.Array) -> bool:
