@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import method_pages
+import optax
 import pytest
 from methods_table import renewed
 
@@ -57,12 +59,27 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples; see the output"
 
 
-def test_readme_code_runs() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
-    assert blocks
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+def test_readme_diff_applies_and_both_programs_run() -> None:
+    found = re.findall(r"^```diff\n(.*?)^```", README, flags=re.M | re.S)
+    assert len(found) == 1 and README[: README.index(found[0])].count("\n") <= 20
+    x = jax.random.normal(jax.random.key(0), (64, 8))
+    batch = {"x": x, "click": (x[:, 0] > 0).astype(x.dtype), "spend": 30.0 * x[:, 1]}
+    heads = 0.3 * jax.random.normal(jax.random.key(1), (2, 4))
+    start = {"shared": 0.1 * jnp.ones((8, 4)), "click": heads[0], "spend": heads[1]}
+    spent = {}
+    for program, left_out in {"plain": "+", "balanced": "-"}.items():
+        lines = [line[1:] for line in found[0].splitlines() if not line.startswith(left_out)]
+        names = {"jax": jax, "jnp": jnp, "optax": optax, "mtl": mtl_optax}
+        exec(compile("\n".join(lines), f"README.md, the {program} program", "exec"), names)
+        params, opt_state = start, names["tx"].init(start)
+        for _ in range(3):
+            params, opt_state = names["train_step"](params, opt_state, batch)
+        assert jax.tree.all(jax.tree.map(lambda p: bool(jnp.isfinite(p).all()), params))
+        spent[program] = params
+    # Both trained, and not alike.
+    moved = {name: jnp.abs(p["shared"] - start["shared"]).max() for name, p in spent.items()}
+    assert min(moved.values()) > 0
+    assert jnp.abs(spent["plain"]["shared"] - spent["balanced"]["shared"]).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", public_callables())
@@ -105,6 +122,10 @@ def test_readme_marks_nothing_else() -> None:
     assert sorted(markers) == sorted([*MARKED, "methods", "/methods"])
 
 
+def test_readme_is_short() -> None:
+    assert README.count("\n") <= 110
+
+
 def test_versions_agree() -> None:
     version = mtl_optax.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
@@ -113,3 +134,17 @@ def test_versions_agree() -> None:
     assert re.findall(r"Version ([0-9][0-9.]*[0-9])", README) == [version]
     released = re.findall(r"^## \[([0-9][^\]]*)\]", changelog, flags=re.M)
     assert released[0] == version
+
+
+WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "index.md"]
+GENERATED = {"methods", "results", "_build"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in WRITTEN if not GENERATED & set(p.relative_to(ROOT / "docs").parts)],
+    ids=lambda page: page.stem,
+)
+def test_a_page_opens_with_whom_it_is_for(page: Path) -> None:
+    """The line below the title, in italics."""
+    assert re.match(r"# .*\n\n\*For .*\.\*\n", page.read_text(encoding="utf-8"))
