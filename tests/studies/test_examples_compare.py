@@ -463,28 +463,25 @@ def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, mon
 
 
 def test_other_settings_find_no_unfinished_run(tmp_path):
-    carry = {"step": jnp.arange(3)}
-    with UnfinishedRun(tmp_path, {"epochs": 3}) as unfinished:
-        unfinished.save(2, carry)
+    carry, history = {"step": jnp.arange(3)}, [{"losses": np.ones((1, 2))}] * 2
+    UnfinishedRun(tmp_path, {"epochs": 3}).save(carry, history)
     for settings, found in (({"epochs": 4}, 0), ({"epochs": 3}, 2)):
-        with UnfinishedRun(tmp_path, settings) as unfinished:
-            epoch, restored = unfinished.restore(jax.tree.map(jnp.zeros_like, carry))
-        assert epoch == found
+        restored, epochs = UnfinishedRun(tmp_path, settings).restore(
+            jax.tree.map(jnp.zeros_like, carry)
+        )
         np.testing.assert_array_equal(restored["step"], [0, 1, 2] if found else [0, 0, 0])
+        assert len(epochs) == found and all((e["losses"] == 1).all() for e in epochs)
 
 
 def test_a_damaged_unfinished_run_starts_again(tmp_path, capsys):
-    carry = {"step": jnp.arange(3)}
-    with UnfinishedRun(tmp_path, {}) as unfinished:
-        unfinished.save(2, carry)
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:5])
-    with UnfinishedRun(tmp_path, {}) as unfinished:
-        assert unfinished.restore(carry)[0] == 0
-        assert "is damaged (" in capsys.readouterr().err
-        unfinished.save(1, carry)
-        assert unfinished.restore(carry)[0] == 1
+    carry, unfinished = {"step": jnp.arange(3)}, UnfinishedRun(tmp_path, {})
+    unfinished.save(carry, [{}])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:5])
+    assert unfinished.restore(carry) == (carry, [])
+    assert "is damaged (" in capsys.readouterr().err
+    unfinished.save(carry, [{}])
+    assert unfinished.restore(carry)[1] == [{}]
 
 
 def error_line(capsys, *arguments: str) -> str:

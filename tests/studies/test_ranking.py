@@ -428,11 +428,11 @@ class Kept:
     def __init__(self):
         self.saved = None
 
-    def restore(self, like):
-        return (0, like) if self.saved is None else self.saved
+    def restore(self, carry):
+        return (carry, []) if self.saved is None else self.saved
 
-    def save(self, epoch, carry):
-        self.saved = epoch, jax.tree.map(np.asarray, carry)
+    def save(self, carry, history):
+        self.saved = jax.tree.map(np.asarray, carry), list(history)
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
@@ -446,7 +446,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
 
     with pytest.raises(Stopped):
         trainer.train(choice, [plan(trainer)], stop, kept, measure=False)
-    assert kept.saved[0] == 1
+    assert len(kept.saved[1]) == 1
     (run,) = trainer.train(choice, [plan(trainer)], unfinished=kept, measure=False)
     for name, rows in whole.history.items():
         assert np.array_equal(run.history[name], rows), name

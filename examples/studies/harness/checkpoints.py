@@ -2,71 +2,47 @@
 
 import hashlib
 import json
-import shutil
-import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from flax import serialization
 
-from examples.studies.harness.command import say_damaged
+from examples.studies.harness.command import say_damaged, write_atomically
 
-# Orbax's managers share event loops: two threads must not use them at once.
-LOCK = threading.Lock()
+TreeT = TypeVar("TreeT")
+History = list[dict[str, np.ndarray]]  # of every epoch
 
 
 class UnfinishedRun:
-    """The newest saved epoch of one training, as an orbax checkpoint under `folder`.
+    """The newest saved epoch of one training, in a file under `folder`.
 
-    What the run was started with is part of the checkpoint's name, so that a run with other settings
-    finds nothing. A save that is cut short leaves the epoch before it.
+    What the run was started with is part of the file's name, so that a run with other settings finds
+    nothing. A save that is cut short leaves the epoch before it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         """`settings` is anything that JSON can hold."""
-        import orbax.checkpoint as ocp  # a second to import, for those alone who keep something
-
-        self._ocp = ocp
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self._folder = (folder / digest[:16]).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        with LOCK:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._path = folder / digest[:16]
 
-    def restore(self, like: Any) -> tuple[int, Any]:
-        """The last saved epoch and what was saved, or `(0, like)` where there is nothing to go on from."""
-        described = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        with LOCK:
-            epoch = self._manager.latest_step()
-            if epoch is None:
-                return 0, like
+    def restore(self, carry: TreeT) -> tuple[TreeT, History]:
+        """What was saved, or `carry` and no history where there is nothing to go on from."""
+        if self._path.exists():
             try:
-                saved = self._ocp.args.StandardRestore(described)
-                return epoch, self._manager.restore(epoch, args=saved)
+                saved = serialization.msgpack_restore(self._path.read_bytes())
+                structure = jax.tree.structure(carry)
+                return jax.tree.unflatten(structure, saved["leaves"]), saved["history"]
             except Exception as error:
-                say_damaged(self._folder, error)
-                self._manager.delete(epoch)
-        return 0, like
+                say_damaged(self._path, error)
+        return carry, []
 
-    def save(self, epoch: int, carry: Any) -> None:
+    def save(self, carry: Any, history: History) -> None:
         """Keep an epoch in place of the one before."""
-        with LOCK:
-            self._manager.save(epoch, args=self._ocp.args.StandardSave(carry))
+        content = {"leaves": jax.device_get(jax.tree.leaves(carry)), "history": history}
+        write_atomically(self._path, serialization.msgpack_serialize(content))
 
     def remove(self) -> None:
         """Forget the run: it is finished, and kept elsewhere."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> "UnfinishedRun":
-        """The run itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with LOCK:
-            self._manager.close()
+        self._path.unlink(missing_ok=True)

@@ -155,15 +155,12 @@ def check_writable(folder: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path` and rename: a reader sees the whole file or none, also after Ctrl-C."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    partial = path.with_name(f"{path.name}.part")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.chmod(partial, 0o644)  # temporary files are the owner's alone
+        partial.write_bytes(content)
         os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -234,49 +234,34 @@ def pipe_table(lines: Lines, *, left: int = 1) -> str:
 def for_terminal(
     lines: Lines, title: str, note: str, width: int, *, first: Sequence[str] = (), left: int = 1
 ) -> str:
-    """The table with the columns that fit into a width, and the names of those that do not."""
-    widths = _widths(lines, width, first)
-    chosen = [[line[place] for place in widths] for line in lines]
-    aligned = [str.ljust if place < left else str.rjust for place in widths]
-    rule = "─" * (sum(widths.values()) + 2 * (len(widths) - 1))
-    body = [_wrapped(title, width), rule]
-    for number, line in enumerate(chosen):
-        for parts in _broken(line, list(widths.values())):
-            cells = zip(aligned, parts, widths.values(), strict=True)
-            body.append("  ".join(align(part, size) for align, part, size in cells).rstrip())
-        body += [rule] * (number in (0, len(chosen) - 1))
-    missing = [name for place, name in enumerate(lines[0]) if place not in widths]
-    if missing:
-        more = f"Without {', '.join(missing)}: a wider terminal or a file shows all columns."
-        body.append(_wrapped(more, width))
-    return "\n".join([*body, *([_wrapped(note, width)] if note else [])])
+    """The table with the columns that fit into a width, and the names of those that do not.
 
+    The label and one number always have a place. Names of columns and labels are broken.
+    """
+    header, *rows = lines
+    needed = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(*lines, strict=True)]
+    chosen = {0: min(needed[0], max(18, width // 3))}
+    room = width - chosen[0]
+    for place in dict.fromkeys([*map(header.index, first), *range(1, len(header))]):
+        if len(chosen) < 2 or needed[place] + 2 <= room:
+            chosen[place] = needed[place]
+            room -= needed[place] + 2
+    chosen[0] = min(needed[0], chosen[0] + max(room, 0))
+    widths = sorted(chosen.items())
 
-def _widths(lines: Lines, width: int, first: Sequence[str]) -> dict[int, int]:
-    """The widths of the columns that fit, by place; those of the label and of one number always do."""
-    header = lines[0]
-    cells = [max((len(row[place]) for row in lines[1:]), default=1) for place in range(len(header))]
-    least = [max(c, *map(len, name.split())) for c, name in zip(cells, header, strict=True)]
-    least[0] = min(least[0], max(18, width // 3))  # labels are broken
-    ranked = [header.index(name) for name in first]
-    ranked = list(dict.fromkeys([0, *ranked, *range(len(header))]))
-    found: dict[int, int] = {}
-    for place in ranked:
-        if len(found) < 2 or sum(found.values()) + least[place] + 2 * len(found) <= width:
-            found[place] = least[place]
-    room = width - sum(found.values()) - 2 * (len(found) - 1)
-    for place in ranked:
-        if place in found:
-            more = min(max(cells[place], len(header[place])) - found[place], max(room, 0))
-            found[place] += more
-            room -= more
-    return dict(sorted(found.items()))
+    def broken(line: Sequence[str]) -> Iterator[str]:
+        cells = (textwrap.wrap(line[place], size) for place, size in widths)
+        for parts in zip_longest(*cells, fillvalue=""):
+            aligned = (f"{part:{'<' if place < left else '>'}{size}}"
+                       for part, (place, size) in zip(parts, widths, strict=True))  # fmt: skip
+            yield "  ".join(aligned).rstrip()
 
-
-def _broken(line: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """The lines of a row whose cells are broken to their widths."""
-    cells = [textwrap.wrap(cell, size) for cell, size in zip(line, widths, strict=True)]
-    return zip_longest(*cells, fillvalue="")
+    rule = "─" * (sum(chosen.values()) + 2 * (len(chosen) - 1))
+    body = [text for row in rows for text in broken(row)]
+    found = [_wrapped(title, width), rule, *broken(header), rule, *body, rule]
+    missing = ", ".join(name for place, name in enumerate(header) if place not in chosen)
+    more = f"Without {missing}: a wider terminal or a file shows all columns." if missing else ""
+    return "\n".join(found + [_wrapped(text, width) for text in (more, note) if text])
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,16 +127,12 @@ class Runner:
             done = epoch
 
         settings = [self._settings(job, plan) for plan in plans]
-        keep: Any = nullcontext()
-        if self.out is not None:
-            keep = UnfinishedRun(self.out / UNFINISHED, {"runs": settings})
-        with keep as unfinished:
-            runs = self.trainer.train(job.choice, plans, on_epoch, unfinished, measure=job.measure)
+        unfinished = self.out and UnfinishedRun(self.out / UNFINISHED, {"runs": settings})
+        runs = self.trainer.train(job.choice, plans, on_epoch, unfinished, measure=job.measure)
+        if unfinished:
             for run, plan in zip(runs, plans, strict=True):
-                if self.out is not None:
-                    store_run(run, self._path(job, plan), self._settings(job, plan))
-            if unfinished:
-                unfinished.remove()
+                store_run(run, self._path(job, plan), self._settings(job, plan))
+            unfinished.remove()
         advance((self.trainer.epochs - done) * len(plans), runs[0].best_value)
         return runs
 

@@ -108,25 +108,17 @@ def make_step(
 def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
     """One backward pass of the weighted sum of losses; the whole network is weighted."""
 
-    def init(params: Parameters) -> Any:
-        return method.init(params), optimizer.init(params)
-
-    def update(params: Parameters, state: Any, batch: Any) -> Any:
-        method_state, opt_state = state
-
+    def value_and_grad(params: Parameters, state: Any, batch: Any) -> Any:
         def loss_fn(params: Parameters) -> Any:
             representation = network.encode(params.shared, batch)
             losses = network.decode(params.heads, representation, batch)
-            total, new_state = mtl.weigh_losses(losses, method_state, method)
+            total, new_state = mtl.weigh_losses(losses, state, method)
             return total, (losses, new_state)
 
-        grads, (losses, method_state) = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        weights = mtl.head_weights(method_state)
-        return params, (method_state, opt_state), jnp.stack(losses), weights
+        grads, (losses, new_state) = jax.grad(loss_fn, has_aux=True)(params)
+        return losses, (grads, new_state)
 
-    return Step(init, update)
+    return _one_pass(value_and_grad, method.init, optimizer)
 
 
 def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
@@ -137,9 +129,14 @@ def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
         return network.losses(params.heads, copies, batch)
 
     value_and_grad = mtl.fork_value_and_grad(loss_fn, method)
+    return _one_pass(value_and_grad, lambda _: method.init(network.representation), optimizer)
+
+
+def _one_pass(value_and_grad: Any, init_method: Callable[[Any], Any], optimizer: Any) -> Step:
+    """One optimizer for all gradients of one backward pass."""
 
     def init(params: Parameters) -> Any:
-        return method.init(network.representation), optimizer.init(params)
+        return init_method(params), optimizer.init(params)
 
     def update(params: Parameters, state: Any, batch: Any) -> Any:
         method_state, opt_state = state

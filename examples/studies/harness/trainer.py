@@ -25,13 +25,12 @@ VALIDATION, TEST = 1, 2
 
 
 class Carry(NamedTuple):
-    """All that goes from epoch to epoch, with a first axis of runs: what a checkpoint holds.
+    """All that goes from epoch to epoch, with a first axis of runs.
 
     Attributes:
       params, state: of the training.
       best: the parameters that are kept, which have the best validation value so far or are the last.
       value, epoch: of `best`.
-      history: `[runs, epochs, ...]`.
     """
 
     params: Any
@@ -39,7 +38,6 @@ class Carry(NamedTuple):
     best: Any
     value: np.ndarray
     epoch: np.ndarray
-    history: dict[str, np.ndarray]
 
 
 class Program:
@@ -207,43 +205,31 @@ class Trainer:
             return [run for found in runs for run in found]
         program, setting = self.program(choice, plans[0].setting), _stacked(plans)
         seeds = np.array([plan.seed for plan in plans], np.int32)
-        carry = self._fresh(program, seeds, setting)
-        epoch, carry = unfinished.restore(carry) if unfinished else (0, carry)
+        params = self.initial(seeds)
+        state, best = program.start(None, params, setting), jax.tree.map(jnp.copy, params)
+        never = np.full(len(plans), -np.inf), np.zeros(len(plans), int)
+        carry, history = Carry(params, state, best, *never), list[dict[str, np.ndarray]]()
+        if unfinished:
+            carry, history = unfinished.restore(carry)
         seconds: list[float] = []
         saved = time.perf_counter()
-        while epoch < self.epochs and not self._out_of_patience(carry, epoch):
-            epoch += 1
+        while (epoch := len(history)) < self.epochs and not self._out_of_patience(carry, epoch):
             began = time.perf_counter()
-            carry = jax.block_until_ready(self._epoch(program, carry, seeds, setting, epoch))
+            carry, record = self._epoch(program, carry, seeds, setting, epoch + 1)
             seconds.append(time.perf_counter() - began)
-            on_epoch(epoch, carry.history["validation"][:, epoch - 1])
+            history.append(record)
+            on_epoch(epoch + 1, record["validation"])
             if unfinished and time.perf_counter() >= saved + SECONDS_BETWEEN_SAVES:
                 saved = time.perf_counter()
-                unfinished.save(epoch, carry)
+                unfinished.save(carry, history)
         # The first epoch may compile: the others stand for it.
-        usual = float(np.mean(seconds[1:] or seconds or [0.0])) * epoch / len(plans)
+        usual = float(np.mean(seconds[1:] or seconds or [0.0])) * len(history) / len(plans)
         results = self.results(carry.best) if measure else [({}, {}) for _ in plans]
         return [
             Run(choice.label, plan.seed, *found, int(carry.epoch[row]), usual,
-                {name: entry[row, :epoch] for name, entry in carry.history.items()})
+                {name: np.stack([of_epoch[name][row] for of_epoch in history]) for name in history[0]})
             for row, (plan, found) in enumerate(zip(plans, results, strict=True))
         ]  # fmt: skip
-
-    def _fresh(self, program: Any, seeds: np.ndarray, setting: Setting) -> Carry:
-        params, runs = self.initial(seeds), len(seeds)
-        state, best = program.start(None, params, setting), jax.tree.map(jnp.copy, params)
-        first, *_ = self._parts(1, seeds)
-        steps = self.data, params, state, first, setting
-        rows = {
-            **jax.eval_shape(program.steps, *steps)[2],
-            **jax.eval_shape(self._probe, (self.data, 1), params, seeds),
-        }
-        history = {
-            name: np.zeros((runs, self.epochs, *row.shape[1:]), row.dtype)
-            for name, row in rows.items()
-        }
-        history["validation"] = np.zeros((runs, self.epochs), np.float32)
-        return Carry(params, state, best, np.full(runs, -np.inf), np.zeros(runs, int), history)
 
     def _parts(self, epoch: int, seeds: np.ndarray) -> list[Any]:
         slots = self.slots(epoch, seeds)
@@ -252,7 +238,8 @@ class Trainer:
 
     def _epoch(
         self, program: Any, carry: Carry, seeds: np.ndarray, setting: Setting, epoch: int
-    ) -> Carry:
+    ) -> tuple[Carry, dict[str, np.ndarray]]:
+        """Train an epoch; the record has a first axis of runs."""
         params, state, records = carry.params, carry.state, []
         for part in self._parts(epoch, seeds):
             params, state, found = program.steps(self.data, params, state, part, setting)
@@ -260,16 +247,14 @@ class Trainer:
         record = jax.tree.map(lambda *entries: sum(entries) / len(entries), *records)
         record |= self._probe((self.data, jnp.asarray(epoch)), params, seeds)
         value, patience = np.asarray(self.validate(params), float), self.config.patience
-        history = {name: np.array(rows) for name, rows in carry.history.items()}
-        for name, rows in {**record, "validation": value}.items():
-            history[name][:, epoch - 1] = np.asarray(rows)
         better = np.ones(len(value), bool)
         if patience is not None:
             # A run that ran out of patience stays as it is while others go on beside it.
             better = (value > carry.value) & (epoch - carry.epoch <= patience)
         best = self._choose(None, better, params, carry.best)
-        value, at = np.where(better, value, carry.value), np.where(better, epoch, carry.epoch)
-        return Carry(params, state, best, value, at, history)
+        kept = np.where(better, value, carry.value), np.where(better, epoch, carry.epoch)
+        record = jax.tree.map(np.asarray, {**record, "validation": np.float32(value)})
+        return Carry(params, state, jax.block_until_ready(best), *kept), record
 
     def _out_of_patience(self, carry: Carry, epoch: int) -> bool:
         patience = self.config.patience
