@@ -28,7 +28,7 @@ from examples.studies.harness.search import Entry, log_uniform, tuning_note, uni
 from examples.studies.harness.statistics import paired_difference
 from examples.studies.metabalance.knn import item_knn_scores
 from examples.studies.metabalance.readers import read_raw
-from examples.studies.metabalance.synthetic import oracle_scores, synthetic_log
+from examples.studies.metabalance.synthetic import synthetic_log, truth
 from examples.studies.recommender import report
 from examples.studies.recommender.comparison import of_target, popular
 from examples.studies.recommender.data import PAPER_SPLIT, Log, make_dataset
@@ -158,7 +158,7 @@ class Study:
         }
         if options.data.startswith(SYNTHETIC):
             name = options.data.removeprefix(SYNTHETIC)
-            scored["oracle"] = oracle_scores(name, float(options.scale), options.relatedness)
+            scored["oracle"] = truth(name, float(options.scale), options.relatedness).scores
         return {"popularity": popular(dataset)} | {
             label: reference(label, {}, {self.target: rank_by_item_scores(dataset, scores)})
             for label, scores in scored.items()

@@ -11,15 +11,15 @@ possible at all. For the target:
 
 Affinity and popularity have standard deviation 1, over the users and over the items. Another behaviour has
 the affinity `relatedness * target's + sqrt(1 - relatedness**2) * its own` and the same popularity. The
-items of a user are drawn without replacement, each time in proportion to `exp(score / TEMPERATURE)`: what
-adding Gumbel noise to `score / TEMPERATURE` and taking the largest gives.
+items of a user are drawn without replacement, each time in proportion to `exp(score / TEMPERATURE)`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from scipy.optimize import brentq
 
 from examples.studies.harness.errors import UserError
 from examples.studies.recommender.data import Log, behaviours
@@ -70,8 +70,6 @@ ACTIVITY = {"buy": 0.5, "cart": 0.8, "fav": 0.8, "view": 0.8}
 ACTIVITY_CORRELATION = 0.25
 # Share of the purchases that are views too. Measured: 0.813.
 BUYS_VIEWED = 0.81
-# Pairs a user at least. Whoever has bought nothing is no user of a log that was filtered by purchases.
-LEAST = {"buy": 1, "cart": 0, "fav": 0, "view": 0}
 # Pairs a user at most, as a share of the items: at 1/64 the most active would otherwise run out of them.
 MOST = 0.5
 
@@ -98,7 +96,11 @@ class Truth:
         return self.users[task][users] @ self.items[task].T
 
     def scores(self, users: np.ndarray, task: int = 0) -> np.ndarray:
-        """The scores `[n, items]` of the users `[n]`."""
+        """The scores `[n, items]` of the users `[n]`.
+
+        No model ranks the target's items better on average than its scores do. All of them would take 4 GB
+        for "ijcai" at scale 1: ask for a block of users at a time.
+        """
         return self.affinity(users, task) + np.float32(POPULARITY_WEIGHT) * self.popularity
 
 
@@ -111,24 +113,26 @@ def synthetic_log(name: str, scale: float = 1, relatedness: float = 0.7, seed: i
         rounded to the nearest integer. So users and items keep their numbers of pairs, and the table
         grows denser.
       relatedness: from 0 to 1, of every other behaviour to the target, whose pairs do not depend on it.
-        How related real behaviours are is not known. Item-kNN that counts views as purchases gains on
-        tmall_ijcai15 (NDCG@10 from 3.7 to 4.0 %); here, for "ijcai" at scale 1/8, it falls from 5.0 to
-        2.6 % with 0.7 and rises to 9.3 % with 1.
+        How related real behaviours are is not known.
       seed: of everything that is drawn.
     """
-    counts = _counts(name, scale)
-    known = truth(name, scale, relatedness, seed)
-    activity, viewed, *drawing = _streams(seed)[1:]
-    active = _activities(counts, activity)
+    counts, known = _counts(name, scale), truth(name, scale, relatedness, seed)
+    _, of_users, *of_tasks = _streams(seed)
+    common = np.sqrt(ACTIVITY_CORRELATION) * of_users.standard_normal(counts.users)
     pairs: dict[str, np.ndarray] = {}
     for task, (behaviour, total) in enumerate(counts.pairs.items()):
+        generator = of_tasks[task]
+        own = np.sqrt(1 - ACTIVITY_CORRELATION) * generator.standard_normal(counts.users)
         done = excluded = np.empty((0, 2), np.int64)
         if behaviour == VIEW:
             excluded = pairs[TARGET]
-            done = viewed.permutation(excluded)[: round(BUYS_VIEWED * len(excluded))]
+            done = generator.permutation(excluded)[: round(BUYS_VIEWED * len(excluded))]
         most = int(MOST * counts.items) - np.bincount(excluded[:, 0], minlength=counts.users)
-        numbers = spread(total - len(done), active[behaviour], LEAST[behaviour], most)
-        drawn = _draw(known, task, numbers, excluded, drawing[task])
+        # Whoever has bought nothing is no user of a log that was filtered by purchases.
+        least = int(behaviour == TARGET)
+        activity = np.exp(ACTIVITY[behaviour] * (common + own))
+        numbers = spread(total - len(done), activity, least, most)
+        drawn = _draw(known, task, numbers, excluded, generator)
         pairs[behaviour] = np.concatenate([done, drawn])
     title = f"SYNTHETIC {counts.name} (scale {Fraction(scale)}, relatedness {relatedness:g})"
     return behaviours(title, counts.users, counts.items, pairs)
@@ -149,24 +153,12 @@ def truth(name: str, scale: float = 1, relatedness: float = 0.7, seed: int = 0) 
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     popularity = generator.standard_normal(counts.items, np.float32)
-    target_users, target_items = vectors(counts.users), directions(counts.items)
+    users, items = [vectors(counts.users)], [directions(counts.items)]
     shared, own = np.float32(relatedness), np.float32(np.sqrt(1 - relatedness**2))
-    users, items = [target_users], [target_items]
     for _ in range(len(counts.pairs) - 1):
-        users.append(np.concatenate([shared * target_users, own * vectors(counts.users)], axis=1))
-        items.append(np.concatenate([target_items, directions(counts.items)], axis=1))
+        users.append(np.concatenate([shared * users[0], own * vectors(counts.users)], axis=1))
+        items.append(np.concatenate([items[0], directions(counts.items)], axis=1))
     return Truth(tuple(users), tuple(items), popularity)
-
-
-def oracle_scores(
-    name: str, scale: float = 1, relatedness: float = 0.7, seed: int = 0
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from users `[n]` to the target's true scores `[n, items]`, without noise.
-
-    No model ranks better on average. It is a function and no table, which would take 4 GB for "ijcai" at
-    scale 1: evaluate it a block of users at a time.
-    """
-    return truth(name, scale, relatedness, seed).scores
 
 
 def _counts(name: str, scale: float) -> Counts:
@@ -180,44 +172,19 @@ def _counts(name: str, scale: float) -> Counts:
 
 
 def _streams(seed: int) -> list[np.random.Generator]:
-    """One for each purpose: the truth, the activities, the purchases viewed, and each task's pairs.
-
-    A change to one leaves the others as they were.
-    """
-    most_tasks = max(len(counts.pairs) for counts in TABLE_5.values())
-    return [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3 + most_tasks)]
-
-
-def _activities(counts: Counts, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """For each behaviour, log-normal numbers `[users]`."""
-    common = np.sqrt(ACTIVITY_CORRELATION) * generator.standard_normal(counts.users)
-    own = np.sqrt(1 - ACTIVITY_CORRELATION)
-    return {
-        name: np.exp(ACTIVITY[name] * (common + own * generator.standard_normal(counts.users)))
-        for name in counts.pairs
-    }
+    """Of the truth, of the users' activities, and of each task: a change to one leaves the others alone."""
+    return np.random.default_rng(seed).spawn(2 + max(len(row.pairs) for row in TABLE_5.values()))
 
 
 def spread(total: int, activity: np.ndarray, least: int, most: np.ndarray) -> np.ndarray:
-    """Whole numbers `[users]` with sum `total`, from `least` to `most`, else in proportion to `activity`.
-
-    The largest remainders are rounded up.
-    """
+    """Whole numbers `[users]` of sum `total`, from `least` to `most`, else in proportion to `activity`."""
 
     def clipped(factor: float) -> np.ndarray:
         return np.clip(factor * activity, least, most)
 
-    low, high = 0.0, float((most / activity).max())
-    if not clipped(low).sum() <= total <= clipped(high).sum():
-        raise ValueError(f"{total} pairs do not fit between {least} and {most.max()} a user")
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if clipped(middle).sum() <= total else (low, middle)
-    exact = clipped(low)
-    counts = np.floor(exact).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
-    counts[largest] += 1
-    return counts
+    factor = brentq(lambda f: clipped(f).sum() - total, 0.0, (most / activity).max(), xtol=1e-15)
+    # Where the sum up to a user passes a half, that user's number is rounded up.
+    return np.diff(np.floor(np.cumsum(clipped(factor)) + 0.5), prepend=0).astype(np.int64)
 
 
 def _draw(
@@ -228,44 +195,26 @@ def _draw(
     generator: np.random.Generator,
 ) -> np.ndarray:
     """Pairs `[N, 2]`: `counts` different items of each user, none of an `excluded` pair."""
-    items = []
-    for users, weights in _weights(known, task):
-        inside = (excluded[:, 0] >= users[0]) & (excluded[:, 0] <= users[-1])
-        weights[excluded[inside, 0] - users[0], excluded[inside, 1]] = 0
-        items += [
-            without_replacement(row, count, generator)
-            for row, count in zip(weights, counts[users], strict=True)
-        ]
+    items, size = [], max(1, SCORES_AT_ONCE // len(known.popularity))
+    for users in np.split(np.arange(len(counts)), np.arange(size, len(counts), size)):
+        scores = known.scores(users, task)
+        weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / np.float32(TEMPERATURE))
+        inside = excluded[(excluded[:, 0] >= users[0]) & (excluded[:, 0] <= users[-1])]
+        weights[inside[:, 0] - users[0], inside[:, 1]] = 0
+        items.append(without_replacement(weights, counts[users], generator))
     return np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate(items)], axis=1)
 
 
-def _weights(known: Truth, task: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of users `[n]` with `exp(score / TEMPERATURE)`, `[n, items]`, up to a factor a user."""
-    num_users, num_items = len(known.users[task]), len(known.popularity)
-    size = max(1, SCORES_AT_ONCE // num_items)
-    for start in range(0, num_users, size):
-        users = np.arange(start, min(start + size, num_users))
-        scores = known.scores(users, task)
-        scores -= scores.max(axis=1, keepdims=True)
-        scores /= np.float32(TEMPERATURE)
-        yield users, np.exp(scores, out=scores)
-
-
 def without_replacement(
-    weights: np.ndarray, count: int, generator: np.random.Generator
+    weights: np.ndarray, counts: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """`count` different places, one after the other, each in proportion to the weights that are left.
+    """For each row `counts` different columns, one after the other in proportion to the weights left.
 
-    A place that comes again is passed over. That is the same as having taken its weight away, and quicker.
+    A race: a column arrives after an exponential time with its weight as the rate, and the first stay.
     """
-    left = weights.astype(np.float64)
-    found: list[np.ndarray] = []
-    while count:
-        sums = np.cumsum(left)
-        drawn = np.searchsorted(sums[:-1], sums[-1] * generator.random(2 * count + 8), side="right")
-        _, first = np.unique(drawn, return_index=True)
-        new = drawn[np.sort(first)][:count]
-        found.append(new)
-        left[new] = 0
-        count -= len(new)
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    with np.errstate(divide="ignore"):  # a weight of 0 never arrives
+        arrival = generator.standard_exponential(weights.shape, np.float32) / weights
+    most = counts.max()
+    first = np.argpartition(arrival, most - 1, axis=1)[:, :most]
+    order = np.argsort(np.take_along_axis(arrival, first, axis=1), axis=1)
+    return np.take_along_axis(first, order, axis=1)[np.arange(most) < counts[:, None]]
