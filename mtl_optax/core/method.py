@@ -35,6 +35,9 @@ class MethodOptions(TypedDict, total=False):
         updates compute only norms, to exclude non-finite tasks and to limit weights that depend on
         averages of norms. If a task was absent or non-finite when the stored weights were computed, new
         weights are computed as soon as it is active.
+      freeze_after: the number of updates that compute weights as above; the updates after them reuse the
+        last weights, so that a step of `weighted_value_and_grad` costs one backward pass. None is all.
+        A method with an EMA gives steadier weights than one that reads a single batch.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients are
         split. Inner products are summed over these axes, so that all devices compute the same weights.
         `losses` and `active` must be equal on all devices: apply `lax.pmean` to local losses first.
@@ -43,6 +46,7 @@ class MethodOptions(TypedDict, total=False):
     blocks: str | Label
     reduce: bool
     update_every: int
+    freeze_after: int | None
     axis_name: AxisName
 
 
@@ -52,7 +56,13 @@ class Options(NamedTuple):
     blocks: str | Label = "all"
     reduce: bool = True
     update_every: int = 1
+    freeze_after: int | None = None
     axis_name: AxisName = None
+
+    @property
+    def always_due(self) -> bool:
+        """Whether every update computes new weights."""
+        return self.update_every == 1 and self.freeze_after is None
 
 
 class Origin(NamedTuple):

@@ -206,8 +206,11 @@ class Pipeline(Definition):
         return inputs.restrict(finite)
 
     def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
-        """Whether to compute new weights: by `update_every`, or for a task without a stored weight."""
-        by_count = state.balance_count % self.options.update_every == 0
+        """Whether to compute new weights: by the options, or for a task without a stored weight."""
+        count, options = state.balance_count, self.options
+        by_count = count % options.update_every == 0
+        if options.freeze_after is not None:
+            by_count &= count < options.freeze_after
         return by_count | jnp.any(active & ~state.weighed)
 
     def weigh(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
@@ -311,7 +314,7 @@ class Pipeline(Definition):
 
         # The averages are as large as the gradients, so they are not passed through the `cond`.
         state = state._replace(averages=None)
-        if options.update_every == 1:
+        if options.always_due:
             state, active = fresh(state)
         else:
             state, active = lax.cond(self.due(state, inputs.active), fresh, kept, state)
@@ -372,6 +375,8 @@ def _read_options(name: str, rule: WeightRule | UpdateRule, given: Mapping[str, 
     check_blocks(name, options.blocks)
     check_bool(name, "reduce", options.reduce)
     check_integer(name, "update_every", options.update_every, 1)
+    if options.freeze_after is not None:
+        check_integer(name, "freeze_after", options.freeze_after, 1)
     check_axis_name(name, options.axis_name)
     return options
 

@@ -100,7 +100,7 @@ def _weights(
     vector = task_vector(method.name, "losses", losses, method.tasks, state.weights.dtype)
     inputs = inputs.restrict(jnp.isfinite(vector))
     check_fields(method.name, method.rule, state, ())
-    if method.options.update_every == 1:
+    if method.options.always_due:
         state = pipeline.weigh(state, inputs)
     else:
         due = pipeline.due(state, inputs.active)

@@ -52,7 +52,8 @@ def weighted_value_and_grad(
     only (for example, of a few dense layers and not of the embedding tables); the other leaves take one
     backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
     T backward passes happen on every k-th step only; on the steps between, one backward pass with the
-    stored weights differentiates everything.
+    stored weights differentiates everything. With `freeze_after=n`, all steps after the first n are of
+    this kind.
 
     With `mode="products"`, memory holds no gradient of a task, however many tasks there are. With the
     Jacobian J of the losses, `g_t = J^T e_t` is a backward pass, and its inner products with all gradients
@@ -204,7 +205,7 @@ def weighted_value_and_grad(
             update, went_in = gradients.weighted_sum(state.weights[0], inputs.active, everything)
             return update, state, went_in
 
-        if method.options.update_every == 1:
+        if method.options.always_due:
             leaves, state, went_in = fresh(state)
         else:
             due = pipeline.due(state, inputs.active)

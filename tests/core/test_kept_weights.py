@@ -156,3 +156,42 @@ def test_a_task_that_is_not_finite_on_a_kept_step_is_left_out_and_counted(name):
         jax.tree.map(np.testing.assert_array_equal, update, without)
         assert after.skipped.tolist() == [0, 1, 0]
         assert after.balance_count == 2
+
+
+def test_frozen_weights_are_those_of_the_last_step_before():
+    grads = jax.random.normal(jax.random.key(0), (9, 3, 5))
+    params, losses = jnp.zeros(5), jnp.array([1.0, 2.0, 3.0])
+    _, moving = run(mtl.mgda(3, update_every=2), grads, params, losses)
+    updates, frozen = run(mtl.mgda(3, update_every=2, freeze_after=4), grads, params, losses)
+    np.testing.assert_array_equal(frozen.weights[:4], moving.weights[:4])
+    np.testing.assert_array_equal(frozen.weights[4:], jnp.stack([moving.weights[2]] * 5))
+    assert (moving.weights[4:] != frozen.weights[4:]).any()
+    np.testing.assert_allclose(updates[8], frozen.weights[8, 0] @ grads[8], 1e-5, 1e-6)
+
+
+def test_frozen_weights_on_losses_and_on_a_fork():
+    method = mtl.scale_invariant(2, freeze_after=2)
+    state = method.init(jnp.zeros(()))
+    for step in range(4):
+        loss = lambda w, state, step=step: mtl.weigh_losses([w, 2 * w], state, method)  # noqa: E731
+        gradient, state = jax.grad(loss, has_aux=True)(1.0 + step, state)
+    assert float(gradient) == 1.0  # the weights of the second step: 1 / 2 and 1 / 4
+
+    method = mtl.mgda(2, freeze_after=1)
+    fn = mtl.fork_value_and_grad(
+        lambda h, fork: [(a * s).sum() for a, s in zip(fork(h), (1.0, 5.0), strict=True)], method
+    )
+    h, state = jnp.ones(3), method.init(jnp.ones(3))
+    weights = []
+    for _ in range(3):
+        _, (_, state) = fn(h, state)
+        weights.append(state.weights)
+    np.testing.assert_array_equal(weights[0], weights[2])
+
+
+def test_a_task_that_was_absent_when_the_weights_froze_gets_one_when_it_returns():
+    method = mtl.inverse_norm(2, ema_decay=0.0, freeze_after=1)
+    grads, state = jnp.eye(2), method.init(jnp.zeros(2))
+    _, state = method.update(grads, state, active=jnp.array([True, False]))
+    update, _ = method.update(grads, state)
+    assert (update > 0).all()

@@ -485,6 +485,12 @@ OPTIONS = {
         ValueError,
         "update_every must be a Python integer >= 1, found 0.",
     ),
+    "freeze_after=0": (
+        WEIGHTS,
+        {"freeze_after": 0},
+        ValueError,
+        "freeze_after must be a Python integer >= 1, found 0.",
+    ),
     "a need of the other kind": (
         WEIGHTS._replace(needs=frozenset({"gradients"})),
         {},

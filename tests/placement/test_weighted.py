@@ -242,3 +242,17 @@ def test_a_task_that_stays_non_finite_makes_no_new_weights_due():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
     _, _, third = run(fn, second, jnp.array([0.1, 1.0, 3.0]))
     assert third.weighed.all() and not np.allclose(third.weights, second.weights)
+
+
+def test_after_freezing_a_step_runs_one_backward_pass():
+    method = mtl.mgda(T, freeze_after=1)
+    fn = jax.jit(mtl.weighted_value_and_grad(loss_fn, method))
+    _, _, first = run(fn, method.init(PARAMS))
+    _, update, second = run(fn, first, 3 * SCALE)
+    np.testing.assert_array_equal(first.weights, second.weights)
+    weighted = lambda params: first.weights[0] @ loss_fn(params, IDS, 3 * SCALE)  # noqa: E731
+    jax.tree.map(
+        lambda u, g: np.testing.assert_allclose(u, g, 1e-5, 1e-6),
+        update,
+        jax.grad(weighted)(PARAMS),
+    )
