@@ -1,7 +1,9 @@
 """Every measurement runs once in a tiny configuration; how long it takes is not tested."""
 
+import json
 import math
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from sampling import sampled
 import mtl_optax as mtl
 from examples.studies.benchmarks import growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
-from examples.studies.benchmarks.problems import TINY
-from examples.studies.benchmarks.report import Row
+from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
+from examples.studies.benchmarks.report import Row, draw
 from examples.studies.benchmarks.steps import steps
 
 
@@ -37,10 +39,10 @@ def test_each_section_measures_something(section):
 
 
 def test_the_table_of_all_sections_is_written(tmp_path, capsys):
-    out = tmp_path / "table.md"
-    assert main(["--quick", "--only", "map", "solvers", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == out.read_text() + "\n"
-    assert "| map memory |" in out.read_text()
+    assert main(["--quick", "--only", "map", "solvers", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text()
+    assert capsys.readouterr().out == table + "\n"
+    assert "| map memory |" in table
 
 
 def test_peers_are_measured_where_they_are_installed():
@@ -82,21 +84,56 @@ def test_verdict_compares_with_the_target():
     assert Row("s", "c", 1.1, "x").verdict == ""
 
 
+def test_a_transformer_represents_each_text_alone():
+    problem = Problem(tables=1, rows=9, width=128, dense=0, bottom=(), blocks=2, length=4, batch=3)
+    params, batch = initial(problem, 1)
+    h = encode(params["shared"], batch)
+    assert h.shape == (3, problem.representation)
+    ids = batch["ids"]
+    other = encode(params["shared"], batch | {"ids": ids.at[0, 0, 1].add(1) % problem.rows})
+    assert jnp.abs(other - h)[0].max() > 1e-3
+    assert jnp.array_equal(other[1:], h[1:])
+
+
+def ways_of(out, *arguments):
+    assert ways.main(["--quick", "--rounds", "1", "--out", str(out), *arguments]) == 0
+    return [ways.Point(**each) for each in json.loads((out / "ways.json").read_text())]
+
+
 @pytest.mark.slow
 def test_ways_are_measured_and_drawn(tmp_path):
-    """Also beside TorchJD, where it is installed."""
-    assert ways.main(["--quick", "--out", str(tmp_path)]) == 0
-    table = (tmp_path / "table.md").read_text()
-    assert "| heads | 2 | products |" in table and "| examples | 4 | map |" in table
-    assert ("| TorchJD, autogram |" in table) is peers.installed()
-    assert (tmp_path / "memory.png").stat().st_size > 0
+    """Also beside TorchJD, where it is installed; a row that is there is not measured again."""
+    rows = ["dense:2", "examples:4"]
+    points = ways_of(tmp_path, "--rows", *rows, "--ways", "map", "examples", "representation")
+    found = {point[:3] for point in points}
+    dense, examples = ("plain", "representation", "map"), ("plain", "map", "examples")
+    assert found >= {("dense", 2, way) for way in dense} | {
+        ("examples", 4, way) for way in examples
+    }
+    assert (("dense", 2, "TorchJD, autogram") in found) is peers.installed()
+    assert all(math.isfinite(point.ratio) and point.parameters > 0 for point in points)
+    more = ways_of(
+        tmp_path, "--resume", "--large", "--rows", *rows, "dense:3", "--ways", "unroll", "map"
+    )
+    assert [point for point in more if point[:2] != ("dense", 3)] == points
+    # The losses of large networks are an array, for which there is no unrolled way.
+    assert {point.way for point in more if point.number == 3} >= {"plain", "map"}
+    assert not any(point.way == "unroll" for point in more)
+    assert "| step | T = 2 | T = 3 |" in (tmp_path / "ways_dense.md").read_text()
+    assert (tmp_path / "ways.png").stat().st_size > 0
+
+
+def test_an_unknown_row_is_refused(capsys):
+    for row in ("dens:2", "dense", "dense:0"):
+        assert ways.main(["--rows", row]) == 2
+        assert f"'{row}' is not NAME:T" in capsys.readouterr().err
 
 
 def test_growth_draws_its_points(tmp_path):
     open_before = plt.get_fignums()
     points = list(growth.measure(quick=True))
     assert {point.place for point in points} == {"fork", "split"}
-    growth.plot(points, tmp_path / "growth.png")
+    draw(tmp_path / "growth.png", growth.curves_of(points), "size", "MiB")
     assert (tmp_path / "growth.png").stat().st_size > 0
     assert plt.get_fignums() == open_before
 

@@ -24,6 +24,7 @@ PROGRAMS = [
     "studies.benchmarks.__main__",
     "studies.benchmarks.growth",
     "studies.benchmarks.tpu",
+    "studies.benchmarks.ways",
 ]
 
 

@@ -1,19 +1,21 @@
 """How a step's time and memory grow: with tasks, representation width and table size.
 
-python -m examples.studies.benchmarks.growth --out growth.png
+python -m examples.studies.benchmarks.growth [--quick] [--out FOLDER]
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
+from examples.studies.benchmarks.report import Curves, draw
 from examples.studies.benchmarks.steps import steps
-from examples.studies.harness.command import check_writable, make_parser, run_command
-from examples.studies.harness.report import picture, show
-from examples.studies.harness.timing import interleaved_ratios
+from examples.studies.harness.command import add_options, make_parser, read_options, run_command
+from examples.studies.harness.report import publish
+from examples.studies.harness.timing import interleaved_ratios, machine
+
+PROGRAM = "examples.studies.benchmarks.growth"
 
 # Smaller than the problems of the table: there are many points, and each compiles three steps.
 _SMALL = DENSE._replace(bottom=(256, 256), dense=256, batch=1024)
@@ -73,50 +75,33 @@ def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
     return lines
 
 
-def plot(points: list[Point], path: Path) -> None:
-    """Time above, memory below, one column for each thing that grows."""
-    axes_names = list(dict.fromkeys(point.axis for point in points))
-    size = (4 * len(axes_names), 6)
-    with picture(path, 2, len(axes_names), dpi=100, figsize=size) as (_, grid):
-        for column, axis in zip(grid.T, axes_names, strict=True):
-            for place in dict.fromkeys(point.place for point in points if point.axis == axis):
-                chosen = [point for point in points if (point.axis, point.place) == (axis, place)]
-                sizes = [point.size for point in chosen]
-                column[0].plot(sizes, [point.ratio for point in chosen], marker="o", label=place)
-                column[1].plot(sizes, [point.memory for point in chosen], marker="o", label=place)
-            column[0].set(xscale="log", yscale="log", ylabel="step time / plain", xlabel=axis)
-            column[1].set(xscale="log", ylabel="memory beyond plain (MiB)", xlabel=axis)
-            column[0].legend()
+def curves_of(points: list[Point]) -> Curves:
+    """Time and memory over the sizes, by what grows and by place."""
+    curves: Curves = {}
+    for p in points:
+        places = curves.setdefault(p.axis, {})
+        places.setdefault(p.place, []).append((p.size, p.ratio, p.memory))
+    return curves
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = make_parser("examples.studies.benchmarks.growth", __doc__)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        dest="file",
-        metavar="FILE",
-        help="write the picture here (PNG, PDF, SVG)",
-    )
-    parser.add_argument("--quick", action="store_true", help="one tiny point, to see that it runs")
-    options = parser.parse_args(arguments)
-    if options.file:
-        check_writable(options.file.parent)
-    return options
+    parser = make_parser(PROGRAM, __doc__)
+    add_options(parser, "out quick")
+    return read_options(parser, arguments)
 
 
 def work(options: argparse.Namespace) -> None:
-    """Prints the table and writes the picture."""
+    """Prints the table, and writes it with the picture."""
     points = list(measure(options.quick))
-    show(lines_of(points), "Growth")
-    if options.file:
-        plot(points, options.file)
+    publish(options.out, "growth", lines_of(points), f"Growth, on {machine()}")
+    if options.out:
+        draw(options.out / "growth.png", curves_of(points), "size", "memory beyond plain (MiB)")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.benchmarks.growth", lambda: parse(arguments), work)
+    return run_command(PROGRAM, lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":

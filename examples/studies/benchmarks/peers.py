@@ -70,13 +70,12 @@ def peers(quick: bool) -> Iterator[Row]:
                 break
 
 
-def training_steps(tasks: str, number: int, problem: Problem) -> dict[str, Callable[[], Any]]:
+def training_steps(by_example: bool, number: int, problem: Problem) -> dict[str, Callable[[], Any]]:
     """PyTorch's plain step and TorchJD's steps with UPGrad, on the dense network of our steps."""
     import torch
     from torch import nn
     from torchjd import aggregation, autogram, autojac
 
-    by_example = tasks == "examples"
     batch, num_heads = (number, 1) if by_example else (problem.batch, number)
     x, labels = torch.randn(batch, problem.dense), torch.randint(2, (num_heads, batch)).float()
     cross_entropy = nn.functional.binary_cross_entropy_with_logits

@@ -1,4 +1,4 @@
-"""The two networks of the measurements: a recommender's ranking model and a dense one."""
+"""The networks of the measurements: a recommender's ranking model, a dense one and a transformer."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+HEAD_WIDTH = 64  # of an attention head
 
 
 class Problem(NamedTuple):
@@ -19,6 +21,8 @@ class Problem(NamedTuple):
       bottom: widths of the shared layers; the last one is that of the representation.
       head: widths of the hidden layers of each head.
       batch: examples.
+      blocks: blocks of a transformer, which reads one table and has no other shared layers.
+      length: tokens per example of a transformer.
     """
 
     tables: int = 26
@@ -28,6 +32,13 @@ class Problem(NamedTuple):
     bottom: tuple[int, ...] = (256, 128, 64)
     head: tuple[int, ...] = (64, 32)
     batch: int = 2048
+    blocks: int = 0
+    length: int = 1
+
+    @property
+    def representation(self) -> int:
+        """The width of the representation."""
+        return self.width if self.blocks else self.bottom[-1]
 
 
 RECSYS = Problem()
@@ -40,17 +51,21 @@ TINY = {
 
 def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Any, Any]:
     """`(params, batch)`; `params` has "shared" and "heads"."""
-    keys = iter(jax.random.split(jax.random.key(seed), 5 + num_tasks))
+    keys = iter(jax.random.split(jax.random.key(seed), 5 + problem.blocks + num_tasks))
     inputs = problem.tables * problem.width + problem.dense
     shape = (problem.tables, problem.rows, problem.width)
-    shared: dict[str, Any] = {"layers": _layers(next(keys), inputs, *problem.bottom)}
+    shared: dict[str, Any] = {}
+    if problem.blocks:
+        shared["blocks"] = [_block(next(keys), problem.width) for _ in range(problem.blocks)]
+    else:
+        shared["layers"] = _layers(next(keys), inputs, *problem.bottom)
     if problem.tables:
         shared["embeddings"] = 0.05 * jax.random.normal(next(keys), shape)
-    heads = [_layers(next(keys), problem.bottom[-1], *problem.head, 1) for _ in range(num_tasks)]
+    widths = (problem.representation, *problem.head, 1)
+    heads = [_layers(next(keys), *widths) for _ in range(num_tasks)]
+    lookups = (problem.tables, problem.batch, *([problem.length] if problem.blocks else []))
     batch = {
-        "ids": jax.random.randint(
-            next(keys), (problem.tables, problem.batch), 0, max(problem.rows, 1)
-        ),
+        "ids": jax.random.randint(next(keys), lookups, 0, max(problem.rows, 1)),
         "features": jax.random.normal(next(keys), (problem.batch, problem.dense)),
         "labels": jax.random.bernoulli(next(keys), 0.3, (num_tasks, problem.batch)).astype(
             jnp.float32
@@ -61,6 +76,8 @@ def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Any, Any]:
 
 def encode(shared: Any, batch: Any) -> jax.Array:
     """The representation `[batch, width]`."""
+    if "blocks" in shared:
+        return _transformer(shared, batch["ids"][0])
     inputs = batch["features"]
     if "embeddings" in shared:
         found = jax.vmap(lambda table, ids: table[ids], out_axes=1)(
@@ -84,6 +101,30 @@ def example_losses(params: Any, batch: Any) -> jax.Array:
     """The losses `[B]` of one head, one per example."""
     logits = _head(params["heads"][0], encode(params["shared"], batch))
     return optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
+
+
+def _transformer(shared: Any, ids: jax.Array) -> jax.Array:
+    """The mean over the tokens of a causal transformer's last layer."""
+    x = shared["embeddings"][0][ids]
+    for block in shared["blocks"]:
+        heads = (*x.shape[:2], -1, HEAD_WIDTH)
+        q, k, v = (part.reshape(heads) for part in jnp.split(_unit(x) @ block["qkv"], 3, axis=-1))
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.reshape(x.shape) @ block["out"]
+        x = x + jax.nn.gelu(_unit(x) @ block["up"]) @ block["down"]
+    return _unit(x).mean(axis=1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def _block(key: jax.Array, width: int) -> dict[str, jax.Array]:
+    shapes = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
+    return {
+        name: jax.random.normal(k, (width * a, width * b)) / (width * a) ** 0.5
+        for k, (name, (a, b)) in zip(jax.random.split(key, 4), shapes.items(), strict=True)
+    }
 
 
 def _head(layers: Any, x: jax.Array) -> jax.Array:

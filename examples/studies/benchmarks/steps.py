@@ -30,11 +30,13 @@ def step_functions(
     optimizer: Any,
     mode: Any = "auto",
     losses_of: Callable[[Any, Any], Any] | None = None,
+    as_array: bool = False,
 ) -> dict[str, Callable[..., Any]]:
     """Training steps `(params, opt_state, balance_state, batch) -> the first three and the losses`.
 
     `encode(shared, batch)` is the representation, and `decode(heads, copies, batch)` the T losses. Steps
-    that need no representation differentiate `losses_of(params, batch)`, by default those of the heads.
+    that need no representation differentiate `losses_of(params, batch)`, by default those of the heads;
+    with `as_array` as an array `[T]`, for which one backward pass is compiled, and run in a loop.
     """
     num_tasks = method.num_tasks
 
@@ -45,9 +47,11 @@ def step_functions(
     def of_heads(heads: Any, h: Any, batch: Any) -> tuple[jax.Array, ...]:
         return decode(heads, (h,) * num_tasks, batch)
 
-    losses_of = losses_of or (
-        lambda params, batch: of_heads(params["heads"], encode(params["shared"], batch), batch)
-    )
+    def of_params(params: Any, batch: Any) -> Any:
+        losses = of_heads(params["heads"], encode(params["shared"], batch), batch)
+        return jnp.stack(losses) if as_array else losses
+
+    losses_of = losses_of or of_params
 
     def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
         def total(params: Any) -> Any:
@@ -102,36 +106,38 @@ def step_functions(
 
 
 def steps(
-    problem: Problem,
-    num_tasks: int,
-    places: Iterable[str],
-    method: Any = None,
-    mode: Any = "auto",
-    by_example: bool = False,
+    problem: Problem, num_tasks: int, places: Iterable[str], method: Any = None
 ) -> dict[str, Training]:
-    """The plain step and those of `places`, compiled, by name; MultiBalance and Adam by default.
-
-    With `by_example` the tasks are the examples of a batch and the network has one head.
-    """
+    """The plain step and those of `places`, compiled, by name; MultiBalance by default."""
     method = mtl.multibalance(num_tasks) if method is None else method
+    return {name: training_step(name, problem, method) for name in ("plain", *places)}
+
+
+def training_step(
+    place: str,
+    problem: Problem,
+    method: mtl.Method,
+    mode: Any = "auto",
+    *,
+    by_example: bool = False,
+    as_array: bool = False,
+) -> Training:
+    """A step of `step_functions` with Adam, compiled.
+
+    With `by_example` the tasks are the examples of a batch, and the network has one head.
+    """
+    num_tasks = method.num_tasks
     if by_example:
         params, batch = initial(problem._replace(batch=num_tasks), 1)
         batch = {"features": batch["features"], "labels": batch["labels"][0]}
     else:
         params, batch = initial(problem, num_tasks)
     optimizer = optax.adam(1e-3)
-    opt_state = optimizer.init(params)
     losses_of = example_losses if by_example else None
-    made = step_functions(encode, decode, method, optimizer, mode, losses_of)
-
-    def start(name: str) -> Any:
-        if name == "plain":
-            return ()
-        if name == "fork":
-            return method.init(jax.eval_shape(encode, params["shared"], batch))
-        return method.init(params if name.startswith("weighted") else params["shared"])
-
-    return {
-        name: Training(made[name], (params, opt_state, start(name)), batch)
-        for name in ("plain", *places)
-    }
+    made = step_functions(encode, decode, method, optimizer, mode, losses_of, as_array)
+    balance: Any = ()
+    if place == "fork":
+        balance = method.init(jax.eval_shape(encode, params["shared"], batch))
+    elif place != "plain":
+        balance = method.init(params if place.startswith("weighted") else params["shared"])
+    return Training(made[place], (params, optimizer.init(params), balance), batch)

@@ -1,6 +1,6 @@
 """What a training step costs on TPU v5e, compiled ahead of time on a host without one.
 
-    python -m examples.studies.benchmarks.tpu
+    python -m examples.studies.benchmarks.tpu [--only TABLE ...] [--out FOLDER]
 
 Nothing runs: XLA's compiler for the TPU says how many FLOPs, how many bytes and how much memory a step
 takes on every chip, and which collectives the chips exchange. Needs `libtpu`
@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,11 @@ import optax
 import mtl_optax as mtl
 from examples.studies.benchmarks.hlo import collectives
 from examples.studies.benchmarks.problems import decode
-from examples.studies.benchmarks.steps import step_functions
-from examples.studies.harness.command import make_parser, run_command
-from examples.studies.harness.report import show
+from examples.studies.benchmarks.steps import PLACES, step_functions
+from examples.studies.harness.command import add_options, make_parser, read_options, run_command
+from examples.studies.harness.report import publish
 
+PROGRAM = "examples.studies.benchmarks.tpu"
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
 
 
@@ -69,6 +71,19 @@ INTERNET = Problem(
 
 # A network whose gradients are what memory holds: 134 MB of layers in float32 on every chip.
 LARGE = Problem(tables=1, rows=1000, dense=2032, bottom=(2048,) * 8, batch=1024)
+
+# The table of each file: what is compiled, for how many chips, and in which places or modes.
+LOOPED = ("map", "products")
+TABLES = {
+    "recommender_4": (RECSYS, 4, PLACES),
+    "recommender_256": (RECSYS, 256, PLACES),
+    "internet_256": (INTERNET, 256, PLACES),
+} | {
+    f"large_{tasks}_tasks_{chips}": (LARGE._replace(tasks=tasks), chips, LOOPED)
+    for tasks, chips in itertools.product((4, 16), (4, 256))
+}
+LOOPS = """XLA counts the operations and bytes in a loop once, here those of the passes for one task; its
+temporary memory is that of the whole step."""
 
 
 class Cost(NamedTuple):
@@ -121,9 +136,10 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
         return x
 
     method = mtl.multibalance(problem.tasks)
-    mode = name if name in ("map", "products") else "auto"
-    made = step_functions(encode, decode, method, optax.adam(1e-3), mode)
-    step = made[name if mode == "auto" else "weighted"]
+    looped = name in LOOPED
+    mode = name if looped else "auto"
+    made = step_functions(encode, decode, method, optax.adam(1e-3), mode, as_array=looped)
+    step = made["weighted" if looped else name]
     arguments = _arguments(problem, mesh, forked=name == "fork")
     results = jax.tree.map(lambda x: x.sharding, (*arguments[:3], _like((problem.tasks,), mesh)))
     jitted = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=results)
@@ -141,22 +157,24 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `run_command` for what it returns."""
-    parser = make_parser("examples.studies.benchmarks.tpu", __doc__)
 
-    def work(_: argparse.Namespace) -> None:
-        # The recommender on 4 and 256 chips, one with 1e9 rows on 256, and the dense network: each as soon
-        # as it is there.
-        for problem, chips in [(RECSYS, 4), (RECSYS, 256), (INTERNET, 256)]:
-            show(_lines(problem, chips), _title(problem, chips))
-        for tasks, chips in itertools.product((4, 16), (4, 256)):
-            problem = LARGE._replace(tasks=tasks)
-            show(_lines(problem, chips, ("map", "products")), _title(problem, chips))
+    def parse() -> argparse.Namespace:
+        parser = make_parser(PROGRAM, __doc__)
+        only = {"nargs": "+", "choices": TABLES, "default": TABLES, "help": "these tables alone"}
+        add_options(parser, "only out", {"only": only})
+        return read_options(parser, arguments)
 
-    return run_command(
-        "examples.studies.benchmarks.tpu", lambda: parser.parse_args(arguments), work
-    )
+    def work(options: argparse.Namespace) -> None:
+        for name in options.only:
+            problem, chips, places = TABLES[name]
+            lines = _lines(problem, chips, places)
+            publish(
+                options.out, name, lines, _title(problem, chips), LOOPS if places == LOOPED else ""
+            )
+
+    return run_command(PROGRAM, parse, work)
 
 
 def _title(problem: Problem, chips: int) -> str:
@@ -167,9 +185,7 @@ def _title(problem: Problem, chips: int) -> str:
     )
 
 
-def _lines(
-    problem: Problem, chips: int, places: tuple[str, ...] = ("fork", "split", "per_task")
-) -> list[tuple[str, ...]]:
+def _lines(problem: Problem, chips: int, places: tuple[str, ...]) -> list[tuple[str, ...]]:
     lines = [("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")]
     mesh = tpu_mesh(chips)
     plain = measure("plain", problem, mesh)

@@ -1,144 +1,225 @@
 """All ways to a training step with UPGrad: time, and memory over the number of tasks.
 
-    python -m examples.studies.benchmarks.ways [--quick] [--out FOLDER]
+    python -m examples.studies.benchmarks.ways [--rows NAME:T ...] [--large] [--out FOLDER [--resume]]
 
-The tasks are heads of a dense network, or the examples of a batch. Where PyTorch and TorchJD are installed,
-the same steps run there in turns with ours, for their time alone.
+A row is a network and a number of tasks, which are heads of the network, or the examples of a batch. Its
+steps run in turns, and `--out` keeps it, so that `--resume` measures the others alone. Where PyTorch and
+TorchJD are installed, the steps of the dense network run there too, for their time.
+
+`--large` has the sizes for a GPU. With it, and for more than 16 tasks, the losses are one array: its
+backward pass is compiled once, where losses that are kept apart have T.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import track
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.peers import installed, training_steps
-from examples.studies.benchmarks.problems import TINY, Problem
-from examples.studies.benchmarks.steps import steps
-from examples.studies.harness.command import check_writable, make_parser, run_command
-from examples.studies.harness.report import markdown, picture, show
-from examples.studies.harness.timing import Training, interleaved, machine
+from examples.studies.benchmarks.problems import HEAD_WIDTH, TINY, Problem, initial
+from examples.studies.benchmarks.report import Curves, draw
+from examples.studies.benchmarks.steps import training_step
+from examples.studies.harness.command import (
+    add_options,
+    make_parser,
+    read_options,
+    run_command,
+    write_atomically,
+)
+from examples.studies.harness.report import publish
+from examples.studies.harness.timing import Training, cores, interleaved, machine, ratio
 
-# Gradients of 4 MiB and a small batch, so that the gradients are what memory holds.
-_PROBLEM = Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128)
-_SIZES = {"heads": (2, 4, 8, 16, 64), "examples": (16, 64, 256)}
-_MODES = {
-    "heads": ("unroll", "vmap", "map", "products"),
-    "examples": ("vmap", "map", "products", "examples"),
+PROGRAM = "examples.studies.benchmarks.ways"
+
+# Small batches, so that the gradients are what memory holds.
+_DENSE = Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128)
+_TRANSFORMER = Problem(tables=1, dense=0, bottom=(), head=())
+_SMALL = {
+    "dense": _DENSE,
+    "transformer": _TRANSFORMER._replace(rows=4096, width=256, batch=8, blocks=4, length=32),
+    "tables": Problem(tables=12, rows=20_000, dense=0, bottom=(256, 64), head=(), batch=1024),
+    "examples": _DENSE,
 }
+_LARGE = {
+    "dense": _DENSE._replace(dense=4096, bottom=(4096,) * 4, batch=1024),
+    "transformer": _TRANSFORMER._replace(rows=32_768, width=1024, batch=8, blocks=6, length=256),
+    "tables": Problem(rows=100_000, dense=0, bottom=(1024, 512, 256), head=(), batch=8192),
+    "examples": _DENSE._replace(dense=2048, bottom=(2048,) * 4),
+}
+_TINY = {
+    "dense": TINY["dense"],
+    "transformer": _TRANSFORMER._replace(rows=10, width=HEAD_WIDTH, batch=4, blocks=1, length=3),
+    "tables": TINY["recsys"],
+    "examples": TINY["dense"],
+}
+_NUMBERS = {
+    "dense": (2, 4, 8, 16, 64),
+    "transformer": (2, 4, 8, 16),
+    "tables": (2, 4, 8, 16),
+    "examples": (16, 64, 256),
+}
+WAYS = ("losses", "representation", "unroll", "vmap", "map", "products", "examples")
+NOTE = "Time over the plain step's, whose own is in milliseconds, and temporary memory of the step."
+_MANY = 16  # tasks whose losses are kept apart
 
 
 class Point(NamedTuple):
     """One measured step.
 
     Attributes:
-      tasks: what the tasks are, "heads" or "examples".
+      network: "dense", "transformer", "tables", or "examples" of a batch for the dense network.
       number: T.
       way: how the step is taken.
       milliseconds: the median time of a step.
       ratio: its median over the plain step in the same round.
       memory: its temporary memory in MiB; None for PyTorch's.
+      parameters: the size of the parameters in MiB.
+      machine: what it ran on.
     """
 
-    tasks: str
+    network: str
     number: int
     way: str
     milliseconds: float
     ratio: float
     memory: float | None
+    parameters: float
+    machine: str
 
 
-def ways(tasks: str, number: int, problem: Problem) -> dict[str, Training]:
-    """Our steps by name, compiled."""
-
-    def of(places: list[str], method: mtl.Method, mode: str = "auto") -> dict[str, Training]:
-        return steps(problem, number, places, method, mode, by_example=tasks == "examples")
-
-    made = of(["losses"], mtl.dwa(number))
-    upgrad = mtl.upgrad(number)
-    return made | {mode: of(["weighted"], upgrad, mode)["weighted"] for mode in _MODES[tasks]}
-
-
-def measure(quick: bool) -> Iterator[Point]:
-    """Every point, as soon as it is there."""
-    cases = [(tasks, number) for tasks, sizes in _SIZES.items() for number in sizes]
-    cases = [("heads", 2), ("examples", 4)] if quick else cases
-    problem = TINY["dense"] if quick else _PROBLEM
-    for tasks, number in track(cases, "measuring", console=Console(stderr=True), transient=True):
-        made = ways(tasks, number, problem)
-        calls: dict[str, Callable[[], Any]] = dict(made)
-        if installed():
-            calls |= training_steps(tasks, number, problem)
-        seconds = interleaved(calls, 1 if quick else 5)
-        for way, times in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True))
-            memory = made[way].temporary_mebibytes if way in made else None
-            yield Point(tasks, number, way, 1e3 * statistics.median(times), ratio, memory)
+def ways(
+    network: str, number: int, problem: Problem, chosen: Sequence[str], as_array: bool
+) -> dict[str, Training]:
+    """Our steps by name, compiled: the plain one and the chosen ones that there are."""
+    by_example, upgrad = network == "examples", mtl.upgrad(number)
+    places = {"losses": "losses", "representation": "fork"}
+    missing = {"representation", "unroll"} if by_example else {"examples"}
+    missing |= {"unroll"} if as_array else set()
+    made: dict[str, tuple[Any, ...]] = {"plain": ("plain", problem, upgrad)}
+    for way in chosen:
+        if way not in missing:
+            method = mtl.dwa(number) if way == "losses" else upgrad
+            mode = "auto" if way in places else way
+            made[way] = (places.get(way, "weighted"), problem, method, mode)
+    with ThreadPoolExecutor(cores()) as pool:
+        compiled = pool.map(
+            lambda step: training_step(*step, by_example=by_example, as_array=as_array),
+            made.values(),
+        )
+        return dict(zip(made, compiled, strict=True))
 
 
-def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
-    """The header and the rows of the table."""
-    lines = [("tasks", "T", "step", "time", "over plain", "temporary memory")]
-    for point in points:
-        memory = "" if point.memory is None else f"{point.memory:.1f} MiB"
-        cells = f"{point.milliseconds:.1f} ms", f"{point.ratio:.2f} x", memory
-        lines.append((point.tasks, str(point.number), point.way, *cells))
+def measure(row: tuple[str, int], options: argparse.Namespace) -> list[Point]:
+    """The points of one row."""
+    network, number = row
+    sizes = _TINY if options.quick else _LARGE if options.large else _SMALL
+    problem, by_example = sizes[network], network == "examples"
+    made = ways(network, number, problem, options.ways, options.large or number > _MANY)
+    calls: dict[str, Callable[[], Any]] = dict(made)
+    if installed() and network in ("dense", "examples"):
+        calls |= training_steps(by_example, number, problem)
+    seconds = interleaved(calls, options.rounds, warm_up=1)
+    params = jax.eval_shape(lambda: initial(problem, 1 if by_example else number)[0])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) / 2**20
+    return [
+        Point(
+            network,
+            number,
+            way,
+            1e3 * statistics.median(times),
+            ratio(seconds, way, "plain"),
+            made[way].temporary_mebibytes if way in made else None,
+            size,
+            machine(),
+        )
+        for way, times in seconds.items()
+    ]
+
+
+def lines_of(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """The table of one network: a line for each way, a column for each T."""
+    numbers = sorted({point.number for point in points})
+    lines = [("step", *(f"T = {number}" for number in numbers))]
+    for way in dict.fromkeys(point.way for point in points):
+        cells = {point.number: _cell(point) for point in points if point.way == way}
+        lines.append((way, *(cells.get(number, "") for number in numbers)))
     return lines
 
 
-def plot(points: list[Point], path: Path) -> None:
-    """Memory over the number of tasks, one panel for heads and one for examples."""
-    with picture(path, 1, 2, dpi=100, figsize=(9, 3.5), sharey=True) as (_, grid):
-        for panel, tasks in zip(grid[0], _SIZES, strict=True):
-            here = [p for p in points if p.tasks == tasks and p.memory is not None]
-            for way in dict.fromkeys(point.way for point in here):
-                chosen = [point for point in here if point.way == way]
-                panel.plot([p.number for p in chosen], [p.memory for p in chosen], "o-", label=way)
-            panel.set(xscale="log", yscale="log", xlabel="T", title=f"{tasks} as tasks")
-            panel.set_xticks(_SIZES[tasks], [str(number) for number in _SIZES[tasks]])
-            panel.minorticks_off()
-            panel.legend(fontsize="small")
-        grid[0, 0].set_ylabel("temporary memory of a step (MiB)")
+def _cell(point: Point) -> str:
+    time = f"{point.milliseconds:.1f} ms" if point.way == "plain" else f"{point.ratio:.2f} x"
+    return time if point.memory is None else f"{time}, {point.memory:.1f} MiB"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def curves_of(points: Sequence[Point]) -> Curves:
+    """Time and memory over T, by network and way."""
+    curves: Curves = {}
+    for p in points:
+        if p.way != "plain":
+            ways = curves.setdefault(p.network, {})
+            ways.setdefault(p.way, []).append((p.number, p.ratio, p.memory))
+    return curves
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = make_parser("examples.studies.benchmarks.ways", __doc__)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="write the table and the picture into this folder",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    options = parser.parse_args(arguments)
-    if options.out:
-        check_writable(options.out)
-    return options
+    parser = make_parser(PROGRAM, __doc__)
+    own = {
+        "rows": {"nargs": "+", "metavar": "NAME:T", "type": row, "help": "these rows alone"},
+        "ways": {"nargs": "+", "choices": WAYS, "default": WAYS, "help": "these ways alone"},
+        "rounds": {"default": 5},
+        "large": {"action": "store_true", "help": "sizes for a GPU"},
+    }
+    add_options(parser, "rows ways rounds out resume large quick", own)
+    return read_options(parser, arguments)
+
+
+def row(text: str) -> tuple[str, int]:
+    """A network and T."""
+    network, _, number = text.partition(":")
+    if network not in _NUMBERS or not number.isdecimal() or not int(number):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME:T, NAME one of {', '.join(_NUMBERS)}"
+        )
+    return network, int(number)
 
 
 def work(options: argparse.Namespace) -> None:
-    """Prints the table, and writes it with the picture."""
-    points = list(measure(options.quick))
-    title = f"UPGrad by all ways, on {machine()}"
-    show(lines_of(points), title, left=3)
+    """Measures the rows that are missing, prints the table, and writes it with the picture."""
+    rows = [(network, number) for network, numbers in _NUMBERS.items() for number in numbers]
+    rows = options.rows or ([(network, 2) for network in _NUMBERS] if options.quick else rows)
+    stored = options.out / "ways.json" if options.out else None
+    points: list[Point] = []
+    if options.resume and stored and stored.exists():
+        points = [Point(**each) for each in json.loads(stored.read_text("utf-8"))]
+    missing = [row for row in rows if row not in {point[:2] for point in points}]
+    for row in track(missing, "measuring", console=Console(stderr=True), transient=True):
+        points += measure(row, options)
+        points.sort(key=lambda point: (list(_NUMBERS).index(point.network), point.number))
+        if stored:
+            write_atomically(stored, json.dumps([p._asdict() for p in points], indent=0).encode())
+    for network in dict.fromkeys(point.network for point in points):
+        here = [point for point in points if point.network == network]
+        machines = ", ".join(dict.fromkeys(point.machine for point in here))
+        title = f"{network}, {here[0].parameters:.1f} MiB of parameters, on {machines}"
+        publish(options.out, f"ways_{network}", lines_of(here), title, NOTE)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        table = markdown(lines_of(points), title, left=3)
-        (options.out / "table.md").write_text(table, encoding="utf-8")
-        plot(points, options.out / "memory.png")
+        draw(options.out / "ways.png", curves_of(points), "T", "temporary memory (MiB)")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.benchmarks.ways", lambda: parse(arguments), work)
+    return run_command(PROGRAM, lambda: parse(arguments), work)
 
 
 if __name__ == "__main__":
