@@ -1,5 +1,7 @@
 """Multi-task gradient balancing for JAX, as optax transformations that remove the task axis."""
 
+from mtl_optax.advice import Advice as Advice
+from mtl_optax.advice import advise as advise
 from mtl_optax.checking import check as check
 from mtl_optax.core.method import Method as Method
 from mtl_optax.core.method import MethodOptions as MethodOptions
@@ -85,6 +87,7 @@ from mtl_optax.methods.losses.softadapt import SoftAdaptState as SoftAdaptState
 from mtl_optax.methods.losses.softadapt import softadapt as softadapt
 from mtl_optax.methods.losses.stch import STCHState as STCHState
 from mtl_optax.methods.losses.stch import stch as stch
+from mtl_optax.methods.losses.sum_tasks import MeasuredState as MeasuredState
 from mtl_optax.methods.losses.sum_tasks import sum_tasks as sum_tasks
 from mtl_optax.methods.losses.uncertainty import uncertainty as uncertainty
 from mtl_optax.methods.losses.uw_so import uw_so as uw_so

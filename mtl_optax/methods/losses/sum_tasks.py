@@ -1,32 +1,54 @@
-"""The sum of the task gradients."""
+"""The sum of the task gradients, which can measure them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.core.factory import factory
+from mtl_optax.core.factory import Flag, factory
+from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
+MEASURED_STEPS = 100
+"""The first steps, in which `measure=True` observes the gradients."""
+
+
+class MeasuredState(NamedTuple):
+    """State of `sum_tasks(measure=True)`, `[T, T]` per block.
+
+    Attributes:
+      products: the mean inner products of the task gradients over the measured steps.
+      count: in how many of these steps both tasks were active.
+    """
+
+    products: jax.Array
+    count: jax.Array
+
 
 @factory
-def sum_tasks(tasks: int | Collection[str], **options: Unpack[MethodOptions]) -> Method:
+def sum_tasks(
+    tasks: int | Collection[str], *, measure: Flag = False, **options: Unpack[MethodOptions]
+) -> Method:
     """Sums the task gradients: plain multi-task training.
 
     The update is `sum_t g_t` over the present tasks. Scale: sum-like. Use it as a baseline, or at the end
-    of a chain of transformations that keep the task axis.
+    of a chain of transformations that keep the task axis. With `measure=True` it also observes the
+    gradients of the first 100 steps, from which `advise` says whether balancing may pay.
 
     Args:
       tasks: T, or the task names.
+      measure: whether the state has the mean inner products of the gradients over the first 100 steps.
+        `blocks` is then "leaf" by default, so that `advise` can leave out the heads.
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method`. Cost: one pass over the gradients.
+      A `Method`. Cost: one pass over the gradients. With `measure=True` it has the state `MeasuredState`,
+      and every step takes one more pass, for the Gram matrix: remove the option after the first look.
 
     Example:
 
@@ -43,4 +65,18 @@ def sum_tasks(tasks: int | Collection[str], **options: Unpack[MethodOptions]) ->
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return jnp.ones((axis.number,)), state
 
-    return from_rule("sum_tasks", axis, WeightRule(frozenset(), weigh), **options)
+    def init(dtype: DType) -> MeasuredState:
+        zeros = jnp.zeros((axis.number, axis.number), dtype)
+        return MeasuredState(zeros, zeros)
+
+    def observe(inputs: StepInputs, state: MeasuredState) -> tuple[jax.Array, MeasuredState]:
+        both = inputs.active[:, None] & inputs.active[None, :] & (inputs.step < MEASURED_STEPS)
+        count = state.count + both
+        share = both / jnp.maximum(count, 1)  # of this step in the mean; a mean does not overflow
+        products = (1 - share) * state.products + share * inputs.gram
+        return jnp.ones((axis.number,)), MeasuredState(products, count)
+
+    if not measure:
+        return from_rule("sum_tasks", axis, WeightRule(frozenset(), weigh), **options)
+    options = {"blocks": "leaf", **options}
+    return from_rule("sum_tasks", axis, WeightRule(frozenset({"gram"}), observe, init), **options)

@@ -1,0 +1,267 @@
+"""Advice from measured gradients: whether balancing may pay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import optax
+
+from mtl_optax.core.method import Method
+from mtl_optax.core.state import BalanceState, states_in
+from mtl_optax.methods.losses.sum_tasks import MeasuredState
+
+# The thresholds, and the experiments behind them: docs/choose.md has the tables.
+LARGEST_RATIO = 10.0
+"""Norms up to this ratio call for no balancing.
+
+Above it, one balanced run was worth a search over weights on QM9 (11 properties), on MovieLens in unlike
+units and in PPO. Below it, as for retrieval and rating with scaled stars, no method was better than the
+sum.
+"""
+HELPFUL_COSINE = 0.1
+"""From this cosine with the target on, a dominating auxiliary helps it.
+
+Views that dominate purchases on Tmall help them: balancing them away loses NDCG (0.048 against 0.058).
+"""
+CONFLICT_COSINE = -0.3
+"""Below this cosine, two tasks of similar norms conflict.
+
+Conflicts of mini-batches are noise near 0. Where one task loses what the other gains, as in
+notebooks/04_which_method.ipynb, a method chooses another compromise and none is better for both.
+"""
+
+Task = str | int
+Action = Literal["sum", "compromise", "balance"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What `advise` found; `str` of it is the advice in words.
+
+    Attributes:
+      norm_ratios: the norm of each task's gradient, over that of the target or, without a target, over the
+        smallest one.
+      smallest_cosine: between the gradients of two tasks; None if cosines were not measured.
+      dominant: the task with the largest norm.
+      action: "sum": keep the plain sum. "compromise": a method can only choose between the tasks.
+        "balance": compare a balancing method with the sum.
+      text: the advice, in sentences.
+    """
+
+    norm_ratios: dict[Task, float]
+    smallest_cosine: float | None
+    dominant: Task
+    action: Action
+    text: str
+
+    def __str__(self) -> str:
+        """Returns what was measured, and the advice."""
+        ratios = ", ".join(f"{task} {ratio:.3g}" for task, ratio in self.norm_ratios.items())
+        cosine = (
+            "" if self.smallest_cosine is None else f"; smallest cosine {self.smallest_cosine:.2f}"
+        )
+        return f"Ratios of gradient norms: {ratios}{cosine}.\n{self.text}"
+
+
+def advise(
+    found: optax.OptState | Mapping[str, Any],
+    method: Method | None = None,
+    *,
+    target: Task | None = None,
+) -> Advice:
+    """Says from the norms and cosines of the task gradients whether balancing may pay.
+
+    Train the plain sum with `sum_tasks(tasks, measure=True)` for a hundred steps and give its state. With
+    :math:`n_t` the measured norm of task t:
+
+    * no two norms differ more than 10 times: keep the sum, and tune its weights if anything;
+    * the norms differ more, and all tasks count: compare a balancing method with the sum;
+    * they differ more, and one task is the `target`: compare a balancing method, unless the auxiliaries
+      that dominate the target point its way (cosine at least 0.1) or those without effect do not.
+
+    These rules summarise the experiments in docs/choose.md. They say where a comparison is worth its runs,
+    not what comes out of it. They cannot know that a loss is a regulariser, which is no task.
+
+    Args:
+      found: the state of an optimizer with a method that computes norms, or what `diagnostics` reads from
+        it. `diagnostics` of many steps, with leading axes, is averaged. Leaves with a gradient of one task
+        alone (heads) are left out, if the method has one block per leaf.
+      method: the `Method` of the state, for the names of tasks.
+      target: the task that counts, by name or index; None if all tasks count.
+
+    Returns:
+      An `Advice`.
+
+    Raises:
+      ValueError: if `found` has no norms of at least two tasks, or `target` is not one of the tasks.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> tx = mtl.sum_tasks(("click", "spend"), measure=True)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for _ in range(3):
+      ...     _, state = tx.update(jnp.array([[1., 0.], [0., 40.]]), state)
+      >>> print(mtl.advise(state, tx))
+      Ratios of gradient norms: click 1, spend 40; smallest cosine 0.00.
+      The gradient of spend is 40 times that of click, and all tasks count: compare inverse_norm, imtl_g
+      or nash_mtl with the sum; scale_invariant and uncertainty need the losses alone.
+      >>> mtl.advise(state, tx, target="click").action
+      'balance'
+    """
+    tasks, norms, cosines = _read(found, method)
+    if target is not None and target not in tasks:
+        raise ValueError(
+            f"advise: target must be one of the measured tasks {tasks}, found {target!r}."
+        )
+    reference = norms.min() if target is None else norms[tasks.index(target)]
+    apart = ~np.eye(len(tasks), dtype=bool)
+    smallest = float(np.min(cosines[apart]))
+    ratios = dict(zip(tasks, (norms / reference).tolist(), strict=True))
+    if target is None:
+        action, text = _for_all(tasks, ratios, cosines)
+    else:
+        with_target = dict(zip(tasks, cosines[tasks.index(target)].tolist(), strict=True))
+        action, text = _for_target(target, ratios, with_target)
+    return Advice(
+        norm_ratios=ratios,
+        smallest_cosine=None if np.isnan(smallest) else smallest,
+        dominant=tasks[int(np.argmax(norms))],
+        action=action,
+        text=text,
+    )
+
+
+_ALIKE = (
+    f"The norms are within {LARGEST_RATIO:g} times of each other: keep the sum, and search its weights "
+    "before anything else."
+)
+
+
+def _for_all(
+    tasks: list[Task], ratios: Mapping[Task, float], cosines: np.ndarray
+) -> tuple[Action, str]:
+    """Returns the advice where all tasks count."""
+    least, most = min(tasks, key=ratios.__getitem__), max(tasks, key=ratios.__getitem__)
+    if ratios[most] > LARGEST_RATIO:
+        return "balance", (
+            f"The gradient of {most} is {ratios[most]:.3g} times that of {least}, and all tasks count: "
+            "compare inverse_norm, imtl_g or nash_mtl with the sum; scale_invariant and uncertainty need "
+            "the losses alone."
+        )
+    one, other = divmod(int(np.argmin(cosines)), len(tasks))
+    if cosines[one, other] < CONFLICT_COSINE:
+        return "compromise", _opposed(tasks[one], tasks[other])
+    return "sum", _ALIKE
+
+
+def _for_target(
+    target: Task, ratios: Mapping[Task, float], cosines: Mapping[Task, float]
+) -> tuple[Action, str]:
+    """Returns the advice where one task counts."""
+    others = [task for task in ratios if task != target]
+    helpful = {task for task in others if cosines[task] >= HELPFUL_COSINE}
+    large = [task for task in others if ratios[task] > LARGEST_RATIO]
+    small = [task for task in others if ratios[task] < 1 / LARGEST_RATIO]
+    methods = (
+        f"compare metabalance(tasks, target={target!r}, relax_factor=1) and imtl_g with the sum."
+    )
+    if harmful := [task for task in large if task not in helpful]:
+        return "balance", (
+            f"{_listed(harmful)} dominate {target} and do not point its way: {methods}"
+        )
+    if large:
+        return "sum", (
+            f"{_listed(large)} dominate {target} and point its way: keep the sum, since balancing takes "
+            "this help away."
+        )
+    if useful := [task for task in small if task in helpful]:
+        return "balance", (
+            f"{_listed(useful)} point the way of {target} but have hardly any effect: {methods}"
+        )
+    if small:
+        return "sum", (
+            f"{_listed(small)} have hardly any effect, and do not point the way of {target}: keep the sum."
+        )
+    opposed = min(others, key=cosines.__getitem__)
+    if cosines[opposed] < CONFLICT_COSINE:
+        return "compromise", _opposed(opposed, target)
+    return "sum", _ALIKE
+
+
+def _opposed(one: Task, other: Task) -> str:
+    return (
+        f"The gradients of {one} and {other} are of similar length and oppose each other: upgrad, cagrad, "
+        "nash_mtl and fixed weights choose different compromises between them, and none is better for both."
+    )
+
+
+def _listed(tasks: list[Task]) -> str:
+    return f"The gradients of {', '.join(map(str, tasks))}"
+
+
+def _read(found: Any, method: Method | None) -> tuple[list[Task], np.ndarray, np.ndarray]:
+    """Returns the tasks with a gradient, their norms `[T]` and cosines `[T, T]`, NaN if not measured."""
+    names: list[Task] | None = None if method is None else list(method.task_names or ())
+    if isinstance(found, Mapping) and "norms" in found:
+        if isinstance(found["norms"], Mapping):
+            names = list(found["norms"])
+        products = _of_diagnostics(found)
+    else:
+        products = _of_states(states_in(found))
+    norms = np.sqrt(np.diagonal(products))
+    (known,) = np.nonzero(norms > 0)
+    if len(known) < 2:
+        raise ValueError(
+            "advise: needs the norms of at least two tasks on parameters that they share: give the state "
+            "of sum_tasks(tasks, measure=True), or of a method that computes norms, after a step."
+        )
+    if method is not None and method.num_tasks != len(norms):
+        raise ValueError(f"advise: {method!r} has not the {len(norms)} tasks of the state.")
+    names = names or list(range(len(norms)))
+    norms, products = norms[known], products[np.ix_(known, known)]
+    return [names[place] for place in known], norms, products / norms / norms[:, None]
+
+
+def _of_states(states: list[BalanceState]) -> np.ndarray:
+    """Returns the inner products `[T, T]` in the blocks that tasks share, of the first state with norms."""
+    for state in states:
+        if isinstance(state.rule_state, MeasuredState):
+            products = np.asarray(state.rule_state.products, np.float64)
+        elif state.norms is not None:
+            norms = np.asarray(state.norms, np.float64)
+            products = _products(norms, state.cosine)
+        else:
+            continue
+        products = products.reshape(-1, *products.shape[-2:])
+        shared = np.sum(np.diagonal(products, axis1=1, axis2=2) > 0, axis=1) > 1
+        return products[shared].sum(axis=0)
+    return np.zeros((0, 0))
+
+
+def _of_diagnostics(found: Mapping[str, Any]) -> np.ndarray:
+    """Returns the inner products `[T, T]` from mean norms and cosines."""
+    norms, cosines = (_stacked(found.get(name)) for name in ("norms", "cosines"))
+    norms = norms.reshape(-1, norms.shape[-1]).mean(axis=0)
+    if cosines is not None:
+        cosines = cosines.reshape(-1, *cosines.shape[-2:]).mean(axis=0)
+    return _products(norms, cosines)
+
+
+def _stacked(entry: Any) -> Any:
+    """Converts nested dictionaries by task to an array with the task axes last."""
+    if not isinstance(entry, Mapping):
+        return None if entry is None else np.asarray(entry, np.float64)
+    rows = [_stacked(row) for row in entry.values()]
+    # A row of cosines has its own task axis last.
+    return np.stack(rows, axis=-1 if not isinstance(next(iter(entry.values())), Mapping) else -2)
+
+
+def _products(norms: np.ndarray, cosines: Any) -> np.ndarray:
+    """Returns inner products from lengths and angles; NaN beside the diagonal where no angle is known."""
+    own = np.eye(norms.shape[-1], dtype=bool)
+    cosines = np.where(own, 1.0, np.nan) if cosines is None else np.asarray(cosines, np.float64)
+    return cosines * norms[..., None, :] * norms[..., :, None]
