@@ -118,6 +118,7 @@ from mtl_optax.rule import StepInputs as StepInputs
 from mtl_optax.rule import UpdateRule as UpdateRule
 from mtl_optax.rule import WeightRule as WeightRule
 from mtl_optax.rule import from_rule as from_rule
+from mtl_optax.states import change_tasks as change_tasks
 from mtl_optax.states import diagnostics as diagnostics
 from mtl_optax.states import head_weights as head_weights
 from mtl_optax.wrappers.accumulate import AccumulateState as AccumulateState

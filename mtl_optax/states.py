@@ -1,16 +1,20 @@
-"""Reads the state of a method: weights, norms, cosines, and counts of excluded tasks."""
+"""Reads the state of a method, and moves it to other tasks."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax.core.method import Method
-from mtl_optax.core.state import BalanceState, states_in
+from mtl_optax.core.state import BalanceState, check_state, states_in
 from mtl_optax.core.task_tree import assign_blocks
+
+State = TypeVar("State", bound=optax.OptState)
 
 
 def diagnostics(
@@ -79,6 +83,93 @@ def head_weights(state: optax.OptState) -> jax.Array:
       [1.0, 0.5]
     """
     return jnp.mean(jnp.asarray(_states("head_weights", state)[0].weights), axis=0)
+
+
+def change_tasks(state: State, old: Method, new: Method, params: optax.Params) -> State:
+    """Adds tasks to the state of a method, or removes tasks from it; the others keep what it remembers.
+
+    Tasks are matched by name. Weights, norms, averages, counts and the state of the rule of a task that
+    both methods have are copied; a new task has the entries of `new.init`, as in a first step. What is not
+    per task, such as the number of steps, is copied. Weights that are learnt on the simplex are copied as
+    they are; the next update of the rule normalises them.
+
+    Args:
+      state: the state of `old`, or any pytree that contains it, such as the state of a chain.
+      old: the method of the state, with task names.
+      new: a method of the same factory and options, with other task names and another number of tasks. To
+        exchange a task, remove it first and then add the other.
+      params: what `old.init` was given: the parameters, or the representation. Only shapes are used.
+
+    Returns:
+      The state for `new`, on which `new.update` continues.
+
+    Raises:
+      ValueError: if the number of tasks is the same, or `state` is not of `old` and `params`.
+      TypeError: if the tasks have no names, or the methods are not of the same factory.
+
+    Example:
+
+      >>> import jax.numpy as jnp, mtl_optax as mtl
+      >>> old = mtl.inverse_norm(("click", "buy"))
+      >>> new = mtl.inverse_norm(("click", "buy", "like"))
+      >>> params, grads = jnp.zeros(2), jnp.array([[2., 0.], [0., 4.]])
+      >>> _, state = old.update(grads, old.init(params))
+      >>> mtl.change_tasks(state, old, new, params).norms.tolist()  # buy, click, like
+      [[2.0, 4.0, 0.0]]
+    """
+    for method in (old, new):
+        if not isinstance(method, Method) or method.task_names is None:
+            raise TypeError(
+                f"change_tasks: expected a method with task names, found {method!r}: tasks are matched "
+                "by name."
+            )
+    if old.name != new.name:
+        raise TypeError(
+            f"change_tasks: both methods must be of one factory, found {old.name} and {new.name}."
+        )
+    if old.num_tasks == new.num_tasks:
+        raise ValueError(
+            f"change_tasks: both methods have {old.num_tasks} tasks. To exchange a task, remove it first, "
+            "and then add the other."
+        )
+    fresh, before, after = new.init(params), old.task_names or (), new.task_names or ()
+    is_state = lambda node: isinstance(node, BalanceState)  # noqa: E731
+
+    def change(node: optax.OptState) -> optax.OptState:
+        if not is_state(node):
+            return node
+        check_state("change_tasks", node, old.tasks)
+        if jax.tree.structure(node) != jax.tree.structure(fresh):
+            raise ValueError(f"change_tasks: the state was not made by {old!r}.")
+        return jax.tree.map(functools.partial(_move, before, after), node, fresh)
+
+    _states("change_tasks", state)
+    return jax.tree.map(change, state, is_leaf=is_state)
+
+
+def _move(
+    before: tuple[str, ...], after: tuple[str, ...], leaf: jax.Array, fresh: jax.Array
+) -> jax.Array:
+    """Copies the entries of the tasks in `before` and `after`, along every axis of tasks, into `fresh`."""
+    shapes = jnp.shape(leaf), jnp.shape(fresh)
+    differ = [axis for axis, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b]
+    sizes = len(before), len(after)
+    if len(shapes[0]) != len(shapes[1]) or any(
+        (shapes[0][axis], shapes[1][axis]) != sizes for axis in differ
+    ):
+        raise ValueError(
+            f"change_tasks: a leaf of the state has the shape {shapes[0]}, and that of the new method "
+            f"{shapes[1]}: give the params that init of the old method was given."
+        )
+    if not differ:
+        return leaf
+    both = [name for name in before if name in after]
+    for axis in differ:
+        leaf = jnp.take(leaf, np.array([before.index(name) for name in both], int), axis)
+    places = [np.arange(size) for size in shapes[1]]
+    for axis in differ:
+        places[axis] = np.array([after.index(name) for name in both], int)
+    return fresh.at[np.ix_(*places)].set(leaf)
 
 
 def _states(name: str, tree: optax.Params) -> list[BalanceState]:

@@ -12,18 +12,18 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.types import Active, AxisName, Losses
-from mtl_optax.core.validation import check_integer, read_tasks
+from mtl_optax.core.validation import check_integer, read_tasks, task_vector
 from mtl_optax.wrappers.present import read_present
 
 
 class AccumulateState(NamedTuple):
-    """State of `accumulate`: sums over the micro-batches so far, and how many of them had each task."""
+    """State of `accumulate`: sums over the micro-batches so far, and the counts `[T]` to divide by."""
 
     inner_state: optax.OptState
     micro_count: jax.Array
     gradients: optax.Updates
     losses: jax.Array
-    present: jax.Array
+    counts: jax.Array
 
 
 def accumulate(
@@ -37,7 +37,13 @@ def accumulate(
 
     On every `every_k`-th call, `inner` gets the mean gradient and the mean loss of each task, over the
     micro-batches in which this task was present and finite. A task that was in no micro-batch is
-    inactive. On the other calls the update is 0. `optax.MultiSteps` cannot do this, because its
+    inactive. On the other calls the update is 0.
+
+    If the micro-batches have unequal numbers of labels, the mean of their means is not the mean over the
+    batch: pass `counts=` to `update`, the number of labels (or tokens) per task in this micro-batch, `[T]`
+    or a dictionary, by which means are weighted. A task whose count is 0 was not in the micro-batch.
+
+    `optax.MultiSteps` cannot do this, because its
     accumulator has no task axis. If the micro-batches are parts of one batch, apply `optax.microbatching`
     to the function that returns the task gradients instead; it needs no state.
 
@@ -75,7 +81,7 @@ def accumulate(
             micro_count=jnp.zeros((), jnp.int32),
             gradients=task_tree.per_task_zeros(params, axis.number, dtype),
             losses=jnp.zeros((axis.number,), dtype),
-            present=jnp.zeros((axis.number,), dtype),
+            counts=jnp.zeros((axis.number,), dtype),
         )
         # Equal zeros may share a buffer, which cannot be donated twice.
         return jax.tree.map(jnp.copy, state)
@@ -87,32 +93,39 @@ def accumulate(
         *,
         losses: Losses | None = None,
         active: Active | None = None,
+        counts: Losses | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, AccumulateState]:
         keep, vector = read_present(
             "accumulate", axis, updates, params, active, axis_name, losses, state.losses.dtype
         )
+        share = keep.astype(state.counts.dtype)
+        if counts is not None:
+            given = task_vector("accumulate", "counts", counts, axis, share.dtype)
+            share = jnp.where(keep & (given > 0), given, 0)
+            keep = share > 0
         gradients = jax.tree.map(
-            lambda total, g: total + g.astype(total.dtype),
+            lambda total, g: total + g.astype(total.dtype) * task_tree.along_tasks(share, g.ndim),
             state.gradients,
             task_tree.remove_absent(updates, keep),
         )
         sums = state._replace(
             micro_count=state.micro_count + 1,
             gradients=gradients,
-            losses=state.losses + (0 if vector is None else jnp.where(keep, vector, 0)),
-            present=state.present + keep.astype(state.present.dtype),
+            losses=state.losses + (0 if vector is None else share * jnp.where(keep, vector, 0)),
+            counts=state.counts + share,
         )
 
         def step(sums: AccumulateState) -> tuple[optax.Updates, AccumulateState]:
-            times = jnp.maximum(sums.present, 1)
+            present = sums.counts > 0
+            divisor = jnp.where(present, sums.counts, 1)
             mean = jax.tree.map(
-                lambda total: total / task_tree.along_tasks(times, total.ndim), sums.gradients
+                lambda total: total / task_tree.along_tasks(divisor, total.ndim), sums.gradients
             )
             mean = task_tree.narrow_like(mean, updates)
-            given = {} if vector is None else {"losses": sums.losses / times}
+            given = {} if vector is None else {"losses": sums.losses / divisor}
             result, inner_state = inner.update(
-                mean, sums.inner_state, params, active=sums.present > 0, **given, **extra_args
+                mean, sums.inner_state, params, active=present, **given, **extra_args
             )
             empty = jax.tree.map(jnp.zeros_like, sums._replace(inner_state=None))
             return result, empty._replace(inner_state=inner_state)

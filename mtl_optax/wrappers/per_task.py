@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.types import Active, AxisName
-from mtl_optax.core.validation import read_tasks
+from mtl_optax.core.validation import names_of, read_tasks
 from mtl_optax.wrappers.present import read_present
 
 
 def per_task(
-    inner: optax.GradientTransformation, tasks: int | Collection[str], *, axis_name: AxisName = None
+    inner: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    tasks: int | Collection[str],
+    *,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Applies an optax transformation to the gradient of each task separately.
 
     `vmap` over the tasks gives each task a separate state of `inner`. Use it before a balancing method
     for a transformation that has a state or takes norms: `per_task(optax.trace(0.9), T)` has one momentum
-    per task, and `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient.
+    per task, and `per_task(optax.clip_by_global_norm(1.0), T)` clips each task's gradient. A dictionary
+    gives each task a transformation of its own.
 
     The state of an absent or non-finite task does not change. Its entries pass unchanged, so that the
     next method excludes and counts it.
 
     Args:
-      inner: a transformation from leaves `[*shape]` to leaves `[*shape]`.
+      inner: a transformation from leaves `[*shape]` to leaves `[*shape]`, or a dictionary of one per task
+        name.
       tasks: T, or the task names.
       axis_name: see `MethodOptions`.
 
     Returns:
-      A transformation on leaves `[T, *shape]`. Memory: T states of `inner`.
+      A transformation on leaves `[T, *shape]`. Memory: T states of `inner`. The state of a dictionary is a
+      dictionary by task name.
 
     Raises:
-      ValueError: if the updates have no task axis.
+      ValueError: if the updates have no task axis, or a dictionary has other names than `tasks`.
 
     Example:
 
@@ -48,18 +55,32 @@ def per_task(
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         active: Active | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         keep, _ = read_present("per_task", axis, updates, params, active, axis_name)
-        return update_each(inner, updates, state, params, keep, extra_args)
+        if not isinstance(inner, Mapping):
+            return update_each(inner, updates, state, params, keep, extra_args)
+        leaves, structure = jax.tree.flatten(updates)
+        rows, states = [], {}
+        for number, name in enumerate(names):
+            gradient = structure.unflatten([leaf[number] for leaf in leaves])
+            row, states[name] = _update_one(
+                inner[name], gradient, state[name], params, keep[number], extra_args
+            )
+            rows.append(row)
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *rows), states
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: init_each(inner, params, axis.number), update_fn
-    )
+    def init_fn(params: optax.Params) -> optax.OptState:
+        if not isinstance(inner, Mapping):
+            return init_each(inner, params, axis.number)
+        return {name: inner[name].init(params) for name in names}
+
+    names = names_of("per_task", "inner", inner, axis) if isinstance(inner, Mapping) else ()
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def init_each(
@@ -84,12 +105,20 @@ def update_each(
     extra_args: dict[str, object],
 ) -> tuple[optax.Updates, optax.OptState]:
     """Applies `inner` per task; gradient and state of tasks outside `keep` `[T]` do not change."""
-    update = optax.with_extra_args_support(inner).update
-
-    def one(
-        gradient: optax.Updates, state: optax.OptState, keep: jax.Array
-    ) -> tuple[optax.Updates, optax.OptState]:
-        moved = update(gradient, state, params, **extra_args)
-        return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))
-
+    one = lambda gradient, state, keep: _update_one(  # noqa: E731
+        inner, gradient, state, params, keep, extra_args
+    )
     return jax.vmap(one)(updates, states, keep)
+
+
+def _update_one(
+    inner: optax.GradientTransformation,
+    gradient: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    keep: jax.Array,
+    extra_args: dict[str, object],
+) -> tuple[optax.Updates, optax.OptState]:
+    """Applies `inner` to the gradient of one task, which does not change unless `keep`."""
+    moved = optax.with_extra_args_support(inner).update(gradient, state, params, **extra_args)
+    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), moved, (gradient, state))

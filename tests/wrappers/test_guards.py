@@ -245,3 +245,59 @@ def test_dictionaries_stand_for_arrays(name):
     ]
     assert np.any(updates[0]["a"])
     chex.assert_trees_all_equal(*updates)
+
+
+def test_each_task_may_have_an_optimizer_of_its_own():
+    inner = {"a": optax.trace(0.9), "b": optax.scale_by_adam()}
+    tx, grads = mtl.per_task(inner, ("a", "b")), [gradients(k) for k in range(3)]
+    state = tx.init(PARAMS)
+    for g in grads:
+        update, state = jax.jit(tx.update)(g, state, PARAMS)
+    for number, alone in enumerate(inner.values()):
+        own = alone.init(PARAMS)
+        for g in grads:
+            expected, own = alone.update(jax.tree.map(lambda x: x[number], g), own, PARAMS)  # noqa: B023
+        assert_close(jax.tree.map(lambda x: x[number], update), expected)  # noqa: B023
+
+
+def test_a_broken_task_leaves_its_own_optimizer_as_it_was():
+    tx = mtl.per_task({"a": optax.trace(0.9), "b": optax.trace(0.5)}, ("a", "b"))
+    _, state = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
+    update, after = tx.update(spoil(gradients(1), 1), state, PARAMS)
+    chex.assert_trees_all_equal(after["b"], state["b"])
+    assert np.isnan(update["a"][1]).any() and np.isfinite(update["a"][0]).all()
+    assert not np.array_equal(after["a"].trace["a"], state["a"].trace["a"])
+
+
+def test_optimizers_must_have_the_names_of_the_tasks():
+    with pytest.raises(ValueError, match="inner must have one entry per task"):
+        mtl.per_task({"a": optax.identity(), "c": optax.identity()}, ("a", "b"))
+
+
+# --- accumulate with counts --------------------------------------------------------------------------
+
+
+def test_counts_weigh_the_micro_batches():
+    """The mean over 2 + 6 labels of the first task and 4 + 0 of the second."""
+    tx = mtl.accumulate(mtl.sum_tasks(T, reduce=False), T, every_k=2)
+    state, counts = tx.init(PARAMS), jnp.array([[2, 4], [6, 0]])
+    for k in range(2):
+        update, state = tx.update(
+            gradients(k), state, PARAMS, losses=LOSSES * (1 + k), counts=counts[k]
+        )
+    first, second = gradients(0), gradients(1)
+    expected = jax.tree.map(
+        lambda x, y: jnp.stack([0.25 * x[0] + 0.75 * y[0], x[1]]), first, second
+    )
+    assert_close(update, expected)
+
+
+def test_counts_weigh_the_losses_and_mark_a_task_as_absent():
+    tx = mtl.accumulate(mtl.scale_invariant(T), T, every_k=2)
+    state = tx.init(PARAMS)
+    for k, count in enumerate(({"a": 1, "b": 0}, {"a": 3, "b": 0})):
+        update, state = tx.update(
+            gradients(k), state, PARAMS, losses=LOSSES * (1 + k), counts=count
+        )
+    grads = jax.tree.map(lambda x, y: 0.25 * x + 0.75 * y, gradients(0), gradients(1))
+    assert_close(update, at_once(grads, LOSSES * 1.75, (True, False)), 1e-5)
