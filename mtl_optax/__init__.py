@@ -129,6 +129,7 @@ from mtl_optax.wrappers.remember import RememberState as RememberState
 from mtl_optax.wrappers.remember import remember as remember
 from mtl_optax.wrappers.skip_nonfinite import SkipNonfiniteState as SkipNonfiniteState
 from mtl_optax.wrappers.skip_nonfinite import skip_nonfinite as skip_nonfinite
+from mtl_optax.wrappers.with_extra_args import with_extra_args as with_extra_args
 
 __version__ = "0.1.0"
 

@@ -277,8 +277,8 @@ def _about_update(
         return f"check: {around}"
     if isinstance(error, MissingLosses):
         return (
-            f"check: {error} A transformation around the method hands no losses on: put it after the "
-            "method, or use a method that needs none."
+            f"check: {error.args[0]} A transformation around the method hands no losses on: put it after "
+            "the method, or use a method that needs none."
         )
     if isinstance(error, (NotFloating, WrongEntries, WrongTaskAxis)):
         return f"check: {error}"

@@ -312,7 +312,10 @@ _NO_TASK_AXIS = (
 
 
 class MissingLosses(ValueError):
-    """Raised if a method that needs losses gets none."""
+    """Raised if a method that needs losses gets none; its arguments are what is needed, and a remedy."""
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.args))
 
 
 class NotFloating(TypeError):
@@ -397,12 +400,16 @@ def read_losses(
     """Returns the losses as an array `[T]`, and raises if there are none."""
     if losses is not None:
         return task_vector(name, "losses", losses, tasks, dtype)
-    vector = len(getattr(extra_args.get("value"), "shape", ())) == 1
+    if len(getattr(extra_args.get("value"), "shape", ())) == 1:
+        remedy = "Found a vector in value=, which optax keeps for one scalar."
+    else:
+        remedy = (
+            "Where a trainer calls update, give it mtl_optax.with_extra_args(tx, losses=losses)."
+        )
     raise MissingLosses(
         f"{name}: needs the losses of this step: update(..., losses=losses), an array [{tasks.number}] in "
-        "the order of the task axis, or a dictionary by task name."
-        + " Found a vector in value=, which optax keeps for one scalar."
-        * vector
+        "the order of the task axis, or a dictionary by task name.",
+        remedy,
     )
 
 

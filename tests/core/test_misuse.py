@@ -193,15 +193,16 @@ NEEDS = (
     "scale_invariant: needs the losses of this step: update(..., losses=losses), an array [3] in the "
     "order of the task axis, or a dictionary by task name."
 )
+TRAINER = " Where a trainer calls update, give it mtl_optax.with_extra_args(tx, losses=losses)."
 
 
 def test_losses_forgotten():
-    assert message(ValueError, lambda: update(mtl.scale_invariant(T))) == NEEDS
+    assert message(ValueError, lambda: update(mtl.scale_invariant(T))) == NEEDS + TRAINER
 
 
 def test_losses_forgotten_in_a_chain():
     tx = optax.chain(mtl.scale_invariant(T), optax.adam(1e-2))
-    assert message(ValueError, lambda: update(tx)) == NEEDS
+    assert message(ValueError, lambda: update(tx)) == NEEDS + TRAINER
 
 
 def test_a_vector_in_value():
@@ -211,7 +212,8 @@ def test_a_vector_in_value():
 
 
 def test_a_scalar_in_value_is_somebody_elses():
-    assert message(ValueError, lambda: update(mtl.scale_invariant(T), value=LOSSES.sum())) == NEEDS
+    found = message(ValueError, lambda: update(mtl.scale_invariant(T), value=LOSSES.sum()))
+    assert found == NEEDS + TRAINER
 
 
 @pytest.mark.parametrize(
