@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 import sys
@@ -15,6 +16,8 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 # A program, and after it what it prints, if that is shown.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
+# The modules of other packages that a page's programs import: `<!-- needs: jinns, keras -->`.
+NEEDS = re.compile(r"^<!-- needs: (.+) -->$", re.M)
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 
 
@@ -34,6 +37,12 @@ def pages() -> list[Path]:
 def blocks(text: str) -> list[Block]:
     """The Python blocks of a page."""
     return [Block(*found) for found in BLOCK.findall(text)]
+
+
+def missing(page: Path) -> list[str]:
+    """The modules that the programs of a page need and that are not installed."""
+    needs = [name for found in NEEDS.findall(page.read_text("utf-8")) for name in found.split(", ")]
+    return [name for name in needs if importlib.util.find_spec(name) is None]
 
 
 def outputs(page: Path) -> Iterator[tuple[Block, str]]:
@@ -61,5 +70,8 @@ def stored(page: Path) -> str:
 
 if __name__ == "__main__":
     for page in [Path(name).resolve() for name in sys.argv[1:]] or pages():
+        if missing(page):
+            print(page.relative_to(ROOT), "is left as it is: it needs", *missing(page))
+            continue
         page.write_text(stored(page), "utf-8")
         print(page.relative_to(ROOT))
