@@ -112,6 +112,7 @@ from mtl_optax.placement.parameters import per_task_value_and_grad as per_task_v
 from mtl_optax.placement.parameters import split_value_and_grad as split_value_and_grad
 from mtl_optax.placement.parameters import stack_tasks as stack_tasks
 from mtl_optax.placement.representation import fork_value_and_grad as fork_value_and_grad
+from mtl_optax.placement.sharpness import sharpness_aware as sharpness_aware
 from mtl_optax.placement.weighted import weighted_value_and_grad as weighted_value_and_grad
 from mtl_optax.rule import GradientAverage as GradientAverage
 from mtl_optax.rule import StepInputs as StepInputs
