@@ -18,6 +18,7 @@ from examples.studies.harness.errors import UserError
 PROGRAMS = [
     "compare",
     "studies.metabalance.__main__",
+    "studies.regimes.__main__",
     "studies.multibalance.__main__",
     "studies.emtl.__main__",
     "studies.physics.__main__",

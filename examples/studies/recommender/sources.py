@@ -3,6 +3,7 @@
 import csv
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,11 @@ def _movielens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (ratings[:, :2] - 1).astype(np.int32), ratings[:, 2], ratings[:, 3]
 
 
-def folder(path: Path, target: str) -> Log:
-    """A folder with one `NAME.csv` or `NAME.csv.gz` a behaviour: `user,item` rows under a header."""
+def folder(path: Path, target: str, auxiliaries: Sequence[str] | None = None) -> Log:
+    """A folder with one `NAME.csv` or `NAME.csv.gz` a behaviour: `user,item` rows under a header.
+
+    `auxiliaries` names the other behaviours that are read; without it, all.
+    """
     if not path.is_dir():
         raise UserError(f"--data {path}: no such folder (nor is it 'movielens' or 'synthetic')")
     files = {
@@ -82,13 +86,15 @@ def folder(path: Path, target: str) -> Log:
         for suffix in reversed(SUFFIXES)
         for file in sorted(path.glob(f"*{suffix}"))
     }
+    names = [target, *(auxiliaries or sorted(set(files) - {target}))]
+    found = ", ".join(sorted(files)) or "no CSV file"
     if target not in files:
-        found = ", ".join(sorted(files)) or "no CSV file"
         raise UserError(
             f"--data {path}: no target behaviour {target}.csv[.gz] (found: {found}); "
             f"name one by --target, or {WAYS_OUT}"
         )
-    names = [target, *sorted(set(files) - {target})]
+    if missing := [name for name in names if name not in files]:
+        raise UserError(f"--data {path}: no {missing[0]}.csv[.gz] (found: {found}); or {WAYS_OUT}")
     read = [_read_pairs(files[name]) for name in names]
     users, items = (np.concatenate([rows[:, column] for rows in read]) for column in (0, 1))
     user_ids, users = np.unique(users, return_inverse=True)

@@ -68,7 +68,11 @@ class Trainer(trainer.Trainer):
         super().__init__()
         self.dataset, self.config, self.probe_norms = dataset, config, probe_norms
         self.network = Network(
-            dataset.num_users, dataset.num_items, dataset.tasks, _biases(dataset), config.network
+            dataset.num_users,
+            dataset.num_items,
+            dataset.tasks,
+            initial_biases(dataset),
+            config.network,
         )
         train = dataset.train
         self.data = _Data(pair_tables(dataset), jnp.asarray(train.pairs), jnp.asarray(train.values))
@@ -227,7 +231,7 @@ def _layer(bottom: Any, name: str) -> Any:
     return bottom["mlp"]
 
 
-def _biases(dataset: Dataset) -> np.ndarray:
+def initial_biases(dataset: Dataset) -> np.ndarray:
     """Where the towers' biases start, `[T, items]`, so that training learns what is beyond it.
 
     Ranking: the logits of popularity, but for a constant, the floor of the table. Regression: the mean.

@@ -1,0 +1,45 @@
+"""When does one run of balancing pay for a target with auxiliaries? Regimes of losses, fixed beforehand.
+
+    python -m examples.studies.regimes run --data ../data/tmall --out results
+    python -m examples.studies.regimes tables --rows results/rows.jsonl --out results
+
+`run` prints its plan first, trains the most important runs first, and writes every finished run at once to
+`rows.jsonl` in `--out`; `--resume` goes on from there, on another machine too. `tables` shows what the rows
+of one or several files say.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.studies.harness.command import Command, run_study
+
+OPTIONS = {
+    "data": {
+        "default": "synthetic",
+        "help": "a folder with buy, fav and view.csv[.gz]; or synthetic",
+    },
+    "seeds": {"default": 8, "help": "fresh seeds of every arm (default %(default)s)"},
+    "curve_seeds": {"type": int, "default": 3, "help": "of the curves (default %(default)s)"},
+    "tuning_seeds": {"type": int, "default": 3, "help": "of each setting (default %(default)s)"},
+    "side_by_side": {"type": int, "default": 27, "help": "runs of a program on an accelerator"},
+    "minutes": {"type": float, "help": "train nothing new after so many"},
+    "rows": {"type": Path, "nargs": "+", "required": True, "metavar": "FILE", "help": "rows.jsonl"},
+}
+COMMANDS = {
+    "run": Command(
+        "study",
+        "train everything and show it",
+        "data seeds curve_seeds tuning_seeds side_by_side minutes epochs jobs out resume",
+    ),
+    "tables": Command("study", "the tables and pictures of stored rows", "rows out"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_study("examples.studies.regimes", __doc__, COMMANDS, arguments, OPTIONS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

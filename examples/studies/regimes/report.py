@@ -1,0 +1,380 @@
+"""What the rows say: admission, curves, tables of arms, and what chance wins in a search."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from examples.studies.harness.command import write_atomically
+from examples.studies.harness.report import MARKED, csv_of, mark, markdown, mean_cell, picture, say
+from examples.studies.harness.statistics import compare
+from examples.studies.regimes.regimes import REGIMES
+from examples.studies.regimes.training import dense
+
+ROWS = Iterable[Mapping[str, Any]]
+ADMITTED = 0.8  # of item-kNN over all behaviours
+PROTOCOLS = ("all", "new")
+SUM, SINGLE = "sum", "single"
+SEARCHES = (1, 4, 16)
+TRIALS = 27  # MetaBalance's grid, appendix A.2
+PAPER_GAIN = 0.0834
+PARTS = ("tuning", "curve", "arm", "pool")
+
+
+def where(rows: ROWS, **wanted: Any) -> list[dict[str, Any]]:
+    """The rows with these fields."""
+    return [dict(r) for r in rows if all(r[name] == value for name, value in wanted.items())]
+
+
+def by_setting(rows: ROWS) -> dict[tuple[float, float], float]:
+    """The mean validation value of every rate and decay."""
+    found: dict[tuple[float, float], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["rate"], row["decay"]), []).append(row["validation"])
+    return {setting: float(np.mean(values)) for setting, values in found.items()}
+
+
+# --- the curves ---------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """A regime's curve over the common weight of the auxiliaries.
+
+    Attributes:
+      weights: `[W]`.
+      validation, test: `[W, seeds]`; the target's NDCG@10.
+      norms: `[T - 1]`, each auxiliary's gradient norm over the target's, at weight 1.
+    """
+
+    weights: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    norms: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """The place of the weight with the best mean validation value."""
+        return int(self.validation.mean(axis=1).argmax())
+
+    @property
+    def one(self) -> int:
+        """The place of weight 1, the plain sum."""
+        return int(np.flatnonzero(self.weights == 1)[0])
+
+    @property
+    def bend(self) -> float:
+        """What the best weight wins over the sum, by validation."""
+        means = self.validation.mean(axis=1)
+        return float(means[self.best] / means[self.one] - 1)
+
+
+def curve_of(rows: ROWS, regime: str) -> Curve | None:
+    """The curve of a regime, by the seeds that every weight has; None if a weight has no run."""
+    found = where(rows, part="curve", regime=regime)
+    weights = sorted({row["weights"][1] for row in found})
+    by_weight = [{r["seed"]: r for r in found if r["weights"][1] == w} for w in weights]
+    seeds = sorted(set.intersection(*map(set, by_weight))) if by_weight else []
+    if not seeds or 1.0 not in weights:
+        return None
+    pick = lambda of: np.array([[of(runs[s]) for s in seeds] for runs in by_weight])  # noqa: E731
+    norms = [by_weight[weights.index(1.0)][s]["relative_norms"] for s in seeds]
+    return Curve(
+        np.array(weights),
+        pick(lambda row: row["validation"]),
+        pick(lambda row: row["ndcg"][0]),
+        np.exp(np.log(norms).mean(axis=0)),
+    )
+
+
+def curves_of(rows: ROWS) -> dict[str, Curve]:
+    """The curves of all regimes that have one."""
+    found = {regime.name: curve_of(rows, regime.name) for regime in REGIMES}
+    return {name: curve for name, curve in found.items() if curve is not None}
+
+
+def chosen_regimes(rows: ROWS) -> list[str]:
+    """The two regimes whose curves bend most, by validation, and the one whose curve bends least."""
+    bends = {name: curve.bend for name, curve in curves_of(rows).items()}
+    order = sorted(bends, key=lambda name: -bends[name])
+    return list(dict.fromkeys((*order[:2], *order[-1:])))
+
+
+def admission(rows: ROWS, references: Mapping[str, list[float]]) -> str:
+    """Whether the network is worth a test: the plain sum, in the regime that validation prefers."""
+    curves = curves_of(rows)
+    if not curves:
+        return "No curve is complete, so nothing can be said of the network."
+    best = max(curves, key=lambda name: curves[name].validation[curves[name].one].mean())
+    ndcg = np.mean(
+        [r["ndcg"] for r in where(rows, part="curve", regime=best) if r["weights"][1] == 1], axis=0
+    )
+    shares = ndcg / references["all"]
+    passed = bool((shares >= ADMITTED).all() and (ndcg > references["target"]).all())
+    numbers = "; ".join(
+        f"{protocol} items {ours:.4f}, item-kNN over all behaviours {known:.4f} ({share:.0%}), over "
+        f"the target's {own:.4f}"
+        for protocol, ours, known, share, own in zip(
+            PROTOCOLS, ndcg, references["all"], shares, references["target"], strict=True
+        )
+    )
+    verdict = "admitted" if passed else f"not admitted: {ADMITTED - shares.min():.0%} short"
+    return f"Network ({verdict}), plain sum in regime {best}, test NDCG@10: {numbers}."
+
+
+def draw_curves(rows: ROWS, references: Mapping[str, list[float]], path: Path | None) -> None:
+    """Every regime's curve, with each method as a point at its effective weight."""
+    curves = curves_of(rows)
+    with picture(path, 2, 4, figsize=(15, 7), sharey=True) as (figure, grid):
+        for axes, (name, curve) in zip(grid.ravel(), curves.items(), strict=False):
+            place = np.maximum(curve.weights, 0.01)  # 0 has no logarithm
+            mean, error = curve.test.mean(axis=1), _errors(curve.test)
+            axes.errorbar(place, mean, error, color="black", marker=".", capsize=2)
+            axes.axhline(references["all"][0], color="grey", linestyle=":", linewidth=1)
+            for number, (label, runs) in enumerate(arms_of(rows, name).items()):
+                weight = np.mean([effective_weight(row) for row in runs.values()])
+                if label in (SUM, SINGLE) or not 0.003 < weight < 1000:
+                    continue
+                axes.plot(weight, np.mean([row["ndcg"][0] for row in runs.values()]),
+                          "osD^vP*X"[number % 8], color=f"C{number}", label=label)  # fmt: skip
+            norms = " and ".join(f"{norm:.2g}" for norm in curve.norms)
+            text = next(regime.text for regime in REGIMES if regime.name == name)
+            axes.set_title(f"({name}) {text}\nnorms over the target's: {norms}", fontsize=8)
+            axes.set(xscale="log")
+        for axes in grid.ravel():
+            axes.set_visible(bool(axes.lines))
+            axes.set_xlabel("weight of the auxiliaries (leftmost: 0)", fontsize=8)
+        grid[0, 0].set_ylabel("test NDCG@10 of the target")
+        shown = {
+            k: v for a in grid.ravel() for v, k in zip(*a.get_legend_handles_labels(), strict=True)
+        }
+        if shown:
+            figure.legend(shown.values(), shown, loc="outside lower center", ncols=8)
+
+
+def _errors(values: np.ndarray) -> np.ndarray:
+    """Standard errors over the last axis; 0 of a single value."""
+    seeds = values.shape[-1]
+    return values.std(axis=-1, ddof=1) / seeds**0.5 if seeds > 1 else np.zeros(values.shape[:-1])
+
+
+def curve_lines(rows: ROWS) -> list[tuple[str, ...]]:
+    """The curves as a table."""
+    curves = curves_of(rows)
+    weights = sorted({float(w) for curve in curves.values() for w in curve.weights})
+    lines = [("regime", "norms", *(f"{w:g}" for w in weights), "bend")]
+    for name, curve in curves.items():
+        cells = [mean_cell(values) for values in curve.test]
+        norms = ", ".join(f"{norm:.2g}" for norm in curve.norms)
+        lines.append((name, norms, *cells, f"{curve.bend:+.1%}"))
+    return lines
+
+
+# --- the arms ------------------------------------------------------------------------------------------
+
+
+def effective_weight(row: Mapping[str, Any]) -> float:
+    """The geometric mean of the auxiliaries' weights over the target's."""
+    return float(np.exp(np.mean(np.log(np.maximum(row["relative_weights"], 1e-12)))))
+
+
+def arms_of(rows: ROWS, regime: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """The measured runs of a regime by arm and seed, with those that a search would keep."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in where(rows, part="arm", regime=regime):
+        found.setdefault(row["arm"], {})[row["seed"]] = row
+    pool = where(rows, part="pool", regime=regime)
+    for runs in SEARCHES[1:]:
+        if kept := searched(pool, runs):
+            found[_search(runs)] = kept
+    return found
+
+
+def _search(runs: int) -> str:
+    return f"search, {runs} runs"
+
+
+def searched(pool: ROWS, runs: int) -> dict[int, dict[str, Any]]:
+    """By seed, the run with the best validation value among the sum and random weightings.
+
+    A search of a few runs draws them anew from the pool for every seed.
+    """
+    found = {}
+    for seed in sorted({row["seed"] for row in pool}):
+        of_seed = sorted(where(pool, seed=seed), key=lambda row: set(row["weights"]) != {1.0})
+        if len(of_seed) < max(runs, 2) or set(of_seed[0]["weights"]) != {1.0}:
+            continue
+        others = np.random.default_rng(seed).permutation(len(of_seed) - 1)[: runs - 1] + 1
+        tried = [of_seed[0], *(of_seed[place] for place in others)]
+        found[seed] = max(tried, key=lambda row: row["validation"])
+    return found
+
+
+def measured_regimes(rows: ROWS) -> list[str]:
+    """The regimes whose arms were measured."""
+    return [r.name for r in REGIMES if {SUM, SINGLE} <= arms_of(rows, r.name).keys()]
+
+
+class Compared(NamedTuple):
+    """A regime's arms: runs by label and seed, and gains over two rows with their p-values."""
+
+    runs: dict[str, dict[int, dict[str, Any]]]
+    over_sum: dict[str, tuple[float, float]]
+    over_search: dict[str, tuple[float, float]]
+
+
+def compared(rows: ROWS, regime: str) -> Compared:
+    """The arms of a regime, and the sums of losses of one kind, on the seeds that all have."""
+    arms = arms_of(rows, regime)
+    for other, text in (("s", "softmax"), ("a", "cross-entropy")):
+        if other != regime and (runs := arms_of(rows, other).get(SUM)):
+            arms[f"sum, all losses {text}"] = runs
+    most = max(map(len, arms.values()))
+    arms = {label: runs for label, runs in arms.items() if len(runs) == most}
+    seeds = sorted(set.intersection(*map(set, arms.values())))
+    users = {
+        label: np.stack([dense(runs[s]["users"], runs[s]["num_users"]) for s in seeds])[None]
+        for label, runs in arms.items()
+    }
+    gains = []
+    for baseline in (SUM, _search(SEARCHES[-1])):
+        if baseline not in users:
+            gains.append({})
+            continue
+        level = users[baseline].mean()
+        found = compare(users, baseline)
+        gains.append({label: (d[0].mean / level, d[0].p_value) for label, d in found.items()})
+    return Compared(arms, *gains)
+
+
+def arm_lines(found: Compared) -> list[tuple[str, ...]]:
+    """The table of a regime."""
+    header = ("arm", "runs", *(f"NDCG@10, {p} items" for p in PROTOCOLS))
+    lines = [(*header, "over sum", "over search", "weight", "rate, decay")]
+
+    def gain(of: Mapping[str, tuple[float, float]], label: str) -> str:
+        return f"{of[label][0]:+.1%}{mark(of[label][1])}" if label in of else "-"
+
+    for label, runs in found.runs.items():
+        ndcg = np.array([row["ndcg"] for row in runs.values()])
+        trained = label.split()[1] if label.startswith("search") else "1"
+        weight = np.exp(np.mean([np.log(effective_weight(row)) for row in runs.values()]))
+        first = next(iter(runs.values()))
+        setting = f"{first['rate']:g}, {first['decay']:g}"
+        shown = "0" if label == SINGLE else f"{weight:.2g}"
+        cells = [mean_cell(ndcg[:, place]) for place in range(len(PROTOCOLS))]
+        lines.append((label, trained, *cells, gain(found.over_sum, label),
+                      gain(found.over_search, label), shown, setting))  # fmt: skip
+    return lines
+
+
+def verdict(rows: ROWS, regime: str, methods: Iterable[str]) -> str:
+    """What a weighting could win in a regime, what a search won, and what one run of a method won."""
+    curve, found = curve_of(rows, regime), compared(rows, regime)
+    assert curve is not None
+    at = f"{curve.weights[curve.best]:g}"
+    possible = curve.test[curve.best].mean() / curve.test[curve.one].mean() - 1
+    said = [f"Regime {regime}: the best common weight by validation is {at}, "
+            f"{possible:+.1%} over the sum in the test."]  # fmt: skip
+    chosen = [name for name in methods if name in found.runs]
+    search = _search(SEARCHES[-1])
+    if search in found.over_sum:
+        said.append(f"A search of {SEARCHES[-1]} runs won {_gain(found.over_sum[search])}.")
+    if chosen:
+        validation = {
+            name: np.mean([row["validation"] for row in found.runs[name].values()])
+            for name in chosen
+        }
+        best = max(validation, key=lambda name: validation[name])
+        gains = [found.over_sum[name][0] for name in chosen]
+        said.append(
+            f"One run of the methods won {min(gains):+.1%} to {max(gains):+.1%}; of {best}, which "
+            f"validation prefers, {_gain(found.over_sum[best])}."
+        )
+        if search in found.over_sum:
+            reached = [
+                n for n in chosen if found.over_search[n][0] >= 0 or found.over_search[n][1] >= 0.05
+            ]
+            said.append(f"Not worse than the search: {', '.join(reached) or 'none'}.")
+    return " ".join(said)
+
+
+def _gain(found: tuple[float, float]) -> str:
+    return f"{found[0]:+.1%} (p = {found[1]:.2g})"
+
+
+def chance(rows: ROWS, draws: int = 20_000) -> str:
+    """What the best of 27 by validation wins with no effect at all, by the noise of seeds seen here."""
+    residuals = []
+    for name in measured_regimes(rows):
+        for arm in (SUM, SINGLE):
+            runs = arms_of(rows, name)[arm].values()
+            if len(runs) < 3:
+                continue
+            pairs = np.array([[row["validation"], row["ndcg"][0]] for row in runs])
+            bias = (len(runs) / (len(runs) - 1)) ** 0.5  # the mean was fitted
+            residuals.append(bias * (pairs / pairs.mean(axis=0) - 1))
+    if not residuals:
+        return ""
+    covariance = np.cov(np.concatenate(residuals).T, bias=True)
+    drawn = np.random.default_rng(0).multivariate_normal([0, 0], covariance, (draws, TRIALS + 1))
+    tried, other = drawn[:, :TRIALS], drawn[:, TRIALS, 1]
+    best = tried[..., 0].argmax(axis=1)[:, None]
+    kept = np.take_along_axis(tried[..., 1], best, axis=1)[:, 0]
+    by_test = tried[..., 1].max(axis=1)
+    noise = np.sqrt(np.diag(covariance))
+    return (
+        f"With no effect at all, by the noise of seeds seen here ({noise[0]:.1%} of the validation's and "
+        f"{noise[1]:.1%} of the test's NDCG@10 of a run, correlation "
+        f"{covariance[0, 1] / noise.prod():.2f}): the best of {TRIALS} runs by validation is "
+        f"{tried[..., 0].max(axis=1).mean():+.1%} above the mean on the validation set and "
+        f"{(kept - other).mean():+.1%} above one other run on the test set; chosen by the test itself "
+        f"{(by_test - other).mean():+.1%}. MetaBalance's paper reports {PAPER_GAIN:+.2%}, the best of "
+        f"{TRIALS} settings."
+    )
+
+
+# --- everything ----------------------------------------------------------------------------------------
+
+
+def show(
+    rows: ROWS, references: Mapping[str, list[float]], methods: Iterable[str], out: Path | None
+) -> None:
+    """Print the tables, and write them with the pictures and one line a run."""
+    rows, methods = list(rows), tuple(methods)
+    texts = {regime.name: regime.text for regime in REGIMES}
+    pages = [admission(rows, references)]
+    note = (
+        "Test NDCG@10 of the target, mean ± standard error over seeds, at one common weight of the "
+        "auxiliaries. norms: gradient norm of each auxiliary over the target's, at weight 1. bend: what "
+        "the best weight wins over weight 1 by validation."
+    )
+    named = "; ".join(f"{name}: {text}" for name, text in texts.items())
+    pages.append(markdown(curve_lines(rows), "Curves", f"{note} {named}."))
+    for name in measured_regimes(rows):
+        seeds = len(arms_of(rows, name)[SUM])
+        note = (
+            f"{seeds} fresh seeds; every arm at the best of its settings by validation, the weightings of "
+            f"a search at the sum's. {MARKED}: two-sided test over seeds and users, Holm-corrected over "
+            f"the arms. over search: over that of {SEARCHES[-1]} runs. weight: geometric mean of the "
+            "auxiliaries' weights over the target's in training."
+        )
+        title = f"Regime {name}: {texts[name]}"
+        pages += [markdown(arm_lines(compared(rows, name)), title, note)]
+        pages += [verdict(rows, name, methods)]
+    pages.append(chance(rows))
+    for page in pages:
+        print(page) if page.startswith("**") else say(page)
+    if out is not None:
+        text = "\n\n".join(page.strip() for page in pages if page)
+        write_atomically(out / "table.md", f"{text}\n".encode())
+        draw_curves(rows, references, out / "curves.png")
+        header = ("part", "regime", "arm", "weights", "rate", "decay", "seed")
+        numbers = ("validation", "all", "new", "epoch", "seconds")
+        lines = (
+            (*(row["part"], row["regime"], row["arm"], " ".join(f"{w:g}" for w in row["weights"])),
+             row["rate"], row["decay"], row["seed"], row["validation"], *row["ndcg"], row["epoch"],
+             row["seconds"])
+            for row in sorted(rows, key=lambda row: PARTS.index(row["part"]))
+        )  # fmt: skip
+        write_atomically(out / "runs.csv", csv_of((*header, *numbers), lines).encode())

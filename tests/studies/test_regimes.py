@@ -1,0 +1,260 @@
+"""The study of regimes: its network, losses and labels, what is read from rows, and the command."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.steps import Parameters
+from examples.studies.recommender.data import PAPER_SPLIT, make_dataset
+from examples.studies.recommender.sources import synthetic
+from examples.studies.regimes import report, study
+from examples.studies.regimes.__main__ import main
+from examples.studies.regimes.network import Batch, Heads, Network, Shared, predict
+from examples.studies.regimes.regimes import (
+    LEVELS,
+    NEGATIVES,
+    REGIMES,
+    Knobs,
+    Regime,
+    label_tables,
+    task_loss,
+)
+from examples.studies.regimes.training import TrainConfig, dense, sparse
+
+USERS, ITEMS, SIZE, TASKS = 5, 7, 3, 2
+REFERENCES = {"target": [0.02, 0.02], "all": [0.1, 0.1]}
+
+
+@pytest.fixture
+def generator():
+    return np.random.default_rng(0)
+
+
+def some_params(generator: np.random.Generator) -> Parameters:
+    draw = lambda *shape: jnp.asarray(generator.normal(size=shape), jnp.float32)  # noqa: E731
+    heads = Heads(draw(TASKS, SIZE), draw(TASKS, ITEMS))
+    return Parameters(Shared(draw(ITEMS, SIZE), draw(ITEMS, SIZE)), heads)
+
+
+def some_known(generator: np.random.Generator) -> np.ndarray:
+    known = generator.random((USERS, ITEMS)) < 0.4
+    known[0] = False  # a user without history
+    return known.astype(np.float32)
+
+
+# --- the network and the losses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_score_is_the_sum_over_the_other_items_of_the_history(generator, task):
+    params, known = some_params(generator), some_known(generator)
+    read, scored = map(np.asarray, params.shared)
+    expected = np.zeros((USERS, ITEMS))
+    for user in range(USERS):
+        weight = 1 / np.sqrt(max(known[user].sum(), 1))
+        for item in range(ITEMS):
+            others = [j for j in np.flatnonzero(known[user]) if j != item]
+            vector = np.asarray(params.heads.scale[task]) * scored[item]
+            expected[user, item] = weight * sum(read[j] @ vector for j in others)
+    expected += np.asarray(params.heads.bias[task])
+    found = predict(params, jnp.asarray(known), task)
+    # float32, sums of a few products
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def knobs_of(regime: Regime) -> Knobs:
+    return regime.knobs(TASKS, 2.0)
+
+
+def test_cross_entropy_is_the_expectation_over_drawn_negatives(generator):
+    known = some_known(generator)
+    logits = generator.normal(size=(USERS, ITEMS)).astype(np.float32)
+    labels = np.stack([known * (generator.random(known.shape) < 0.6)] * TASKS) > 0
+    knobs = knobs_of(Regime("", ""))
+    found = task_loss(jnp.asarray(logits), jnp.asarray(known), jnp.asarray(labels), 0, knobs)
+    total, number = 0.0, labels[0].sum()
+    for user in range(USERS):
+        positives = np.flatnonzero(labels[0][user])
+        negatives = np.flatnonzero(known[user] == 0)
+        total += np.log1p(np.exp(-logits[user, positives])).sum()
+        drawn = np.log1p(np.exp(logits[user, negatives])).mean()
+        total += len(positives) * NEGATIVES * drawn
+    np.testing.assert_allclose(found, total / number / (1 + NEGATIVES), rtol=1e-5)
+
+
+def test_softmax_ranks_a_positive_among_the_items_never_touched(generator):
+    known = some_known(generator)
+    logits = generator.normal(size=(USERS, ITEMS)).astype(np.float32)
+    labels = np.stack([known * (generator.random(known.shape) < 0.6)] * TASKS) > 0
+    knobs = knobs_of(Regime("", "", target=1.0))
+    found = task_loss(jnp.asarray(logits), jnp.asarray(known), jnp.asarray(labels), 0, knobs)
+    losses = []
+    for user, item in np.argwhere(labels[0]):
+        negatives = logits[user, known[user] == 0]
+        losses.append(-log_softmax([logits[user, item], *negatives])[0])
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+
+
+def test_sums_count_every_positive_and_means_do_not(generator):
+    known, logits = some_known(generator), jnp.zeros((USERS, ITEMS))
+    labels = jnp.asarray(np.stack([known] * TASKS) > 0)
+    of = lambda regime: task_loss(logits, known, labels, 1, knobs_of(regime))  # noqa: E731
+    mean, total = of(Regime("", "")), of(Regime("", "", summed=True))
+    np.testing.assert_allclose(total / mean, known.sum() / 2.0, rtol=1e-6)
+
+
+def test_only_the_auxiliaries_labels_are_permuted():
+    dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
+    tables = label_tables(dataset)
+    for task in range(len(dataset.tasks)):
+        users, items = dataset.train.positives(task).T
+        assert tables[0, task].sum() == len(users) and tables[0, task][users, items].all()
+    same = [(tables[level, 1] & tables[0, 1]).sum() / tables[0, 1].sum() for level in (1, 2)]
+    assert (tables[:, 0] == tables[0, 0]).all()
+    assert LEVELS == (0.0, 0.5, 1.0) and 0.5 < same[0] < 0.8 and same[1] < 0.5
+    # Users keep their number of pairs, and items their popularity, but for pairs that fall together.
+    for axis in (0, 1):
+        assert (tables[2, 1].sum(axis=axis) <= tables[0, 1].sum(axis=axis)).all()
+
+
+def test_dropout_leaves_the_expected_score_and_the_regime_its_level(generator):
+    params, known = some_params(generator), some_known(generator)
+    labels = np.zeros((len(LEVELS), TASKS, USERS, ITEMS), bool)
+    labels[2] = known > 0  # at other levels, no task has a positive
+    batch = Batch(jnp.asarray(known), jnp.asarray(labels), jax.random.key(0))
+    zero_one = []
+    for permuted in (0.0, 1.0):
+        knobs = knobs_of(Regime("", "", permuted=permuted))
+        network = Network(np.zeros((TASKS, ITEMS), np.float32), SIZE, USERS, 0.0, knobs)
+        copies = (network.encode(params.shared, batch),) * TASKS
+        zero_one.append(np.array(network.losses(params.heads, copies, batch)))
+    assert (zero_one[0] == 0).all() and (zero_one[1] > 0).all()
+
+
+# --- what is read from rows ----------------------------------------------------------------------------
+
+
+def a_row(part: str, regime: str, arm: str, seed: int, **rest) -> dict:
+    row = {"part": part, "regime": regime, "arm": arm, "seed": seed, "rate": 0.1, "decay": 1.0}
+    row |= {"weights": [], "validation": 0.1, "ndcg": [0.1, 0.1], "epoch": 1, "seconds": 1.0}
+    return row | {"relative_weights": [1.0], "relative_norms": [2.0]} | rest
+
+
+def curve_rows(regime: str, means: dict[float, float]) -> list[dict]:
+    return [
+        a_row("curve", regime, "fixed weights", seed, weights=[1.0, w], validation=v, ndcg=[v, v])
+        for w, v in means.items()
+        for seed in range(2)
+    ]
+
+
+def test_arms_are_measured_where_curves_bend_most_and_least():
+    rows = curve_rows("a", {0.0: 0.1, 1.0: 0.1, 3.0: 0.1001})
+    rows += curve_rows("b", {0.0: 0.1, 1.0: 0.1, 3.0: 0.2})
+    rows += curve_rows("c", {0.0: 0.3, 1.0: 0.1, 3.0: 0.2})
+    rows += curve_rows("d", {0.0: 0.1, 1.0: 0.1, 3.0: 0.15})
+    assert report.chosen_regimes(rows) == ["c", "b", "a"]
+    assert report.chosen_regimes(curve_rows("a", {0.0: 0.1, 1.0: 0.1})) == ["a"]
+    np.testing.assert_allclose(report.curve_of(rows, "b").norms, 2.0)
+
+
+def test_a_weight_without_a_run_leaves_no_curve():
+    rows = curve_rows("a", {0.0: 0.1, 1.0: 0.1})
+    assert report.curve_of(rows[:2], "a") is None and report.curve_of([], "a") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [(0.09, "(admitted)"), (0.07, "not admitted: 10% short")]
+)
+def test_a_network_is_admitted_at_80_per_cent_of_the_neighbours(value, word):
+    text = report.admission(curve_rows("a", {0.0: 0.01, 1.0: value}), REFERENCES)
+    assert word in text and f"{value:.4f}" in text
+
+
+def test_a_search_keeps_the_best_by_validation_and_always_tries_the_sum():
+    pool = [
+        a_row("pool", "a", "fixed weights", seed, weights=[1.0, weight], validation=weight)
+        for seed in range(3)
+        for weight in (3.0, 1.0, 2.0, 0.5, 0.2)
+    ]
+    for runs, best in ((1, {1.0}), (5, {3.0})):
+        kept = report.searched(pool, runs)
+        assert {row["weights"][1] for row in kept.values()} == best and len(kept) == 3
+    two = [row["weights"][1] for row in report.searched(pool, 3).values()]
+    assert set(two) <= {1.0, 2.0, 3.0}
+    assert report.searched(pool, 16) == {}
+
+
+def test_the_best_of_many_equal_runs_wins_by_chance():
+    generator, rows = np.random.default_rng(0), []
+    for arm in ("sum", "single"):
+        for seed in range(8):
+            noise = 1 + 0.05 * generator.normal()  # of validation and test alike
+            rows.append(a_row("arm", "a", arm, seed, validation=noise, ndcg=[noise, noise]))
+    text = report.chance(rows)
+    gain = float(text.split("set and +")[1].split("%")[0])
+    assert 5 < gain < 15  # 2.1 standard deviations of a normal, the largest of 27
+    assert report.chance([]) == ""
+
+
+def test_gains_are_over_the_sum_of_the_same_seeds():
+    rows = []
+    for seed in range(4):
+        for arm, level in (("sum", 0.1), ("single", 0.1), ("metabalance, r = 1", 0.15)):
+            users = sparse(np.full(6, level + 0.01 * seed))
+            rows.append(a_row("arm", "a", arm, seed, users=users, num_users=6, ndcg=[level, level]))
+    found = report.compared(rows, "a")
+    gain, p_value = found.over_sum["metabalance, r = 1"]
+    np.testing.assert_allclose(gain, 0.05 / 0.115, rtol=1e-5)
+    assert p_value < 1e-6 and found.over_sum["single"][1] == 1 and not found.over_search
+
+
+def test_numbers_of_users_survive_the_file():
+    values = np.array([0, 0.25, 0, 1.0], np.float32)
+    np.testing.assert_array_equal(dense(json.loads(json.dumps(sparse(values))), 4), values)
+
+
+def test_a_line_that_was_cut_off_is_trained_again(tmp_path):
+    rows = study.Rows(tmp_path, {"fingerprint": 1}, resume=False)
+    trial = study.Trial("curve", "a", "sum", 0, 0.1, 1.0, (1.0, 1.0))
+    rows.add(trial, {"validation": 0.5})
+    path = tmp_path / study.ROWS
+    path.write_text(path.read_text() + '{"part": "cur')
+    again = study.Rows(tmp_path, {"fingerprint": 1}, resume=True)
+    assert list(again.found) == [trial.key] and again.found[trial.key]["validation"] == 0.5
+    other = trial._replace(seed=1)
+    again.add(other, {"validation": 0.6})
+    assert list(study.read_rows(path)[1]) == [trial.key, other.key]
+    with pytest.raises(UserError, match="other data"):
+        study.Rows(tmp_path, {"fingerprint": 2}, resume=True)
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # compiles six programs
+def test_a_whole_run_goes_on_and_its_rows_give_the_same_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "REGIMES", REGIMES[:2])
+    monkeypatch.setattr(study, "WEIGHTS", (0.0, 1.0))
+    monkeypatch.setattr(study, "RATES", (1e-2,))
+    monkeypatch.setattr(study, "POOL", 4)
+    monkeypatch.setattr(study, "TrainConfig", lambda **rest: TrainConfig(embedding=4, **rest))
+    monkeypatch.setattr(study, "load", lambda data: make_dataset(synthetic(60, 40), PAPER_SPLIT))
+    few = ["--epochs", "1", "--seeds", "2", "--curve-seeds", "1", "--tuning-seeds", "1"]
+    command = ["run", *few, "--out", str(tmp_path)]
+    assert main(command) == 0
+    rows, table = ((tmp_path / name).read_text() for name in ("rows.jsonl", "table.md"))
+    assert "Regime a" in table and "search, 4 runs" in table and (tmp_path / "curves.png").exists()
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == rows
+    other = tmp_path / "other"
+    assert main(["tables", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(other)]) == 0
+    assert (other / "table.md").read_text() == table
+    capsys.readouterr()
+    assert main([*command[:-2], "--out", str(tmp_path), "--resume", "--minutes", "0.0001"]) == 0
+    assert "runs" in capsys.readouterr().out
