@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import Geometry, product
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
 from mtl_optax.solvers.preference import active_preference
+
+# Each of the T projections factors a matrix [T, T]: so many numbers those of one batch may have.
+_NUMBERS_AT_A_TIME = 2**20
 
 
 def dualproj_weights(
@@ -39,7 +45,8 @@ def upgrad_weights(geometry: Geometry, preference: jax.typing.ArrayLike | None =
     r"""Weights of :math:`\sum_i P(u_i g_i)`, where P is the projection onto the dual cone.
 
     The T projections of the unit gradients do not depend on the norms or the preference, so norms of very
-    different size cost no accuracy. They are computed as one batch.
+    different size cost no accuracy. They are computed as one batch, or for T > 101 in several, so that
+    memory does not grow as T^3.
 
     Args:
       geometry: the lengths and angles of the gradients.
@@ -51,7 +58,12 @@ def upgrad_weights(geometry: Geometry, preference: jax.typing.ArrayLike | None =
     norms, cosine = geometry.norms, semidefinite(geometry.cosine)
     preference = active_preference(preference, geometry.active, norms.dtype)
     # added[i, j]: coefficient of the unit gradient j in the projection of the unit gradient i.
-    added = jax.vmap(nonnegative_least_squares, in_axes=(None, 0))(cosine, -cosine)
+    at_a_time = max(1, _NUMBERS_AT_A_TIME // norms.size**2)
+    project = functools.partial(nonnegative_least_squares, cosine)
+    if norms.size <= at_a_time:
+        added = jax.vmap(project)(-cosine)
+    else:
+        added = lax.map(project, -cosine, batch_size=at_a_time)
     # The ratio of the norms is formed first: each norm may be extreme even if their ratio is not.
     ratios = norms[:, None] * geometry.over_norms(1)[None, :]
     return preference + jnp.sum(preference[:, None] * added * ratios, axis=0)

@@ -10,7 +10,7 @@ import scipy.optimize
 from golden_cases import load, pad_vector
 from sampling import sampled
 
-from mtl_optax.solvers import nash
+from mtl_optax.solvers import dual_cone, nash
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 from mtl_optax.solvers.cosine import Geometry, geometry_of
@@ -276,6 +276,15 @@ def test_vmap_equals_loop(name):
 
 
 @pytest.mark.usefixtures("x64")
+def test_projections_in_batches_are_those_of_one_batch(monkeypatch):
+    """As with more than 101 tasks, and with a last batch that is not full."""
+    gradients = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    geometry = geometry_of(jnp.asarray(gradients @ gradients.T))
+    at_once = upgrad_weights(geometry)
+    monkeypatch.setattr(dual_cone, "_NUMBERS_AT_A_TIME", 2 * 7**2)
+    np.testing.assert_allclose(upgrad_weights(geometry), at_once, rtol=1e-6)
+
+
 def test_kl_ball_step_is_tight_and_finite():
     step = jax.jit(kl_ball_mirror_step)
     generator = np.random.default_rng(0)
