@@ -77,7 +77,12 @@ def training_steps(by_example: bool, number: int, problem: Problem) -> dict[str,
     from torchjd import aggregation, autogram, autojac
 
     batch, num_heads = (number, 1) if by_example else (problem.batch, number)
-    x, labels = torch.randn(batch, problem.dense), torch.randint(2, (num_heads, batch)).float()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it
+    x = torch.randn(batch, problem.dense, device=device)
+    labels = torch.randint(2, (num_heads, batch), device=device).float()
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     weighting, upgrad = aggregation.UPGradWeighting(), aggregation.UPGrad()
 
@@ -99,7 +104,7 @@ def training_steps(by_example: bool, number: int, problem: Problem) -> dict[str,
         widths = (problem.bottom[-1], *problem.head)
         heads = [nn.Sequential(dense(*widths), nn.Linear(widths[-1], 1)) for _ in labels]
         bottom = dense(problem.dense, *problem.bottom)
-        params = list(nn.ModuleList([bottom, *heads]).parameters())
+        params = list(nn.ModuleList([bottom, *heads]).to(device).parameters())
         adam = torch.optim.Adam(params, 1e-3)
         # It watches the modules from here on, so that no other step may use them.
         engine = (
@@ -116,6 +121,8 @@ def training_steps(by_example: bool, number: int, problem: Problem) -> dict[str,
             backward(losses, params, engine)
             adam.step()
             adam.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
 
         return run
 

@@ -6,7 +6,7 @@ A row is a network and a number of tasks, which are heads of the network, or the
 steps run in turns, and `--out` keeps it, so that `--resume` measures the others alone. Where PyTorch and
 TorchJD are installed, the steps of the dense network run there too, for their time.
 
-`--large` has the sizes for a GPU. With it, and for more than 16 tasks, the losses are one array: its
+`--large` has the sizes for a GPU. With it, and for more than 8 tasks, the losses are one array: its
 backward pass is compiled once, where losses that are kept apart have T.
 """
 
@@ -70,7 +70,7 @@ _NUMBERS = {
 }
 WAYS = ("losses", "representation", "unroll", "vmap", "map", "products", "examples")
 NOTE = "Time over the plain step's, whose own is in milliseconds, and temporary memory of the step."
-_MANY = 16  # tasks whose losses are kept apart
+_MANY = 8  # tasks whose losses are kept apart
 
 
 class Point(NamedTuple):
