@@ -10,11 +10,14 @@ from scipy.special import log_softmax
 
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.steps import Parameters
+from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import PAPER_SPLIT, make_dataset
+from examples.studies.recommender.evaluation import COLUMNS, held_out_users, rank_by_item_scores
 from examples.studies.recommender.sources import synthetic
 from examples.studies.regimes import report, study
 from examples.studies.regimes.__main__ import main
 from examples.studies.regimes.network import Batch, Heads, Network, Shared, predict
+from examples.studies.regimes.ranking import held_out, ndcg
 from examples.studies.regimes.regimes import (
     LEVELS,
     NEGATIVES,
@@ -136,6 +139,20 @@ def test_dropout_leaves_the_expected_score_and_the_regime_its_level(generator):
     assert (zero_one[0] == 0).all() and (zero_one[1] > 0).all()
 
 
+@pytest.mark.parametrize("part", [VALIDATION, TEST])
+def test_ndcg_from_counts_is_that_of_a_sort(generator, part):
+    dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
+    scores = generator.normal(size=(60, 40)).round(1).astype(np.float32) + 0  # with ties, no -0
+    scores[::7] = np.nan
+    pairs = held_out(dataset, part)
+    found = ndcg(jnp.asarray(scores)[pairs.users], pairs)
+    expected = rank_by_item_scores(dataset, lambda users: scores[users], 0, part)
+    users = held_out_users(dataset, 0, part)
+    columns = [COLUMNS.index(f"ndcg@10, {protocol}") for protocol in ("all", "new")]
+    np.testing.assert_allclose(found, expected[users][:, columns], rtol=1e-5)
+    assert (found[:, 0] > 0).any() and (found[:, 0] == 0).any()
+
+
 # --- what is read from rows ----------------------------------------------------------------------------
 
 
@@ -239,7 +256,7 @@ def test_a_line_that_was_cut_off_is_trained_again(tmp_path):
 
 @pytest.mark.slow  # compiles six programs
 def test_a_whole_run_goes_on_and_its_rows_give_the_same_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "REGIMES", REGIMES[:2])
+    monkeypatch.setattr(study, "REGIMES", (*REGIMES[:2], REGIMES[4]))
     monkeypatch.setattr(study, "WEIGHTS", (0.0, 1.0))
     monkeypatch.setattr(study, "RATES", (1e-2,))
     monkeypatch.setattr(study, "POOL", 4)

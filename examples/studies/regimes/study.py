@@ -18,11 +18,11 @@ from examples.studies.harness.report import say
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.metabalance.knn import item_knn_scores
 from examples.studies.recommender.data import PAPER_SPLIT, Dataset, make_dataset
-from examples.studies.recommender.evaluation import rank_by_item_scores
+from examples.studies.recommender.evaluation import COLUMNS, rank_by_item_scores
 from examples.studies.recommender.sources import folder, synthetic
 from examples.studies.regimes import report
 from examples.studies.regimes.regimes import REGIMES
-from examples.studies.regimes.training import SHOWN, TrainConfig, Trainer, sparse
+from examples.studies.regimes.training import TrainConfig, Trainer, sparse
 
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # one for all auxiliaries
 RATES, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 1.0)
@@ -266,10 +266,11 @@ def load(data: str) -> Dataset:
 
 def references(dataset: Dataset) -> dict[str, list[float]]:
     """NDCG@10 of item-kNN under both protocols, by the target's pairs and by all."""
+    shown = [COLUMNS.index(f"ndcg@10, {protocol}") for protocol in report.PROTOCOLS]
     found = {}
     for label, tasks in (("target", [0]), ("all", dataset.ranking_tasks)):
         metrics = rank_by_item_scores(dataset, item_knn_scores(dataset, tasks))
-        found[label] = np.nanmean(metrics[:, SHOWN], axis=0).tolist()
+        found[label] = np.nanmean(metrics[:, shown], axis=0).tolist()
     return found
 
 

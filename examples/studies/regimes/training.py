@@ -15,19 +15,11 @@ from examples.studies.harness.runs import Setting
 from examples.studies.harness.steps import Parameters, Step, make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import Dataset
-from examples.studies.recommender.evaluation import (
-    COLUMNS,
-    Tables,
-    held_out_users,
-    metrics_of_users,
-    pair_tables,
-)
 from examples.studies.recommender.training import initial_biases
 from examples.studies.regimes.network import Batch, Network, Shared, predict
+from examples.studies.regimes.ranking import held_out, ndcg
 from examples.studies.regimes.regimes import Regime, label_tables
 
-SHOWN = tuple(COLUMNS.index(f"ndcg@10, {protocol}") for protocol in ("all", "new"))
-USERS_AT_ONCE = 256
 TINY = 1e-12  # the logarithm of a weight of 0
 
 
@@ -47,9 +39,8 @@ class TrainConfig:
 
 
 class _Data(NamedTuple):
-    """What stays on the device: the three sets, and who touched what `[U, I]` with `label_tables`."""
+    """What stays on the device: who touched what, bool `[U, I]`, and `label_tables`."""
 
-    tables: Tables
     known: jax.Array
     labels: jax.Array
 
@@ -62,11 +53,12 @@ class Trainer(trainer.Trainer):
         self.dataset, self.config = dataset, config
         labels = label_tables(dataset)
         known = jnp.asarray(labels[0].any(axis=0))
-        self.data = _Data(pair_tables(dataset), known, jnp.asarray(labels))
+        self.data = _Data(known, jnp.asarray(labels))
+        self._held_out = {part: held_out(dataset, part) for part in (VALIDATION, TEST)}
         self.batch_users = min(config.batch_users, dataset.num_users)
         self.steps_per_epoch = -(-dataset.num_users // self.batch_users)
         self._bias = initial_biases(dataset)
-        self._rank = self.compiled(self._metrics_of_users)
+        self._rank = self.compiled(self._ndcg_of_users)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -103,7 +95,7 @@ class Trainer(trainer.Trainer):
         def update(params: Parameters, state: Any, batch: Batch) -> Any:
             # XLA merges this with the same gradients of a method on the parameters.
             _, (grads, _) = value_and_grad(params.shared, params.heads, batch)
-            norms = jax.vmap(optax.global_norm)(grads)
+            norms = jax.vmap(optax.tree.norm)(grads)
             params, state, losses, weights = step.update(params, state, batch)
             return params, state, (losses, norms), weights
 
@@ -141,19 +133,11 @@ class Trainer(trainer.Trainer):
 
     def ndcg(self, params: Parameters, part: int) -> np.ndarray:
         """The target's NDCG@10 `[runs, held-out users, 2]`, under both protocols."""
-        users = held_out_users(self.dataset, 0, part)
-        return np.asarray(self._rank((self.data, jnp.asarray(users), part), params))
+        return np.asarray(self._rank((self.data.known, self._held_out[part]), params))
 
-    def _metrics_of_users(self, common: Any, params: Parameters) -> jax.Array:
-        data, users, part = common
-
-        def block(users: jax.Array) -> jax.Array:
-            found = predict(params, data.known[users].astype(jnp.float32), 0)
-            return metrics_of_users(data.tables, found, users, 0, part)[:, jnp.array(SHOWN)]
-
-        blocks = -(-len(users) // USERS_AT_ONCE)
-        found = jax.lax.map(block, jnp.resize(users, (blocks, USERS_AT_ONCE)))
-        return found.reshape(blocks * USERS_AT_ONCE, -1)[: len(users)]
+    def _ndcg_of_users(self, common: Any, params: Parameters) -> jax.Array:
+        known, pairs = common
+        return ndcg(predict(params, known[pairs.users].astype(jnp.float32), 0), pairs)
 
 
 def _is_table(params: Any) -> Any:
