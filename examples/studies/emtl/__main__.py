@@ -26,7 +26,7 @@ COMMANDS = {
     "table2": Command(
         "dense",
         "segmentation, depth and normals of rendered scenes",
-        "data seeds steps out resume quick",
+        "data seeds steps trials out resume quick",
     ),
     "table3": Command(
         "tables",

@@ -5,10 +5,9 @@
 
 SegNet with MTAN's attention, Adam, the learning rate halved half-way, images mirrored at random: the
 paper's protocol, but with smaller images, a smaller network and far fewer steps, so that the rendered table
-is made in minutes on one core. The metrics are those of the last step: nothing is selected on the test set,
-where the paper takes the best epoch. Every method has the library's defaults and the same learning rate;
-none is tuned. BanditMTL alone has another radius than its default, which is more than log(3) and so lets
-all weight go to one task.
+is made in an hour. The metrics are those of the last step: nothing is selected on the test set, where the
+paper takes the best epoch. The trials of a row are compared by the mean logarithm of the losses of held-out
+images, so that the scale of a loss has no effect on the choice.
 
 Methods that look at gradients combine those of the shared parameters; methods that look at losses alone
 weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, as their papers do.
@@ -17,9 +16,10 @@ weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, a
 import argparse
 import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,36 +37,38 @@ from examples.models.segnet_mtan import (
     as_prediction,
 )
 from examples.studies.emtl import dense_report
-from examples.studies.emtl.dense_metrics import loss, measure
-from examples.studies.emtl.dense_report import TESTED
+from examples.studies.emtl.dense_metrics import TESTED, loss, measure
+from examples.studies.emtl.dense_report import BASE
+from examples.studies.emtl.rows import BANDIT, emtl_rows
 from examples.studies.emtl.scenes import CLASSES, Scenes, synthetic_scenes
 from examples.studies.emtl.scenes_nyuv2 import NUM_CLASSES, read_nyuv2
 from examples.studies.harness import trainer
-from examples.studies.harness.choices import WEIGHS_HEADS, Choice, parse_choice
-from examples.studies.harness.runner import Job, Runner
+from examples.studies.harness.choices import WEIGHS_HEADS, Choice
+from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run, Setting
+from examples.studies.harness.search import Entry, tuned, tuning_note
 from examples.studies.harness.steps import Parameters
 from examples.studies.harness.timing import cores, machine
 
-SINGLE = "STL"
-# The paper's rows in its order; an epoch is a window of DWA. The stored table has MGDA on raw gradients in
-# EMTL, where the library's default is unit gradients.
-ROWS = {
-    SINGLE: "sum",
-    "LS": "sum",
-    "SI": "scale_invariant",
-    "RLW": "rlw",
-    "DWA": "dwa(window={epoch})",
-    "Uncertainty": "uncertainty",
-    "BanditMTL": "bandit_mtl(kl_radius=0.3)",
-    "MGDA": "mgda",
-    "PCGrad": "pcgrad",
-    "CAGrad": "cagrad",
-    "GradDrop": "graddrop",
-    "IMTL-G": "imtl_g",
-    "Nash-MTL": "nash_mtl",
-    "EMTL": 'emtl(base="mgda", epsilon=0.3, rho=0.3)',
-}
+SINGLE = Entry("STL", "sum")
+
+
+def shared_rows(epoch: int) -> tuple[Entry, ...]:
+    """The rows of the network with a shared trunk, in the paper's order; DWA's window is an epoch."""
+    return (
+        Entry(BASE, "sum"),
+        Entry("SI", "scale_invariant"),
+        Entry("RLW", "rlw"),
+        Entry("DWA", f"dwa(window={epoch})"),
+        Entry("Uncertainty", "uncertainty"),
+        BANDIT,
+        Entry("PCGrad", "pcgrad"),
+        Entry("CAGrad", "cagrad"),
+        Entry("GradDrop", "graddrop"),
+        Entry("IMTL-G", "imtl_g"),
+        Entry("Nash-MTL", "nash_mtl"),
+        *emtl_rows(len(TASKS)),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ class Config:
     Attributes:
       height, width: of rendered images, multiples of 2^len(widths).
       train, test: how many images are rendered.
-      held_out: images of the training set whose losses are shown while it trains; no row learns from them.
+      held_out: images of the training set that compare the trials; no row learns from them.
       widths: channels of the network's levels.
       batch, steps, learning_rate: of the training, without `patience`: the last step is kept.
       epochs: parts of a run, of which the losses and weights are kept.
+      seeds, trials: of each row.
     """
 
     height: int = 32
@@ -92,18 +95,33 @@ class Config:
     steps: int = 200
     learning_rate: float = 3e-3
     epochs: int = 10
-    seeds: int = 2
+    seeds: int = 3
+    trials: int = 6
     weight_decay: float = 0.0
     patience: int | None = None
 
 
 # As the paper trains, but for the network's size: 200 epochs of 397 steps.
 NYUV2 = replace(
-    Config(), widths=(32, 64, 128), batch=2, steps=79_400, learning_rate=1e-4, epochs=200, seeds=3
+    Config(), widths=(32, 64, 128), batch=2, steps=79_400, learning_rate=1e-4, epochs=200
 )
 QUICK = replace(
-    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, epochs=2
-)
+    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, epochs=2, trials=2
+)  # fmt: skip
+
+
+class Splits(NamedTuple):
+    """What a table trains on, compares its trials with, and is measured on."""
+
+    classes: int
+    train: Scenes
+    held_out: Scenes
+    test: Scenes
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return TASKS
 
 
 class SameImages(nnx.Module):
@@ -124,16 +142,20 @@ class DenseNetwork:
     """
 
     def __init__(self, classes: int, widths: tuple[int, ...], separate: bool):
-        modules = nnx.eval_shape(lambda: _modules(classes, widths, separate, nnx.Rngs(0)))
-        split = [nnx.split(module) for module in modules]
-        self._graphs = [graph for graph, _ in split]
-        self._shapes = [shapes for _, shapes in split]
-        zeros = [
-            jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), s) for s in self._shapes
-        ]
+        def modules() -> tuple[nnx.Module, ...]:
+            rngs = nnx.Rngs(0)
+            if separate:
+                single = (
+                    SegNetSingle(t, classes, widths=widths, rngs=rngs) for t in range(len(TASKS))
+                )
+                return SameImages(), *single
+            model = SegNetMTAN(classes, widths=widths, rngs=rngs)
+            return model.segnet, *model.towers
+
+        split = [nnx.split(module) for module in nnx.eval_shape(modules)]
+        self._graphs, self._shapes = zip(*split, strict=True)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shapes)
         self._unravel = [ravel_pytree(state)[1] for state in zeros]
-        self.compute = jax.jit(self._losses_and_grads)
-        self.predict = jax.jit(self._predict_all)
 
     def init(self, seed: int) -> Parameters:
         """Fresh parameters, made by numpy: their many shapes would take a minute to compile."""
@@ -144,8 +166,10 @@ class DenseNetwork:
     def _module(self, place: int, vector: jax.Array) -> Any:
         return nnx.merge(self._graphs[place], self._unravel[place](vector))
 
-    def _predict(self, heads: Any, task: int, representation: Any) -> jax.Array:
-        return as_prediction(task, self._module(1 + task, heads[task])(representation))
+    def predict(self, heads: Any, representation: Any) -> Predictions:
+        """What the heads make of a representation."""
+        found = (self._module(1 + t, head)(representation) for t, head in enumerate(heads))
+        return Predictions(*(as_prediction(t, output) for t, output in enumerate(found)))
 
     def encode(self, shared: jax.Array, batch: Scenes) -> Any:
         """The representation of a batch."""
@@ -153,32 +177,8 @@ class DenseNetwork:
 
     def decode(self, heads: Any, representation: Any, batch: Scenes) -> tuple[jax.Array, ...]:
         """The T losses."""
-        return tuple(
-            loss(t, self._predict(heads, t, representation), batch) for t in range(len(TASKS))
-        )
-
-    def _losses_and_grads(self, params: Parameters, batch: Scenes, flips: jax.Array) -> Any:
-        """The losses `[T]`, and the gradients of the trunk `[T, P]` and of the heads."""
-        value_and_grad = mtl.split_value_and_grad(self.encode, self.decode)
-        losses, grads = value_and_grad(*params, mirror(batch, flips))
-        return jnp.stack(losses), grads
-
-    def _predict_all(self, params: Parameters, images: jax.Array) -> Predictions:
-        """The predictions of all tasks."""
-        representation = self._module(0, params.shared)(images)
-        return Predictions(
-            *(self._predict(params.heads, t, representation) for t in range(len(TASKS)))
-        )
-
-
-def _modules(
-    classes: int, widths: tuple[int, ...], separate: bool, rngs: nnx.Rngs
-) -> tuple[nnx.Module, ...]:
-    if separate:
-        heads = (SegNetSingle(t, classes, widths=widths, rngs=rngs) for t in range(len(TASKS)))
-        return SameImages(), *heads
-    model = SegNetMTAN(classes, widths=widths, rngs=rngs)
-    return model.segnet, *model.towers
+        predictions = self.predict(heads, representation)
+        return tuple(loss(t, part, batch) for t, part in enumerate(predictions))
 
 
 def _fresh(shapes: nnx.State, rng: np.random.Generator) -> Any:
@@ -202,54 +202,39 @@ class Program:
     gradient of a weighted sum is the weighted sum of these.
     """
 
-    def __init__(self, choice: Choice, network: DenseNetwork, config: Config):
-        self.network = network
-        method = choice.method(len(TASKS), optax.identity(), {})
-        assert isinstance(method, mtl.Method)  # none of the rows is a chain
-        weighs_heads = method.needs <= {"losses"} or choice.name in WEIGHS_HEADS
-        schedule = optax.piecewise_constant_schedule(
-            config.learning_rate, {max(1, config.steps // 2): 0.5}
-        )
-        adam = optax.adam(schedule)
+    def __init__(self, trainer: "DenseTrainer", choice: Choice):
+        config, self._grads = trainer.config, trainer.grads
 
-        def start(params: Parameters) -> Any:
+        def optimizers(setting: Setting) -> tuple[Any, optax.GradientTransformation]:
+            halved = {max(1, config.steps // 2): 0.5}
+            schedule = optax.piecewise_constant_schedule(setting.learning_rate, halved)
+            method = choice.method(len(TASKS), optax.identity(), setting.knobs)
+            return method, optax.adam(schedule)
+
+        def start(_: None, params: Parameters, setting: Setting) -> Any:
+            method, adam = optimizers(setting)
             return method.init(params.shared), adam.init(params)
 
-        def update(params: Parameters, state: Any, losses: jax.Array, grads: Any) -> Any:
-            method_state, adam_state = state
-            shared, heads = grads
-            shared, method_state = method.update(shared, method_state, params.shared, losses=losses)
+        def update(_: None, params: Parameters, state: Any, found: Any, setting: Setting) -> Any:
+            (method, adam), (losses, (shared, heads)) = optimizers(setting), found
+            shared, method_state = method.update(shared, state[0], params.shared, losses=losses)
             weights = mtl.head_weights(method_state)
-            if weighs_heads:
+            if method.needs <= {"losses"} or choice.name in WEIGHS_HEADS:
                 heads = tuple(weights[t] * head for t, head in enumerate(heads))
-            updates, adam_state = adam.update(Parameters(shared, heads), adam_state, params)
-            return optax.apply_updates(params, updates), (method_state, adam_state), weights
+            updates, adam_state = adam.update(Parameters(shared, heads), state[1], params)
+            record = {"losses": losses, "weights": weights}
+            return optax.apply_updates(params, updates), (method_state, adam_state), record
 
-        self._start, self._update = jax.jit(start), jax.jit(update)
-
-    def start(self, common: None, params: Parameters, setting: Setting) -> Any:
-        """See `harness.trainer.Program`; there is one run."""
-        return _many(self._start(_one(params)))
+        self.start, self._update = (jax.jit(trainer.over_runs(part)) for part in (start, update))
 
     def steps(self, data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
         """One step after the other: to compile a loop of them would take a minute for every row."""
-        params, state, (rows, flips) = _one(params), _one(state), _one(slots)
-        found = []
-        for step in range(len(rows)):
-            batch = Scenes(*(part[rows[step]] for part in data))
-            losses, grads = self.network.compute(params, batch, flips[step])
-            params, state, weights = self._update(params, state, losses, grads)
-            found.append({"losses": losses, "weights": weights})
-        record = jax.tree.map(lambda *each: jnp.mean(jnp.stack(each), axis=0), *found)
-        return _many(params), _many(state), _many(record)
-
-
-def _one(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _many(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[None], tree)
+        records = []
+        for step in range(slots[0].shape[1]):
+            found = self._grads(data, params, tuple(part[:, step] for part in slots))
+            params, state, record = self._update(None, params, state, found, setting)
+            records.append(record)
+        return params, state, jax.tree.map(lambda *each: sum(each) / len(each), *records)
 
 
 def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
@@ -264,112 +249,130 @@ def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
 
 
 class DenseTrainer(trainer.Trainer):
-    """Trains rows, one run after the other; an epoch is one of the parts of a run."""
+    """Trains rows; an epoch is one of the parts of a run."""
 
-    one_by_one = True
-
-    def __init__(
-        self, classes: int, train: Scenes, test: Scenes, config: Config, separate: bool = False
-    ):
+    def __init__(self, dataset: Splits, config: Config, separate: bool = False):
         super().__init__()
-        count = len(train.images) - config.held_out
-        self.data = Scenes(*(jnp.asarray(part[:count]) for part in train))
-        self.held_out = Scenes(*(part[count:] for part in train))
-        self.test, self.config = test, config
-        self.separate = separate
-        self.network = DenseNetwork(classes, config.widths, separate)
+        self.dataset, self.config, self.separate = dataset, config, separate
+        self.data = Scenes(*map(jnp.asarray, dataset.train))
+        self.network = network = DenseNetwork(dataset.classes, config.widths, separate)
+        value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
+
+        def grads(data: Scenes, params: Parameters, slot: Any) -> Any:
+            """The losses `[T]`, and the gradients of the trunk `[T, P]` and of the heads."""
+            rows, flips = slot
+            batch = mirror(Scenes(*(part[rows] for part in data)), flips)
+            losses, found = value_and_grad(*params, batch)
+            return jnp.stack(losses), found
+
+        def predict(images: jax.Array, params: Parameters) -> Predictions:
+            batch = Scenes(images, *[None] * 3)
+            return network.predict(params.heads, network.encode(params.shared, batch))
+
+        self.grads, self._predict = (jax.jit(self.over_runs(part)) for part in (grads, predict))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a stored run must agree on."""
         found = hashlib.sha256()
-        for part in (*self.data, *self.held_out, *self.test):
+        for part in itertools.chain(*self.dataset[1:]):
             found.update(np.ascontiguousarray(part).tobytes())
-        train = {**asdict(self.config), "seeds": None, "separate": self.separate}
+        train = {**asdict(self.config), "seeds": None, "trials": None, "separate": self.separate}
         return {"train": train, "data": found.hexdigest()}
 
     def make_program(self, choice: Choice) -> Program:
         """See the base class."""
-        return Program(choice, self.network, self.config)
+        return Program(self, choice)
 
     def check(self, choice: Choice, setting: Setting) -> None:
         """Nothing that a user could choose wrongly."""
 
     def initial(self, seeds: np.ndarray) -> Any:
         """See the base class."""
-        return _many(self.network.init(int(seeds[0])))
+        fresh = (self.network.init(int(seed)) for seed in seeds)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
 
     def slots(self, epoch: int, seeds: np.ndarray) -> Any:
         """The images of each step, and which are mirrored; each image once in a pass over the data."""
-        size, count, rng = self.config.batch, len(self.data.images), np.random.default_rng(seeds[0])
+        size, count = self.config.batch, len(self.dataset.train.images)
+        ends = np.linspace(0, self.config.steps, self.epochs + 1).astype(int)
 
-        def batches() -> Any:
+        def batches(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            rng = np.random.default_rng(seed)
             while True:
                 order = rng.permutation(count)
                 for start in range(0, count - size + 1, size):
                     yield order[start : start + size], rng.random(size) < 0.5
 
-        ends = np.linspace(0, self.config.steps, self.epochs + 1).astype(int) + 1
-        chosen = itertools.islice(batches(), ends[epoch - 1], ends[epoch])
-        return tuple(np.stack(part)[None, None] for part in zip(*chosen, strict=True))
+        of_seeds = (itertools.islice(batches(seed), *ends[epoch - 1 : epoch + 1]) for seed in seeds)
+        stacked = [[np.stack(part) for part in zip(*found, strict=True)] for found in of_seeds]
+        return tuple(np.stack(part)[:, None] for part in zip(*stacked, strict=True))
 
     def validate(self, params: Any) -> np.ndarray:
-        """The sum of losses on held-out images, from which no row learns."""
-        predictions = self._predictions(params, self.held_out.images)
-        return np.array([sum(loss(t, p, self.held_out) for t, p in enumerate(predictions))])
+        """Minus the mean logarithm of the losses of the held-out images."""
+        held_out = self.dataset.held_out
+        found = (
+            [loss(t, part, held_out) for t, part in enumerate(predictions)]
+            for predictions in self.predictions(params, held_out.images)
+        )
+        return -np.log(np.array(list(found))).mean(axis=1)
 
     def results(self, params: Any) -> list[Any]:
         """The metrics of the test images."""
-        return [({}, {TESTED: measure(self._predictions(params, self.test.images), self.test)})]
+        test = self.dataset.test
+        found = self.predictions(params, test.images)
+        return [({}, {TESTED: measure(predictions, test)}) for predictions in found]
 
-    def _predictions(self, params: Any, images: np.ndarray) -> Predictions:
-        size, params = min(32, len(images)), _one(params)
+    def predictions(self, params: Any, images: np.ndarray) -> list[Predictions]:
+        """The predictions of every run, some images at a time."""
+        size = min(32, len(images))
         parts = []
         for start in range(0, len(images), size):
             part = images[start : start + size]
             whole = np.pad(part, [(0, size - len(part)), *[(0, 0)] * 3])  # one compiled shape
-            found = self.network.predict(params, whole)
-            parts.append([np.asarray(array)[: len(part)] for array in found])
-        return Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            found = self._predict(whole, params)
+            parts.append([np.asarray(array)[:, : len(part)] for array in found])
+        whole = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        return [Predictions(*arrays) for arrays in zip(*whole, strict=True)]
 
 
 def table2(options: argparse.Namespace) -> None:
     """Trains the rows, prints the table and writes it."""
     synthetic = options.data in (None, "synthetic")
     config = QUICK if options.quick else Config() if synthetic else NYUV2
-    given = {name: getattr(options, name) for name in ("steps", "seeds")}
+    given = {name: getattr(options, name) for name in ("steps", "seeds", "trials")}
     config = replace(config, **{name: value for name, value in given.items() if value})
     config = replace(config, epochs=min(config.epochs, config.steps))
-    data = _data(options.data, synthetic, config)
-    runs: dict[str, list[Run]] = {}
-    for separate in (True, False):
-        trainer = DenseTrainer(*data, config, separate)
-        count = len(trainer.data.images)
-        plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
-        choices = {
-            label: replace(parse_choice(text.format(epoch=count // config.batch)), label=label)
-            for label, text in ROWS.items()
-            if (label == SINGLE) == separate
-        }
+    dataset = _data(options.data, synthetic, config)
+    count = len(dataset.train.images)
+    runs, chosen = dict[str, list[Run]](), dict[str, Plan]()
+    for separate, entries in ((True, (SINGLE,)), (False, shared_rows(count // config.batch))):
+        trainer = DenseTrainer(dataset, config, separate)
         workers = min(2, cores())
         runner = Runner(trainer, trainer.fingerprint, options.out, options.resume, workers)
-        found = runner.train([Job(choice, plans) for choice in choices.values()])
-        runs |= dict(zip(choices, found, strict=True))
+        for row in tuned(runner, entries, config.trials, config.seeds):
+            runs[row.entry.label], chosen[row.entry.label] = list(row.runs), row.plan
     named = f"NYUv2 arrays in {Path(str(options.data)).name}"
     if synthetic:
         named = f"SYNTHETIC SCENES, {config.height} x {config.width}"
-    sizes = f"{count} images to train on, {len(data[2].images)} to test on"
+    sizes = f"{count} images to train on, {len(dataset.test.images)} to test on"
     steps = f"{config.steps} steps of {config.batch} images, {config.seeds} seeds"
     made = f"Made by `{options.line}` on {machine()} with `{config}`."
-    scenes = data[2] if synthetic else None
-    dense_report.write(runs, f"{named}: {sizes}; {steps}", made, options.out, scenes)
+    note = f"{tuning_note(config.trials, chosen)}\n\n{made}"
+    scenes = dataset.test if synthetic else None
+    dense_report.write(runs, f"{named}: {sizes}; {steps}", note, options.out, scenes)
 
 
-def _data(data: str | None, synthetic: bool, config: Config) -> tuple[int, Scenes, Scenes]:
-    if not synthetic:
-        return NUM_CLASSES, *read_nyuv2(Path(str(data)))
-    parts = [
-        synthetic_scenes(number, config.height, config.width, seed)
-        for seed, number in enumerate((config.train, config.test))
-    ]
-    return len(CLASSES), parts[0], parts[1]
+def _data(data: str | None, synthetic: bool, config: Config) -> Splits:
+    if synthetic:
+        train, test = (
+            synthetic_scenes(number, config.height, config.width, seed)
+            for seed, number in enumerate((config.train, config.test))
+        )
+    else:
+        train, test = read_nyuv2(Path(str(data)))
+    count = len(train.images) - config.held_out
+    learned, held_out = (
+        Scenes(*(part[rows] for part in train)) for rows in (slice(count), slice(count, None))
+    )
+    return Splits(len(CLASSES) if synthetic else NUM_CLASSES, learned, held_out, test)

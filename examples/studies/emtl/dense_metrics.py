@@ -3,7 +3,7 @@
 Pixels without a label count in nothing: label -1, depth 0, normal (0, 0, 0).
 """
 
-from dataclasses import dataclass
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +12,25 @@ import optax
 
 from examples.models.segnet_mtan import TASKS, Predictions
 from examples.studies.emtl.scenes import Scenes
+from examples.studies.harness.report import Metric
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the table."""
-
-    name: str
-    task: str
-    higher_is_better: bool
-    digits: int = 2
-
-
-METRICS = (
-    Metric("mIoU", "segmentation", True),
-    Metric("pixel accuracy", "segmentation", True),
-    Metric("absolute error", "depth", False, 4),
-    Metric("relative error", "depth", False, 4),
-    Metric("mean angle", "normals", False),
-    Metric("median angle", "normals", False),
-    Metric("within 11.25", "normals", True),
-    Metric("within 22.5", "normals", True),
-    Metric("within 30", "normals", True),
-)
+TESTED = "metrics"  # what a run calls the numbers of `measure`
 ANGLES = (11.25, 22.5, 30.0)
+# The columns of the table, 1 where higher is better.
+DIRECTIONS = {
+    "segmentation: mIoU": 1,
+    "segmentation: pixel accuracy": 1,
+    "depth: absolute error": -1,
+    "depth: relative error": -1,
+    "normals: mean angle": -1,
+    "normals: median angle": -1,
+    **{f"normals: within {angle:g}": 1 for angle in ANGLES},
+}
+SIGNS = np.array([*DIRECTIONS.values()])
+METRICS = [
+    Metric(TESTED, name, itemgetter(place), digits=4 if name.startswith("depth") else 2)
+    for place, name in enumerate(DIRECTIONS)
+]
 
 
 def loss(task: int, prediction: jax.Array, scenes: Scenes) -> jax.Array:
@@ -55,34 +50,24 @@ def loss(task: int, prediction: jax.Array, scenes: Scenes) -> jax.Array:
 
 def measure(predictions: Predictions, scenes: Scenes) -> np.ndarray:
     """The `METRICS` over all labelled pixels of all images; shares in percent, angles in degrees."""
-    labels, kinds = np.asarray(scenes.labels), np.argmax(predictions.segmentation, axis=-1)
-    there = labels >= 0
+    there, kinds = scenes.labels >= 0, np.argmax(predictions.segmentation, axis=-1)
     classes = predictions.segmentation.shape[-1]
-    confusion = np.bincount(labels[there] * classes + kinds[there], minlength=classes**2).reshape(
-        classes, classes
-    )
+    pairs = np.bincount(scenes.labels[there] * classes + kinds[there], minlength=classes**2)
+    confusion = pairs.reshape(classes, classes)
     right, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
     # A class that is neither in the labels nor in the predictions has no intersection over union.
     found = union > 0
     known = scenes.depths != 0
-    error = np.abs(np.asarray(predictions.depth) - scenes.depths)[known]
+    error = np.abs(predictions.depth - scenes.depths)[known]
     directed = np.any(scenes.normals != 0, axis=-1)
-    cosines = np.sum(np.asarray(predictions.normals) * scenes.normals, axis=-1)[directed]
+    cosines = np.sum(predictions.normals * scenes.normals, axis=-1)[directed]
     angles = np.degrees(np.arccos(np.clip(cosines, -1, 1)))
-    return np.array(
-        [
-            100 * np.mean(right[found] / union[found]),
-            100 * right.sum() / confusion.sum(),
-            error.mean(),
-            np.mean(error / scenes.depths[known]),
-            angles.mean(),
-            np.median(angles),
-            *(100 * np.mean(angles < limit) for limit in ANGLES),
-        ]
-    )
+    shares = np.array([np.mean(right[found] / union[found]), right.sum() / confusion.sum()])
+    depth = error.mean(), np.mean(error / scenes.depths[known])
+    within = [100 * np.mean(angles < limit) for limit in ANGLES]
+    return np.array([*(100 * shares), *depth, angles.mean(), np.median(angles), *within])
 
 
 def delta_m(metrics: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Mean relative loss against the base over the last axis, in percent; below 0 is better than it."""
-    signs = np.array([-1 if metric.higher_is_better else 1 for metric in METRICS])
-    return 100 * np.mean(signs * (metrics - base) / base, axis=-1)
+    return -100 * np.mean(SIGNS * (metrics - base) / base, axis=-1)

@@ -21,6 +21,7 @@ import numpy as np
 from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.ple import PLE
+from examples.studies.emtl.rows import BANDIT, emtl_rows
 from examples.studies.harness.report import (
     OVER_SEEDS,
     gain_cell,
@@ -30,13 +31,7 @@ from examples.studies.harness.report import (
 )
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
-from examples.studies.harness.search import (
-    Entry,
-    log_uniform,
-    tuned,
-    tuning_note,
-    uniform,
-)
+from examples.studies.harness.search import Entry, tuned, tuning_note
 from examples.studies.harness.statistics import compare
 from examples.studies.ranking.data import BINARY, Dataset, Task
 from examples.studies.ranking.metrics import all_metrics, metric, of_truth
@@ -46,23 +41,20 @@ from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
 
 SINGLE, SUM, BEST_EPOCH = "STL", "plain sum", "best epoch"
-# The stored tables have MGDA on raw gradients in EMTL, where the library's default is unit gradients.
-# The ranges are those of the paper's grids for EMTL; BanditMTL has the same radius, as its default of
-# 1.2 is more than log(T), which bounds nothing.
-EMTL: Any = {
-    "knobs": {"epsilon": uniform(0.0, 0.5), "rho": log_uniform(0.1, 0.5)},
-    "start": {"epsilon": 0.3, "rho": 0.3},
-}
-BANDIT: Any = {"knobs": {"kl_radius": log_uniform(0.1, 0.5)}, "start": {"kl_radius": 0.3}}
-METHODS = (
-    Entry(SUM, "sum"),
-    Entry("MGDA", "mgda"),
-    Entry("Nash-MTL", "nash_mtl"),
-    Entry("IMTL-G", "imtl_g"),
-    Entry("Uncertainty", "uncertainty"),
-    Entry("BanditMTL", "bandit_mtl", **BANDIT),
-    Entry("EMTL", 'emtl(base="mgda")', **EMTL),
-)
+
+
+def methods(num_tasks: int) -> tuple[Entry, ...]:
+    """The rows of a network with shared parameters."""
+    return (
+        Entry(SUM, "sum"),
+        Entry("Nash-MTL", "nash_mtl"),
+        Entry("IMTL-G", "imtl_g"),
+        Entry("Uncertainty", "uncertainty"),
+        BANDIT,
+        *emtl_rows(num_tasks),
+    )
+
+
 TRAIN = TrainConfig(epochs=60, patience=3, batch=512, learning_rate=2e-3)
 
 
@@ -78,8 +70,8 @@ class Config:
     """
 
     examples: int | None = None
-    seeds: int = 3
-    trials: int = 3
+    seeds: int = 5
+    trials: int = 6
     impressions: int = 50_000
     embedding: int = 8
     expert: int = 32
@@ -190,7 +182,9 @@ def table1(options: argparse.Namespace) -> None:
     lines, tasks = [], study.dataset.tasks
     for name, make_model in backbones(study.config).items():
         rows = {f"{name}, {SINGLE}": study.alone(name, make_model)}
-        for label, found in study.train(name, make_model, study.dataset, METHODS).items():
+        for label, found in study.train(
+            name, make_model, study.dataset, methods(len(tasks))
+        ).items():
             rows[f"{name}, {label}"] = found
         values = {label: aucs(found, tasks) for label, found in rows.items()}
         averages = {label: 100 * found[-1:] for label, found in values.items()}
@@ -215,11 +209,11 @@ def table3(options: argparse.Namespace) -> None:
     study = Study(options, "synthetic", (CLICK, "completion rate", "watch time"))
     dataset, config = study.dataset, study.config
     sizes: dict[str, Any] = {"embedding": config.embedding, "deep": (config.expert,)}
-    entries = [entry for entry in METHODS if entry.label in (SUM, "EMTL")]
     clicks = dataset.only([CLICK])
     alone = study.train("DCN", partial(DCNv2, **sizes), clicks, [Entry(CLICK, "sum")])
-    both = study.train("MMoE", backbones(config)["MMoE"], dataset, entries)
-    runs = {"DCN": alone[CLICK], "MMoE": both[SUM], "MMoE + EMTL": both["EMTL"]}
+    both = study.train("MMoE", backbones(config)["MMoE"], dataset, methods(len(dataset.tasks)))
+    runs = {"DCN": alone[CLICK], "MMoE": both.pop(SUM)}
+    runs |= {f"MMoE + {label}": found for label, found in both.items()}
     lines = [
         (label, *(mean_cell(_values(found, task)) for task in dataset.tasks), best_epoch(found))
         for label, found in runs.items()

@@ -37,13 +37,13 @@ class Entry:
     Attributes:
       label: as the paper calls it.
       choice: as `--method` of `examples.compare` reads it.
-      knobs: the options that are searched.
+      knobs: the options that are searched: drawn at random, or the values of a grid in turn.
       start: the knobs of the first trial: the paper's value, or the method's default.
     """
 
     label: str
     choice: str
-    knobs: Mapping[str, Draw] = field(default_factory=dict)
+    knobs: Mapping[str, Draw | Sequence[float]] = field(default_factory=dict)
     start: Mapping[str, Any] = field(default_factory=dict)
 
     def parsed(self) -> Choice:
@@ -52,7 +52,7 @@ class Entry:
         return Choice(self.label, found.parts, found.place)
 
     def trials(self, count: int, num_tasks: int, config: Any) -> list[Plan]:
-        """Settings of seed 0: the first is the start, the others are drawn at random.
+        """Settings of seed 0: the first is the start, the others are drawn, or the next of a grid.
 
         `config` has the learning rate and the weight decay of the first. A trial has the same two in every
         row, whatever options the row has.
@@ -62,8 +62,11 @@ class Entry:
         start = {k: np.ones(num_tasks) if k == "weights" else v for k, v in self.start.items()}
         plans = [Plan(0, Setting(rate, decay, start))]
         factor = log_uniform(1 / 3, 3)
-        for _ in range(count - 1):
-            drawn = {name: draw(of_knobs, num_tasks) for name, draw in self.knobs.items()}
+        for trial in range(1, count):
+            drawn = {
+                name: knob(of_knobs, num_tasks) if callable(knob) else knob[trial % len(knob)]
+                for name, knob in self.knobs.items()
+            }
             scaled = (value * factor(of_settings, num_tasks) for value in (rate, decay))
             plans.append(Plan(0, Setting(*scaled, drawn)))
         return plans
@@ -140,7 +143,7 @@ def tuning_note(trials: int, chosen: Mapping[str, Plan]) -> str:
     return (
         f"Every row, the plain sum too, had {trials} trials of seed 0 on the validation set: the first "
         "with the default settings, the others with a learning rate and a decay of the tables up to 3 "
-        f"times smaller or larger and random options of its own. Chosen: {found}."
+        f"times smaller or larger and other options of its own. Chosen: {found}."
     )
 
 
