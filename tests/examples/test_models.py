@@ -334,6 +334,20 @@ def test_normals_have_length_1():
 
 
 @pytest.mark.slow
+def test_a_convolution_as_a_product():
+    keys = jax.random.split(jax.random.key(0), 2)
+    maps = jax.random.normal(keys[0], (2, 5, 4, 3))
+    for size in (1, 3):
+        kernel = jax.random.normal(keys[1], (size, size, 3, 2))
+        layout = ("NHWC", "HWIO", "NHWC")
+        expected = jax.lax.conv_general_dilated(
+            maps, kernel, (1, 1), "SAME", dimension_numbers=layout
+        )
+        found = segnet_mtan.as_product(maps, kernel, (1, 1), "SAME")
+        # The order of a sum of 27 numbers differs.
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_segnet_predicts_three_tasks():
     graphdef, shapes = abstract(SegNetMTAN, 5, widths=(4, 8))
     run = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731

@@ -31,9 +31,9 @@ from examples.studies.emtl.scenes import (
     trace,
 )
 from examples.studies.emtl.scenes_nyuv2 import read_nyuv2
-from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.errors import UserError
-from examples.studies.harness.runs import Plan, Run, Setting
+from examples.studies.harness.runs import Run
+from examples.studies.harness.search import Entry
 
 
 def signed_distance(thing, points):
@@ -234,21 +234,27 @@ def test_mirrored_scenes():
 
 def trainer(**changes):
     config = replace(dense.QUICK, **changes)
-    parts = [synthetic_scenes(n, config.height, config.width, s) for s, n in ((0, 10), (1, 3))]
-    return dense.DenseTrainer(7, *parts, config)
+    return dense.DenseTrainer(dense.load(None, config), config)
 
 
 @pytest.mark.slow
-def test_a_row_trains():
-    """Two real steps of EMTL, and the metrics of a test set that does not fill a batch."""
-    made = trainer(steps=2)
-    choice = replace(parse_choice("emtl"), label="EMTL")
-    (run,) = made.train(
-        choice, [Plan(0, Setting(1e-3, 0.0, {}))], lambda *_: None, None, measure=True
-    )
-    assert run.test["metrics"].shape == (9,) and np.isfinite(run.test["metrics"]).all()
-    assert run.history["losses"].shape == run.history["weights"].shape == (2, 3)
-    assert np.abs(np.diff(run.history["losses"], axis=0)).min() > 0
+def test_a_row_trains_alone_as_side_by_side(monkeypatch):
+    """Two real steps of two runs, as on a CPU and as on an accelerator."""
+    (entry,) = (row for row in dense.shared_rows(2) if row.label == "EMTL")
+    alone = trainer(steps=2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    together = trainer(steps=2)
+    monkeypatch.undo()
+    plans = entry.trials(2, 3, alone.config)
+    for run, other in zip(
+        *(made.train(entry.parsed(), plans) for made in (alone, together)), strict=True
+    ):
+        assert run.test["metrics"].shape == (9,) and np.isfinite(run.test["metrics"]).all()
+        assert run.history["losses"].shape == run.history["weights"].shape == (2, 3)
+        assert np.abs(np.diff(run.history["losses"], axis=0)).min() > 0
+        # A convolution is a matrix product there, whose sums have another order.
+        np.testing.assert_allclose(run.history["losses"], other.history["losses"], rtol=1e-4)
+        np.testing.assert_allclose(run.best_value, other.best_value, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -267,7 +273,7 @@ def test_single_tasks_share_nothing():
 def runs_by_hand():
     base = np.array([40, 60, 0.5, 0.2, 25, 20, 30, 55, 70.0])
     make = lambda label, seed, factor: Run(  # noqa: E731
-        label, seed, {}, {"metrics": base * factor}, 2, 1.0, {"validation": np.array([3.0, 1.0])}
+        label, seed, {}, {"metrics": base * factor}, 2, 1.0, {"validation": np.array([-3.0, -1.0])}
     )
     signs = np.array([1, 1, -1, -1, -1, -1, 1, 1, 1])
     return {
@@ -288,7 +294,7 @@ def test_the_table_and_the_files(tmp_path):
         in text
     )
     assert (
-        "Best of the nine metrics: EMTL 9. The held-out sum of losses of LS is 3.000 half"
+        "The mean logarithm of the held-out losses of LS is 3.000 half-way and 1.000 at the end."
         in text.replace("\n", " ")
     )
     lines = (tmp_path / "table2.csv").read_text().splitlines()
@@ -303,9 +309,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["table2", "--quick", "--seeds", "1", "--out", str(out)]) == 0
     text = (out / "table2.md").read_text()
     assert "SYNTHETIC SCENES" in text and "python -m examples.studies.emtl table2 --quick" in text
-    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + len(dense.ROWS)
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(dense.shared_rows(2)) + 3
     stored = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    assert len(stored) == len(dense.ROWS)
+    assert len(stored) == 3 * (len(dense.shared_rows(2)) + 1)  # two trials and a seed of each row
     # With --resume nothing is trained again.
     capsys.readouterr()
     assert main(["table2", "--quick", "--seeds", "1", "--out", str(out), "--resume"]) == 0
@@ -316,7 +322,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command_reads_nyuv2(tmp_path, monkeypatch):
     write_nyuv2(tmp_path, number=6)
-    monkeypatch.setattr(dense, "ROWS", {"STL": "sum", "LS": "sum"})
+    monkeypatch.setattr(dense, "shared_rows", lambda epoch: [Entry("LS", "sum")])
     monkeypatch.setattr(dense, "NYUV2", dense.QUICK)
     out = tmp_path / "out"
     command = ["table2", "--data", str(tmp_path), "--seeds", "1", "--steps", "2", "--out", str(out)]

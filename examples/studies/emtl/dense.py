@@ -16,7 +16,7 @@ weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, a
 import argparse
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,7 +225,7 @@ class Program:
             record = {"losses": losses, "weights": weights}
             return optax.apply_updates(params, updates), (method_state, adam_state), record
 
-        self.start, self._update = (jax.jit(trainer.over_runs(part)) for part in (start, update))
+        self.start, self._update = trainer.compiled(start), trainer.compiled(update)
 
     def steps(self, data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
         """One step after the other: to compile a loop of them would take a minute for every row."""
@@ -269,7 +269,7 @@ class DenseTrainer(trainer.Trainer):
             batch = Scenes(images, *[None] * 3)
             return network.predict(params.heads, network.encode(params.shared, batch))
 
-        self.grads, self._predict = (jax.jit(self.over_runs(part)) for part in (grads, predict))
+        self.grads, self._predict = self.compiled(grads), self.compiled(predict)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -315,7 +315,8 @@ class DenseTrainer(trainer.Trainer):
             [loss(t, part, held_out) for t, part in enumerate(predictions)]
             for predictions in self.predictions(params, held_out.images)
         )
-        return -np.log(np.array(list(found))).mean(axis=1)
+        values = -np.log(np.array(list(found))).mean(axis=1)
+        return np.where(np.isnan(values), -np.inf, values)
 
     def results(self, params: Any) -> list[Any]:
         """The metrics of the test images."""
@@ -336,43 +337,43 @@ class DenseTrainer(trainer.Trainer):
         return [Predictions(*arrays) for arrays in zip(*whole, strict=True)]
 
 
+def load(data: str | None, config: Config) -> Splits:
+    """Rendered scenes, or NYUv2 from a folder."""
+    if data is None:
+        classes, sizes = len(CLASSES), enumerate((config.train, config.test))
+        parts = (synthetic_scenes(n, config.height, config.width, seed) for seed, n in sizes)
+    else:
+        classes, parts = NUM_CLASSES, read_nyuv2(Path(data))
+    train, test = parts
+    count = len(train.images) - config.held_out
+    learned, held_out = (
+        Scenes(*(part[rows] for part in train)) for rows in (slice(count), slice(count, None))
+    )
+    return Splits(classes, learned, held_out, test)
+
+
 def table2(options: argparse.Namespace) -> None:
     """Trains the rows, prints the table and writes it."""
-    synthetic = options.data in (None, "synthetic")
-    config = QUICK if options.quick else Config() if synthetic else NYUV2
+    data = None if options.data == "synthetic" else options.data
+    config = QUICK if options.quick else Config() if data is None else NYUV2
     given = {name: getattr(options, name) for name in ("steps", "seeds", "trials")}
     config = replace(config, **{name: value for name, value in given.items() if value})
     config = replace(config, epochs=min(config.epochs, config.steps))
-    dataset = _data(options.data, synthetic, config)
+    dataset = load(data, config)
     count = len(dataset.train.images)
-    runs, chosen = dict[str, list[Run]](), dict[str, Plan]()
+    runs, chosen = dict[str, Sequence[Run]](), dict[str, Plan]()
     for separate, entries in ((True, (SINGLE,)), (False, shared_rows(count // config.batch))):
         trainer = DenseTrainer(dataset, config, separate)
         workers = min(2, cores())
         runner = Runner(trainer, trainer.fingerprint, options.out, options.resume, workers)
         for row in tuned(runner, entries, config.trials, config.seeds):
-            runs[row.entry.label], chosen[row.entry.label] = list(row.runs), row.plan
-    named = f"NYUv2 arrays in {Path(str(options.data)).name}"
-    if synthetic:
-        named = f"SYNTHETIC SCENES, {config.height} x {config.width}"
+            runs[row.entry.label], chosen[row.entry.label] = row.runs, row.plan
+    named = f"SYNTHETIC SCENES, {config.height} x {config.width}"
+    if data is not None:
+        named = f"NYUv2 arrays in {Path(data).name}"
     sizes = f"{count} images to train on, {len(dataset.test.images)} to test on"
     steps = f"{config.steps} steps of {config.batch} images, {config.seeds} seeds"
     made = f"Made by `{options.line}` on {machine()} with `{config}`."
     note = f"{tuning_note(config.trials, chosen)}\n\n{made}"
-    scenes = dataset.test if synthetic else None
+    scenes = dataset.test if data is None else None
     dense_report.write(runs, f"{named}: {sizes}; {steps}", note, options.out, scenes)
-
-
-def _data(data: str | None, synthetic: bool, config: Config) -> Splits:
-    if synthetic:
-        train, test = (
-            synthetic_scenes(number, config.height, config.width, seed)
-            for seed, number in enumerate((config.train, config.test))
-        )
-    else:
-        train, test = read_nyuv2(Path(str(data)))
-    count = len(train.images) - config.held_out
-    learned, held_out = (
-        Scenes(*(part[rows] for part in train)) for rows in (slice(count), slice(count, None))
-    )
-    return Splits(len(CLASSES) if synthetic else NUM_CLASSES, learned, held_out, test)

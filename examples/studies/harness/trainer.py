@@ -150,26 +150,20 @@ class Trainer:
         """Raise what is wrong with a choice, before anything is compiled."""
         self.make_step(choice, setting)
 
-    def over_runs(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(common, ...)` over a first axis of runs of every argument but `common`."""
+    def compiled(
+        self, function: Callable[..., Any], donate_argnums: Any = ()
+    ) -> Callable[..., Any]:
+        """Jit `function(common, ...)` over a first axis of runs of every argument but `common`."""
 
-        def of_runs(common: Any, *args: Any) -> Any:
+        def over_runs(common: Any, *args: Any) -> Any:
             if self.side_by_side:
                 return jax.vmap(function, in_axes=(None, *[0] * len(args)))(common, *args)
             one_run = jax.tree.map(lambda leaf: leaf[0], args)  # alone, so without the axis
             return jax.tree.map(lambda leaf: leaf[None], function(common, *one_run))
 
-        return of_runs
-
-    def compiled(
-        self, function: Callable[..., Any], donate_argnums: Any = ()
-    ) -> Callable[..., Any]:
-        """Jit a function over runs; not for use in another jitted function."""
         # On a CPU with less work for LLVM: it compiles faster and runs as fast.
         options = {"xla_backend_optimization_level": 1} if self._on_cpu else None
-        return jax.jit(
-            self.over_runs(function), donate_argnums=donate_argnums, compiler_options=options
-        )
+        return jax.jit(over_runs, donate_argnums=donate_argnums, compiler_options=options)
 
     def program(self, choice: Choice, setting: Setting) -> Any:
         """The programs of a choice, made once for settings with the same knobs."""
