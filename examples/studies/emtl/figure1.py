@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import mtl_optax as mtl
 from examples.models.toy import SCALE, STARTS, losses, pareto_front
 from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.report import csv_of, picture, publish
+from mtl_optax.plotting import plot_pareto
 
 # The paper's text names five of its eight panels: BanditMTL, MGDA, NashMTL, IMTL and EMTL. The others here
 # are those of Nash-MTL's figure. All have the library's defaults.
@@ -32,20 +34,11 @@ ROWS = {
 }
 # EMTL's options: the gradients on which MGDA runs, and the paper's grids. With two tasks every rho from
 # 0.481 on is no constraint.
-BASES = {"unit": "emtl", "raw": 'emtl(base="mgda")'}
+BASES = {"unit gradients": "emtl", "raw gradients": 'emtl(base="mgda")'}
 EPSILONS, RHOS = (0.0, 0.1, 0.3, 0.5), (0.1, 0.3, 0.5)
-SHIFTS = {"as they are": 0.0, "plus 21, so positive": 21.0}
+SHIFTS = {0.0: "as they are", 21.0: "plus 21, so positive"}
 STEPS, LEARNING_RATE, KEPT = 35_000, 1e-3, 500  # Adam, as in Nash-MTL's program; positions kept
 NEAR = 0.1  # in unscaled losses, whose optimum is -20
-
-
-class Option(NamedTuple):
-    """Options of EMTL: a key of `BASES`, one of `SHIFTS`, and two numbers."""
-
-    base: str
-    shift: str
-    epsilon: float
-    rho: float
 
 
 class Ends(NamedTuple):
@@ -102,57 +95,34 @@ def ends_of(positions: jax.Array, front: np.ndarray) -> Ends:
     return Ends(np.asarray(positions[:, -1], float), found, distance, excess)
 
 
-def options_of_emtl(steps: int, front: np.ndarray) -> dict[Option, Ends]:
-    """EMTL's ends by its options; those of a base are trained side by side."""
-    ends = {}
-    for base, choice in BASES.items():
-        grid = [Option(base, *rest) for rest in itertools.product(SHIFTS, EPSILONS, RHOS)]
-        shifts = jnp.array([SHIFTS[option.shift] for option in grid])
-        knobs = {key: jnp.array([getattr(o, key) for o in grid]) for key in ("epsilon", "rho")}
-        found = jax.vmap(partial(paths, choice, steps))(shifts, knobs)
-        ends |= {o: ends_of(positions, front) for o, positions in zip(grid, found, strict=True)}
-    return ends
-
-
-def method_cells(found: dict[str, Ends]) -> list[tuple[str, ...]]:
+def lines_of_methods(found: Mapping[str, Ends]) -> list[tuple[str, ...]]:
     """The table of the methods, header first."""
-    header = ("method", *(f"start {k}" for k in range(1, 6)), "on the front", "at the best mean")
-    rows = [
-        (name, *(f"{first:.1f}, {second:.1f}" for first, second in ends.losses), *ends.counts())
-        for name, ends in found.items()
-    ]
-    return [header, *rows]
+    starts = (f"start {k}" for k in range(1, 6))
+    lines = [("method", *starts, "on the front", "at the best mean")]
+    for name, ends in found.items():
+        lines.append((name, *(f"{one:.1f}, {two:.1f}" for one, two in ends.losses), *ends.counts()))
+    return lines
 
 
-def option_cells(found: dict[Option, Ends]) -> list[tuple[str, ...]]:
-    """The table of EMTL's options, header first."""
-    header = (
-        "MGDA on",
-        "losses",
-        "epsilon",
-        "rho",
-        "on the front",
-        "at the best mean",
-        "first loss at the ends",
-    )
-    rows = [
-        (
-            f"{option.base} gradients",
-            option.shift,
-            f"{option.epsilon:g}",
-            f"{option.rho:g}",
-            *ends.counts(),
-            ", ".join(f"{v:.1f}" for v in ends.losses[:, 0]),
-        )
-        for option, ends in found.items()
-    ]
-    return [header, *rows]
+def lines_of_emtl(steps: int, front: np.ndarray) -> list[tuple[str, ...]]:
+    """The table of EMTL's options, header first; those of a base are trained side by side."""
+    counts = "on the front", "at the best mean"
+    lines = [("MGDA on", "losses", "epsilon", "rho", *counts, "first loss at the ends")]
+    grid = list(itertools.product(SHIFTS, EPSILONS, RHOS))
+    shifts, epsilons, rhos = (jnp.array(part) for part in zip(*grid, strict=True))
+    for base, choice in BASES.items():
+        knobs = {"epsilon": epsilons, "rho": rhos}
+        found = jax.vmap(partial(paths, choice, steps))(shifts, knobs)
+        for (shift, epsilon, rho), positions in zip(grid, found, strict=True):
+            ends = ends_of(positions, front)
+            first = ", ".join(f"{value:.1f}" for value in ends.losses[:, 0])
+            options = f"{epsilon:g}", f"{rho:g}"
+            lines.append((base, SHIFTS[shift], *options, *ends.counts(), first))
+    return lines
 
 
 def draw(positions: dict[str, jax.Array], front: np.ndarray, path: Path) -> None:
     """One panel a method: the five paths in the plane of the scaled losses, over the Pareto front."""
-    from mtl_optax.plotting import plot_pareto
-
     columns = min(4, len(positions))
     lines = -(-len(positions) // columns)
     size, shared = (2.7 * columns, 2.7 * lines + 0.3), {"sharex": True, "sharey": True}
@@ -177,18 +147,17 @@ def figure1(options: argparse.Namespace) -> None:
         for name, choice in track(ROWS.items(), "paths", console=Console(stderr=True))
     }
     found = {name: ends_of(visited, front) for name, visited in positions.items()}
-    note = f"{_note(steps, front)}\n\nMade by `{options.line}`."
     rows = (
         [name, start, *place, *values, *rest]
         for name, ends in found.items()
         for start, (place, values, *rest) in enumerate(zip(*ends, strict=True), 1)
     )
     header = ("method", "start", "x", "y", "loss 1", "loss 2", "distance", "excess mean")
-    files = {"figure1.csv": csv_of(header, rows)}
-    title = "EMTL, Figure 1: a toy problem"
-    publish(options.out, "figure1", method_cells(found), title, note, files)
-    of_emtl = option_cells(options_of_emtl(steps, front))
-    publish(options.out, "figure1_emtl", of_emtl, "EMTL over the paper's grids on the toy problem")
+    note = f"{_note(steps, front)}\n\nMade by `{options.line}`."
+    title, files = "EMTL, Figure 1: a toy problem", {"figure1.csv": csv_of(header, rows)}
+    publish(options.out, "figure1", lines_of_methods(found), title, note, files)
+    title = "EMTL over the paper's grids on the toy problem"
+    publish(options.out, "figure1_emtl", lines_of_emtl(steps, front), title)
     if options.out is not None:
         draw(positions, front, options.out / "figure1.png")
 

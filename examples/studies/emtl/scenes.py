@@ -8,15 +8,14 @@ Coordinates of the camera: x to the right, y downwards, z forwards. Depth is z, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 CLASSES = ("floor", "ceiling", "wall", "window", "box", "ball", "cylinder")
 FLOOR, CEILING, WALL, WINDOW, BOX, BALL, CYLINDER = range(len(CLASSES))
-UNLABELLED = -1
 FOCAL = 0.8  # of the camera, in widths of the image: 64 degrees from left to right
+SIDES = ((0, -1), (0, 1), (2, 1))  # of a room that have windows: the axis and the direction
 
 
 class Scenes(NamedTuple):
@@ -35,6 +34,9 @@ class Scenes(NamedTuple):
     normals: np.ndarray
 
 
+KINDS = Scenes(np.float32, np.int32, np.float32, np.float32)  # of the numbers
+
+
 class Hits(NamedTuple):
     """What rays `[P, 3]` hit.
 
@@ -51,27 +53,23 @@ class Hits(NamedTuple):
     places: np.ndarray
 
 
-@dataclass(frozen=True)
-class Ball:
+class Ball(NamedTuple):
     """A ball."""
 
     center: np.ndarray
     radius: float
-    kind: int = BALL
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> Hits:
         """The nearer of the two points on each ray."""
         offset = origin - self.center
-        distance = _smaller_root(
-            np.sum(rays**2, axis=1), rays @ offset, offset @ offset - self.radius**2
-        )
+        constant = offset @ offset - self.radius**2
+        distance = _smaller_root(np.sum(rays**2, axis=1), rays @ offset, constant)
         normals = (_points(origin, rays, distance) - self.center) / self.radius
-        kinds = np.full(len(rays), self.kind)
+        kinds = np.full(len(rays), BALL)
         return Hits(distance, normals, kinds, self.radius * normals[:, :2])
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A box that stands on a horizontal plane, turned around the vertical by `angle`."""
 
     center: np.ndarray
@@ -80,7 +78,8 @@ class Box:
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> Hits:
         """Where each ray enters: the last of the three pairs of planes that it enters."""
-        turn = _turn(self.angle)
+        c, s = np.cos(self.angle), np.sin(self.angle)
+        turn = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
         start, along = (origin - self.center) @ turn, rays @ turn
         first, last = _slabs(start, along, self.half)
         axis = np.argmax(first, axis=1)
@@ -90,9 +89,8 @@ class Box:
         return Hits(distance, normals @ turn.T, np.full(len(rays), BOX), places)
 
 
-@dataclass(frozen=True)
-class Cylinder:
-    """An upright cylinder with a lid, from `bottom` to `top`."""
+class Cylinder(NamedTuple):
+    """An upright cylinder with a lid, from `bottom` to `top`; the bottom stands on something."""
 
     center: np.ndarray  # [2]: x and z
     radius: float
@@ -100,11 +98,10 @@ class Cylinder:
     top: float
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> Hits:
-        """The side or the lid, whichever comes first; the bottom stands on something."""
+        """The side or the lid, whichever comes first."""
         flat, offset = rays[:, [0, 2]], origin[[0, 2]] - self.center
-        side = _smaller_root(
-            np.sum(flat**2, axis=1), flat @ offset, offset @ offset - self.radius**2
-        )
+        constant = offset @ offset - self.radius**2
+        side = _smaller_root(np.sum(flat**2, axis=1), flat @ offset, constant)
         height = _points(origin, rays, side)[:, 1]
         side = np.where((height > self.bottom) & (height < self.top), side, np.inf)
         lid = _divide(self.top - origin[1], rays[:, 1])
@@ -112,27 +109,21 @@ class Cylinder:
         lid = np.where((lid > 0) & (np.sum(spot**2, axis=1) < self.radius**2), lid, np.inf)
         distance = np.minimum(side, lid)
         points = _points(origin, rays, distance)
-        outwards = (points[:, [0, 2]] - self.center) / self.radius
-        on_side = np.stack([outwards[:, 0], np.zeros(len(rays)), outwards[:, 1]], axis=1)
-        normals = np.where((side < lid)[:, None], on_side, np.array([0.0, 1.0, 0.0]))
-        places = np.stack(
-            [self.radius * np.arctan2(outwards[:, 0], outwards[:, 1]), points[:, 1]], 1
-        )
+        x, z = (points[:, [0, 2]] - self.center).T / self.radius
+        normals = np.where((side < lid)[:, None], np.stack([x, 0 * x, z], axis=1), [0.0, 1.0, 0.0])
+        places = np.stack([self.radius * np.arctan2(x, z), points[:, 1]], axis=1)
         return Hits(distance, normals, np.full(len(rays), CYLINDER), places)
 
 
-@dataclass(frozen=True)
-class Window:
-    """A rectangle on a wall: `axis` 0 or 2 and the side (-1, 1) say on which, the rest where on it."""
+class Window(NamedTuple):
+    """A rectangle on a wall: `side` is one of `SIDES`, and the rest says where on it."""
 
-    axis: int
-    side: int
+    side: tuple[int, int]
     center: tuple[float, float]
     half: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """The inside of a box from `-half` to `half` in x and z and from 0 to `2 half` in y, with windows."""
 
     half: np.ndarray
@@ -148,19 +139,14 @@ class Room:
         vertical = normals[:, 1]
         kinds = np.select([vertical > 0.5, vertical < -0.5], [FLOOR, CEILING], WALL)
         points = start + rays * distance[:, None]
-        for window in self.windows:
-            on_wall = (axis == window.axis) & (np.sign(points[:, window.axis]) == window.side)
-            inside = on_wall
-            for coordinate, middle, half in zip(
-                (2 - window.axis, 1), window.center, window.half, strict=True
-            ):
-                inside = inside & (np.abs(points[:, coordinate] - middle) < half)
-            kinds = np.where(inside, WINDOW, kinds)
+        for (wall, direction), center, half in self.windows:
+            inside = (axis == wall) & (np.sign(points[:, wall]) == direction)
+            off = np.abs(points[:, [2 - wall, 1]] - center)
+            kinds = np.where(inside & np.all(off < half, axis=1), WINDOW, kinds)
         return Hits(distance, normals, kinds, places)
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A room with things in it, a camera and a lamp.
 
     Attributes:
@@ -170,7 +156,7 @@ class Scene:
       lamp: where the lamp is.
     """
 
-    things: tuple[Room | Ball | Box | Cylinder, ...]
+    things: Sequence[Room | Ball | Box | Cylinder]
     camera: np.ndarray
     pose: np.ndarray
     lamp: np.ndarray
@@ -197,7 +183,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     right = np.array([np.cos(yaw), 0.0, -np.sin(yaw)])
     pose = np.stack([right, np.cross(right, forward), forward], axis=1)
     lamp = np.array([rng.uniform(-1, 1), 2 * half[1] - 0.2, rng.uniform(-1, 1)])
-    return Scene(tuple(things), camera, pose, lamp)
+    return Scene(things, camera, pose, lamp)
 
 
 def trace(scene: Scene, height: int, width: int) -> tuple[np.ndarray, Hits]:
@@ -210,45 +196,33 @@ def trace(scene: Scene, height: int, width: int) -> tuple[np.ndarray, Hits]:
     return nearest, Hits(*parts)
 
 
-def render(
-    scene: Scene, height: int, width: int, rng: np.random.Generator, noise: float = 0.03
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Scenes:
     """The image `[H, W, 3]`, classes `[H, W]`, depths `[H, W, 1]` and the camera's normals `[H, W, 3]`."""
     nearest, hits = trace(scene, height, width)
     rays = directions(height, width) @ scene.pose.T
-    points = _points(scene.camera, rays, hits.distance)
-    to_lamp = scene.lamp - points
+    to_lamp = scene.lamp - _points(scene.camera, rays, hits.distance)
     far = np.linalg.norm(to_lamp, axis=1)
     light = np.maximum(np.sum(hits.normals * to_lamp, axis=1) / far, 0) / (1 + 0.15 * far**2)
-    colours = _colours(nearest, hits, rng)
-    image = colours * (0.45 + 1.2 * light)[:, None]
-    image = image + noise * rng.standard_normal(image.shape)
-    shape = (height, width)
-    return (
-        np.clip(image, 0, 1).reshape(*shape, 3),
-        hits.kinds.reshape(shape),
-        hits.distance.reshape(*shape, 1),
-        (hits.normals @ scene.pose).reshape(*shape, 3),
-    )
+    image = _colours(nearest, hits, rng) * (0.45 + 1.2 * light)[:, None]
+    image = image + 0.03 * rng.standard_normal(image.shape)
+    parts = np.clip(image, 0, 1), hits.kinds, hits.distance[:, None], hits.normals @ scene.pose
+    return Scenes(*(part.reshape(height, width, *part.shape[1:]) for part in parts))
 
 
 def synthetic_scenes(number: int, height: int, width: int, seed: int) -> Scenes:
     """Rendered scenes; the same for the same arguments."""
     seeds = np.random.SeedSequence([seed, height, width]).spawn(number)
-    images = []
-    for each in seeds:
-        rng = np.random.default_rng(each)
-        images.append(render(draw_scene(rng), height, width, rng))
-    kinds = (np.float32, np.int32, np.float32, np.float32)
-    parts = zip(zip(*images, strict=True), kinds, strict=True)
-    return Scenes(*(np.stack(part).astype(kind) for part, kind in parts))
+    rngs = map(np.random.default_rng, seeds)
+    found = [render(draw_scene(rng), height, width, rng) for rng in rngs]
+    columns = zip(zip(*found, strict=True), KINDS, strict=True)
+    return Scenes(*(np.stack(column).astype(kind) for column, kind in columns))
 
 
 def _draw_window(rng: np.random.Generator, half: np.ndarray) -> Window:
-    axis, side = ((0, -1), (0, 1), (2, 1))[rng.integers(3)]
+    side = SIDES[rng.integers(3)]
     size = rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.6)
-    room = half[2 - axis] - size[0]
-    return Window(axis, side, (rng.uniform(-room, room), rng.uniform(0.0, 0.4)), size)
+    room = half[2 - side[0]] - size[0]
+    return Window(side, (rng.uniform(-room, room), rng.uniform(0.0, 0.4)), size)
 
 
 def _draw_thing(rng: np.random.Generator, half: np.ndarray) -> Sequence[Ball | Box | Cylinder]:
@@ -270,17 +244,15 @@ def _draw_thing(rng: np.random.Generator, half: np.ndarray) -> Sequence[Ball | B
 
 def _colours(nearest: np.ndarray, hits: Hits, rng: np.random.Generator) -> np.ndarray:
     """The colour `[P, 3]` of each surface without light: two colours in the pattern of its class."""
-    u, v = hits.places.T
-    colours = np.zeros((len(u), 3))
+    colours = np.zeros((len(nearest), 3))
     for thing in np.unique(nearest):
         for kind in np.unique(hits.kinds[nearest == thing]):
             here = (nearest == thing) & (hits.kinds == kind)
             one, other = _palette(kind, rng)
-            size = rng.uniform(0.15, 0.4)
-            stripes = np.floor(u / size) % 2
-            checks = (np.floor(u / size) + np.floor(v / size)) % 2
-            pattern = {FLOOR: checks, WALL: stripes, BOX: np.floor(v / size) % 2, CYLINDER: checks}
-            mix = pattern.get(kind, np.zeros_like(u))[here, None]
+            columns, rows = np.floor(hits.places[here].T / rng.uniform(0.15, 0.4))
+            checks = columns + rows
+            pattern = {FLOOR: checks, WALL: columns, BOX: rows, CYLINDER: checks}
+            mix = pattern.get(kind, 0 * rows)[:, None] % 2
             colours[here] = one * (1 - mix) + other * mix
     return colours
 
@@ -303,12 +275,11 @@ def _points(origin: np.ndarray, rays: np.ndarray, distance: np.ndarray) -> np.nd
 
 def _divide(numerator: float | np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Division where a ray that is parallel to a plane meets it infinitely far away."""
-    safe = np.where(denominator == 0, 1e-300, denominator)
     with np.errstate(over="ignore"):
-        return numerator / safe
+        return numerator / np.where(denominator == 0, 1e-300, denominator)
 
 
-def _smaller_root(a: np.ndarray, b: np.ndarray, c: float | np.ndarray) -> np.ndarray:
+def _smaller_root(a: np.ndarray, b: np.ndarray, c: float) -> np.ndarray:
     """The smaller root of a t^2 + 2 b t + c, infinite where there is none or it lies behind."""
     square = b**2 - a * c
     root = _divide(-b - np.sqrt(np.maximum(square, 0)), a)
@@ -325,18 +296,8 @@ def _faces(
     start: np.ndarray, along: np.ndarray, distance: np.ndarray, axis: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The normals of the faces of a box at right angles to `axis`, and two coordinates on them."""
-    rows = np.arange(len(along))
     # Seen from outside or from inside, the side that one sees has its normal against the ray.
-    normals = np.zeros_like(along)
-    normals[rows, axis] = -np.sign(along[rows, axis])
-    points = _points(start, along, distance)
+    normals = np.where(np.arange(3) == axis[:, None], -np.sign(along), 0.0)
     # Of the two coordinates on a face the vertical one comes last.
-    first = np.where(axis == 0, 2, 0)
-    second = np.where(axis == 1, 2, 1)
-    return normals, np.stack([points[rows, first], points[rows, second]], axis=1)
-
-
-def _turn(angle: float) -> np.ndarray:
-    """The rotation around the vertical."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+    others = np.array([[2, 1], [0, 2], [0, 1]])[axis]
+    return normals, np.take_along_axis(_points(start, along, distance), others, axis=1)

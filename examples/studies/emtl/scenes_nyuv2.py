@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.studies.emtl.scenes import Scenes
+from examples.studies.emtl.scenes import KINDS, Scenes
 from examples.studies.harness.errors import UserError
 
 NUM_CLASSES = 13
 PARTS = ("image", "label", "depth", "normal")
-KINDS = (np.float32, np.int32, np.float32, np.float32)
 
 
 def read_nyuv2(folder: Path) -> tuple[Scenes, Scenes]:
@@ -33,34 +32,23 @@ def _read_split(folder: Path) -> Scenes:
         )
     columns = []
     for part, kind in zip(PARTS, KINDS, strict=True):
-        arrays = [_load(folder / part / f"{number}.npy").astype(kind) for number in numbers]
-        if len({array.shape for array in arrays}) > 1:
-            raise UserError(f"{folder / part}: arrays of different shapes")
-        columns.append(np.stack(arrays))
+        path = folder / part
+        try:
+            columns.append(np.stack([np.load(path / f"{n}.npy").astype(kind) for n in numbers]))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
     scenes = Scenes(*columns)
-    _check(scenes, folder)
-    return scenes
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _check(scenes: Scenes, folder: Path) -> None:
-    height, width = scenes.labels.shape[1:3]
-    number = len(scenes.images)
-    expected = [(height, width, channels) for channels in (3, 1, 3)]
-    found = [part.shape[1:] for part in (scenes.images, scenes.depths, scenes.normals)]
-    if found != expected or scenes.labels.shape != (number, height, width):
+    shape = scenes.labels.shape
+    expected = [(*shape, 3), shape, (*shape, 1), (*shape, 3)]
+    found = [column.shape for column in columns]
+    if len(shape) != 3 or found != expected:
         raise UserError(
             f"{folder}: image, depth and normal must be (height, width, channels) with the label's height "
-            f"and width, {expected}; found {found}"
+            f"and width; found {found} for {', '.join(PARTS)}"
         )
     if scenes.labels.min() < -1 or scenes.labels.max() >= NUM_CLASSES:
         raise UserError(
             f"{folder}: labels must be -1 to {NUM_CLASSES - 1}; found {scenes.labels.min()} to "
             f"{scenes.labels.max()}"
         )
+    return scenes

@@ -2,7 +2,7 @@
 
 Table 1: both networks with each method, and the tasks of each network alone (STL), on two binary tasks.
 Table 3: a click, a completion rate and a watch time of a SYNTHETIC log, as the paper's data is private:
-DCN for the click alone, MMoE, and MMoE with EMTL.
+DCN for the click alone, and MMoE with each method.
 
 Methods stand where their papers put them: on the losses, or on the shared parameters, where EMTL, MGDA and
 Nash-MTL weigh the towers too. The best epoch is that with the smallest mean of normalized losses on the
@@ -24,15 +24,17 @@ from examples.models.ple import PLE
 from examples.studies.emtl.rows import BANDIT, emtl_rows
 from examples.studies.harness.report import (
     OVER_SEEDS,
+    Metric,
     gain_cell,
-    mean_cell,
     metrics_csv,
     publish,
+    reference,
 )
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, tuned, tuning_note
 from examples.studies.harness.statistics import compare
+from examples.studies.harness.timing import machine
 from examples.studies.ranking.data import BINARY, Dataset, Task
 from examples.studies.ranking.metrics import all_metrics, metric, of_truth
 from examples.studies.ranking.network import MakeModel
@@ -40,7 +42,8 @@ from examples.studies.ranking.sources import CLICK, CONVERSION, load
 from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
 
-SINGLE, SUM, BEST_EPOCH = "STL", "plain sum", "best epoch"
+SINGLE, SUM = "STL", "plain sum"
+Runs = Sequence[Run]  # one a seed
 
 
 def methods(num_tasks: int) -> tuple[Entry, ...]:
@@ -82,11 +85,12 @@ QUICK = Config(200, 2, 2, 3000, 2, 4, TrainConfig(epochs=2, batch=64))
 
 
 def backbones(config: Config) -> dict[str, MakeModel]:
-    """The paper's two networks."""
+    """The paper's networks."""
     sizes: dict[str, Any] = {"embedding": config.embedding, "expert": (config.expert,)}
     return {
         "MMoE": partial(MMoE, experts=8, **sizes),
         "PLE": partial(PLE, shared_experts=4, task_experts=4, **sizes),
+        "DCN": partial(DCNv2, embedding=config.embedding, deep=(config.expert,)),
     }
 
 
@@ -105,25 +109,23 @@ class Study:
             dataset = dataset.only(tasks)
         self.dataset = cut(dataset, config.examples)
 
-    def train(
-        self, name: str, make_model: MakeModel, dataset: Dataset, entries: Sequence[Entry]
-    ) -> dict[str, list[Run]]:
+    def train(self, network: str, dataset: Dataset, entries: Sequence[Entry]) -> dict[str, Runs]:
         """The best of the trials of every entry, over all seeds."""
         config = self.config
-        trainer = Trainer(dataset, make_model, config.train)
+        trainer = Trainer(dataset, backbones(config)[network], config.train)
         about = {**asdict(config), "seeds": None, "trials": None}
-        about = {"config": about, "network": name, "data": dataset.digest()}
+        about = {"config": about, "network": network, "data": dataset.digest()}
         runner = Runner(trainer, about, self.options.out, self.options.resume)
         found = tuned(runner, entries, config.trials, config.seeds)
-        self.chosen |= {f"{name}, {row.entry.label}": row.plan for row in found}
-        return {row.entry.label: list(row.runs) for row in found}
+        self.chosen |= {f"{network}, {row.entry.label}": row.plan for row in found}
+        return {row.entry.label: row.runs for row in found}
 
-    def alone(self, name: str, make_model: MakeModel) -> list[Run]:
+    def alone(self, network: str) -> Runs:
         """A network for each task, with metrics as if they were one."""
         parts = []
         for task in self.dataset.tasks:
             entry, data = Entry(f"{SINGLE}, {task.name}", "sum"), self.dataset.only([task.name])
-            parts += self.train(name, make_model, data, [entry]).values()
+            parts += self.train(network, data, [entry]).values()
         return [
             replace(
                 runs[0],
@@ -134,22 +136,57 @@ class Study:
             for runs in zip(*parts, strict=True)
         ]
 
-    def show(
-        self, lines: Sequence[Sequence[str]], runs: Mapping[str, Sequence[Run]], text: str
-    ) -> None:
-        """Print the table, and write it with all metrics."""
+    def show(self, rows: Mapping[str, Mapping[str, Runs]], text: str) -> None:
+        """Print the table, and write it with all metrics; `rows` are those of each network."""
+        columns = [paper_metric(task) for task in self.dataset.tasks]
+        header = (f"{column.task}: {column.name}" for column in columns)
+        lines = [("network, method", *header, "gain, %", "best epoch")]
+        for network, found in rows.items():
+            gains = {
+                label: gain(runs, found[SUM], columns)
+                for label, runs in found.items()
+                if SUM in found
+            }
+            against = compare(gains, SUM) if gains else {}
+            for label, runs in found.items():
+                cells = (column.cell(runs) for column in columns)
+                gained = gain_cell(against[label][0]) if label in against else "-"
+                best = f"{np.mean([run.best_epoch for run in runs]):.1f}"
+                lines.append((f"{network}, {label}", *cells, gained, best))
+        truth = of_truth(self.dataset)
+        if truth is not None:
+            best = reference("truth", {}, truth).runs
+            lines.append(("truth", *(column.cell(best) for column in columns), "-", "-"))
         options, config, train = self.options, self.config, self.config.train
         note = (
             f"{self.dataset.describe()}. Test set, mean ± standard error over {config.seeds} seeds; "
-            f"{OVER_SEEDS}. AdamW, batches of {train.batch}, at most {train.epochs} epochs, early stopping "
-            f"by the mean of normalized losses on the validation set with patience {train.patience}. "
-            f"Embeddings of width {config.embedding}, experts of width {config.expert}. Two CPU cores at "
-            f"most, jax {jax.__version__}. {text}\n\n{tuning_note(config.trials, self.chosen)}"
-            f"\n\nMade by `{options.line}`."
+            f"{OVER_SEEDS}. Gain: what is better than the network's plain sum, relative to it, mean over "
+            f"the tasks. {text} AdamW, batches of {train.batch}, at most {train.epochs} epochs, early "
+            f"stopping by the mean of normalized losses on the validation set with patience "
+            f"{train.patience}. Embeddings of width {config.embedding}, experts of width "
+            f"{config.expert}. {machine()}, jax {jax.__version__}."
+            f"\n\n{tuning_note(config.trials, self.chosen)}\n\nMade by `{options.line}`."
         )
         title = f"EMTL, {options.command.replace('table', 'Table ')}: {self.dataset.name}"
+        runs = {f"{net}, {label}": r for net, found in rows.items() for label, r in found.items()}
         files = {f"{options.command}.csv": metrics_csv(runs, all_metrics(self.dataset.tasks))}
         publish(options.out, options.command, lines, title, note, files)
+
+
+def paper_metric(task: Task) -> Metric:
+    """The AUC of a binary task, the squared error of a number."""
+    if task.kind == BINARY:
+        return metric(task, "AUC")
+    return Metric(task.name, "MSE", lambda rmse_and_mae: rmse_and_mae[0] ** 2)
+
+
+def gain(runs: Runs, base: Runs, columns: Sequence[Metric]) -> np.ndarray:
+    """How much better than the base, in percent of it, mean over the columns, `[1, seeds]`."""
+    relative = [
+        (1 if column.name == "AUC" else -1) * column.by_seed(runs) / column.by_seed(base).mean()
+        for column in columns
+    ]
+    return 100 * np.mean(relative, axis=0, keepdims=True)
 
 
 def cut(dataset: Dataset, examples: int | None) -> Dataset:
@@ -164,86 +201,23 @@ def cut(dataset: Dataset, examples: int | None) -> Dataset:
     return replace(dataset, **parts)
 
 
-def best_epoch(runs: Sequence[Run]) -> str:
-    """The mean of the best epochs: a row that has the last one might gain from more."""
-    return f"{np.mean([run.best_epoch for run in runs]):.1f}"
-
-
-def aucs(runs: Sequence[Run], tasks: Sequence[Task]) -> np.ndarray:
-    """The test AUC of every task, and their mean, `[T + 1, seeds]`."""
-    found = [metric(task, "AUC").by_seed(runs) for task in tasks]
-    return np.stack([*found, np.mean(found, axis=0)])
-
-
 def table1(options: argparse.Namespace) -> None:
     """MMoE and PLE with all methods on two binary tasks."""
     study = Study(options, options.data or "synthetic", (CLICK, CONVERSION))
-    runs: dict[str, list[Run]] = {}
-    lines, tasks = [], study.dataset.tasks
-    for name, make_model in backbones(study.config).items():
-        rows = {f"{name}, {SINGLE}": study.alone(name, make_model)}
-        for label, found in study.train(
-            name, make_model, study.dataset, methods(len(tasks))
-        ).items():
-            rows[f"{name}, {label}"] = found
-        values = {label: aucs(found, tasks) for label, found in rows.items()}
-        averages = {label: 100 * found[-1:] for label, found in values.items()}
-        against = compare(averages, f"{name}, {SUM}")
-        for label, found in values.items():
-            gain = gain_cell(against[label][0]) if label in against else "0"
-            lines.append((label, *map(mean_cell, found), gain, best_epoch(rows[label])))
-        runs |= rows
-    truth = of_truth(study.dataset)
-    if truth is not None:
-        best = np.array([truth[task.name][1] for task in tasks])
-        lines.append(("true probabilities", *(f"{v:.4f}" for v in (*best, best.mean())), "-", "-"))
-    gain = "average - plain sum's, × 100"
-    header = ("network, method", *(f"{t.name}: AUC" for t in tasks), "average", gain, BEST_EPOCH)
+    dataset, rows = study.dataset, dict[str, dict[str, Runs]]()
+    for network in ("MMoE", "PLE"):
+        shared = study.train(network, dataset, methods(len(dataset.tasks)))
+        rows[network] = {SINGLE: study.alone(network), **shared}
     # As the eight experts of MMoE and the four and four of PLE are then mixed by one gate.
-    text = "With one task both networks are the same, and so are their STL rows."
-    study.show([header, *lines], runs, text)
+    study.show(rows, "With one task both networks are the same, and so are their STL rows.")
 
 
 def table3(options: argparse.Namespace) -> None:
     """A click, a completion rate and a watch time of a synthetic log."""
     study = Study(options, "synthetic", (CLICK, "completion rate", "watch time"))
-    dataset, config = study.dataset, study.config
-    sizes: dict[str, Any] = {"embedding": config.embedding, "deep": (config.expert,)}
-    clicks = dataset.only([CLICK])
-    alone = study.train("DCN", partial(DCNv2, **sizes), clicks, [Entry(CLICK, "sum")])
-    both = study.train("MMoE", backbones(config)["MMoE"], dataset, methods(len(dataset.tasks)))
-    runs = {"DCN": alone[CLICK], "MMoE": both.pop(SUM)}
-    runs |= {f"MMoE + {label}": found for label, found in both.items()}
-    lines = [
-        (label, *(mean_cell(_values(found, task)) for task in dataset.tasks), best_epoch(found))
-        for label, found in runs.items()
-    ]
-    truth = of_truth(dataset)
-    assert truth is not None
-    best = [truth[t.name][1] if t.kind == BINARY else truth[t.name][0] ** 2 for t in dataset.tasks]
-    names = (f"{t.name}: {'AUC' if t.kind == BINARY else 'MSE'}" for t in dataset.tasks)
-    header = ("model", *names, BEST_EPOCH)
-    text = f"{_gains(runs, dataset.tasks)} DCN is DCN-v2 of examples/models."
-    study.show([header, *lines, ("truth", *(f"{v:.4f}" for v in best), "-")], runs, text)
-
-
-def _values(runs: Sequence[Run], task: Task) -> np.ndarray:
-    """The paper's metric of a task, `[seeds]`."""
-    if task.kind == BINARY:
-        return metric(task, "AUC").by_seed(runs)
-    return metric(task, "RMSE").by_seed(runs) ** 2
-
-
-def _gains(runs: Mapping[str, Sequence[Run]], tasks: Sequence[Task]) -> str:
-    """EMTL against the plain sum, in words."""
-    scales = [100 if t.kind == BINARY else 100 / _values(runs["MMoE"], t).mean() for t in tasks]
-    stacked = {
-        label: np.stack([s * _values(runs[label], t) for s, t in zip(scales, tasks, strict=True)])
-        for label in ("MMoE", "MMoE + EMTL")
+    dataset, click = study.dataset, Entry(f"{CLICK} alone", "sum")
+    rows = {
+        "DCN": study.train("DCN", dataset.only([CLICK]), [click]),
+        "MMoE": study.train("MMoE", dataset, methods(len(dataset.tasks))),
     }
-    said = [
-        f"{task.name} {gain_cell(difference)}"
-        + (" points of AUC" if task.kind == BINARY else " % of the MSE")
-        for task, difference in zip(tasks, compare(stacked, "MMoE")["MMoE + EMTL"], strict=True)
-    ]
-    return f"MMoE + EMTL minus MMoE: {', '.join(said)}."
+    study.show(rows, "DCN is DCN-v2 of examples/models.")
