@@ -333,7 +333,6 @@ def test_normals_have_length_1():
     assert np.isfinite(grads).all()
 
 
-@pytest.mark.slow
 def test_a_convolution_as_a_product():
     keys = jax.random.split(jax.random.key(0), 2)
     maps = jax.random.normal(keys[0], (2, 5, 4, 3))
@@ -348,6 +347,7 @@ def test_a_convolution_as_a_product():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_segnet_predicts_three_tasks():
     graphdef, shapes = abstract(SegNetMTAN, 5, widths=(4, 8))
     run = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731
