@@ -1,0 +1,203 @@
+"""Eleven properties of QM9's molecules from one network: `python -m examples.studies.molecules`.
+
+Without options: one split, the plain sum, a search over 8 weightings and four methods in one run, beside
+the stored numbers of a network for each property alone; about three minutes on two cores after the
+download. With --all: every arm, and a search over 64 weightings.
+
+Every arm is trained with the same learning rates, of which the validation molecules choose.
+"""
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from examples.studies.harness.command import (
+    add_options,
+    in_threads,
+    make_parser,
+    one_of,
+    read_options,
+    run_command,
+    write_atomically,
+)
+from examples.studies.harness.errors import UserError
+from examples.studies.harness.report import csv_of, publish
+from examples.studies.harness.timing import cores, interleaved, machine, ratio
+from examples.studies.molecules import report
+from examples.studies.molecules.arms import ALONE, ARMS, SEARCH, SUM
+from examples.studies.molecules.data import load, of_splits, packed
+from examples.studies.molecules.training import Config, Store, TooSlow, Trainer
+
+DEFAULT = (
+    SEARCH, SUM, "scale_invariant", "uncertainty", "nash_mtl, representation",
+    "inverse_norm, representation",
+)  # fmt: skip
+TIMES = "time.csv"
+OPTIONS = {
+    "data": {"type": Path, "help": "a wheel of qm9pack, or a file that --pack wrote"},
+    "seeds": {"default": 1, "help": "splits, each with a start of its own (default %(default)s)"},
+    "steps": {"default": Config.steps, "help": "training steps (default %(default)s)"},
+    "search": {"type": int, "metavar": "N", "help": "weightings of a search (8; with --all 64)"},
+    "arms": {"nargs": "+", "type": one_of("arm", list(ARMS)), "metavar": "ARM"},
+    "all": {"action": "store_true", "help": "all arms"},
+    "limit": {"type": float, "metavar": "SECONDS", "help": "leave out what would take longer"},
+    "jobs": {"default": min(2, cores())},
+    "part": {
+        "type": int,
+        "nargs": 2,
+        "metavar": ("I", "N"),
+        "help": "only train, and of N parts of the runs only the I-th, beside other programs",
+    },
+    "table": {"action": "store_true", "help": "the table of the finished runs in --out"},
+    "time": {"action": "store_true", "help": "only measure the time of a step, in turns"},
+    "pack": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "only write the molecules of the splits, for --data where there is no network",
+    },
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    epilog = f"Arms: {'; '.join(ARMS)}."
+    parser = make_parser("examples.studies.molecules", __doc__, epilog=epilog)
+    add_options(parser, f"{' '.join(OPTIONS)} out resume quick", OPTIONS)
+    options = read_options(parser, arguments)
+    searched = options.search or (64 if options.all else 8)
+    chunk = min(Config.chunk, options.steps)
+    config = Config(steps=options.steps, searched=searched, chunk=chunk)
+    if options.quick:
+        config = replace(
+            config,
+            steps=20,
+            chunk=10,
+            batch=16,
+            sizes=(100, 50, 50),
+            rates=(1e-3, 1e-2),
+            searched=4,
+        )
+    options.config = config
+    options.names = list(ARMS if options.all else options.arms or DEFAULT)
+    fits = replace(config, searched=Config.searched) == Config() and report.stored(options.seeds)
+    if options.part is None and ALONE not in options.names and not fits:
+        options.names.insert(0, ALONE)  # what all others are compared with
+    if (options.table or options.part) and options.out is None:
+        raise UserError("--table and --part need --out DIR, where the finished runs are kept")
+    if options.part is not None and not 1 <= options.part[0] <= options.part[1]:
+        raise UserError("--part I N: I is one of 1, 2, ... N")
+    return options
+
+
+def work(options: argparse.Namespace) -> None:
+    """Do what the options ask for."""
+    # All devices alike: a GPU would round the inputs of products to 10 bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    config = options.config
+    if options.table:
+        show(options, Store(options.out, config, resume=True))
+        return
+    molecules = load(options.data)
+    if options.pack is not None:
+        small = of_splits(molecules, config.sizes, options.seeds)
+        write_atomically(options.pack, packed(small))
+        print(f"{options.pack}: {len(small.rows)} molecules of {options.seeds} splits")
+    elif options.time:
+        measure_times(options, Trainer(molecules, replace(config, chunk=50), 1))
+    else:
+        store = Store(options.out, config, options.resume)
+        train(options, store, Trainer(molecules, config, options.seeds, options.limit))
+        if options.part is None:
+            show(options, store)
+
+
+def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
+    """Train what is not stored, two arms at a time, and store it."""
+    config, stopping = options.config, threading.Event()
+    done = {(result.arm, result.seed, result.rate) for result in store.results}
+    part, parts = options.part or (1, 1)
+    pairs = [(seed, rate) for seed in range(options.seeds) for rate in config.rates][
+        part - 1 :: parts
+    ]
+    missing = {name: [p for p in pairs if (name, *p) not in done] for name in options.names}
+    names = [name for name, left in missing.items() if left]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=console,
+        disable=not console.is_terminal,
+    ) as bars:  # fmt: skip
+        whole = bars.add_task("all", total=sum(map(len, missing.values())))
+
+        def of_arm(name: str) -> None:
+            def advanced(share: float) -> None:
+                if stopping.is_set():
+                    raise KeyboardInterrupt
+                bars.update(whole, advance=share, description=name)
+
+            try:
+                for result in trainer.run(name, missing[name], advanced):
+                    store.add(result)
+            except (TooSlow, jax.errors.JaxRuntimeError) as error:  # or out of memory
+                print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
+
+        in_threads(of_arm, names, names, options.jobs, stopping)
+
+
+def show(options: argparse.Namespace, store: Store) -> None:
+    """Print the table and write it."""
+    config, out = options.config, options.out
+    if options.table:
+        options.names = sorted({result.arm for result in store.results})
+    rows = report.rows_of(store.results, options.seeds, config.rates)
+    if not rows:
+        raise UserError("no arm was finished for all splits and learning rates")
+    summary = report.summarise(rows)
+    times = {}
+    if out is not None and (out / TIMES).exists():
+        cells = [line.rsplit(",", 2) for line in (out / TIMES).read_text().splitlines()[1:]]
+        times = {name.strip('"'): float(share) for name, _, share in cells}
+    title = f"QM9: {len(report.PROPERTIES)} properties, {config.sizes[0]:,} training molecules"
+    shown = report.caption(summary, len(config.rates), options.seeds)
+    note = f"{report.verdict(summary)}\n\n{shown}\n\nMade by `{options.line}` with `{config}`."
+    files = {"table.csv": report.csv_lines(rows)}
+    publish(out, "table", report.lines_of(summary, times), title, note, files)
+    if out is not None:
+        report.draw(summary, out / "runs.png")
+
+
+def measure_times(options: argparse.Namespace, trainer: Trainer) -> None:
+    """The time of a step of every arm of one network, in turns."""
+    names = [name for name in options.names if ARMS[name].weights in (None, "sum")]
+    names = [SUM, *(name for name in names if name != SUM)]
+    calls = {name: trainer.one_call(name) for name in names}
+    seconds = interleaved(calls, 2 if options.quick else 9, warm_up=1)
+    chunk = trainer.config.chunk
+    rows = [(n, 1e3 * np.median(s) / chunk, ratio(seconds, n, SUM)) for n, s in seconds.items()]
+    lines = [
+        ("arm", "ms a step", "to the sum's"),
+        *((n, f"{t:.3f}", f"{r:.2f}") for n, t, r in rows),
+    ]
+    title = f"QM9: milliseconds a step on {machine()}, all arms in turns"
+    note = (
+        f"Medians over rounds, of the times and of each round's ratio.\n\nMade by `{options.line}`."
+    )
+    files = {TIMES: csv_of(("arm", "ms", "to_sum"), rows)}
+    publish(options.out, "time", lines, title, note, files)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `run_command` for what it returns."""
+    return run_command("examples.studies.molecules", lambda: parse(arguments), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Trains the networks of an arm side by side, and keeps what was measured in a file of one line a run."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mtl_optax as mtl
+from examples.studies.harness.command import say_damaged
+from examples.studies.molecules.arms import ARMS, Shared, step_of
+from examples.studies.molecules.data import Molecules, Split, split
+
+
+@dataclass(frozen=True)
+class Config:
+    """How every network is trained.
+
+    Attributes:
+      steps, batch: of a training.
+      rates: learning rates at the start, every one tried in every arm.
+      sizes: molecules of the training, the validation and the test part; a seed draws a split of its own.
+      searched: weightings of a search.
+      chunk: steps of one call of the program.
+    """
+
+    steps: int = 4000
+    batch: int = 128
+    rates: tuple[float, ...] = (3e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+    sizes: tuple[int, int, int] = (10_000, 2000, 2000)
+    searched: int = 64
+    chunk: int = 250
+
+
+class Result(NamedTuple):
+    """What one learning rate of an arm reached on a split.
+
+    Attributes:
+      validation, test: mean absolute errors `[K, T]` of its K networks, in standard deviations.
+      seconds: of the training; of all that ran beside it, divided by their number.
+    """
+
+    arm: str
+    seed: int
+    rate: float
+    validation: np.ndarray
+    test: np.ndarray
+    seconds: float
+
+
+class TooSlow(Exception):
+    """An arm would take longer than is allowed."""
+
+
+class Store:
+    """The finished results in `rows.jsonl`, of this configuration alone."""
+
+    def __init__(self, out: Path | None, config: Config, resume: bool):
+        self.path = None if out is None else out / "rows.jsonl"
+        about = {**asdict(config), "rates": None, "chunk": None, "mtl_optax": mtl.__version__}
+        self.about = json.loads(json.dumps(about))  # as it reads back
+        self._lock = threading.Lock()
+        self.results: list[Result] = []
+        if self.path is not None and self.path.exists():
+            if resume:
+                self.results = list(read(self.path, self.about))
+            else:
+                self.path.unlink()
+
+    def add(self, result: Result) -> None:
+        """Keep a result, at once."""
+        with self._lock:
+            self.results.append(result)
+            if self.path is not None:
+                with self.path.open("a") as stream:
+                    stream.write(line_of(result, self.about))
+
+
+def line_of(result: Result, about: dict[str, Any]) -> str:
+    """A result as a line of JSON."""
+
+    def plain(value: Any) -> Any:
+        return [[float(f"{x:.6g}") for x in row] for row in value]
+
+    entry = result._replace(validation=plain(result.validation), test=plain(result.test))
+    return json.dumps({**entry._asdict(), "about": about}) + "\n"
+
+
+def read(path: Path, about: dict[str, Any]) -> Iterator[Result]:
+    """The results of a file that were made in this way."""
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            made = entry.pop("about")
+            parts = {name: np.array(entry[name]) for name in ("validation", "test")}
+            result = Result(**{**entry, **parts})
+        except (ValueError, KeyError, TypeError) as error:  # a line that was not finished
+            say_damaged(path, error)
+            continue
+        if made == about:
+            yield result
+
+
+class Programs:
+    """The compiled programs of an arm, over axes of splits, learning rates and weightings `[S, R, K]`."""
+
+    def __init__(self, name: str, config: Config, inputs: int):
+        arm, network = ARMS[name], Shared(config.batch)
+
+        def start(seed: jax.Array, rate: jax.Array, weights: jax.Array) -> Any:
+            params = network.init(jax.random.key(seed), inputs)
+            state = step_of(arm, network, rate, weights, config.steps).init(params)
+            return jax.tree.map(jnp.copy, (params, state))  # some states begin with shared arrays
+
+        def advance(
+            carry: Any, data: Split, seed: Any, rate: Any, weights: Any, begin: jax.Array
+        ) -> Any:
+            step = step_of(arm, network, rate, weights, config.steps)
+            key = jax.random.fold_in(jax.random.key(seed), 1)
+
+            def one(carry: Any, number: jax.Array) -> Any:
+                shape, molecules = (config.batch,), len(data.properties)
+                rows = jax.random.randint(jax.random.fold_in(key, number), shape, 0, molecules)
+                batch = jax.tree.map(lambda part: part[rows], data)
+                params, state, *_ = step.update(*carry, batch)
+                return (params, state), None
+
+            return jax.lax.scan(one, carry, begin + jnp.arange(config.chunk))[0]
+
+        def measure(carry: Any, part: Split) -> jax.Array:
+            params, _ = carry
+            found = network.predict(params.heads, network.encode(params.shared, part))
+            return jnp.mean(jnp.abs(found - part.properties), axis=0)
+
+        self.start = _over(start, (0, None, 0), (None, 0, None), (None, None, 0))
+        self.advance = _over(
+            advance,
+            (0, 0, 0, None, 0, None),
+            (0, None, None, 0, None, None),
+            (0, None, None, None, 0, None),
+            donate_argnums=0,
+        )
+        self.measure = _over(measure, (0, 0), (0, None), (0, None))
+
+
+def _over(function: Callable[..., Any], *axes: Any, **options: Any) -> Callable[..., Any]:
+    """The function over the axes of splits, rates and weightings."""
+    for axis in reversed(axes):
+        function = jax.vmap(function, axis)
+    return jax.jit(function, **options)
+
+
+class Trainer:
+    """Trains what is missing of an arm.
+
+    On an accelerator all networks of an arm go side by side; on a CPU those of one split and one rate.
+    """
+
+    def __init__(
+        self, molecules: Molecules, config: Config, seeds: int, limit: float | None = None
+    ):
+        self.config, self.limit = config, limit
+        parts = [split(molecules, config.sizes, seed) for seed in range(seeds)]
+        stacked = [
+            Split(*map(np.stack, zip(*of_part, strict=True)))
+            for of_part in zip(*parts, strict=True)
+        ]
+        self.train, self.validation, self.test = jax.device_put(stacked)
+        self.side_by_side = jax.default_backend() != "cpu"
+
+    def groups(
+        self, missing: Sequence[tuple[int, float]]
+    ) -> Iterable[tuple[list[int], list[float]]]:
+        """Splits and rates that go side by side."""
+        if not missing:
+            return []
+        if self.side_by_side:
+            return [tuple(sorted(set(part)) for part in zip(*missing, strict=True))]
+        return [([seed], [rate]) for seed, rate in missing]
+
+    def run(
+        self,
+        name: str,
+        missing: Sequence[tuple[int, float]],
+        advanced: Callable[[float], None] = lambda share: None,
+    ) -> Iterator[Result]:
+        """The results of an arm for splits and rates; `advanced` is told the share of each that is done."""
+        programs = Programs(name, self.config, self.train.descriptors.shape[-1])
+        for seeds, rates in self.groups(missing):
+            begun = time.perf_counter()
+            carry = None
+            for done in self._train(programs, name, seeds, rates):
+                carry = done
+                advanced(len(seeds) * len(rates) * self.config.chunk / self.config.steps)
+            validation, test = (
+                np.asarray(programs.measure(carry, _take(part, seeds)))
+                for part in (self.validation, self.test)
+            )
+            seconds = (time.perf_counter() - begun) / (len(seeds) * len(rates))
+            for (i, seed), (j, rate) in (
+                (s, r) for s in enumerate(seeds) for r in enumerate(rates)
+            ):
+                yield Result(name, seed, rate, validation[i, j], test[i, j], seconds)
+
+    def one_call(self, name: str) -> Callable[[], Any]:
+        """For a clock: some steps of one network of an arm."""
+        programs = Programs(name, self.config, self.train.descriptors.shape[-1])
+        seed, rate = np.zeros(1, int), np.array(self.config.rates[:1], np.float32)
+        settings = seed, rate, ARMS[name].weightings(1, 0)[None]
+        data, carry = _take(self.train, [0]), programs.start(*settings)
+
+        def call() -> Any:
+            nonlocal carry
+            carry = programs.advance(carry, data, *settings, 0)
+            return carry
+
+        return call
+
+    def _train(
+        self, programs: Programs, name: str, seeds: list[int], rates: list[float]
+    ) -> Iterator[Any]:
+        """The carry after every call of the program."""
+        arm, config = ARMS[name], self.config
+        weights = np.stack([arm.weightings(config.searched, seed) for seed in seeds])
+        settings = np.array(seeds), np.array(rates, np.float32), weights
+        data = _take(self.train, seeds)
+        carry = programs.start(*settings)
+        limit = np.inf if self.limit is None else self.limit
+        for begin in range(0, config.steps, config.chunk):
+            begun = time.perf_counter()
+            carry = jax.block_until_ready(programs.advance(carry, data, *settings, begin))
+            left = (config.steps - begin) / config.chunk - 1
+            seconds = (time.perf_counter() - begun) * left
+            if begin and seconds > limit:  # the first call compiles
+                raise TooSlow(f"it would take {seconds:.0f} s more")
+            yield carry
+
+
+def _take(part: Split, seeds: list[int]) -> Split:
+    return jax.tree.map(lambda array: array[np.array(seeds)], part)
