@@ -46,13 +46,13 @@ _DENSE = Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128)
 _TRANSFORMER = Problem(tables=1, dense=0, bottom=(), head=())
 _SMALL = {
     "dense": _DENSE,
-    "transformer": _TRANSFORMER._replace(rows=4096, width=256, batch=8, blocks=4, length=32),
+    "transformer": _TRANSFORMER._replace(rows=4096, width=512, batch=4, blocks=4, length=32),
     "tables": Problem(tables=12, rows=20_000, dense=0, bottom=(256, 64), head=(), batch=1024),
     "examples": _DENSE,
 }
 _LARGE = {
-    "dense": _DENSE._replace(dense=4096, bottom=(4096,) * 4, batch=1024),
-    "transformer": _TRANSFORMER._replace(rows=32_768, width=1024, batch=8, blocks=6, length=256),
+    "dense": _DENSE._replace(dense=4096, bottom=(4096,) * 4, batch=512),
+    "transformer": _TRANSFORMER._replace(rows=32_768, width=1024, batch=2, blocks=6, length=256),
     "tables": Problem(rows=100_000, dense=0, bottom=(1024, 512, 256), head=(), batch=8192),
     "examples": _DENSE._replace(dense=2048, bottom=(2048,) * 4),
 }
