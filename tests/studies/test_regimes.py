@@ -180,6 +180,14 @@ def test_arms_are_measured_where_curves_bend_most_and_least():
     np.testing.assert_allclose(report.curve_of(rows, "b").norms, 2.0)
 
 
+def test_the_law_reads_the_weight_of_equal_norms_off_the_curve():
+    curve = report.curve_of(curve_rows("a", {0.25: 0.2, 1.0: 0.1, 4.0: 0.3}), "a")
+    np.testing.assert_allclose(curve.equal, 0.5)  # the norms are twice the target's
+    np.testing.assert_allclose([curve.gain(w) for w in (0.25, 0.5, 1, 2, 9)], [1, 0.5, 0, 1, 2])
+    assert "win more than 3% in: a (+50%)" in report.law(curve_rows("a", {0.25: 0.2, 1.0: 0.1}))
+    assert "lose as much in: a (-50%)" in report.law(curve_rows("a", {0.5: 0.1, 1.0: 0.2}))
+
+
 def test_a_weight_without_a_run_leaves_no_curve():
     rows = curve_rows("a", {0.0: 0.1, 1.0: 0.1})
     assert report.curve_of(rows[:2], "a") is None and report.curve_of([], "a") is None

@@ -17,6 +17,8 @@ ADMITTED = 0.8  # of item-kNN over all behaviours
 PROTOCOLS = ("all", "new")
 SUM, SINGLE = "sum", "single"
 SEARCHES = (1, 4, 16)
+LEAST = 0.01  # stands for weight 0 on a logarithmic axis
+EFFECT = 0.03  # what counts as an effect in words: above the noise of a mean over a few seeds
 TRIALS = 27  # MetaBalance's grid, appendix A.2
 PAPER_GAIN = 0.0834
 PARTS = ("tuning", "curve", "arm", "pool")
@@ -67,6 +69,16 @@ class Curve(NamedTuple):
         """What the best weight wins over the sum, by validation."""
         means = self.validation.mean(axis=1)
         return float(means[self.best] / means[self.one] - 1)
+
+    @property
+    def equal(self) -> float:
+        """The weight that makes the auxiliaries' gradient norms the target's, in geometric mean."""
+        return float(np.exp(-np.log(self.norms).mean()))
+
+    def gain(self, weight: float) -> float:
+        """What a weight wins over the sum in the test, interpolated over its logarithm."""
+        place, mean = np.log(np.maximum(self.weights, LEAST)), self.test.mean(axis=1)
+        return float(np.interp(np.log(weight), place, mean) / mean[self.one] - 1)
 
 
 def curve_of(rows: ROWS, regime: str) -> Curve | None:
@@ -127,7 +139,7 @@ def draw_curves(rows: ROWS, references: Mapping[str, list[float]], path: Path | 
     curves = curves_of(rows)
     with picture(path, 2, 4, figsize=(15, 7), sharey=True) as (figure, grid):
         for axes, (name, curve) in zip(grid.ravel(), curves.items(), strict=False):
-            place = np.maximum(curve.weights, 0.01)  # 0 has no logarithm
+            place = np.maximum(curve.weights, LEAST)
             mean, error = curve.test.mean(axis=1), _errors(curve.test)
             axes.errorbar(place, mean, error, color="black", marker=".", capsize=2)
             axes.axhline(references["all"][0], color="grey", linestyle=":", linewidth=1)
@@ -162,12 +174,37 @@ def curve_lines(rows: ROWS) -> list[tuple[str, ...]]:
     """The curves as a table."""
     curves = curves_of(rows)
     weights = sorted({float(w) for curve in curves.values() for w in curve.weights})
-    lines = [("regime", "norms", *(f"{w:g}" for w in weights), "bend")]
+    lines = [("regime", "norms", *(f"{w:g}" for w in weights), "best", "equal norms")]
     for name, curve in curves.items():
         cells = [mean_cell(values) for values in curve.test]
         norms = ", ".join(f"{norm:.2g}" for norm in curve.norms)
-        lines.append((name, norms, *cells, f"{curve.bend:+.1%}"))
+        shown = (
+            f"{curve.gain(weight):+.1%} at {weight:.2g}"
+            for weight in (max(curve.weights[curve.best], LEAST), curve.equal)
+        )
+        lines.append((name, norms, *cells, *shown))
     return lines
+
+
+def law(rows: ROWS) -> str:
+    """In which regimes equal norms would pay, in words."""
+    curves = curves_of(rows)
+    gains = {name: curve.gain(curve.equal) for name, curve in curves.items()}
+    best = {
+        name: curve.gain(max(curve.weights[curve.best], LEAST)) for name, curve in curves.items()
+    }
+
+    def named(chosen: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} ({gain:+.0%})" for name, gain in chosen.items()) or "none"
+
+    wins = {name: gain for name, gain in gains.items() if gain > EFFECT}
+    loses = {name: gain for name, gain in gains.items() if gain < -EFFECT}
+    worth = {name: gain for name, gain in best.items() if gain > EFFECT}
+    return (
+        f"Regimes in which some common weight wins more than {EFFECT:.0%} over the sum: {named(worth)}. "
+        f"Equal gradient norms win more than {EFFECT:.0%} in: {named(wins)}; they lose as much in: "
+        f"{named(loses)}; elsewhere they change little."
+    )
 
 
 # --- the arms ------------------------------------------------------------------------------------------
@@ -346,11 +383,13 @@ def show(
     pages = [admission(rows, references)]
     note = (
         "Test NDCG@10 of the target, mean ± standard error over seeds, at one common weight of the "
-        "auxiliaries. norms: gradient norm of each auxiliary over the target's, at weight 1. bend: what "
-        "the best weight wins over weight 1 by validation."
+        "auxiliaries. norms: gradient norm of each auxiliary over the target's, at weight 1. best: what "
+        "the best weight by validation wins over weight 1. equal norms: the same of the weight that makes "
+        "the norms equal, read off the curve."
     )
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
     pages.append(markdown(curve_lines(rows), "Curves", f"{note} {named}."))
+    pages.append(law(rows))
     for name in measured_regimes(rows):
         seeds = len(arms_of(rows, name)[SUM])
         note = (
