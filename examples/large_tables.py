@@ -41,15 +41,11 @@ class Dense(nnx.Module):
         self.hidden = nnx.Linear(2 * WIDTH, 32, rngs=rngs)
         self.towers = nnx.Dict({t: nnx.Linear(32 + WIDTH, 1, rngs=rngs) for t in TASKS})
 
-    def logits(self, rows: dict, fork: Any = None) -> dict[str, jax.Array]:
+    def __call__(self, rows: dict, fork: Any = None) -> dict[str, jax.Array]:
         deep = nnx.relu(self.hidden(jnp.concatenate([rows["user"], rows["item"]], axis=-1)))
         h = jnp.concatenate([deep, rows["user"] * rows["item"]], axis=-1)
         copies = dict.fromkeys(TASKS, h) if fork is None else fork(h)
         return {task: tower(copies[task])[:, 0] for task, tower in self.towers.items()}
-
-    def losses(self, rows: dict, labels: dict, fork: Any = None) -> dict[str, jax.Array]:
-        logits, cross_entropy = self.logits(rows, fork), optax.sigmoid_binary_cross_entropy
-        return {task: cross_entropy(logits[task], labels[task]).mean() for task in TASKS}
 
 
 def made_data(sizes: dict[str, int], examples: int, seed: int) -> tuple[dict, dict]:
@@ -73,17 +69,21 @@ def put(tree: Any, rows: jax.Array, new: Any) -> Any:
     return jax.tree.map(lambda x, n: x.at[rows].set(n, mode="drop") if x.ndim else n, tree, new)
 
 
+def losses_of(graph: Any, params: Any, fork: Any, ids: dict, labels: dict) -> dict[str, jax.Array]:
+    """The losses by task; `ids` are places in what `params` has of the tables."""
+    (tables, dense), cross_entropy = params, optax.sigmoid_binary_cross_entropy
+    rows = {name: table[ids[name]] for name, table in tables.items()}
+    logits = nnx.merge(graph, dense)(rows, fork)
+    return {task: cross_entropy(logits[task], labels[task]).mean() for task in TASKS}
+
+
 def whole_tables(graph: Any, method: mtl.Method) -> Any:
     """One gradient per task of everything: T times the tables."""
     tx = optax.chain(method, ADAM)
-
-    def loss_fn(params, batch):
-        (tables, dense), (ids, labels) = params, batch
-        rows = {name: table[ids[name]] for name, table in tables.items()}
-        return nnx.merge(graph, dense).losses(rows, labels)
+    value_and_grad = mtl.per_task_value_and_grad(partial(losses_of, graph))
 
     def step(params, opt_state, batch):
-        losses, grads = mtl.per_task_value_and_grad(loss_fn)(params, batch)
+        losses, grads = value_and_grad(params, None, *batch)
         updates, opt_state = tx.update(grads, opt_state, params, losses=losses)
         return optax.apply_updates(params, updates), opt_state
 
@@ -92,11 +92,7 @@ def whole_tables(graph: Any, method: mtl.Method) -> Any:
 
 def rows_read(graph: Any, method: mtl.Method) -> Any:
     """One gradient of the rows that the batch reads."""
-
-    def loss_fn(params, fork, place, labels):
-        rows, dense = params
-        rows = {name: rows[name][place[name]] for name in rows}
-        return nnx.merge(graph, dense).losses(rows, labels, fork)
+    value_and_grad = mtl.fork_value_and_grad(partial(losses_of, graph), method)
 
     def init(params):
         tables, dense = params
@@ -112,7 +108,6 @@ def rows_read(graph: Any, method: mtl.Method) -> Any:
             # The distinct rows of the batch, and where among them each example finds its own.
             row[name], place[name] = distinct(ids[name], fill_value=len(table))
             rows[name] = take(table, row[name])
-        value_and_grad = mtl.fork_value_and_grad(loss_fn, method)
         _, ((row_grads, grads), state) = value_and_grad((rows, dense), state, place, labels)
         for name in tables:
             updates, moments = ADAM.update(row_grads[name], take(of_tables[name], row[name]))
@@ -146,7 +141,7 @@ def main(users: int = 400_000, items: int = 100_000, steps: int = 1500) -> None:
         tables, dense = jax.block_until_ready(carry)[0]
         milliseconds = 1000 * (time.perf_counter() - start) / count
         memory = step.memory_analysis().temp_size_in_bytes / 1e6
-        logits = nnx.merge(graph, dense).logits({n: table[ids[n]] for n, table in tables.items()})
+        logits = nnx.merge(graph, dense)({n: table[ids[n]] for n, table in tables.items()})
         areas = (f"{task} {roc_auc_score(labels[task], logits[task]):.3f}" for task in TASKS)
         print(f"{label:23} {memory:6.1f} MB {milliseconds:6.1f} ms a step  AUC:", *areas)
 

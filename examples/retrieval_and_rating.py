@@ -14,8 +14,6 @@ Prints, after 31 seconds of processor time on two CPU cores:
     imtl_g            RMSE of the stars 0.917  film in the first 100: 0.536
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io
@@ -59,12 +57,11 @@ class Recommender(nnx.Module):
         return self.out(nnx.relu(self.hidden(pair)))[:, 0]
 
     def losses(self, batch: dict[str, jax.Array], log_share: jax.Array) -> dict[str, jax.Array]:
-        user, film = batch["user"], batch["film"]
+        user, film, own = batch["user"], batch["film"], jnp.arange(len(batch["film"]))
         scores = self.user(user) @ self.film(film).T - log_share[film][None]
         # Another rating of the same film is no negative example.
-        same = (film[:, None] == film[None]) & ~jnp.eye(len(film), dtype=bool)
+        same = (film[:, None] == film[None]) & (own[:, None] != own[None])
         scores = jnp.where(same, -jnp.inf, scores)
-        own = jnp.arange(len(film))
         return {
             "rating": jnp.mean((self.stars(user, film) - batch["stars"]) ** 2),
             "retrieval": optax.softmax_cross_entropy_with_integer_labels(scores, own).mean(),
@@ -75,9 +72,9 @@ def movielens(path: Path | None) -> np.ndarray:
     """Rows user, film, stars, time of `u.data`; without a path it is fetched once into a cache."""
     if path is not None:
         return np.loadtxt(path, dtype=np.int64)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cached = Path(os.environ.get("MTL_OPTAX_CACHE") or Path(home) / "mtl_optax") / "ml-100k.csv"
-    if not cached.exists():
+    cache = os.environ.get("MTL_OPTAX_CACHE") or Path.home() / ".cache/mtl_optax"
+    file = Path(cache, "ml-100k.csv")
+    if not file.exists():
         try:
             address = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
             archive, member = urllib.request.urlopen(address, timeout=5).read(), "ml-100k/u.data"
@@ -92,17 +89,15 @@ def movielens(path: Path | None) -> np.ndarray:
         text = "".join(f"{','.join(map(str, row))}\n" for row in rows).encode()
         if not hashlib.sha256(text).hexdigest().startswith("0fccc4b62e2f6aa246014ac7b8946c15"):
             raise SystemExit("what was fetched is not MovieLens-100K; give --data u.data")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.with_suffix(".part").write_bytes(text)
-        cached.with_suffix(".part").replace(cached)
-    return np.loadtxt(cached, dtype=np.int64, delimiter=",")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
+    return np.loadtxt(file, dtype=np.int64, delimiter=",")
 
 
 def train(method: mtl.Method, model: Recommender, data: Data, steps: int) -> Recommender:
     graph, params = nnx.split(model)
-    tx = optax.chain(
-        method, optax.adamw(optax.cosine_decay_schedule(5e-3, steps), weight_decay=0.1)
-    )
+    adam = optax.adamw(optax.cosine_decay_schedule(5e-3, steps), weight_decay=0.1)
+    tx = optax.chain(method, adam)
     mtl.check(tx, params)
     count = np.bincount(data["film"], minlength=model.film.num_embeddings)
     log_share = jnp.asarray(np.log(np.maximum(count, 1) / count.sum()), jnp.float32)

@@ -101,7 +101,3 @@ class DCNv2(TabularModel):
         if self.numerical is not None:
             embedded = jnp.concatenate([self.numerical(features.numerical), embedded], axis=1)
         return self.interaction(embedded)
-
-    def head(self, task: int, representation: jax.Array, features: Features) -> jax.Array:
-        """The logits `[batch]` of one task."""
-        return self.towers[task](representation)

@@ -90,7 +90,3 @@ class DeepFM(TabularModel):
         if self.numerical is not None:
             fields = jnp.concatenate([self.numerical(features.numerical), fields], axis=1)
         return self.interaction(fields)
-
-    def head(self, task: int, representation: jax.Array, features: Features) -> jax.Array:
-        """The logits `[batch]` of one task."""
-        return self.towers[task](representation)

@@ -117,21 +117,22 @@ def flatten_rows(rows: jax.Array) -> jax.Array:
 
 
 class TabularModel(nnx.Module):
-    """The interface of the tabular models; each of them adds `represent` and `head`.
+    """The interface of the tabular models; each adds `represent`, and some a `head` of their own.
 
     A head is computed for its own task alone. A `vmap` over the towers would be shorter, but the gradient
     of one task's loss would then pass through the towers of all tasks.
     """
 
     num_tasks: int
+    towers: nnx.List[Tower]
 
     def represent(self, features: Features) -> Any:
         """What all tasks share: the place for `mtl.fork`."""
         raise NotImplementedError
 
     def head(self, task: int, representation: Any, features: Features) -> jax.Array:
-        """The logits `[batch]` of one task."""
-        raise NotImplementedError
+        """The logits `[batch]` of one task: by default those of its tower."""
+        return self.towers[task](representation)
 
     def heads(self, representation: Any, features: Features) -> jax.Array:
         """The logits `[T, batch]` of all tasks on one representation."""

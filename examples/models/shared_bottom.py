@@ -18,8 +18,8 @@ class SharedBottom(TabularModel):
     Args:
       features: the columns.
       num_tasks: T.
-      embedding: the width of the embedding tables.
       bottom: the widths of the shared perceptron.
+      embedding: the width of the embedding tables.
       tower: the hidden widths of each tower.
       rngs: for the first values of the parameters.
     """
@@ -29,8 +29,8 @@ class SharedBottom(TabularModel):
         features: FeatureSpec,
         num_tasks: int,
         *,
-        embedding: int = 16,
         bottom: tuple[int, ...] = (128, 64),
+        embedding: int = 16,
         tower: tuple[int, ...] = (32,),
         rngs: nnx.Rngs,
     ):
@@ -42,7 +42,3 @@ class SharedBottom(TabularModel):
     def represent(self, features: Features) -> jax.Array:
         """The output of the perceptron, `[batch, bottom[-1]]`."""
         return self.bottom(self.inputs(features))
-
-    def head(self, task: int, representation: jax.Array, features: Features) -> jax.Array:
-        """The logits `[batch]` of one task."""
-        return self.towers[task](representation)

@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mtl_optax as mtl
@@ -139,11 +141,6 @@ def test_table3_with_all_rows(tmp_path):
 # --- the steps of Table 2 ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def steps():
-    return speed.Steps(speed.random_data(500, 32), 32, speed.QUICK_MODEL)
-
-
 def test_tables_have_ali_ccps_sizes():
     data = speed.random_data(sum(speed.ALI_CCP), 10)
     assert data.features.vocabulary_sizes == speed.ALI_CCP and len(speed.ALI_CCP) == 18
@@ -154,36 +151,29 @@ def test_tables_have_ali_ccps_sizes():
 @pytest.mark.parametrize(
     "module", ["interaction", *(pytest.param(m, marks=pytest.mark.slow) for m in speed.MODULES[1:])]
 )
-def test_only_the_named_module_is_balanced(steps, module):
+def test_only_the_named_module_is_balanced(module):
     """Its gradient is the method's, and all others are the plain sum's."""
-    method = mtl.fixed_weights(3, [2.0, 0.0, 0.5])
-    target = steps.params.shared[module]
-    state = method.init(target)
-    losses, found, _ = jax.jit(steps._on_module(method, module))(steps.params, state, steps.batch)
-    expected_losses, plain, _ = jax.jit(steps._plain)(steps.params, (), steps.batch)
-    assert np.asarray(losses) == pytest.approx(np.asarray(expected_losses), rel=1e-6)
+    dataset, weights = speed.random_data(500, 32), [2.0, 0.0, 0.5]
+    network = speed.Network(dataset, partial(speed.DCNv2, **speed.QUICK_MODEL), 32)
+    params, batch = network.init(jax.random.key(0)), jax.tree.map(jnp.asarray, dataset.train)
+    descent = optax.sgd(1.0)
+    step = speed.on_module(network, mtl.fixed_weights(3, weights), module, descent)
+    moved, _, losses, _ = jax.jit(step.update)(params, step.init(params), batch)
 
-    def weighted(params):
-        return jnp.vdot(jnp.array([2.0, 0.0, 0.5]), jnp.stack(steps._losses(params, steps.batch)))
+    def weighted(params, weights):
+        representation = network.encode(params.shared, batch)
+        losses = jnp.stack(network.decode(params.heads, representation, batch))
+        return weights @ losses, losses
 
-    weighted_grads = jax.jit(jax.grad(weighted))(steps.params)
-    for name in speed.MODULES:
-        want = (weighted_grads if name == module else plain).shared[name]
-        for one, other in zip(
-            jax.tree.leaves(found.shared[name]), jax.tree.leaves(want), strict=True
-        ):
+    for part, used in ((module, weights), (None, [1.0, 1.0, 1.0])):
+        grads, expected = jax.jit(jax.grad(weighted, has_aux=True))(params, jnp.array(used))
+        assert np.asarray(losses) == pytest.approx(np.asarray(expected), rel=1e-6)
+        want = jax.tree.map(lambda leaf, grad: leaf - grad, params, grads)
+        names = [part] if part else [name for name in speed.MODULES if name != module]
+        found = [moved.shared[name] for name in names] + [moved.heads] * (part is None)
+        wanted = [want.shared[name] for name in names] + [want.heads] * (part is None)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
-    for one, other in zip(jax.tree.leaves(found.heads), jax.tree.leaves(plain.heads), strict=True):
-        assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
-
-
-def test_the_forked_step_with_the_sum_is_the_plain_step(steps):
-    method = mtl.sum_tasks(3)
-    state = method.init(steps.network.representation)
-    _, found, _ = jax.jit(steps._forked(method))(steps.params, state, steps.batch)
-    _, plain, _ = jax.jit(steps._plain)(steps.params, (), steps.batch)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
-        assert np.asarray(one) == pytest.approx(np.asarray(other), rel=1e-4, abs=1e-7)
 
 
 # --- pictures ----------------------------------------------------------------------------------------

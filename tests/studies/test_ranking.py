@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
 import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
@@ -250,7 +251,7 @@ def test_the_generated_log_has_the_stated_rates():
     assert np.all(labels[:, 2] <= labels[:, 0])
     assert np.array_equal(np.concatenate([part.mask for part in parts])[:, 1], labels[:, 0])
     # The truth: a click and then a conversion, and calibrated on the test set.
-    click, bought, both = synthetic.sigmoid(data.truth[:, :3]).T
+    click, bought, both = expit(data.truth[:, :3]).T
     assert both == pytest.approx(click * bought, rel=1e-9)
     assert click.mean() == pytest.approx(data.test.labels[:, 0].mean(), abs=0.03)
     found = of_truth(data)
@@ -331,7 +332,7 @@ def test_outputs_start_at_the_base_rates(log):
     network = Network(log, MODEL, 8)
     params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0)))
     features = jax.tree.map(jnp.asarray, log.train.where(np.arange(3)).features)
-    found = synthetic.sigmoid(np.asarray(network.predict(params, features)))[0]
+    found = expit(np.asarray(network.predict(params, features)))[0]
     rates = log.train.labels.sum(axis=0) / log.train.mask.sum(axis=0)
     assert found == pytest.approx(rates, abs=0.01)
     whole = synthetic.synthetic(SMALL).only(["watch time"])

@@ -11,15 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 import mtl_optax as mtl
 from examples.studies.harness.checkpoints import UnfinishedRun
@@ -72,21 +65,20 @@ class Runner:
             self.trainer.check(job.choice, job.plans[0].setting)
         epochs = self.trainer.epochs
         stored = [[self._stored(job, plan) for plan in job.plans] for job in jobs]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         # Standard output is for the results, which may go to a file.
-        console, note = Console(stderr=True), TextColumn("{task.fields[note]}")
-        with Progress(
-            *columns, *times, note, console=console, disable=not console.is_terminal
-        ) as bars:
+        console = Console(stderr=True)
+        columns = (
+            "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn(), "{task.fields[note]}",
+        )  # fmt: skip
+        with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bars:
             total = sum(len(job.plans) for job in jobs) * epochs
             whole = bars.add_task("all", total=total, note="epochs")
 
             def work(place: int) -> list[Run]:
                 job = jobs[place]
-                bar = bars.add_task(
-                    job.choice.label, total=len(job.plans) * epochs, note="compiling"
-                )
+                size = len(job.plans) * epochs
+                bar = bars.add_task(job.choice.label, total=size, note="compiling")
 
                 def advance(count: int, value: float) -> None:
                     bars.update(bar, advance=count, note=f"validation {value:.4f}")
@@ -147,20 +139,14 @@ class Runner:
             return None
 
     def _settings(self, job: Job, plan: Plan) -> dict[str, Any]:
-        setting = {
-            "learning_rate": float(plan.setting.learning_rate),
-            "weight_decay": float(plan.setting.weight_decay),
-            "knobs": {k: np.asarray(v).tolist() for k, v in plan.setting.knobs.items()},
-        }
-        choice = {
-            "choice": job.choice.label,
-            "parts": repr(job.choice.parts),
-            "place": job.choice.place,
-        }
-        about = {**choice, "seed": plan.seed, "measure": job.measure, **setting}
-        return json.loads(
-            json.dumps({**versions(), **self.fingerprint, **about})
-        )  # as it reads back
+        (rate, decay, knobs), choice = plan.setting, job.choice
+        about = {
+            "choice": choice.label, "parts": repr(choice.parts), "place": choice.place,
+            "seed": plan.seed, "measure": job.measure, "learning_rate": float(rate),
+            "weight_decay": float(decay), "knobs": {k: np.asarray(v).tolist() for k, v in knobs.items()},
+        }  # fmt: skip
+        # As it reads back.
+        return json.loads(json.dumps({**versions(), **self.fingerprint, **about}))
 
     def _path(self, job: Job, plan: Plan) -> Path:
         assert self.out is not None

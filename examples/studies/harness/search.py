@@ -97,31 +97,32 @@ def tuned(runner: Runner, entries: Sequence[Entry], trials: int, seeds: int) -> 
     trainer = runner.trainer
     tasks = len(trainer.dataset.tasks)
     plans = [entry.trials(trials, tasks, trainer.config) for entry in entries]
-    found = runner.train(
-        [
-            Job(entry.parsed(), of_entry, measure=False)
-            for entry, of_entry in zip(entries, plans, strict=True)
-        ]
-    )
+    jobs = [
+        Job(entry.parsed(), found, measure=False)
+        for entry, found in zip(entries, plans, strict=True)
+    ]
+    searched = runner.train(jobs)
     best = [
         of_entry[int(np.argmax([run.best_value for run in runs]))]
-        for of_entry, runs in zip(plans, found, strict=True)
+        for of_entry, runs in zip(plans, searched, strict=True)
     ]
-    measured = runner.train(
-        [
-            Job(entry.parsed(), [replace(plan, seed=seed) for seed in range(seeds)])
-            for entry, plan in zip(entries, best, strict=True)
-        ]
-    )
-    return [Tuned(*row) for row in zip(entries, best, found, measured, strict=True)]
+    measured = _over_seeds(runner, entries, best, seeds)
+    return [Tuned(*row) for row in zip(entries, best, searched, measured, strict=True)]
 
 
 def untuned(runner: Runner, entries: Sequence[Entry], seeds: int) -> list[list[Run]]:
     """Every entry with its starting knobs, over all seeds."""
-    trainer, jobs = runner.trainer, []
-    for entry in entries:
-        (start,) = entry.trials(1, len(trainer.dataset.tasks), trainer.config)
-        jobs.append(Job(entry.parsed(), [replace(start, seed=seed) for seed in range(seeds)]))
+    tasks, config = len(runner.trainer.dataset.tasks), runner.trainer.config
+    return _over_seeds(runner, entries, [e.trials(1, tasks, config)[0] for e in entries], seeds)
+
+
+def _over_seeds(
+    runner: Runner, entries: Sequence[Entry], plans: Sequence[Plan], seeds: int
+) -> list[list[Run]]:
+    jobs = [
+        Job(entry.parsed(), [replace(plan, seed=seed) for seed in range(seeds)])
+        for entry, plan in zip(entries, plans, strict=True)
+    ]
     return runner.train(jobs)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from examples.studies.harness.steps import Step
+
 
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
@@ -81,6 +83,16 @@ class Training:
         self.compiled = jitted.lower(*state, batch).compile()
         self.state = jax.tree.map(lambda x: x.copy(), state)
         self.batch = batch
+
+    @classmethod
+    def of(cls, step: Step, params: Any, batch: Any) -> "Training":
+        """The training of a `Step`."""
+
+        def one(params: Any, state: Any, batch: Any) -> Any:
+            params, state, losses, _ = step.update(params, state, batch)
+            return params, state, losses
+
+        return cls(one, (params, step.init(params)), batch)
 
     def __call__(self) -> Any:
         *state, losses = self.compiled(*self.state, self.batch)

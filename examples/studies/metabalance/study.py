@@ -10,18 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from examples.studies.harness import report as harness_report
 from examples.studies.harness import search
-from examples.studies.harness.report import (
-    Row,
-    bars,
-    curve,
-    metrics_csv,
-    picture,
-    publish,
-    reference,
-    row,
-    say,
-)
+from examples.studies.harness.report import Row, bars, curve, metrics_csv, picture, publish, say
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan
 from examples.studies.harness.search import Entry, log_uniform, tuning_note, uniform
@@ -40,14 +31,9 @@ from examples.studies.recommender.training import PARTS, TrainConfig, Trainer
 # their popularity. The optimizer's settings were chosen for the plain sum on tmall_ijcai15, the best of 12
 # (`python -m examples.studies.metabalance tune`), and are where every method's trials start.
 TRAIN = TrainConfig(
-    epochs=15,
-    patience=5,
-    batch_pairs=2048,
-    negatives=3,
-    learning_rate=2e-3,
-    weight_decay=1.0,
+    epochs=15, patience=5, batch_pairs=2048, negatives=3, learning_rate=2e-3, weight_decay=1.0,
     validation_users=2000,
-)
+)  # fmt: skip
 
 
 def _weights(generator: np.random.Generator, num_tasks: int) -> np.ndarray:
@@ -147,7 +133,7 @@ class Study:
         """The row of an entry, which counts the runs of a search too."""
         if entry.choice == "single":
             runs = of_target(runs, self.dataset)
-        return row(runs, searched)
+        return harness_report.row(runs, searched)
 
     def reference_rows(self) -> dict[str, Row]:
         """Popularity and item-kNN, which train nothing, and for synthetic data the true scores."""
@@ -160,7 +146,9 @@ class Study:
             name = options.data.removeprefix(SYNTHETIC)
             scored["oracle"] = truth(name, float(options.scale), options.relatedness).scores
         return {"popularity": popular(dataset)} | {
-            label: reference(label, {}, {self.target: rank_by_item_scores(dataset, scores)})
+            label: harness_report.reference(
+                label, {}, {self.target: rank_by_item_scores(dataset, scores)}
+            )
             for label, scores in scored.items()
         }
 
@@ -173,9 +161,8 @@ class Study:
         runs = {label: entry.runs for label, entry in rows.items()}
         files = {f"{self.name}.csv": metrics_csv(runs, report.metrics(self.dataset.tasks))}
         lines = report.lines_of(rows, columns, against)
-        publish(
-            self.options.out, self.name, lines, f"{self.name}, {self.dataset.name}", text, files
-        )
+        title = f"{self.name}, {self.dataset.name}"
+        publish(self.options.out, self.name, lines, title, text, files)
 
     def ndcg(self, rows: Mapping[str, Row]) -> dict[str, np.ndarray]:
         """NDCG@10 in per cent, `[seeds]`."""

@@ -54,7 +54,7 @@ TABLE_5 = {
 SCALES = (1, 1 / 8, 1 / 64)
 # Length of the vectors, and what scores are divided by: the affinity has standard deviation 4 in the
 # exponent. No real log shows them. On tmall_ijcai15 the NDCG@10 of item-kNN on purchases is 5.7 times that
-# of popularity. Here, at scale 1/8 and with the paper's split, it is 6.0 times that for "ijcai" and 1.7
+# of popularity. Here, at scale 1/8 and with the paper's split, it is 6.2 times that for "ijcai" and 1.1
 # times for "userbehavior"; with (8, 1/3) and (6, 1/3), also tried, about 2 and 0.6 times. Nothing was
 # trained for it.
 RANK = 8

@@ -10,30 +10,13 @@ import jax
 import numpy as np
 
 from examples.models.dcn_v2 import DCNv2
-from examples.studies.harness import search
-from examples.studies.harness.report import (
-    OVER_SEEDS,
-    csv_of,
-    gain_cell,
-    metrics_csv,
-    picture,
-    publish,
-    say,
-)
+from examples.studies.harness import report, search
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
-from examples.studies.harness.search import (
-    Entry,
-    ema_decay,
-    log_uniform,
-    setting_in_words,
-    tuned,
-    tuning_note,
-    uniform,
-    untuned,
-)
+from examples.studies.harness.search import Entry, ema_decay, log_uniform, uniform
 from examples.studies.harness.statistics import compare
 from examples.studies.harness.timing import machine
+from examples.studies.multibalance.speed import QUICK_MODEL
 from examples.studies.ranking.metrics import all_metrics, metric, of_truth
 from examples.studies.ranking.network import BATCH, COUNTED
 from examples.studies.ranking.sources import load
@@ -82,9 +65,7 @@ MEANS = {
     COUNTED: "means over the examples that count, for CVR the clicks",
 }
 MODEL = {"embedding": 8, "cross_layers": 2, "deep": (64, 32), "tower": (32,)}
-QUICK_MODEL = {"embedding": 2, "cross_layers": 1, "deep": (4,), "tower": (4,), "numerical": (4,)}
 GRID = {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "weight_decay": (0.1, 1.0, 10.0)}
-
 
 PANELS = {
     "c": "original gradient magnitude",
@@ -113,7 +94,7 @@ class Study:
         trainer = Trainer(dataset, partial(DCNv2, **self.model), self.train)
         about = {**trainer.fingerprint, "model": repr(self.model)}
         self.runner = Runner(trainer, about, options.out, options.resume, options.jobs)
-        say(dataset.describe())
+        report.say(dataset.describe())
 
     @property
     def title(self) -> str:
@@ -125,28 +106,22 @@ class Study:
 
     def show(self, rows: Mapping[str, Sequence[Run]], note: str) -> None:
         """Print and write a table of gains over the plain sum."""
-        entropies = [metric(task, "NE") for task in self.tasks]
-        aucs = [metric(task, "AUC") for task in self.tasks]
+        entropies, aucs = ([metric(task, name) for task in self.tasks] for name in ("NE", "AUC"))
         gains = compare(
             {label: gains_of(runs, entropies) for label, runs in rows.items()}, SUM.label
         )
-        lines = [(
-            "method",
-            *(f"{task.name}: NE gain" for task in self.tasks),
-            "average NE gain",
-            *(f"{task.name}: AUC" for task in self.tasks),
-        )]  # fmt: skip
+        columns = [*(task.name for task in self.tasks), "average"]
+        header = *(f"{name}: NE gain" for name in columns[:-1]), "average NE gain"
+        lines = [("method", *header, *(f"{name}: AUC" for name in columns[:-1]))]
         for label, runs in rows.items():
-            of_row = (
-                map(gain_cell, gains[label]) if label in gains else ["0"] * (len(self.tasks) + 1)
-            )
+            of_row = map(report.gain_cell, gains[label]) if label in gains else "0" * len(columns)
             lines.append((label, *of_row, *(auc.cell(runs) for auc in aucs)))
         base = ", ".join(f"{ne.task} {ne.cell(rows[SUM.label])}" for ne in entropies)
         text = (
             f"{self.dataset.describe()}. NE gain: test normalized entropy of the plain sum minus that of "
             "the row, times 100; positive is better. Mean ± standard error over "
-            f"{self.seeds} seeds, paired; {OVER_SEEDS} over rows and columns of the gain. NE of the plain "
-            f"sum: {base}."
+            f"{self.seeds} seeds, paired; {report.OVER_SEEDS} over rows and columns of the gain. NE of "
+            f"the plain sum: {base}."
         )
         truth = of_truth(self.dataset)
         if truth is not None:
@@ -154,20 +129,18 @@ class Study:
             text += f" The true probabilities have: {', '.join(said)}."
         text += f" {note} {self.setup()}\n\nMade by `{self.options.line}`."
         out, name = self.options.out, self.options.command
-        files = {f"{name}.csv": metrics_csv(rows, all_metrics(self.tasks))}
-        publish(out, name, lines, self.title, text, files, first=("average NE gain",))
+        files = {f"{name}.csv": report.metrics_csv(rows, all_metrics(self.tasks))}
+        report.publish(out, name, lines, self.title, text, files, first=("average NE gain",))
         if out is None:
             return
-        size = (2.1 * len(entropies) + 3.9, 0.3 * len(gains) + 1.1)
-        with picture(out / f"{name}.png", 1, len(entropies) + 1, figsize=size, sharey=True) as (
-            figure, grid,
-        ):  # fmt: skip
-            for place, axes in enumerate(grid[0]):
+        size, path = (2.1 * len(columns) + 1.8, 0.3 * len(gains) + 1.1), out / f"{name}.png"
+        with report.picture(path, 1, len(columns), figsize=size, sharey=True) as (figure, grid):
+            for place, (axes, column) in enumerate(zip(grid[0], columns, strict=True)):
                 found = [entry[place] for entry in gains.values()]
                 errors = np.nan_to_num([difference.error for difference in found])
                 axes.barh(list(gains), [d.mean for d in found], xerr=errors, alpha=0.7)
                 axes.axvline(0, color="black", linewidth=0.8)
-                axes.set_title([*(ne.task for ne in entropies), "average"][place], fontsize=9)
+                axes.set_title(column, fontsize=9)
             grid[0, 0].invert_yaxis()
             figure.supxlabel(f"NE gain (× 100) over the {SUM.label}", fontsize=9)
 
@@ -197,8 +170,8 @@ def tune(options: argparse.Namespace) -> None:
 def table3(options: argparse.Namespace) -> None:
     """All methods on the representation, with as many trials for each."""
     study = Study(options)
-    found = tuned(study.runner, TABLE3, study.trials, study.seeds)
-    note = tuning_note(study.trials, {row.entry.label: row.plan for row in found})
+    found = search.tuned(study.runner, TABLE3, study.trials, study.seeds)
+    note = search.tuning_note(study.trials, {row.entry.label: row.plan for row in found})
     study.show({row.entry.label: row.runs for row in found}, note)
 
 
@@ -210,8 +183,8 @@ def table4(options: argparse.Namespace) -> None:
         Entry(f"weight learning rate {rate:g}", MULTIBALANCE.choice, {}, {"weight_lr": rate})
         for rate in rates
     ]
-    default = setting_in_words(Plan(0, study.runner.trainer.default_setting()))
-    found = untuned(study.runner, entries, study.seeds)
+    default = search.setting_in_words(Plan(0, study.runner.trainer.default_setting()))
+    found = search.untuned(study.runner, entries, study.seeds)
     rows = {entry.label: runs for entry, runs in zip(entries, found, strict=True)}
     study.show(rows, f"Nothing was searched: {default}.")
 
@@ -220,7 +193,7 @@ def figure2(options: argparse.Namespace) -> None:
     """Gradient magnitudes, MultiBalance's weights and weighted magnitudes over the steps of one run."""
     options.seeds = options.seeds or 1
     study = Study(options)
-    ((run, *_),) = untuned(study.runner, [MULTIBALANCE], study.seeds)
+    ((run, *_),) = search.untuned(study.runner, [MULTIBALANCE], study.seeds)
     names = [task.name for task in study.tasks]
     norms, weights, simplex = (
         run.history[name].reshape(-1, len(names))
@@ -240,12 +213,12 @@ def figure2(options: argparse.Namespace) -> None:
     )
     rows = ((step, panel, *row) for panel, found in binned.items()
             for step, row in zip(steps, found, strict=True))  # fmt: skip
-    files = {"figure2.csv": csv_of(["step", "panel", *names], rows)}
+    files = {"figure2.csv": report.csv_of(["step", "panel", *names], rows)}
     lines = [("panel", "mean at the end"), *said]
-    publish(options.out, "figure2", lines, study.title, note, files, left=2)
+    report.publish(options.out, "figure2", lines, study.title, note, files, left=2)
     if options.out is None:
         return
-    with picture(options.out / "figure2.png", 1, 3, figsize=(11, 3)) as (_, grid):
+    with report.picture(options.out / "figure2.png", 1, 3, figsize=(11, 3)) as (_, grid):
         for axes, (panel, title) in zip(grid[0], PANELS.items(), strict=True):
             draw: Any = plot_weights if panel == "d" else plot_norms
             draw(binned[panel], task_names=names, ax=axes)

@@ -60,54 +60,63 @@ class Config:
         return -(-self.steps // self.chunk)
 
 
+Params = list[tuple[jax.Array, jax.Array]]  # of the layers: weights and biases
+State = Any  # of a placement
 # `(params, state, step, points of the interior, of the boundary) -> (direction for Adam, new state)`
-Direction = Callable[..., tuple[Any, Any]]
-# `(problem, method, config) -> (the state's init, direction)`
-Placement = Callable[[Problem, mtl.Method, Config], tuple[Callable[[Any], Any], Direction]]
+Direction = Callable[..., tuple[Params, State]]
+Placed = tuple[Callable[[Params], State], Direction]  # the state's init beside it
 
 
-def every_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
+def every_gradient(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     """T backward passes a step."""
+    value_and_grad = mtl.per_task_value_and_grad(_losses(problem))
 
-    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
-        losses, grads = mtl.per_task_value_and_grad(_losses(problem))(params, *points)
+    def direction(params: Params, state: State, k: jax.Array, *points: jax.Array) -> Any:
+        losses, grads = value_and_grad(params, *points)
         return method.update(grads, state, params, losses=losses)
 
     return method.init, direction
 
 
-def kept_weights(problem: Problem, method: mtl.Method, config: Config) -> Any:
+def kept_weights(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     """T backward passes where weights are due (`update_every`), and one in between: jaxpi's scheme."""
     value_and_grad = mtl.weighted_value_and_grad(_losses(problem), method)
-
-    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
-        return value_and_grad(params, state, *points)[1]
-
-    return method.init, direction
+    return method.init, lambda params, state, k, *points: value_and_grad(params, state, *points)[1]
 
 
-def one_gradient(problem: Problem, method: mtl.Method, config: Config) -> Any:
+def one_gradient(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     """One backward pass a step, of the loss whose turn it is."""
     remembered = mtl.remember(method, decay=0.0)
     value_and_grad = mtl.one_task_value_and_grad(_losses(problem), method.tasks.names)
 
-    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+    def direction(params: Params, state: State, k: jax.Array, *points: jax.Array) -> Any:
         losses, (grads, active) = value_and_grad(k, params, *points)
         return remembered.update(grads, state, params, losses=losses, active=active)
 
     return remembered.init, direction
 
 
-def on_losses(problem: Problem, method: mtl.Method, config: Config) -> Any:
+def on_losses(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     """One backward pass a step, of the weighted sum; NTK traces where the method asks for them."""
-    loss_fn = _losses(problem)
+    loss_fn, names = _losses(problem), method.tasks.names
 
-    def direction(params: Any, state: Any, k: jax.Array, *points: jax.Array) -> Any:
+    def residuals(params: Params, points: tuple[jax.Array, ...], name: str) -> jax.Array:
+        values = problem.residuals(network(problem, params), *points)[name]
+        return values / values.size**0.5  # the loss is the sum of their squares
+
+    def traces(params: Params, k: jax.Array, points: tuple[jax.Array, ...]) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), k), len(names))
+        estimate = partial(mtl.ntk_trace, residuals, params, points, num_samples=config.probes)
+        return jnp.stack([estimate(name, key=key) for name, key in zip(names, keys, strict=True)])
+
+    def direction(params: Params, state: State, k: jax.Array, *points: jax.Array) -> Any:
         extra = {}
         if "traces" in method.rule.extra:
-            extra["traces"] = _traces(problem, method.tasks.names, config, params, k, *points)
+            # Zeros, which `ntk` passes over, in between.
+            due, none = k % config.period == 0, lambda *_: jnp.zeros(len(names))
+            extra["traces"] = jax.lax.cond(due, traces, none, params, k, points)
 
-        def weighted(params: Any) -> Any:
+        def weighted(params: Params) -> Any:
             return mtl.weigh_losses(loss_fn(params, *points), state, method, **extra)
 
         return jax.grad(weighted, has_aux=True)(params)
@@ -115,34 +124,7 @@ def on_losses(problem: Problem, method: mtl.Method, config: Config) -> Any:
     return method.init, direction
 
 
-def _traces(
-    problem: Problem,
-    names: tuple[str, ...],
-    config: Config,
-    params: Any,
-    k: jax.Array,
-    *points: jax.Array,
-) -> jax.Array:
-    """The traces `[T]` every `config.period` steps, and zeros, which `ntk` passes over, in between."""
-
-    def residuals(params: Any, name: str) -> jax.Array:
-        values = problem.residuals(network(problem, params), *points)[name]
-        return values / values.size**0.5  # the loss is the sum of their squares
-
-    def estimate(params: Any) -> jax.Array:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), k), len(names))
-        return jnp.stack(
-            [
-                mtl.ntk_trace(residuals, params, name, num_samples=config.probes, key=key)
-                for name, key in zip(names, keys, strict=True)
-            ]
-        )
-
-    due = k % config.period == 0
-    return jax.lax.cond(due, estimate, lambda _: jnp.zeros(len(names)), params)
-
-
-def on_points(problem: Problem, method: mtl.Method, config: Config) -> Any:
+def on_points(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     """Weights of the points of a fixed pool, whose batches come in turn; the other losses are added.
 
     `method` has the names of the losses; it weighs them after `residual_attention` has weighed the points.
@@ -150,14 +132,13 @@ def on_points(problem: Problem, method: mtl.Method, config: Config) -> Any:
     attention = residual_attention(config.pool * config.interior)
     pool = problem.place(jax.random.uniform(jax.random.key(1), (config.pool, config.interior, 2)))
 
-    def init(params: Any) -> Any:
-        return method.init(params), attention.init(params)
-
-    def direction(params: Any, state: Any, k: jax.Array, _: jax.Array, boundary: jax.Array) -> Any:
+    def direction(
+        params: Params, state: State, k: jax.Array, _: jax.Array, boundary: jax.Array
+    ) -> Any:
         batch = k % config.pool
         active = jnp.repeat(jnp.arange(config.pool) == batch, config.interior)
 
-        def weighted(params: Any) -> Any:
+        def weighted(params: Params) -> Any:
             found = problem.residuals(network(problem, params), pool[batch], boundary)
             squares = found.pop("equation") ** 2
             losses = {name: jnp.mean(values * values) for name, values in found.items()}
@@ -169,17 +150,17 @@ def on_points(problem: Problem, method: mtl.Method, config: Config) -> Any:
 
         return jax.grad(weighted, has_aux=True)(params)
 
-    return init, direction
+    return lambda params: (method.init(params), attention.init(params)), direction
 
 
 class Row(NamedTuple):
     """One row of the table: a method of the names of the losses, and where it is placed."""
 
     make: Callable[[tuple[str, ...]], mtl.Method]
-    place: Placement
+    place: Callable[[Problem, mtl.Method, Config], Placed]
 
 
-def row(make: Callable[..., mtl.Method], place: Placement = every_gradient, **options: Any) -> Row:
+def row(make: Callable[..., mtl.Method], place: Any = every_gradient, **options: Any) -> Row:
     """A factory with its options."""
     return Row(partial(make, **options), place)
 
@@ -217,7 +198,7 @@ ROWS = {
 }
 
 
-def init_network(key: jax.Array, config: Config) -> list[tuple[jax.Array, jax.Array]]:
+def init_network(key: jax.Array, config: Config) -> Params:
     """A tanh network from 2 numbers to 1."""
     sizes = [2, *[config.width] * config.depth, 1]
     keys = jax.random.split(key, len(sizes) - 1)
@@ -228,7 +209,7 @@ def init_network(key: jax.Array, config: Config) -> list[tuple[jax.Array, jax.Ar
     return [(layers[0][0] * config.input_scale, layers[0][1]), *layers[1:]]
 
 
-def network(problem: Problem, params: Any) -> Network:
+def network(problem: Problem, params: Params) -> Network:
     """The function u of points `[n, 2]`."""
 
     def u(points: jax.Array) -> jax.Array:
@@ -259,7 +240,7 @@ class Trainer(trainer.Trainer):
         """What a stored run must agree on."""
         return {"problem": self.problem.name, "train": {**asdict(self.config), "seeds": None}}
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array) -> Params:
         """See the base class."""
         return init_network(key, self.config)
 
@@ -269,9 +250,8 @@ class Trainer(trainer.Trainer):
         init_state, direction = row.place(self.problem, row.make(self.names), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
-        def update(params: Any, state: Any, batch: Any) -> Any:
-            method_state, adam_state = state
-            number, points = batch
+        def update(params: Params, state: State, batch: Any) -> Any:
+            (method_state, adam_state), (number, points) = state, batch
             found, method_state = direction(params, method_state, number, *points)
             found, adam_state = adam.update(found, adam_state, params)
             params = optax.apply_updates(params, found)
@@ -313,7 +293,7 @@ def choose(name: str) -> Choice:
 
 
 def _losses(problem: Problem) -> Callable[..., dict[str, jax.Array]]:
-    def loss_fn(params: Any, *points: jax.Array) -> dict[str, jax.Array]:
+    def loss_fn(params: Params, *points: jax.Array) -> dict[str, jax.Array]:
         return problem.losses(network(problem, params), *points)
 
     return loss_fn

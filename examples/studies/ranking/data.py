@@ -1,7 +1,7 @@
 """Examples with features and one label a task, and the training, validation and test sets of them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -147,21 +147,20 @@ def encode(column: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def make_examples(
-    numerical: Mapping[str, np.ndarray],
-    categorical: Mapping[str, np.ndarray],
+    numerical: Iterable[np.ndarray],
+    categorical: Iterable[np.ndarray],
     labels: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray | None],
+    masks: Sequence[np.ndarray],
     train: np.ndarray,
 ) -> tuple[Examples, FeatureSpec]:
-    """Numbers and strings of all rows as features; what is learned of them is of the rows `train`."""
-    size = len(labels[0])
-    numbers = [standardise(column, train) for column in numerical.values()]
-    encoded = [encode(column, train) for column in categorical.values()]
+    """Columns of all rows as features and labels; what is learned of them is of the rows `train`."""
+    none = len(labels[0]), 0  # so that there may be no column
+    numbers = [standardise(column, train) for column in numerical]
+    encoded = [encode(column, train) for column in categorical]
     features = Features(
-        np.stack(numbers, axis=1) if numbers else np.zeros((size, 0), np.float32),
-        np.stack([ids for ids, _ in encoded], axis=1) if encoded else np.zeros((size, 0), np.int32),
+        np.column_stack([np.empty(none, np.float32), *numbers]),
+        np.column_stack([np.empty(none, np.int32), *(ids for ids, _ in encoded)]),
     )
-    counts = [np.ones(size, np.float32) if mask is None else mask for mask in masks]
-    mask = np.stack(counts, axis=1).astype(np.float32)
+    mask = np.stack(masks, axis=1).astype(np.float32)
     found = Examples(features, np.stack(labels, axis=1).astype(np.float32) * mask, mask)
     return found, FeatureSpec(len(numbers), tuple(count for _, count in encoded))

@@ -1,8 +1,7 @@
 """How good predictions are, by task: normalized entropy and AUC, or the errors of a regression."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 
@@ -51,16 +50,20 @@ def measure(task: Task, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray
     return np.array([np.sqrt(np.mean(error**2)), np.mean(np.abs(error))])
 
 
-def measure_all(
-    tasks: tuple[Task, ...], examples: Examples, predicted: Any
-) -> dict[str, np.ndarray]:
-    """The metrics by task of predictions `[N, T]`, of the examples that count for the task."""
-    found = {}
+def by_task(
+    tasks: Sequence[Task], examples: Examples, predicted: np.ndarray
+) -> Iterator[tuple[Task, np.ndarray, np.ndarray]]:
+    """Every task with the labels and predictions of the examples that count for it."""
     for place, task in enumerate(tasks):
         counts = examples.mask[:, place] > 0
-        labels = examples.labels[counts, place]
-        found[task.name] = measure(task, labels, np.asarray(predicted)[counts, place])
-    return found
+        yield task, examples.labels[counts, place], predicted[counts, place]
+
+
+def measure_all(
+    tasks: Sequence[Task], examples: Examples, predicted: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The metrics by task of predictions `[N, T]`."""
+    return {entry[0].name: measure(*entry) for entry in by_task(tasks, examples, predicted)}
 
 
 def of_truth(dataset: Dataset) -> dict[str, np.ndarray] | None:

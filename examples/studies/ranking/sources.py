@@ -5,9 +5,9 @@ Nothing is downloaded.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from examples.studies.harness.errors import UserError
 from examples.studies.ranking.data import Dataset, Task, make_examples, split_rows
@@ -29,12 +29,10 @@ def load(data: str, log: LogConfig | None = None) -> Dataset:
     if data == "synthetic":
         return synthetic(log or LogConfig())
     path = Path(data)
-    for pattern, read in (("*hillstrom*.csv*", hillstrom), ("*census*income*.csv*", census)):
-        if path.is_file() and path.match(pattern):
-            return read(path)
-        found = sorted(path.glob(pattern)) if path.is_dir() else []
-        if found:
-            return read(found[0])
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for pattern, read in (("*hillstrom*.csv*", hillstrom), ("*census*income*.csv*", census)):
+            if file.is_file() and file.match(pattern):
+                return read(file)
     if path.is_dir():
         return impressions(path)
     raise UserError(f"--data {data}: no such file or folder; or use synthetic")
@@ -47,16 +45,9 @@ def hillstrom(path: Path) -> Dataset:
     zip_code, newbie, channel, segment, visit, conversion, spend.
     """
     table = _read(path, ("history", "visit", "conversion"))
-    visit, bought = (np.asarray(table[name], np.float32) for name in ("visit", "conversion"))
-    columns = ("history_segment", "zip_code", "channel", "segment", "mens", "womens", "newbie")
-    return _whole(
-        "hillstrom",
-        {name: np.asarray(table[name], np.float64) for name in ("recency", "history")},
-        {name: np.asarray(table[name], str) for name in columns},
-        tuple(map(Task, FUNNEL)),
-        (visit, bought, bought),
-        (None, visit, None),
-    )
+    columns = ["history_segment", "zip_code", "channel", "segment", "mens", "womens", "newbie"]
+    numbers, funnel = table[["recency", "history"]], table[["visit", "conversion"]]
+    return _funnel("hillstrom", numbers, _words(table[columns]), funnel)
 
 
 def census(path: Path) -> Dataset:
@@ -65,17 +56,12 @@ def census(path: Path) -> Dataset:
     One CSV file with the column names of `CENSUS_NUMBERS`, marital_stat, income_50k and others.
     """
     table = _read(path, (*CENSUS_NUMBERS, "marital_stat", "income_50k"))
-    left = [name for name in table.columns if name not in (*CENSUS_NUMBERS, *CENSUS_LEFT_OUT)]
-    income = np.asarray(table["income_50k"], str)
-    married = np.asarray(table["marital_stat"], str)
-    return _whole(
-        "census income",
-        {name: np.asarray(table[name], np.float64) for name in CENSUS_NUMBERS},
-        {name: np.asarray(table[name], str) for name in left},
-        (Task("income > 50K"), Task("never married")),
-        (np.char.startswith(income, "50000+"), married == "Never married"),
-        (None, None),
-    )
+    left = table.columns.difference([*CENSUS_NUMBERS, *CENSUS_LEFT_OUT], sort=False)
+    rich = table["income_50k"].astype(str).str.startswith("50000+").to_numpy()
+    single = (table["marital_stat"] == "Never married").to_numpy()
+    tasks, counts = (Task("income > 50K"), Task("never married")), np.ones(len(table))
+    numbers, categories = table[list(CENSUS_NUMBERS)], _words(table[left])
+    return _dataset("census income", numbers, categories, tasks, (rich, single), (counts, counts))
 
 
 def impressions(folder: Path) -> Dataset:
@@ -93,55 +79,58 @@ def impressions(folder: Path) -> Dataset:
     if files["train"] is None or files["test"] is None:
         raise UserError(f"--data {folder}: no CSV files with train and test in their names")
     tables = {part: _read(path, ("click",)) for part, path in files.items() if path is not None}
-    import pandas as pd
-
-    sizes = {part: len(table) for part, table in tables.items()}
     table = pd.concat(tables.values(), ignore_index=True)
     label = next((name for name in ("conversion", "purchase") if name in table), None)
     if label is None:
         raise UserError(f"{files['train']}: no column conversion or purchase")
-    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1], strict=True))
-    rows = {part: np.arange(sizes[part]) + starts[part] for part in sizes}
+    ends = np.cumsum([len(part) for part in tables.values()])
+    rows = dict(zip(tables, np.split(np.arange(len(table)), ends[:-1]), strict=True))
     if "validation" not in rows:
-        rows["validation"], rows["train"] = split_rows(sizes["train"], (0.1,))
-    left = [name for name in table.columns if name not in ("search_id", "click", label)]
+        rows["validation"], rows["train"] = split_rows(len(rows["train"]), (0.1,))
+    left = table.columns.difference(["search_id", "click", label], sort=False)
     numbers = [name for name in left if name.startswith("numerical")]
-    click, bought = (np.asarray(table[name], np.float32) for name in ("click", label))
-    return _parts(
-        folder.resolve().name,
-        {name: np.asarray(table[name], np.float64) for name in numbers},
-        {name: np.asarray(table[name]) for name in left if name not in numbers},
-        tuple(map(Task, FUNNEL)),
-        (click, bought, bought),
-        (None, click, None),
-        [rows[part] for part in ("train", "validation", "test")],
-    )
+    categories = table[left.difference(numbers, sort=False)]
+    parts = [rows[part] for part in words]
+    name = folder.resolve().name
+    return _funnel(name, table[numbers], categories, table[["click", label]], parts)
 
 
-def _whole(
-    name: str, numerical: Any, categorical: Any, tasks: Any, labels: Any, masks: Any
-) -> Dataset:
-    """A dataset of one file, split at random: 60 % training, 20 % validation, 20 % test."""
-    rows = split_rows(len(labels[0]), SHARES)
-    return _parts(name, numerical, categorical, tasks, labels, masks, rows)
-
-
-def _parts(
+def _funnel(
     name: str,
-    numerical: Any,
-    categorical: Any,
-    tasks: tuple[Task, ...],
-    labels: Any,
-    masks: Any,
-    rows: Sequence[np.ndarray],
+    numbers: pd.DataFrame,
+    categories: pd.DataFrame,
+    funnel: pd.DataFrame,
+    rows: Sequence[np.ndarray] | None = None,
 ) -> Dataset:
+    """The tasks of clicks and purchases, which are the columns of `funnel`."""
+    click, bought = funnel.to_numpy(np.float32).T
+    labels, masks = (click, bought, bought), (np.ones_like(click), click, np.ones_like(click))
+    return _dataset(name, numbers, categories, tuple(map(Task, FUNNEL)), labels, masks, rows)
+
+
+def _dataset(
+    name: str,
+    numbers: pd.DataFrame,
+    categories: pd.DataFrame,
+    tasks: tuple[Task, ...],
+    labels: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray] | None = None,
+) -> Dataset:
+    """A dataset of the rows for training, validation and test: by default 60, 20 and 20 % at random."""
+    rows = split_rows(len(numbers), SHARES) if rows is None else rows
+    numerical = numbers.to_numpy(np.float64).T
+    categorical = [column.to_numpy() for _, column in categories.items()]
     examples, features = make_examples(numerical, categorical, labels, masks, rows[0])
     return Dataset(name, features, tasks, *(examples.where(chosen) for chosen in rows))
 
 
-def _read(path: Path, needed: Sequence[str]) -> Any:
-    import pandas as pd
+def _words(table: pd.DataFrame) -> pd.DataFrame:
+    """Every value as a string, also where there is none."""
+    return table.astype(str).fillna("nan")
 
+
+def _read(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:

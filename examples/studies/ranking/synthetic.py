@@ -11,6 +11,8 @@ time, log-normal, and the completed share of the video: min(watch time / length,
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit, logit, ndtr
 
 from examples.models.layers import Features, FeatureSpec
 from examples.studies.ranking.data import REGRESSION, Dataset, Examples, Task, split_rows
@@ -25,6 +27,7 @@ TASKS = (
 NUM_NUMERICAL = 8
 WATCH_NOISE = 0.6  # the standard deviation of the logarithm of a watch time
 LATENT = 4
+POWER = 1.05  # of the frequencies of users, items and advertisers
 
 
 @dataclass(frozen=True)
@@ -35,47 +38,25 @@ class LogConfig:
       impressions: rows; 60 % are for training, 20 % for validation, 20 % for the test.
       ctr, ctcvr: mean probabilities of a click and of a click with a conversion.
       relatedness: of the effects on conversions to those on clicks, 0 (unrelated) to 1 (equal).
-      users, items: how many; by default a twentieth and a fortieth of the impressions.
-      power: the exponent of the frequencies of users, items and advertisers.
-      seed: of everything.
     """
 
     impressions: int = 200_000
     ctr: float = 0.1
     ctcvr: float = 0.01
     relatedness: float = 0.5
-    users: int | None = None
-    items: int | None = None
-    power: float = 1.05
-    seed: int = 0
 
     @property
     def vocabularies(self) -> dict[str, int]:
         """The number of values of every category."""
-        users = self.users or max(10, self.impressions // 20)
-        items = self.items or max(10, self.impressions // 40)
+        users, items = max(10, self.impressions // 20), max(10, self.impressions // 40)
         advertisers = max(5, items // 20)
-        return {
-            "user": users,
-            "item": items,
-            "advertiser": advertisers,
-            "category": min(40, advertisers),
-            "segment": min(30, users),
-            "place": 8,
-            "hour": 24,
-        }
+        sizes = users, items, advertisers, min(40, advertisers), min(30, users), 8, 24
+        return dict(zip(SINGLE, sizes, strict=True))
 
 
 # The standard deviation of the effects of single categories, and of products of two.
-SINGLE = {
-    "user": 0.5,
-    "item": 0.5,
-    "advertiser": 0.5,
-    "category": 0.5,
-    "segment": 0.5,
-    "place": 0.6,
-    "hour": 0.3,
-}
+SINGLE = dict.fromkeys(("user", "item", "advertiser", "category", "segment"), 0.5)
+SINGLE |= {"place": 0.6, "hour": 0.3}
 PRODUCTS = {
     ("segment", "category"): 0.7,
     ("segment", "advertiser"): 0.4,
@@ -86,40 +67,31 @@ PRODUCTS = {
 
 def synthetic(config: LogConfig) -> Dataset:
     """The dataset, with the tasks `TASKS`; its truth is exact."""
-    generator = np.random.default_rng(config.seed)
+    number, generator = config.impressions, np.random.default_rng(0)
     ids = _ids(generator, config)
-    numbers = generator.normal(size=(config.impressions, NUM_NUMERICAL))
+    numbers = generator.normal(size=(number, NUM_NUMERICAL))
     scores = _scores(generator, config, ids, numbers)
-    click = scores[0] + _constant(scores[0], np.ones(config.impressions), config.ctr)
-    clicked = sigmoid(click)
+    click = scores[0] + _constant(scores[0], np.ones(number), config.ctr)
+    clicked = expit(click)
     bought = scores[1] + _constant(scores[1], clicked, config.ctcvr)
-    both = logit(clicked * sigmoid(bought))
-    labels = np.zeros((config.impressions, len(TASKS)), np.float32)
-    labels[:, 0] = generator.random(config.impressions) < clicked
-    labels[:, 1] = (generator.random(config.impressions) < sigmoid(bought)) * labels[:, 0]
-    labels[:, 2] = labels[:, 1]
+    both = logit(clicked * expit(bought))
+    clicks = generator.random(number) < clicked
+    buys = (generator.random(number) < expit(bought)) * clicks
     # The logarithm of the watch time, and the length of the video: both in seconds.
     watched, length = 2.0 + 0.5 * scores[2], 20 * np.exp(0.4 * numbers[:, 0])
-    times = np.exp(watched + WATCH_NOISE * generator.normal(size=config.impressions))
-    labels[:, 3] = np.minimum(times / length, 1)
-    labels[:, 4] = times
-    truth = np.stack(
-        [
-            click,
-            bought,
-            both,
-            mean_completion(watched, np.log(length)),
-            np.exp(watched + WATCH_NOISE**2 / 2),
-        ],
-        axis=1,
+    times = np.exp(watched + WATCH_NOISE * generator.normal(size=number))
+    means = mean_completion(watched, np.log(length)), np.exp(watched + WATCH_NOISE**2 / 2)
+    truth = np.column_stack([click, bought, both, *means])
+    labels = np.column_stack([clicks, buys, buys, np.minimum(times / length, 1), times])
+    mask = np.ones((number, len(TASKS)), np.float32)
+    mask[:, 1] = clicks
+    features = Features(
+        numbers.astype(np.float32), np.column_stack(list(ids.values())).astype(np.int32)
     )
-    mask = np.ones_like(labels)
-    mask[:, 1] = labels[:, 0]
-    categorical = np.stack(list(ids.values()), axis=1).astype(np.int32)
-    examples = Examples(Features(numbers.astype(np.float32), categorical), labels, mask)
-    parts = split_rows(config.impressions, (0.6, 0.2), config.seed)
+    examples = Examples(features, labels.astype(np.float32), mask)
+    parts = split_rows(number, (0.6, 0.2))
     return Dataset(
-        f"SYNTHETIC impressions ({config.impressions:,}, CTR {config.ctr:g}, CTCVR {config.ctcvr:g}, "
+        f"SYNTHETIC impressions ({number:,}, CTR {config.ctr:g}, CTCVR {config.ctcvr:g}, "
         f"relatedness {config.relatedness:g})",
         FeatureSpec(NUM_NUMERICAL, tuple(config.vocabularies.values())),
         TASKS,
@@ -128,20 +100,8 @@ def synthetic(config: LogConfig) -> Dataset:
     )
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), without overflow."""
-    return np.exp(-np.logaddexp(0, -x))
-
-
-def logit(p: np.ndarray) -> np.ndarray:
-    """The inverse of `sigmoid`."""
-    return np.log(p) - np.log1p(-p)
-
-
 def mean_completion(watched: np.ndarray, length: np.ndarray) -> np.ndarray:
     """E min(X / d, 1) for log X normal around `watched` and log d = `length`."""
-    from scipy.special import ndtr
-
     variance = WATCH_NOISE**2
     below = np.exp(watched - length + variance / 2)
     below *= ndtr((length - watched - variance) / WATCH_NOISE)
@@ -157,20 +117,14 @@ def _ids(generator: np.random.Generator, config: LogConfig) -> dict[str, np.ndar
         drawn = generator.choice(sizes[name], count, p=weights / weights.sum())
         return generator.permutation(sizes[name])[drawn]  # the number says nothing of the frequency
 
-    user, item = (frequent(name, number, config.power) for name in ("user", "item"))
-    advertiser_of = frequent("advertiser", sizes["item"], config.power)
+    user, item = (frequent(name, number, POWER) for name in ("user", "item"))
+    advertiser_of = frequent("advertiser", sizes["item"], POWER)
     category_of = frequent("category", sizes["advertiser"], 0.5)
     segment_of = frequent("segment", sizes["user"], 0.5)
     advertiser = advertiser_of[item]
-    return {
-        "user": user,
-        "item": item,
-        "advertiser": advertiser,
-        "category": category_of[advertiser],
-        "segment": segment_of[user],
-        "place": frequent("place", number, 1.0),
-        "hour": generator.integers(sizes["hour"], size=number),
-    }
+    place, hour = frequent("place", number, 1.0), generator.integers(sizes["hour"], size=number)
+    found = user, item, advertiser, category_of[advertiser], segment_of[user], place, hour
+    return dict(zip(sizes, found, strict=True))
 
 
 def _scores(
@@ -193,18 +147,12 @@ def _scores(
         found += size * effects((config.vocabularies[name],))[:, ids[name]]
     for (left, right), size in PRODUCTS.items():
         ours, theirs = (effects((config.vocabularies[name], LATENT)) for name in (left, right))
-        for place in range(3):
-            product = np.einsum("nk,nk->n", ours[place][ids[left]], theirs[place][ids[right]])
-            found[place] += size / LATENT**0.5 * product
+        products = np.einsum("snk,snk->sn", ours[:, ids[left]], theirs[:, ids[right]])
+        found += size / LATENT**0.5 * products
     found += 0.3 * effects((NUM_NUMERICAL,)) @ numbers.T
     return found + 0.3 * effects((1,)) * (numbers[:, 0] * numbers[:, 1])[None]
 
 
 def _constant(score: np.ndarray, weights: np.ndarray, rate: float) -> float:
-    """The constant with which the mean of `weights * sigmoid(score + constant)` is `rate`."""
-    low, high = -50.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        too_low = np.mean(weights * sigmoid(score + middle)) < rate
-        low, high = (middle, high) if too_low else (low, middle)
-    return (low + high) / 2
+    """The constant with which the mean of `weights * expit(score + constant)` is `rate`."""
+    return brentq(lambda c: np.mean(weights * expit(score + c)) - rate, -50.0, 50.0, xtol=1e-14)

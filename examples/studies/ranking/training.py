@@ -15,7 +15,7 @@ from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Setting
 from examples.studies.harness.steps import Step, make_step
 from examples.studies.ranking.data import Dataset, Examples
-from examples.studies.ranking.metrics import measure_all, normalized_loss
+from examples.studies.ranking.metrics import by_task, measure_all, normalized_loss
 from examples.studies.ranking.network import COUNTED, MakeModel, Network
 
 EXAMPLES_AT_ONCE = 4096  # in the evaluation
@@ -116,12 +116,9 @@ class Trainer(trainer.Trainer):
         """Logits and numbers `[N, T]`."""
         size = len(features.numerical)
         at_once = min(EXAMPLES_AT_ONCE, size)
-        blocks = -(-size // at_once)
-        padded = Features(
-            *(np.resize(f, (blocks, at_once, f.shape[1])) if f.shape[1] else
-              np.zeros((blocks, at_once, 0), f.dtype) for f in features)
-        )  # fmt: skip
-        return np.asarray(self._predict(params, padded)).reshape(-1, len(self.dataset.tasks))[:size]
+        rows = np.resize(np.arange(size), (-(-size // at_once), at_once))
+        found = self._predict(params, jax.tree.map(lambda column: column[rows], features))
+        return np.asarray(found).reshape(-1, len(self.dataset.tasks))[:size]
 
     def _predict_blocks(self, params: Any, features: Features) -> jax.Array:
         return jax.lax.map(lambda block: self.network.predict(params, block), features)
@@ -137,11 +134,8 @@ class Trainer(trainer.Trainer):
         predicted = self.predict(params, examples.features)
         if not np.isfinite(predicted).all():
             return -np.inf
-        losses = []
-        for place, task in enumerate(self.dataset.tasks):
-            counts = examples.mask[:, place] > 0
-            labels = examples.labels[counts, place]
-            losses.append(normalized_loss(task, labels, predicted[counts, place]))
+        of_tasks = by_task(self.dataset.tasks, examples, predicted)
+        losses = [normalized_loss(*entry) for entry in of_tasks]
         # A task whose validation labels are all equal says nothing.
         return -float(np.nanmean(losses)) if not np.isnan(losses).all() else 0.0
 
