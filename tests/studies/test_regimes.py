@@ -259,6 +259,20 @@ def test_a_line_that_was_cut_off_is_trained_again(tmp_path):
         study.Rows(tmp_path, {"fingerprint": 2}, resume=True)
 
 
+def test_purchases_come_with_views_and_favourites_alone(tmp_path):
+    generator = np.random.default_rng(0)
+    for name, size in (("buy", 200), ("fav", 50), ("view", 300), ("cart", 400)):
+        pairs = np.unique(generator.integers(0, 20, (size, 2)), axis=0)
+        lines = "".join(f"{user},{item}\n" for user, item in pairs)
+        (tmp_path / f"{name}.csv").write_text(f"user,item\n{lines}")
+    dataset = study.load(str(tmp_path))
+    assert [task.name for task in dataset.tasks] == ["buy", "fav", "view"]
+    assert not (dataset.test.values[:, 0] == 0).any()  # auxiliary pairs are all for training
+    (tmp_path / "fav.csv").unlink()
+    with pytest.raises(UserError, match=r"no fav.csv\[.gz\] \(found: buy, cart, view\)"):
+        study.load(str(tmp_path))
+
+
 # --- the command ---------------------------------------------------------------------------------------
 
 
