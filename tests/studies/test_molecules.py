@@ -224,6 +224,16 @@ def test_the_curve_of_a_search_is_the_expected_best_by_validation():
     assert means == pytest.approx({report.searched(SEARCH, n): v for n, v in expected.items()})
 
 
+def test_the_table_shows_the_largest_search_and_some_of_the_others():
+    rng = np.random.default_rng(0)
+    errors = rng.uniform(1, 2, (8, NUM_TASKS))
+    runs = [result(SEARCH, 0, rate, errors, errors) for rate in TINY.rates]
+    summary = report.summarise(report.rows_of([*alone(0), *runs], 1, TINY.rates))
+    shown = [line[1] for line in report.lines_of(summary, {}) if line[0].startswith("search")]
+    assert shown == ["1", "4", "8"]
+    assert len(summary.rows) == 1 + 4
+
+
 def test_an_arm_without_all_seeds_and_rates_has_no_row():
     runs = [*alone(0), *alone(1), result(SUM, 0, 1e-3, [[1.0]], [[1.0]])]
     assert list(report.rows_of(runs, 2, TINY.rates)) == [ALONE]
