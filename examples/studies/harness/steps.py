@@ -6,7 +6,7 @@ the gradient of the plain sum of losses, unless the method or its paper weighs t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,20 @@ from examples.studies.harness.choices import (
 )
 from examples.studies.harness.errors import UserError
 
-Widen = Callable[[Any], Any]
+# Pytrees whose structure the network or the method knows.
+Batch: TypeAlias = Any
+Params: TypeAlias = Any
+Representation: TypeAlias = Any
+State: TypeAlias = Any
+Widen = Callable[[Params], Params]
+Optimizer: TypeAlias = optax.GradientTransformation
 
 
 class Parameters(NamedTuple):
     """The parameters that all tasks share, and those of the towers."""
 
-    shared: Any
-    heads: Any
+    shared: Params
+    heads: Params
 
 
 class Network:
@@ -43,25 +49,29 @@ class Network:
     """
 
     num_tasks: int
-    representation: Any
+    representation: Representation
 
-    def encode(self, shared: Any, batch: Any) -> Any:
+    def encode(self, shared: Params, batch: Batch) -> Representation:
         """The shared representation."""
         raise NotImplementedError
 
-    def losses(self, heads: Any, copies: tuple[Any, ...], batch: Any) -> tuple[jax.Array, ...]:
+    def losses(
+        self, heads: Params, copies: tuple[Representation, ...], batch: Batch
+    ) -> tuple[jax.Array, ...]:
         """The T losses, each tower on its copy of the representation."""
         raise NotImplementedError
 
-    def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:
+    def weigh_heads(self, head_grads: Params, weights: jax.Array) -> Params:
         """The gradients of the towers, each times the weight of its task."""
         raise NotImplementedError
 
-    def decode(self, heads: Any, representation: Any, batch: Any) -> tuple[jax.Array, ...]:
+    def decode(
+        self, heads: Params, representation: Representation, batch: Batch
+    ) -> tuple[jax.Array, ...]:
         """The T losses with one representation for all towers."""
         return self.losses(heads, (representation,) * self.num_tasks, batch)
 
-    def narrowed(self, method: Any, shared: Any, batch: Any) -> tuple[Any, Any, Widen]:
+    def narrowed(self, method: Any, shared: Params, batch: Batch) -> tuple[Params, Batch, Widen]:
         """What the batch reads of `shared`, the batch that reads it there, and the gradients' way back."""
         return shared, batch, lambda grads: grads
 
@@ -70,15 +80,15 @@ class Network:
 class Step:
     """`init(params) -> state`; `update(params, state, batch) -> (params, state, losses, weights)`."""
 
-    init: Callable[[Parameters], Any]
-    update: Callable[[Parameters, Any, Any], tuple[Parameters, Any, jax.Array, jax.Array]]
+    init: Callable[[Params], State]
+    update: Callable[[Params, State, Batch], tuple[Params, State, jax.Array, jax.Array]]
 
 
 def make_step(
     choice: Choice,
     network: Network,
-    scaler: optax.GradientTransformation,
-    descent: optax.GradientTransformation,
+    scaler: Optimizer,
+    descent: Optimizer,
     knobs: Mapping[str, Any],
 ) -> Step:
     """The step of a choice; the optimizer is `scaler` (say, Adam's) followed by `descent`."""
@@ -95,20 +105,19 @@ def make_step(
             place = REPRESENTATION
     if place == LOSSES and not needs <= {"losses"}:
         raise UserError(f"--method {choice.label}: looks at gradients, so not with place='losses'")
-    weighs_heads = choice.name in WEIGHS_HEADS
-    if choice.name in IN_PLACE_OF_ADAM:
-        return _on_parameters(method, network, descent, optimizer, weighs_heads)
-    if place == LOSSES:
+    in_place_of_adam = choice.name in IN_PLACE_OF_ADAM
+    if place == LOSSES and not in_place_of_adam:
         return _on_losses(method, network, optimizer)
-    if place == REPRESENTATION:
+    if place == REPRESENTATION and not in_place_of_adam:
         return _on_representation(method, network, optimizer)
-    return _on_parameters(method, network, optimizer, optimizer, weighs_heads)
+    optimizers = Parameters(descent if in_place_of_adam else optimizer, optimizer)
+    return _on_parameters(method, network, optimizers, choice.name in WEIGHS_HEADS)
 
 
-def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
+def _on_losses(method: Any, network: Network, optimizer: Optimizer) -> Step:
     """One backward pass of the weighted sum of losses; the whole network is weighted."""
 
-    def value_and_grad(params: Parameters, state: Any, batch: Any) -> Any:
+    def value_and_grad(params: Parameters, state: State, batch: Batch) -> Any:
         def loss_fn(params: Parameters) -> Any:
             representation = network.encode(params.shared, batch)
             losses = network.decode(params.heads, representation, batch)
@@ -121,10 +130,10 @@ def _on_losses(method: Any, network: Network, optimizer: Any) -> Step:
     return _one_pass(value_and_grad, method.init, optimizer)
 
 
-def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
+def _on_representation(method: Any, network: Network, optimizer: Optimizer) -> Step:
     """One backward pass; the method combines the tasks' gradients of the representation."""
 
-    def loss_fn(params: Parameters, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
+    def loss_fn(params: Parameters, fork: Any, batch: Batch) -> tuple[jax.Array, ...]:
         copies = fork(network.encode(params.shared, batch))
         return network.losses(params.heads, copies, batch)
 
@@ -132,13 +141,15 @@ def _on_representation(method: Any, network: Network, optimizer: Any) -> Step:
     return _one_pass(value_and_grad, lambda _: method.init(network.representation), optimizer)
 
 
-def _one_pass(value_and_grad: Any, init_method: Callable[[Any], Any], optimizer: Any) -> Step:
+def _one_pass(
+    value_and_grad: Any, init_method: Callable[[Params], State], optimizer: Optimizer
+) -> Step:
     """One optimizer for all gradients of one backward pass."""
 
-    def init(params: Parameters) -> Any:
+    def init(params: Parameters) -> State:
         return init_method(params), optimizer.init(params)
 
-    def update(params: Parameters, state: Any, batch: Any) -> Any:
+    def update(params: Parameters, state: State, batch: Batch) -> Any:
         method_state, opt_state = state
         losses, (grads, method_state) = value_and_grad(params, method_state, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -150,16 +161,16 @@ def _one_pass(value_and_grad: Any, init_method: Callable[[Any], Any], optimizer:
 
 
 def _on_parameters(
-    method: Any, network: Network, shared_optimizer: Any, head_optimizer: Any, weighs_heads: bool
+    method: Any, network: Network, optimizers: Parameters, weighs_heads: bool
 ) -> Step:
     """One backward pass per task through the shared bottom."""
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
-    def init(params: Parameters) -> Any:
-        states = shared_optimizer.init(params.shared), head_optimizer.init(params.heads)
+    def init(params: Parameters) -> State:
+        states = optimizers.shared.init(params.shared), optimizers.heads.init(params.heads)
         return method.init(params.shared), *states
 
-    def update(params: Parameters, state: Any, batch: Any) -> Any:
+    def update(params: Parameters, state: State, batch: Batch) -> Any:
         method_state, shared_state, head_state = state
         read, batch, widen = network.narrowed(method, params.shared, batch)
         losses, (shared_grads, head_grads) = value_and_grad(read, params.heads, batch)
@@ -168,10 +179,10 @@ def _on_parameters(
         weights = mtl.head_weights(method_state)
         if weighs_heads:
             head_grads = network.weigh_heads(head_grads, weights)
-        shared_updates, shared_state = shared_optimizer.update(
+        shared_updates, shared_state = optimizers.shared.update(
             combined, shared_state, params.shared
         )
-        head_updates, head_state = head_optimizer.update(head_grads, head_state, params.heads)
+        head_updates, head_state = optimizers.heads.update(head_grads, head_state, params.heads)
         params = optax.apply_updates(params, Parameters(shared_updates, head_updates))
         return params, (method_state, shared_state, head_state), jnp.stack(losses), weights
 

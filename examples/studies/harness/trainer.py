@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,14 @@ import numpy as np
 from examples.studies.harness.checkpoints import UnfinishedRun
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Plan, Run, Setting
-from examples.studies.harness.steps import Step
+from examples.studies.harness.steps import Batch, Params, State, Step
 
 SECONDS_BETWEEN_SAVES = 30.0
 VALIDATION, TEST = 1, 2
+# Pytrees whose structure the study knows: what stays on the device, and what a step reads of an epoch.
+Data: TypeAlias = Any
+Slots: TypeAlias = Any
+Measured = dict[str, np.ndarray]
 
 
 class Carry(NamedTuple):
@@ -33,9 +37,9 @@ class Carry(NamedTuple):
       value, epoch: of `best`.
     """
 
-    params: Any
-    state: Any
-    best: Any
+    params: Params
+    state: State
+    best: Params
     value: np.ndarray
     epoch: np.ndarray
 
@@ -48,17 +52,19 @@ class Program:
         self.start = trainer.compiled(self._start)
         self.steps = trainer.compiled(self._steps, donate_argnums=(1, 2))
 
-    def _start(self, common: None, params: Any, setting: Setting) -> Any:
+    def _start(self, common: None, params: Params, setting: Setting) -> State:
         del common
         # Copied, since some states begin with arrays that they share, and all are given away later.
         return jax.tree.map(jnp.copy, self._trainer.make_step(self._choice, setting).init(params))
 
-    def _steps(self, data: Any, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
+    def _steps(
+        self, data: Data, params: Params, state: State, slots: Slots, setting: Setting
+    ) -> Any:
         """Some steps, and their record: means, or with `every_step` a row each."""
         trainer = self._trainer
         step = trainer.make_step(self._choice, setting)
 
-        def one(carry: Any, slot: Any) -> Any:
+        def one(carry: Any, slot: Slots) -> Any:
             params, state, losses, weights = step.update(*carry, trainer.batch(data, slot))
             return (params, state), trainer.recorded(losses, weights, state)
 
@@ -83,7 +89,7 @@ class Trainer:
     """
 
     config: Any
-    data: Any = None
+    data: Data = None
     every_step = False
     one_by_one = False
 
@@ -101,7 +107,7 @@ class Trainer:
             lambda _, better, new, old: jax.tree.map(partial(jnp.where, better), new, old)
         )
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
         raise NotImplementedError
 
@@ -109,28 +115,28 @@ class Trainer:
         """The step of a choice; raises what is wrong with its options."""
         raise NotImplementedError
 
-    def order(self, data: Any, epoch: jax.Array, key: jax.Array) -> Any:
+    def order(self, data: Data, epoch: jax.Array, key: jax.Array) -> Slots:
         """What the steps of an epoch read, `[parts, steps, ...]`: a part is one call of the program."""
         raise NotImplementedError
 
-    def batch(self, data: Any, slot: Any) -> Any:
+    def batch(self, data: Data, slot: Slots) -> Batch:
         """The batch of one step."""
         raise NotImplementedError
 
-    def validate(self, params: Any) -> np.ndarray:
+    def validate(self, params: Params) -> np.ndarray:
         """The validation values `[runs]`; higher is better."""
         raise NotImplementedError
 
-    def results(self, params: Any) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    def results(self, params: Params) -> list[tuple[Measured, Measured]]:
         """What is measured on the validation and on the test set, for each run."""
         raise NotImplementedError
 
-    def recorded(self, losses: Any, weights: jax.Array, state: Any) -> dict[str, jax.Array]:
+    def recorded(self, losses: Any, weights: jax.Array, state: State) -> dict[str, jax.Array]:
         """What the history has of a step."""
         return {"losses": losses, "weights": weights}
 
     def probe(
-        self, data: Any, epoch: jax.Array, params: Any, key: jax.Array
+        self, data: Data, epoch: jax.Array, params: Params, key: jax.Array
     ) -> dict[str, jax.Array]:
         """What the history has of the parameters after an epoch."""
         return {}
@@ -177,11 +183,11 @@ class Trainer:
         """New programs."""
         return Program(self, choice)
 
-    def initial(self, seeds: np.ndarray) -> Any:
+    def initial(self, seeds: np.ndarray) -> Params:
         """The parameters of runs that have not begun."""
         return self._init(None, seeds)
 
-    def slots(self, epoch: int, seeds: np.ndarray) -> Any:
+    def slots(self, epoch: int, seeds: np.ndarray) -> Slots:
         """What the steps of an epoch read, `[runs, parts, steps, ...]`; see `order`."""
         return self._order((self.data, jnp.asarray(epoch)), seeds)
 
@@ -231,7 +237,7 @@ class Trainer:
             for row, (plan, found) in enumerate(zip(plans, results, strict=True))
         ]  # fmt: skip
 
-    def _parts(self, epoch: int, seeds: np.ndarray) -> list[Any]:
+    def _parts(self, epoch: int, seeds: np.ndarray) -> list[Slots]:
         slots = self.slots(epoch, seeds)
         parts = jax.tree.leaves(slots)[0].shape[1]
         return [jax.tree.map(lambda slot, k=k: slot[:, k], slots) for k in range(parts)]
@@ -279,7 +285,7 @@ class Trainer:
         return {choice.label: call_of(choice) for choice in choices}
 
 
-def each_run(params: Any) -> list[Any]:
+def each_run(params: Params) -> list[Params]:
     """The parameters of every run, without the axis of runs."""
     runs = len(jax.tree.leaves(params)[0])
     return [jax.tree.map(lambda leaf, run=run: leaf[run], params) for run in range(runs)]
