@@ -19,15 +19,14 @@ class Knobs(NamedTuple):
 
     Attributes:
       kinds: `[T]`, `SOFTMAX` or `CROSS_ENTROPY`.
-      counts: `[T]`: a mean over the task's positives is multiplied by `1 - summed + summed * n_t / counts`,
-        with n_t their number in the batch.
-      summed: 0 or 1.
+      summed: 0 for a mean over the task's positives, 1 for their sum over `positives`.
+      positives: of the target in a batch, so that its sum is about its mean.
       level: the place of the share in `LEVELS`.
     """
 
     kinds: Any
-    counts: Any
     summed: Any
+    positives: Any
     level: Any
 
 
@@ -50,10 +49,10 @@ class Regime:
     permuted: float = 0.0
 
     def knobs(self, num_tasks: int, positives_a_batch: float) -> Knobs:
-        """The numbers; `positives_a_batch` of the target make the sums comparable to its mean."""
+        """The numbers."""
         kinds = np.array([self.target] + [self.auxiliary] * (num_tasks - 1))
-        counts = np.full(num_tasks, positives_a_batch)
-        return Knobs(kinds, counts, float(self.summed), float(LEVELS.index(self.permuted)))
+        level = float(LEVELS.index(self.permuted))
+        return Knobs(kinds, float(self.summed), positives_a_batch, level)
 
 
 REGIMES = (
@@ -93,7 +92,7 @@ def task_loss(
     # A branch on a CPU; both under `vmap`, as on an accelerator.
     total = jax.lax.cond(knobs.kinds[task] == SOFTMAX, softmax, cross_entropy)
     mean = total / jnp.maximum(number, 1)
-    return mean * (1 + knobs.summed * (number / knobs.counts[task] - 1))
+    return mean * (1 + knobs.summed * (number / knobs.positives - 1))
 
 
 def label_tables(dataset: Dataset, seed: int = 0) -> np.ndarray:

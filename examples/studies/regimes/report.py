@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.studies.harness.choices import SINGLE, SUM
 from examples.studies.harness.command import write_atomically
 from examples.studies.harness.report import MARKED, csv_of, mark, markdown, mean_cell, picture, say
 from examples.studies.harness.statistics import compare
@@ -15,7 +16,6 @@ from examples.studies.regimes.training import dense
 ROWS = Iterable[Mapping[str, Any]]
 ADMITTED = 0.8  # of item-kNN over all behaviours
 PROTOCOLS = ("all", "new")
-SUM, SINGLE = "sum", "single"
 SEARCHES = (1, 4, 16)
 LEAST = 0.01  # stands for weight 0 on a logarithmic axis
 EFFECT = 0.03  # what counts as an effect in words: above the noise of a mean over a few seeds

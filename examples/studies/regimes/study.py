@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.studies.harness.choices import Choice, parse_choice
+from examples.studies.harness.choices import SINGLE, SUM, Choice, parse_choice
 from examples.studies.harness.command import in_threads, write_atomically
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import say
@@ -28,7 +28,7 @@ WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # one for all auxi
 RATES, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 1.0)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
-FIXED, SUM, SINGLE = "fixed weights", "sum", "single"
+FIXED = "fixed weights"
 # On the parameters, whatever their cost: the towers of all arms have weight 1, as MetaBalance's do.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     SINGLE: ("fixed_weights(place='parameters')", {}),
