@@ -1,12 +1,16 @@
 """The networks of the measurements: a recommender's ranking model, a dense one and a transformer."""
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+Layers: TypeAlias = list[tuple[jax.Array, jax.Array]]  # kernels and biases
+Params: TypeAlias = dict[str, Any]  # parts of a network by name
+Batch: TypeAlias = dict[str, jax.Array]
 HEAD_WIDTH = 64  # of an attention head
 
 
@@ -49,12 +53,12 @@ TINY = {
 }
 
 
-def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Any, Any]:
+def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Params, Batch]:
     """`(params, batch)`; `params` has "shared" and "heads"."""
     keys = iter(jax.random.split(jax.random.key(seed), 5 + problem.blocks + num_tasks))
     inputs = problem.tables * problem.width + problem.dense
     shape = (problem.tables, problem.rows, problem.width)
-    shared: dict[str, Any] = {}
+    shared: Params = {}
     if problem.blocks:
         shared["blocks"] = [_block(next(keys), problem.width) for _ in range(problem.blocks)]
     else:
@@ -74,7 +78,7 @@ def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Any, Any]:
     return {"shared": shared, "heads": heads}, batch
 
 
-def encode(shared: Any, batch: Any) -> jax.Array:
+def encode(shared: Params, batch: Batch) -> jax.Array:
     """The representation `[batch, width]`."""
     if "blocks" in shared:
         return _transformer(shared, batch["ids"][0])
@@ -89,7 +93,9 @@ def encode(shared: Any, batch: Any) -> jax.Array:
     return inputs
 
 
-def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
+def decode(
+    heads: Sequence[Layers], copies: Sequence[jax.Array], batch: Batch
+) -> tuple[jax.Array, ...]:
     """The T losses of the heads, each on its copy of the representation."""
     return tuple(
         optax.sigmoid_binary_cross_entropy(_head(head, copy), labels).mean()
@@ -97,13 +103,13 @@ def decode(heads: Any, copies: Any, batch: Any) -> tuple[jax.Array, ...]:
     )
 
 
-def example_losses(params: Any, batch: Any) -> jax.Array:
+def example_losses(params: Params, batch: Batch) -> jax.Array:
     """The losses `[B]` of one head, one per example."""
     logits = _head(params["heads"][0], encode(params["shared"], batch))
     return optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
 
 
-def _transformer(shared: Any, ids: jax.Array) -> jax.Array:
+def _transformer(shared: Params, ids: jax.Array) -> jax.Array:
     """The mean over the tokens of a causal transformer's last layer."""
     x = shared["embeddings"][0][ids]
     for block in shared["blocks"]:
@@ -127,14 +133,14 @@ def _block(key: jax.Array, width: int) -> dict[str, jax.Array]:
     }
 
 
-def _head(layers: Any, x: jax.Array) -> jax.Array:
+def _head(layers: Layers, x: jax.Array) -> jax.Array:
     *hidden, (weight, bias) = layers
     for w, b in hidden:
         x = jax.nn.relu(x @ w + b[None])
     return (x @ weight + bias[None])[:, 0]
 
 
-def _layers(key: jax.Array, *widths: int) -> list[tuple[jax.Array, jax.Array]]:
+def _layers(key: jax.Array, *widths: int) -> Layers:
     pairs = list(itertools.pairwise(widths))
     return [
         (jax.random.normal(k, pair) * (2 / pair[0]) ** 0.5, jnp.zeros(pair[1]))

@@ -1,8 +1,8 @@
 """Whole training steps: a method in each of its places against the plain sum of losses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ import optax
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.problems import (
+    Batch,
+    Layers,
+    Params,
     Problem,
     decode,
     encode,
@@ -18,8 +21,11 @@ from examples.studies.benchmarks.problems import (
 )
 from examples.studies.harness.timing import Training
 
-Encode = Callable[[Any, Any], Any]
-Decode = Callable[[Any, Any, Any], tuple[jax.Array, ...]]
+Losses: TypeAlias = jax.Array | tuple[jax.Array, ...]
+State: TypeAlias = optax.OptState
+Step: TypeAlias = tuple[Params, State, State, Losses]
+Encode: TypeAlias = Callable[[Params, Batch], jax.Array]
+Decode: TypeAlias = Callable[[Sequence[Layers], Sequence[jax.Array], Batch], tuple[jax.Array, ...]]
 PLACES = ("fork", "split", "per_task")
 
 
@@ -27,11 +33,11 @@ def step_functions(
     encode: Encode,
     decode: Decode,
     method: mtl.Method,
-    optimizer: Any,
+    optimizer: optax.GradientTransformation,
     mode: Any = "auto",
-    losses_of: Callable[[Any, Any], Any] | None = None,
+    losses_of: Callable[[Params, Batch], Losses] | None = None,
     as_array: bool = False,
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Callable[..., Step]]:
     """Training steps `(params, opt_state, balance_state, batch) -> the first three and the losses`.
 
     `encode(shared, batch)` is the representation, and `decode(heads, copies, batch)` the T losses. Steps
@@ -40,29 +46,29 @@ def step_functions(
     """
     num_tasks = method.num_tasks
 
-    def descend(params: Any, opt_state: Any, grads: Any) -> Any:
+    def descend(params: Params, opt_state: State, grads: Params) -> tuple[Params, State]:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def of_heads(heads: Any, h: Any, batch: Any) -> tuple[jax.Array, ...]:
+    def of_heads(heads: Sequence[Layers], h: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         return decode(heads, (h,) * num_tasks, batch)
 
-    def of_params(params: Any, batch: Any) -> Any:
+    def of_params(params: Params, batch: Batch) -> Losses:
         losses = of_heads(params["heads"], encode(params["shared"], batch), batch)
         return jnp.stack(losses) if as_array else losses
 
     losses_of = losses_of or of_params
 
-    def plain(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def total(params: Any) -> Any:
+    def plain(params: Params, opt_state: State, balance: State, batch: Batch) -> Step:
+        def total(params: Params) -> tuple[jax.Array, Losses]:
             losses = losses_of(params, batch)
             return jnp.asarray(losses).sum(), losses
 
         grads, losses = jax.grad(total, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
-    def on_losses(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def total(params: Any) -> Any:
+    def on_losses(params: Params, opt_state: State, balance: State, batch: Batch) -> Step:
+        def total(params: Params) -> tuple[jax.Array, tuple[Losses, State]]:
             losses = losses_of(params, batch)
             weighted, state = mtl.weigh_losses(losses, balance, method)
             return weighted, (losses, state)
@@ -70,34 +76,34 @@ def step_functions(
         grads, (losses, balance) = jax.grad(total, has_aux=True)(params)
         return *descend(params, opt_state, grads), balance, losses
 
-    def fork(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
-        def forked(params: Any, fork: Any, batch: Any) -> tuple[jax.Array, ...]:
+    def fork(params: Params, opt_state: State, balance: State, batch: Batch) -> Step:
+        def forked(params: Params, fork: Callable[..., Any], batch: Batch) -> tuple[jax.Array, ...]:
             return decode(params["heads"], fork(encode(params["shared"], batch)), batch)
 
         step = mtl.fork_value_and_grad(forked, method)
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
-    def split(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
+    def split(params: Params, opt_state: State, balance: State, batch: Batch) -> Step:
         step = mtl.split_value_and_grad(encode, of_heads, mode=mode)
         losses, (shared, heads) = step(params["shared"], params["heads"], batch)
         shared, balance = method.update(shared, balance, params["shared"], losses=losses)
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
 
-    def per_task(params: Any, opt_state: Any, balance: Any, batch: Any) -> Any:
+    def per_task(params: Params, opt_state: State, balance: State, batch: Batch) -> Step:
         losses, grads = mtl.per_task_value_and_grad(losses_of, mode=mode)(params, batch)
         shared, balance = method.update(grads["shared"], balance, params["shared"], losses=losses)
         heads = jax.tree.map(lambda g: g.sum(0), grads["heads"])
         return *descend(params, opt_state, {"shared": shared, "heads": heads}), balance, losses
 
     def weighted(
-        params: Any, opt_state: Any, balance: Any, batch: Any, weights_from: Any = None
-    ) -> Any:
+        params: Params, opt_state: State, balance: State, batch: Batch, weights_from: Any = None
+    ) -> Step:
         step = mtl.weighted_value_and_grad(losses_of, method, weights_from=weights_from, mode=mode)
         losses, (grads, balance) = step(params, balance, batch)
         return *descend(params, opt_state, grads), balance, losses
 
-    def layers(path: Any, _: Any) -> bool:
+    def layers(path: tuple[Any, ...], _: object) -> bool:
         return "'layers'" in jax.tree_util.keystr(path)
 
     by_layers = partial(weighted, weights_from=layers)
@@ -106,7 +112,7 @@ def step_functions(
 
 
 def steps(
-    problem: Problem, num_tasks: int, places: Iterable[str], method: Any = None
+    problem: Problem, num_tasks: int, places: Iterable[str], method: mtl.Method | None = None
 ) -> dict[str, Training]:
     """The plain step and those of `places`, compiled, by name; MultiBalance by default."""
     method = mtl.multibalance(num_tasks) if method is None else method
@@ -135,7 +141,7 @@ def training_step(
     optimizer = optax.adam(1e-3)
     losses_of = example_losses if by_example else None
     made = step_functions(encode, decode, method, optimizer, mode, losses_of, as_array)
-    balance: Any = ()
+    balance: State = ()
     if place == "fork":
         balance = method.init(jax.eval_shape(encode, params["shared"], batch))
     elif place != "plain":
