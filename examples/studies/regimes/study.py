@@ -29,6 +29,9 @@ RATES, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 1.0)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
 FIXED = "fixed weights"
+MIXED = (
+    "c"  # whose arms are measured in any case: losses of two kinds are where the question came from
+)
 # On the parameters, whatever their cost: the towers of all arms have weight 1, as MetaBalance's do.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     SINGLE: ("fixed_weights(place='parameters')", {}),
@@ -288,11 +291,12 @@ def run(options: argparse.Namespace) -> None:
     for text, count in sizes.items():
         say(f"{text}: {count} runs")
     say(f"in all about {sum(sizes.values())} runs, of which {len(study.rows.found)} are stored")
-    study.train(study.tuning([SUM], every))
+    # The arms of one regime at once, so that all programs compile side by side.
+    study.train([*study.tuning([SUM], every), *study.tuning((SINGLE, *METHODS), [MIXED])])
     study.train(study.curves())
     found = study.rows.found.values()
     say(report.admission(found, study.rows.about["references"]))
-    chosen = report.chosen_regimes(found)
+    chosen = list(dict.fromkeys((*report.chosen_regimes(found), MIXED)))
     study.train(study.tuning((SINGLE, *METHODS), chosen))
     study.train(study.arms(chosen))
     study.train(study.pool(chosen))
