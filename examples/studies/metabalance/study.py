@@ -14,7 +14,7 @@ from examples.studies.harness import report as harness_report
 from examples.studies.harness import search
 from examples.studies.harness.report import Row, bars, curve, metrics_csv, picture, publish, say
 from examples.studies.harness.runner import Runner
-from examples.studies.harness.runs import Plan
+from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, log_uniform, tuning_note, uniform
 from examples.studies.harness.statistics import paired_difference
 from examples.studies.metabalance.knn import item_knn_scores
@@ -125,14 +125,15 @@ class Study:
         return rows, {t.entry.label: t.plan for t in found}
 
     def untuned(self, entries: Sequence[Entry], **changes: Any) -> dict[str, Row]:
-        """Every entry with its starting knobs, over all seeds."""
+        """Every entry with its starting knobs, over all seeds, as a table."""
         found = search.untuned(self.runner(**changes), entries, self.options.seeds)
-        return {e.label: self.row(e, runs) for e, runs in zip(entries, found, strict=True)}
+        rows = {e.label: self.row(e, runs) for e, runs in zip(entries, found, strict=True)}
+        self.show(rows, "Nothing was searched.", VANILLA.label)
+        return rows
 
-    def row(self, entry: Entry, runs: Sequence[Any], searched: Sequence[Any] = ()) -> Row:
+    def row(self, entry: Entry, runs: Sequence[Run], searched: Sequence[Run] = ()) -> Row:
         """The row of an entry, which counts the runs of a search too."""
-        if entry.choice == "single":
-            runs = of_target(runs, self.dataset)
+        runs = of_target(runs, self.dataset) if entry.choice == "single" else runs
         return harness_report.row(runs, searched)
 
     def reference_rows(self) -> dict[str, Row]:
@@ -246,7 +247,6 @@ def figure1(options: argparse.Namespace) -> None:
     """Figures 1 and 2: gradient norms by task and part of the network, over training."""
     study = Study(options)
     rows = study.untuned(relax_entries((0.2, 0.7, 1.0)), probe_norms=True)
-    study.show(rows, "Nothing was searched.", VANILLA.label)
     norms = {label: entry.runs[0].history["norms"] for label, entry in rows.items()}
     if options.out is not None:
         text = json.dumps({label: values.tolist() for label, values in norms.items()})
@@ -269,7 +269,6 @@ def figure3(options: argparse.Namespace) -> None:
     """The relax factor, with nothing else searched."""
     study = Study(options)
     rows = study.untuned(relax_entries(RELAX_FACTORS))
-    study.show(rows, "Nothing was searched.", VANILLA.label)
     plain, *others = study.ndcg(rows).values()
     means = [values.mean() for values in others]
     errors = [
@@ -287,7 +286,6 @@ def figure4(options: argparse.Namespace) -> None:
     shown = {"Vanilla-Multi", "GradSimilarity", "GradSurgery", "OL-AUX", "MetaBalance"}
     study = Study(options)
     rows = study.untuned([entry for entry in TABLES["table2"] if entry.label in shown])
-    study.show(rows, "Nothing was searched.", VANILLA.label)
     with study.draw(figsize=(5.5, 3.6)) as (_, ((axes,),)):
         for label, entry in rows.items():
             curve(axes, entry.runs[0].history["losses"][:, 0], label)
