@@ -4,6 +4,7 @@ import ast
 import gzip
 import importlib
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ SMALL = {
     "target_with_auxiliaries": lambda module: {"pairs": module.made_data(30, 100), "steps": 2},
     "transformer_mtp": lambda module: {"steps": 1},
 }
-NAMES = sorted([*SMALL, "several_processes"])
+NAMES = sorted([*SMALL, "keras_jax", "several_processes"])
 
 
 def load(name):
@@ -63,14 +64,15 @@ def test_the_table_and_these_tests_name_every_example(root):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_one_file_of_its_own(name, root):
     source = (root / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
     assert source.count("\n") <= 155
     imported = {
         getattr(node, "module", None) or node.names[0].name
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert not [module for module in imported if module.startswith("examples")]
-    doc = load(name).__doc__
+    doc = ast.get_docstring(tree, clean=False)
     assert f"    python -m examples.{name}" in doc
     assert re.search(r"two CPU cores", doc)
 
@@ -96,6 +98,45 @@ def test_several_processes_prints_what_its_docstring_shows(capsys, monkeypatch):
     module.main(["--steps", "1"])
     printed = capsys.readouterr().out.splitlines()
     assert list(map(without_numbers, printed)) == list(map(without_numbers, shown(module)))
+
+
+# --- Keras, which is no requirement ----------------------------------------------------------------
+
+
+@pytest.fixture
+def keras_jax(monkeypatch):
+    """The example of Keras, which broadcasts, and warns of itself."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore")
+        pytest.importorskip("keras")
+        yield load("keras_jax")
+
+
+def test_keras_prints_what_the_docstring_shows(keras_jax, capsys):
+    keras_jax.main(examples=400, epochs=2)
+    printed = capsys.readouterr().out.splitlines()
+    assert list(map(without_numbers, printed)) == list(map(without_numbers, shown(keras_jax)))
+
+
+def test_a_keras_model_keeps_the_state_of_its_method(keras_jax, tmp_path):
+    module = keras_jax
+    x, y = module.made_data(256)
+    losses = {task: module.keras.losses.MeanSquaredError() for task in module.TASKS}
+    models = [module.Balanced(module.build(), module.METHODS["metabalance"]) for _ in range(2)]
+    for model in models:
+        model.compile(optimizer=module.keras.optimizers.Adam(), loss=losses)
+        model.build((None, 16))
+    first, second = models
+    first.fit(x, y, batch_size=64, epochs=2, verbose=0)
+    first.save_weights(tmp_path / "model.weights.h5")
+    second.load_weights(tmp_path / "model.weights.h5")
+    for weight, again in zip(first.balance, second.balance, strict=True):
+        np.testing.assert_array_equal(weight.value, again.value)
+    state = second.structure.unflatten([weight.value for weight in second.balance])
+    assert int(state.balance_count) == 8 and np.all(state.rule_state[0] >= 0)
+    mean = second.network.layers[2].moving_mean
+    assert np.abs(mean.value).max() > 0, "the statistics of the network moved too"
 
 
 # --- what a copy of a program must not get wrong ---------------------------------------------------
