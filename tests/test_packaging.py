@@ -76,7 +76,7 @@ def test_workflow_tries_the_lower_bounds() -> None:
 
 def test_importing_needs_no_extra() -> None:
     """The library imports with every optional package hidden."""
-    extras = ["flax", "matplotlib", "orbax", "pandas", "rich", "sklearn", "tqdm", "libtpu"]
+    extras = ["flax", "matplotlib", "orbax", "pandas", "rich", "sklearn", "libtpu"]
     code = f"import sys\nfor name in {extras}: sys.modules[name] = None\nimport mtl_optax"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
