@@ -1,8 +1,8 @@
 """The pipeline: computes one update from one gradient per task, for every method.
 
-Every step has the same stages. `read` checks the caller's arguments. `inputs` and `measure` build the
-record that a rule reads, and determine which tasks are active. `weigh` calls the rule. `finish` counts
-the step and the tasks that were excluded. `Pipeline.update` (on the parameters or on a fork's
+Every step has the same stages. `read` checks the caller's arguments and makes the record that a rule
+reads. `measure` completes it, and determines which tasks are active. `weigh` calls the rule. `finish`
+counts the step and the tasks that were excluded. `Pipeline.update` (on the parameters or on a fork's
 representation), `weighted_value_and_grad` and `weigh_losses` all use these stages. `rule.py` says what a
 rule may assume.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -91,22 +91,6 @@ def from_rule(
     return Method(pipeline.init, pipeline.update)
 
 
-class Given(NamedTuple):
-    """The caller's arguments of a step, except the gradients; all are arrays.
-
-    Attributes:
-      losses: `[T]`, or None if the rule needs none.
-      params: the parameters, if the rule reads gradients element by element.
-      extra: the extra arguments that the rule declares.
-      present: bool `[T]`, which tasks are in this batch.
-    """
-
-    losses: jax.Array | None
-    params: optax.Params | None
-    extra: dict[str, object]
-    present: jax.Array
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline(Definition):
     """The definition of a method, with the functions of an optax transformation."""
@@ -148,9 +132,9 @@ class Pipeline(Definition):
         Returns:
           `(update, state)`: the update has leaves `[*shape]`, or `[T, *shape]` with `reduce=False`.
         """
-        given = self.read(state, losses, active, params, extra_args)
+        inputs = self.read(state, losses, active, params, extra_args)
         validation.check_updates(self.name, updates, self.tasks, params)
-        return self._balance(state, given, updates)
+        return self._balance(state, inputs, updates)
 
     # --- the stages of a step ------------------------------------------------------------------------
 
@@ -161,8 +145,8 @@ class Pipeline(Definition):
         active: Active | None,
         params: optax.Params | None = None,
         extra_args: Mapping[str, object] | None = None,
-    ) -> Given:
-        """Checks and converts the caller's arguments of a step."""
+    ) -> StepInputs:
+        """Checks the caller's arguments, and makes the record of a step without what needs gradients."""
         extra_args = extra_args or {}
         check_state(self.name, state, self.tasks)
         vector = None
@@ -171,24 +155,17 @@ class Pipeline(Definition):
             vector = validation.read_losses(self.name, losses, self.tasks, dtype, extra_args)
         elif isinstance(losses, Mapping):  # other names would mean another target
             names_of(self.name, "losses", losses, self.tasks)
-        return Given(
-            losses=vector,
-            params=params if self._on_gradients else None,
-            extra={key: extra_args.get(key) for key in self.rule.extra},
-            present=validation.read_active(self.name, active, self.tasks),
-        )
-
-    def inputs(self, given: Given, state: BalanceState) -> StepInputs:
-        """Builds the record that a rule reads, without the entries that need the gradients."""
+        present = validation.read_active(self.name, active, self.tasks)
         inputs = StepInputs(
-            active=given.present,
+            present=present,
+            active=present,
             step=state.balance_count,
             dtype=state.weights.dtype,
-            losses=given.losses,  # type: ignore[arg-type]
-            params=given.params,
-            extra=given.extra,
+            losses=vector,  # type: ignore[arg-type]
+            params=params if self._on_gradients else None,
+            extra={key: extra_args.get(key) for key in self.rule.extra},
         )
-        return inputs if given.losses is None else inputs.restrict(jnp.isfinite(given.losses))
+        return inputs if vector is None else inputs.restrict(jnp.isfinite(vector))
 
     def measure(
         self, updates: optax.Updates, blocks: Blocks, inputs: StepInputs, *, cosines: bool
@@ -202,7 +179,7 @@ class Pipeline(Definition):
         """As `measure`, from squared norms `[B, T]` or inner products `[B, T, T]`."""
         cosine, norms, finite = task_tree.measure(products, inputs.active, inputs.dtype)
         if self.rule.needs & {"norms", "gram"}:
-            inputs = inputs._replace(norms=norms, cosine=cosine)
+            inputs = dataclasses.replace(inputs, norms=norms, cosine=cosine)
         return inputs.restrict(finite)
 
     def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
@@ -247,11 +224,11 @@ class Pipeline(Definition):
             state.weights if state.norms is None else jnp.where(state.norms > 0, state.weights, 0)
         )
 
-    def finish(self, state: BalanceState, given: Given, active: jax.Array) -> BalanceState:
+    def finish(self, state: BalanceState, inputs: StepInputs, active: jax.Array) -> BalanceState:
         """Counts the step, and the tasks that were present but not active."""
         return state._replace(
             balance_count=next_count(state.balance_count),
-            skipped=next_count(state.skipped, given.present & ~active),
+            skipped=next_count(state.skipped, inputs.present & ~active),
         )
 
     # --- an update -----------------------------------------------------------------------------------
@@ -264,18 +241,18 @@ class Pipeline(Definition):
     @functools.cached_property
     def _balance(self) -> Callable[..., tuple[optax.Updates, BalanceState]]:
         def balance(
-            state: BalanceState, given: Given, updates: optax.Updates
+            state: BalanceState, inputs: StepInputs, updates: optax.Updates
         ) -> tuple[optax.Updates, BalanceState]:
             check_fields(self.name, self.rule, state, updates, self.options.blocks)
-            inputs = self.inputs(given, state)
             if self._on_gradients:
                 updates = task_tree.stacked(updates)
                 finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
                 inputs = inputs.restrict(finite)
-                inputs = inputs._replace(updates=task_tree.remove_absent(updates, inputs.active))
+                present = task_tree.remove_absent(updates, inputs.active)
+                inputs = dataclasses.replace(inputs, updates=present)
             advance = self._by_update if isinstance(self.rule, UpdateRule) else self._by_weights
-            result, state, active = advance(updates, state, inputs, given.present)
-            return task_tree.narrow_like(result, updates), self.finish(state, given, active)
+            result, state, active = advance(updates, state, inputs)
+            return task_tree.narrow_like(result, updates), self.finish(state, inputs, active)
 
         # `check` finds the methods of an optimizer by the names of their programs.
         balance.__name__ = PROGRAM + self.name
@@ -283,7 +260,7 @@ class Pipeline(Definition):
         return jax.jit(balance)
 
     def _by_update(
-        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
+        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs
     ) -> tuple[optax.Updates, BalanceState, jax.Array]:
         """Returns the update of an `UpdateRule`, the new state, and which tasks were used."""
         assert isinstance(self.rule, UpdateRule)
@@ -293,7 +270,7 @@ class Pipeline(Definition):
         return update, state, inputs.active
 
     def _by_weights(
-        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs, present: jax.Array
+        self, updates: optax.Updates, state: BalanceState, inputs: StepInputs
     ) -> tuple[optax.Updates, BalanceState, jax.Array]:
         """Returns the weighted sum, the new state, and which tasks were used."""
         rule, options = self.rule, self.options
@@ -319,7 +296,7 @@ class Pipeline(Definition):
         else:
             state, active = lax.cond(self.due(state, inputs.active), fresh, kept, state)
         weights = self.applied_weights(state) if weighted is measured_on else state.weights
-        broken = None if options.reduce else present & ~active
+        broken = None if options.reduce else inputs.present & ~active
         result = task_tree.combine(weighted, weights, active, blocks, broken)
         return result, state._replace(averages=averages), active
 
@@ -350,7 +327,8 @@ def _over_blocks(
     """Calls a rule's `weigh` or `bound`, vmapped over the blocks."""
 
     def of_block(norms: jax.Array, cosine: jax.Array, rule_state: optax.OptState) -> _Result:
-        return function(inputs._replace(norms=norms, cosine=cosine), rule_state)
+        measured = dataclasses.replace(inputs, norms=norms, cosine=cosine)
+        return function(measured, rule_state)
 
     blocked = (inputs.norms, inputs.cosine, rule_state)
     if num_blocks > 1:

@@ -15,8 +15,8 @@ determines this before the rule and applies it to the result of the rule:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,14 @@ from mtl_optax.core.types import DType
 from mtl_optax.solvers.cosine import Geometry
 
 
-class StepInputs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepInputs:
     """The inputs of a rule in one step. An entry that the rule does not need is None.
 
     Attributes:
-      active: bool `[T]`; see above.
+      present: bool `[T]`, the tasks that the caller marked as present.
+      active: bool `[T]`, the tasks that the rule uses; see above.
       step: int32 scalar, the number of previous updates.
       dtype: the dtype of weights and statistics.
       losses: `[T]`, the raw losses.
@@ -42,22 +45,23 @@ class StepInputs(NamedTuple):
       extra: the extra arguments of `update` that the rule declares; None for those that were not passed.
     """
 
+    present: jax.Array
     active: jax.Array
     step: jax.Array
-    dtype: DType
+    dtype: DType = dataclasses.field(metadata={"static": True})
     # A rule reads only the entries in its `needs`, and these are arrays.
     losses: jax.Array = None  # type: ignore[assignment]
     norms: jax.Array = None  # type: ignore[assignment]
     cosine: jax.Array = None  # type: ignore[assignment]
     updates: optax.Updates = None  # type: ignore[assignment]
     params: optax.Params | None = None
-    extra: Mapping[str, Any] = MappingProxyType({})
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def restrict(self, finite: jax.Array) -> StepInputs:
         """Returns a copy in which only tasks that are `finite` `[T]` are active."""
         active = self.active & finite
         losses = None if self.losses is None else jnp.where(active, self.losses, 0)
-        return self._replace(active=active, losses=losses)
+        return dataclasses.replace(self, active=active, losses=losses)
 
     @property
     def geometry(self) -> Geometry:

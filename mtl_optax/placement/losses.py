@@ -94,8 +94,7 @@ def _weights(
 ) -> tuple[jax.Array, BalanceState]:
     """Returns the weights `[T]` of a method that needs only the losses, and its new state."""
     pipeline = method.definition
-    given = pipeline.read(state, losses, active, extra_args=extra_args)
-    inputs = pipeline.inputs(given, state)
+    inputs = pipeline.read(state, losses, active, extra_args=extra_args)
     # A task with a non-finite loss is inactive, even if the method does not read the losses.
     vector = task_vector(method.name, "losses", losses, method.tasks, state.weights.dtype)
     inputs = inputs.restrict(jnp.isfinite(vector))
@@ -109,4 +108,4 @@ def _weights(
         )
     # The weights are equal in all blocks, up to rounding, because the losses are.
     weights = jnp.where(inputs.active, jnp.mean(state.weights, axis=0), 0)
-    return jax.lax.stop_gradient(weights), pipeline.finish(state, given, inputs.active)
+    return jax.lax.stop_gradient(weights), pipeline.finish(state, inputs, inputs.active)

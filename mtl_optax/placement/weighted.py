@@ -157,9 +157,9 @@ def weighted_value_and_grad(
             loss_fn, method, has_aux, mode, params, args, kwargs
         )
         check_tasks("weighted_value_and_grad", result, has_aux, method.tasks)
-        given = pipeline.read(state, losses, active, extra_args=extra_args)
+        inputs = pipeline.read(state, losses, active, extra_args=extra_args)
+        inputs = inputs.restrict(jnp.isfinite(losses))
         check_fields(method.name, method.rule, state, ())
-        inputs = pipeline.inputs(given, state).restrict(jnp.isfinite(losses))
         chosen = _mask(params, weights_from)
         everything, others = [True] * len(chosen), [not here for here in chosen]
 
@@ -211,7 +211,7 @@ def weighted_value_and_grad(
             due = pipeline.due(state, inputs.active)
             leaves, state, went_in = lax.cond(due, fresh, kept, state)
         update = jax.tree.structure(params).unflatten(leaves)
-        return result, (update, pipeline.finish(state, given, went_in))
+        return result, (update, pipeline.finish(state, inputs, went_in))
 
     return value_and_grad
 

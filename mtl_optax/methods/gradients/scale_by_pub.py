@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -143,9 +144,8 @@ def scale_by_pub(
             blocks = task_tree.assign_blocks(state.mu, "all")
             products = task_tree.products(updates, blocks, len(active), axis_name, pairs=True)
             cosine, norms, _ = task_tree.measure(products, active, dtype)
-            weights, bargaining = bargain.weigh(
-                inputs._replace(cosine=cosine[0], norms=norms[0]), state.bargaining
-            )
+            measured = dataclasses.replace(inputs, cosine=cosine[0], norms=norms[0])
+            weights, bargaining = bargain.weigh(measured, state.bargaining)
             return jnp.where(active, clip_weights(weights), state.last_weights), bargaining
 
         due = (inputs.step % update_every == 0) | jnp.any(active & (state.last_weights <= 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import NamedTuple, Unpack
 
@@ -106,7 +107,7 @@ def sdmgrad(
         dtype, active = inputs.norms.dtype, inputs.active
         gram = given_gram("sdmgrad", axis.number, inputs)
         if gram is None:
-            matrix = inputs._replace(norms=_over_mean(inputs.norms, active)).gram
+            matrix = dataclasses.replace(inputs, norms=_over_mean(inputs.norms, active)).gram
         else:
             mean = mean_active(jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0)), active)
             # Divided twice, because the square of the mean can overflow.
