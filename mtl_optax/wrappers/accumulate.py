@@ -13,7 +13,8 @@ from jax import lax
 from mtl_optax.core import task_tree
 from mtl_optax.core.types import Active, AxisName, Losses
 from mtl_optax.core.validation import check_integer, read_tasks, task_vector
-from mtl_optax.wrappers.present import read_present
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.wrappers.present import read_present, update_by_means
 
 
 class AccumulateState(NamedTuple):
@@ -43,9 +44,9 @@ def accumulate(
     batch: pass `counts=` to `update`, the number of labels (or tokens) per task in this micro-batch, `[T]`
     or a dictionary, by which means are weighted. A task whose count is 0 was not in the micro-batch.
 
-    `optax.MultiSteps` cannot do this, because its
-    accumulator has no task axis. If the micro-batches are parts of one batch, apply `optax.microbatching`
-    to the function that returns the task gradients instead; it needs no state.
+    `optax.MultiSteps` cannot do this, because its accumulator has no task axis. If the micro-batches are
+    parts of one batch, apply `optax.microbatching` to the function that returns the task gradients
+    instead; it needs no state.
 
     Args:
       inner: the whole optimizer, which includes the balancing method.
@@ -117,15 +118,16 @@ def accumulate(
         )
 
         def step(sums: AccumulateState) -> tuple[optax.Updates, AccumulateState]:
-            present = sums.counts > 0
-            divisor = jnp.where(present, sums.counts, 1)
-            mean = jax.tree.map(
-                lambda total: total / task_tree.along_tasks(divisor, total.ndim), sums.gradients
-            )
-            mean = task_tree.narrow_like(mean, updates)
-            given = {} if vector is None else {"losses": sums.losses / divisor}
-            result, inner_state = inner.update(
-                mean, sums.inner_state, params, active=present, **given, **extra_args
+            means = None if vector is None else safe_divide(sums.losses, sums.counts)
+            result, inner_state = update_by_means(
+                inner.update,
+                sums.gradients,
+                sums.counts,
+                means,
+                updates,
+                sums.inner_state,
+                params,
+                **extra_args,
             )
             empty = jax.tree.map(jnp.zeros_like, sums._replace(inner_state=None))
             return result, empty._replace(inner_state=inner_state)

@@ -13,8 +13,8 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
 from mtl_optax.core.types import Active, AxisName, Losses, Number
 from mtl_optax.core.validation import Tasks, check_range, read_tasks
-from mtl_optax.solvers.arithmetic import move_average, safe_divide
-from mtl_optax.wrappers.present import read_present
+from mtl_optax.solvers.arithmetic import move_average
+from mtl_optax.wrappers.present import read_present, update_by_means
 
 
 class RememberState(NamedTuple):
@@ -116,17 +116,9 @@ def remember(
         present = task_tree.remove_absent(updates, keep)
         gradients = task_tree.move_averages(state.gradients, present, decay, keep)
         share = move_average(state.share, 1, decay, keep)
-        corrected = jax.tree.map(
-            lambda m: safe_divide(m, task_tree.along_tasks(share, m.ndim)), gradients
-        )
-        given = {} if vector is None else {"losses": last}
-        result, inner_state = update_inner(
-            task_tree.narrow_like(corrected, updates),
-            state.inner_state,
-            params,
-            active=share > 0,
-            **given,
-            **extra_args,
+        known = None if vector is None else last
+        result, inner_state = update_by_means(
+            update_inner, gradients, share, known, updates, state.inner_state, params, **extra_args
         )
         return result, RememberState(inner_state, gradients, share, last)
 
