@@ -3,6 +3,7 @@
 from mtl_optax.advice import Advice as Advice
 from mtl_optax.advice import advise as advise
 from mtl_optax.checking import check as check
+from mtl_optax.core.early_losses import EarlyLossState as EarlyLossState
 from mtl_optax.core.method import Method as Method
 from mtl_optax.core.method import MethodOptions as MethodOptions
 from mtl_optax.core.shared_rules import BargainingState as BargainingState
@@ -68,7 +69,6 @@ from mtl_optax.methods.losses.fixed_weights import fixed_weights as fixed_weight
 from mtl_optax.methods.losses.gls import gls as gls
 from mtl_optax.methods.losses.go4align import GO4AlignState as GO4AlignState
 from mtl_optax.methods.losses.go4align import go4align as go4align
-from mtl_optax.methods.losses.igb import IGBState as IGBState
 from mtl_optax.methods.losses.igb import igb as igb
 from mtl_optax.methods.losses.imtl_l import imtl_l as imtl_l
 from mtl_optax.methods.losses.lagrangian import LagrangianState as LagrangianState
@@ -85,7 +85,6 @@ from mtl_optax.methods.losses.rlw import rlw as rlw
 from mtl_optax.methods.losses.scale_invariant import scale_invariant as scale_invariant
 from mtl_optax.methods.losses.softadapt import SoftAdaptState as SoftAdaptState
 from mtl_optax.methods.losses.softadapt import softadapt as softadapt
-from mtl_optax.methods.losses.stch import STCHState as STCHState
 from mtl_optax.methods.losses.stch import stch as stch
 from mtl_optax.methods.losses.sum_tasks import MeasuredState as MeasuredState
 from mtl_optax.methods.losses.sum_tasks import sum_tasks as sum_tasks

@@ -1,31 +1,68 @@
-"""The mean losses early in training, to which some methods compare later losses."""
+"""Weights of log losses relative to the losses early in training, for several methods."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.rule import StepInputs
-from mtl_optax.solvers.arithmetic import move_mean
+from mtl_optax.core.rule import StepInputs, WeightRule
+from mtl_optax.core.types import DType
+from mtl_optax.solvers.arithmetic import count_active, move_mean
+from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
 
 
-def early_means(
-    inputs: StepInputs, mean: jax.Array, num_steps: jax.Array, skipped: int, window: int
-) -> tuple[jax.Array, jax.Array]:
-    """Adds the losses of a step to the mean over a window of each task.
+class EarlyLossState(NamedTuple):
+    """State of `igb` and `stch`, `[T]` per block.
+
+    Attributes:
+      mean: the mean loss over the first steps after the warm-up.
+      num_steps: int32, the number of steps at which each task was present, until the mean is complete.
+    """
+
+    mean: jax.Array
+    num_steps: jax.Array
+
+
+def early_loss_rule(
+    num_tasks: int,
+    warmup: int,
+    window: int,
+    score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> WeightRule:
+    """Returns the rule with the weights `T softmax(score)` of the log losses.
+
+    Until the early mean of every present task is known, the weights of the log losses are 1. A task
+    counts the steps at which it is present.
 
     Args:
-      inputs: the inputs of the step, with losses.
-      mean: `[T]`, the mean over the steps of the window so far; starts at 0.
-      num_steps: int32 `[T]`, the number of steps at which each task was present so far; starts at 0.
-      skipped: steps of a task before its window.
-      window: steps in the window, >= 1.
+      num_tasks: T.
+      warmup: steps before the mean is measured.
+      window: steps over which the mean is taken, >= 1.
+      score: `(sizes, early, usable) -> [T]`: the absolute losses, the absolute early means, and whether
+        each mean is not 0; see `magnitudes`.
 
     Returns:
-      The new `(mean, num_steps)`. A window is complete when `num_steps` is `skipped + window`; neither then
-      changes.
+      The rule.
     """
-    measured = num_steps - skipped
-    counts = inputs.active & (measured < window)
-    moved = move_mean(mean, inputs.losses, measured + 1, counts & (measured >= 0))
-    return moved, num_steps + counts.astype(jnp.int32)
+
+    def init(dtype: DType) -> EarlyLossState:
+        return EarlyLossState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), jnp.int32))
+
+    def weigh(inputs: StepInputs, state: EarlyLossState) -> tuple[jax.Array, EarlyLossState]:
+        active, losses = inputs.active, inputs.losses
+        sizes, usable = magnitudes(losses, active)
+        log_shares = log_softmax(score(sizes, *magnitudes(state.mean, active)), usable)
+        known = jnp.all((state.num_steps == warmup + window) | ~active)
+        log_number = jnp.log(count_active(active, losses.dtype))
+        log_weights = jnp.where(known, log_shares + log_number, 0) - jnp.log(sizes)
+
+        measured = state.num_steps - warmup
+        counts = active & (measured < window)
+        mean = move_mean(state.mean, losses, measured + 1, counts & (measured >= 0))
+        new = EarlyLossState(mean, state.num_steps + counts.astype(jnp.int32))
+        return exp_weights(log_weights, usable), new
+
+    return WeightRule(frozenset({"losses"}), weigh, init)

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 
-from mtl_optax.core.early_losses import early_means
+from mtl_optax.core.early_losses import early_loss_rule
 from mtl_optax.core.factory import NonnegativeInt, PositiveInt, factory
-from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
-from mtl_optax.solvers.arithmetic import count_active, safe_divide
-from mtl_optax.solvers.log_weights import clip_weights, exp_weights, log_softmax, magnitudes
-
-
-class IGBState(NamedTuple):
-    """State of `igb`, `[T]` per block.
-
-    Attributes:
-      base: mean loss over the steps that measure it.
-      num_steps: int32, the number of steps at which each task was present, at most
-        `warmup_steps + base_steps`.
-    """
-
-    base: jax.Array
-    num_steps: jax.Array
+from mtl_optax.rule import Method, MethodOptions, from_rule
+from mtl_optax.solvers.arithmetic import safe_divide
+from mtl_optax.solvers.log_weights import clip_weights
 
 
 @factory
@@ -57,7 +42,7 @@ def igb(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `IGBState`. `update` needs `losses=`. Cost: O(T).
+      A `Method` with the state `EarlyLossState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: if a number is outside its range.
@@ -86,19 +71,8 @@ def igb(
     """
     axis = read_tasks("igb", tasks)
 
-    def init(dtype: DType) -> IGBState:
-        return IGBState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32))
+    def score(sizes: jax.Array, base: jax.Array, nonzero: jax.Array) -> jax.Array:
+        return clip_weights(safe_divide(sizes, base, 1, where=nonzero))
 
-    def weigh(inputs: StepInputs, state: IGBState) -> tuple[jax.Array, IGBState]:
-        active, dtype = inputs.active, inputs.losses.dtype
-        sizes, usable = magnitudes(inputs.losses, active)
-        base, nonzero = magnitudes(state.base, active)
-        ratio = clip_weights(safe_divide(sizes, base, 1, where=nonzero))
-        log_shares = log_softmax(ratio, usable)
-        known = jnp.all((state.num_steps == warmup_steps + base_steps) | ~active)
-        log_number = jnp.log(count_active(active, dtype))
-        log_weights = jnp.where(known, log_shares + log_number, 0) - jnp.log(sizes)
-        early = early_means(inputs, *state, warmup_steps, base_steps)
-        return exp_weights(log_weights, usable), IGBState(*early)
-
-    return from_rule("igb", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    rule = early_loss_rule(axis.number, warmup_steps, base_steps, score)
+    return from_rule("igb", axis, rule, **options)

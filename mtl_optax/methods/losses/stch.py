@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.early_losses import early_means
+from mtl_optax.core.early_losses import early_loss_rule
 from mtl_optax.core.factory import NonnegativeInt, Positive, PositiveInt, factory
-from mtl_optax.core.types import DType
 from mtl_optax.core.validation import read_tasks
-from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
-from mtl_optax.solvers.arithmetic import count_active
-from mtl_optax.solvers.log_weights import exp_weights, log_softmax, magnitudes
-
-
-class STCHState(NamedTuple):
-    """State of `stch`, `[T]` per block.
-
-    Attributes:
-      nadir: mean loss over the steps that measure it.
-      num_steps: int32, the number of steps at which each task was present, at most
-        `warmup_steps + nadir_steps`.
-    """
-
-    nadir: jax.Array
-    num_steps: jax.Array
+from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
 @factory
@@ -59,7 +43,7 @@ def stch(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `STCHState`. `update` needs `losses=`. Cost: O(T).
+      A `Method` with the state `EarlyLossState`. `update` needs `losses=`. Cost: O(T).
 
     Raises:
       ValueError: if a number is outside its range.
@@ -90,18 +74,8 @@ def stch(
     """
     axis = read_tasks("stch", tasks)
 
-    def init(dtype: DType) -> STCHState:
-        return STCHState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32))
+    def score(sizes: jax.Array, nadir: jax.Array, _: jax.Array) -> jax.Array:
+        return (jnp.log(sizes) - jnp.log(nadir)) / jnp.asarray(mu, sizes.dtype)
 
-    def weigh(inputs: StepInputs, state: STCHState) -> tuple[jax.Array, STCHState]:
-        active, dtype = inputs.active, inputs.losses.dtype
-        sizes, usable = magnitudes(inputs.losses, active)
-        nadir, _ = magnitudes(state.nadir, active)
-        logs = jnp.log(sizes)
-        log_shares = log_softmax((logs - jnp.log(nadir)) / jnp.asarray(mu, dtype), usable)
-        known = jnp.all((state.num_steps == warmup_steps + nadir_steps) | ~active)
-        log_weights = jnp.where(known, log_shares + jnp.log(count_active(active, dtype)), 0) - logs
-        early = early_means(inputs, *state, warmup_steps, nadir_steps)
-        return exp_weights(log_weights, usable), STCHState(*early)
-
-    return from_rule("stch", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    rule = early_loss_rule(axis.number, warmup_steps, nadir_steps, score)
+    return from_rule("stch", axis, rule, **options)
