@@ -10,7 +10,7 @@ import pytest
 from sampling import sampled
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import growth, hlo, methods, peers, places, ways
+from examples.studies.benchmarks import gram, growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
 from examples.studies.benchmarks.report import Row, draw
@@ -27,6 +27,7 @@ from examples.studies.benchmarks.steps import steps
             methods.updates,
             methods.solvers,
             methods.compile_times,
+            gram.forms,
         ],
         [methods.updates],
     ),
