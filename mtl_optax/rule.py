@@ -1,6 +1,6 @@
-"""What a method is made of, those of the library and your own: `from_rule` and the types of rules.
+"""The parts of every method, also of your own: `from_rule` and the types of rules.
 
-"A method of your own" in the documentation has an example.
+The page "A method of your own" of the documentation has an example.
 """
 
 from mtl_optax.core.method import Method, MethodOptions

@@ -1,1 +1,1 @@
-"""Every method in one file; the folders say what a method looks at, and so what it costs."""
+"""The methods, one per file. The folder of a method says what it reads, and therefore what it costs."""

@@ -1,4 +1,4 @@
-"""Inner products and weighted sums of the gradients of B examples, of which no gradient is made.
+"""Inner products and weighted sums of the gradients of B examples, without these gradients.
 
 With the inputs `A_s` `[P, M]` of a dense layer at the P positions of example s, and the cotangents `D_s`
 `[P, N]` of its outputs, the gradient of its kernel is the product `A_s^T D_s`. Its factors are enough:
@@ -60,7 +60,7 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleGradients:
-    """The gradients of the losses of B examples, of which none is computed.
+    """The gradients of the losses of B examples, represented by their factors.
 
     Every function takes `chosen`, which says for every leaf whether it counts.
 
@@ -154,7 +154,7 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
     rows = leaf.num_rows
 
     def by_positions(left: jax.Array, right: jax.Array) -> jax.Array:
-        """From inner products of all positions, for as many examples at once as `right` has room for."""
+        """Multiplies products of positions, for as many examples at once as fit the size of `right`."""
 
         def row(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
             if leaf.is_table:
@@ -166,7 +166,7 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
         return lax.map(row, (left, right), batch_size=max(1, columns // max(1, positions)))
 
     def by_tables(left: jax.Array, right: jax.Array) -> jax.Array:
-        """From the gradient of one example at a time, read where the others look up."""
+        """Reads the gradient of one example at a time in the rows that the other examples look up."""
 
         def row(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
             table = jnp.zeros((rows, columns), dtype).at[mine[0]].add(mine[1], mode="drop")
@@ -175,7 +175,7 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
         return lax.map(row, (left, right))
 
     def by_rows(left: jax.Array, right: jax.Array) -> jax.Array:
-        """From some rows of all gradients at a time, as many as have the size of `right`."""
+        """Multiplies some rows of all gradients at a time, as many as have the size of `right`."""
         left = jnp.pad(left, ((0, 0), (0, 0), (0, -rows % positions)))
         parts = jnp.moveaxis(left.reshape(examples, positions, -1, positions), 2, 0)
 
@@ -184,10 +184,10 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
 
         return lax.scan(add, jnp.zeros((examples, examples), dtype), parts)[0]
 
-    # By number of multiplications, without the factors that both ways have.
+    # The way with fewer multiplications is chosen; factors that both ways share are left out.
     pairs = examples * positions**2
     if leaf.is_table:
-        # The norm of one example is not worth a table.
+        # For the norm of one example, a table costs more than it saves.
         few, left = examples == 1 or pairs <= rows + examples * positions, leaf.left
     else:
         few = pairs * (rows + columns) <= (examples + positions) * rows * columns

@@ -152,8 +152,8 @@ def check_differentiable(name: str, params: object) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not _is_array(leaf):
             raise TypeError(
-                f"{name}: the leaf {where(path)} of the parameters is {_described(leaf)}, no array. "
-                "Differentiate by the arrays alone: eqx.partition(model, eqx.is_inexact_array), or "
+                f"{name}: the leaf {where(path)} of the parameters is {_described(leaf)}, not an "
+                "array. Pass the arrays alone: eqx.partition(model, eqx.is_inexact_array), or "
                 "nnx.split(model, nnx.Param, ...)."
             )
         dtype = jnp.result_type(leaf)
@@ -164,9 +164,9 @@ def check_differentiable(name: str, params: object) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{name}: cannot differentiate by the leaf {where(path)} of {dtype}. Pass what is no "
-                "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, "
-                "nnx.Param, ...)."
+                f"{name}: cannot differentiate with respect to the leaf {where(path)} of {dtype}. Pass "
+                "values that are not parameters as another argument; for an nnx.Module pass "
+                "nnx.split(model, nnx.Param, ...)."
             )
 
 

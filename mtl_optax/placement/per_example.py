@@ -1,13 +1,13 @@
-"""The gradients of B examples in factors, found in JAX's own program for them.
+"""The factors of the gradients of B examples, read from the program by which JAX computes them.
 
 In the program of `vmap(grad(loss))`, the gradients with respect to the kernel of a dense layer are the
 result of one `dot_general`, and those of a table of one `scatter-add`, perhaps transposed or cast; their
 operands are the factors. `_evaluate` runs the program, and marks each such result with its factors. XLA
-removes the product itself, which nobody reads. A parameter that is used several times has the positions of
-all uses, and one that is used in a `scan` over layers has such a product per layer.
+removes the product itself, because nothing reads it. A parameter that is used several times has the
+positions of all uses, and one that is used in a `scan` over layers has such a product per layer.
 
-Every other gradient, such as that of a bias, a scale or a convolution, is held as it is: `[B, *shape]`, the
-product with the factor 1.
+Every other gradient, such as that of a bias, a scale or a convolution, is stored as it is, `[B, *shape]`,
+with 1 as the other factor.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Product:
 
     def plus(self, other: _Product) -> _Product | None:
         """The mark of the sum: the positions of both, if the arrays have one layout."""
-        if self.is_table != other.is_table:  # a table that is a kernel elsewhere
+        if self.is_table != other.is_table:  # the table is used as a kernel elsewhere
             return self.with_one_hot().plus(other.with_one_hot())
         layout = self.batch, self.free, self.order
         if layout != (other.batch, other.free, other.order):

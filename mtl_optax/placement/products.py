@@ -1,8 +1,8 @@
-"""Norms, inner products and a weighted sum of T gradients, of which none is kept.
+"""Norms, inner products and a weighted sum of T gradients that are not stored.
 
 With the Jacobian J of the losses, the gradient of task t is `g_t = J^T e_t`, a backward pass, and its inner
 products with all gradients are `J g_t`, a forward pass of tangents: the transpose of the backward pass.
-XLA uses each layer's part of `g_t` as soon as it is there, so not even one whole gradient is in memory.
+XLA uses each layer's part of `g_t` as soon as it is computed, so memory holds not even one whole gradient.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ class TaskGradients:
             # With `check_vma=True` the sum over devices has another type, and the transpose has summed.
             if jax.typeof(local) == jax.typeof(square):
                 products = task_tree.sum_over(products, self.axis_name)
-            # Each pair once: the first task needs no forward pass.
+            # Each pair is computed once, so the first task needs no forward pass.
             before = jnp.arange(num_tasks) < t
             return square.astype(dtype), jnp.where(before, products, 0)
 
         squares, lower = pull_in_turn(self.pullback, self.losses, row)
-        # What only a forward pass overflows in, as in float16, would make the cosine of two finite tasks
-        # NaN.
+        # A product may overflow in the forward pass (in float16) although both gradients are finite. It
+        # would make their cosine NaN.
         finite = jnp.isfinite(squares)
         overflows = finite[:, None] & finite[None, :] & ~jnp.isfinite(lower + lower.T)
         squares = jnp.where(jnp.any(overflows, axis=1), jnp.nan, squares)
@@ -144,8 +144,8 @@ class TaskGradients:
                 for x, g in zip(total, chosen_leaves(self.pullback.of_task(t), chosen), strict=True)
             ]
 
-        # A branch for each task, which XLA takes in turn and in place; one `cond` over all of them would
-        # hold `once` beside its result.
+        # XLA executes one branch per task after another, in place. A single `cond` over all tasks would
+        # keep `once` in memory beside its result.
         for t in range(self.losses.shape[0]):
             missing = ~fits & active[t]
             total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)

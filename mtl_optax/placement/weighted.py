@@ -48,7 +48,7 @@ def weighted_value_and_grad(
 ) -> Callable[..., tuple[Result, tuple[Params, BalanceState]]]:
     """Computes the update of a weighting method on the parameters, with fewer passes or less memory.
 
-    There are three savings. With `weights_from`, the method looks at the gradients of the chosen leaves
+    There are three ways to save. With `weights_from`, the method reads the gradients of the chosen leaves
     only (for example, of a few dense layers and not of the embedding tables); the other leaves take one
     backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
     T backward passes happen on every k-th step only; on the steps between, one backward pass with the
@@ -62,7 +62,7 @@ def weighted_value_and_grad(
 
     With `mode="examples"`, each example of a batch is a task. One backward pass gives the inputs of every
     layer and the cotangents of its outputs, of which the gradients of the examples are products; norms,
-    inner products and the weighted sum are computed from these factors, and no gradient of an example is.
+    inner products and the weighted sum are computed from these factors, without the gradients themselves.
     An example that is not finite is left out alone (docs/recipes/examples_as_tasks.md).
 
     One backward pass of a weighted sum cannot leave a task out: if the derivative of one loss is not
@@ -72,7 +72,7 @@ def weighted_value_and_grad(
     tasks, "vmap" and "map" cannot keep tasks apart (see `per_task_value_and_grad`): there the update of
     such a step is 0, and all tasks are counted.
 
-    One backward pass does not give the norms per task either, by which kept weights are limited elsewhere.
+    One backward pass does not give the norms per task either, so stored weights cannot be limited by them.
     If gradients are zero in most steps, or their norms jump, leave `update_every` at 1
     (docs/recipes/update_every.md).
 

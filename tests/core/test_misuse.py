@@ -596,8 +596,9 @@ def test_parameters_without_a_gradient():
 
     params = {"w": jnp.ones(3), "count": jnp.uint32(0)}
     expected = (
-        "per_task_value_and_grad: cannot differentiate by the leaf ['count'] of uint32. Pass what is no "
-        "parameter as another argument; of an nnx.Module differentiate by nnx.split(model, nnx.Param, ...)."
+        "per_task_value_and_grad: cannot differentiate with respect to the leaf ['count'] of uint32. Pass "
+        "values that are not parameters as another argument; for an nnx.Module pass nnx.split(model, "
+        "nnx.Param, ...)."
     )
     assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == expected
     weighted = mtl.weighted_value_and_grad(loss_fn, mtl.mgda(3))

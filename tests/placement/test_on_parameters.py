@@ -195,11 +195,11 @@ def test_has_aux_without_aux_is_refused(result):
     [
         (
             jnp.tanh,
-            r"the leaf \['f'\] of the parameters is a .*, no array.* eqx.partition.* nnx.split",
+            r"the leaf \['f'\] of the parameters is a .*, not an array.* eqx.partition.* nnx.split",
         ),
-        ("relu", r"the leaf \['f'\] of the parameters is a str, no array"),
+        ("relu", r"the leaf \['f'\] of the parameters is a str, not an array"),
         (1j * jnp.ones(2), r"the leaf \['f'\] of the parameters is complex.* two leaves"),
-        (jnp.arange(2), r"cannot differentiate by the leaf \['f'\] of int"),
+        (jnp.arange(2), r"cannot differentiate with respect to the leaf \['f'\] of int"),
     ],
 )
 def test_parameters_without_a_real_gradient_are_refused(leaf, words):
