@@ -147,6 +147,7 @@ def no_training(monkeypatch) -> None:
     monkeypatch.setattr(compare, "step_times", lambda trainer, labels: dict.fromkeys(labels, 1.0))
     monkeypatch.setattr(compare, "untrained", lambda *_: report.reference("untrained", {}, {}))
     monkeypatch.setattr(compare, "popular", lambda *_: report.reference("popularity", {}, {}))
+    monkeypatch.setattr(compare, "look", lambda _: "")
     monkeypatch.setattr(compare.report, "draw", lambda *_: None)
 
 
@@ -275,6 +276,30 @@ def test_searched_weights_count_what_the_search_cost(trained, monkeypatch, capsy
     told = "A row reaches the searched weights (7 runs)"
     assert told in page and told in shown
     assert "eached by" in page and "the plain sum and 4 random draws" in " ".join(page.split())
+    assert "Runs of the search whose best" in " ".join(page.split())
+
+
+def test_one_run_is_worth_as_many_as_are_expected_to_reach_it():
+    def run_of(value: float) -> Run:
+        return Run("", 0, {}, {}, 1, 1.0, {"validation": np.array([value])})
+
+    search = compare.Search(np.ones(2), [run_of(value) for value in (0.1, 0.2, 0.3)])
+    values = {"sum": (0.1,), "a": (0.1,), "b": (0.1, 0.3), "c": (0.21,), "d": (0.3,), "e": (0.31,)}
+    rows = {name: report.row([run_of(v) for v in found]) for name, found in values.items()}
+    # The expected best of 1, 2 and 3 runs is 0.2, 0.267 and 0.3.
+    assert "to reach that of one run: a 1, b 1, c 2, d 3, e more than 3." in compare.worth(
+        rows, search
+    )
+    assert compare.worth(rows, None) == ""
+
+
+def test_the_last_lines_say_what_the_gradients_say(monkeypatch):
+    """Days since the first rating are squares of large numbers: they dominate at the start."""
+    monkeypatch.setattr(sources, "movielens_ratings", many_ratings)
+    dataset = compare.make_dataset(sources.load_log("movielens"), compare.Split())
+    text = compare.look(Trainer(dataset, TINY))
+    assert text.startswith("The first ") and "Ratios of gradient norms: rated 5 1, rated " in text
+    assert "days dominate rated 5" in text
 
 
 def test_the_search_takes_the_weights_with_the_best_validation(trained, monkeypatch):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import chex
 import jax
@@ -19,7 +20,7 @@ from examples.studies.harness import steps
 from examples.studies.harness.choices import known_methods, parse_choice
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.runs import Plan, Run
-from examples.studies.harness.statistics import holm, paired_difference
+from examples.studies.harness.statistics import expected_best, holm, paired_difference
 from examples.studies.harness.steps import make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender import evaluation, report, sources
@@ -198,6 +199,30 @@ def test_movielens_in_units(monkeypatch):
     np.testing.assert_array_equal(log.interactions.values, expected)
     with pytest.raises(UserError, match=r"has the ranking tasks rated 5, rated$"):
         with_target(log, "stars")
+
+
+def test_movielens_retrieval(monkeypatch):
+    monkeypatch.setattr(sources, "movielens_ratings", lambda: np.array(RATINGS).astype(np.int64))
+    log = sources.load_log("movielens", tasks="retrieval")
+    assert [(task.kind, task.softmax) for task in log.tasks] == [
+        (RANKING, True),
+        (REGRESSION, False),
+    ]
+    np.testing.assert_allclose(
+        log.interactions.values, [[1, 0.8], [1, 0.6], [1, 1], [1, 0.2]], rtol=1e-6
+    )
+
+
+def test_a_softmax_is_over_a_pair_and_its_own_negatives():
+    """Three pairs with two drawn items each; the second pair is no positive, one drawn item is."""
+    scores = jnp.array([1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    labels = jnp.array([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    first, third = (np.exp([1.0, 0.1]), np.exp([3.0, 0.6]))
+    expected = -np.mean([np.log(found[0] / found.sum()) for found in (first, third)])
+    loss, gradient = jax.value_and_grad(network_module.sampled_softmax)(scores, labels, mask, 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(gradient != 0, [1, 0, 1, 1, 0, 0, 0, 0, 1])
 
 
 def test_movielens_nested(monkeypatch):
@@ -418,6 +443,14 @@ def test_holm_correction():
     table = np.array([[0.01, 0.9], [0.8, 0.02], [0.012, 0.2]])
     # Sorted 0.01, 0.012, 0.02, 0.2, 0.8, 0.9 by 6, 5, 4, 3, 2, 1: never falling, at most 1.
     np.testing.assert_allclose(holm(table), [[0.06, 1], [1, 0.08], [0.06, 0.6]])
+
+
+def test_the_expected_best_of_some_runs_is_the_mean_over_all_choices_of_them():
+    values = np.array([0.3, 0.1, 0.9, 0.4])
+    expected = [
+        np.mean([max(chosen) for chosen in combinations(values, drawn)]) for drawn in (1, 2, 3, 4)
+    ]
+    np.testing.assert_allclose(expected_best(values), expected)
 
 
 # --- choices ------------------------------------------------------------------------------------

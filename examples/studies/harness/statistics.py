@@ -1,6 +1,7 @@
 """Is one method better than another, over seeds and users?"""
 
 from collections.abc import Mapping
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,13 @@ def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[D
         label: [d._replace(p_value=float(p)) for d, p in zip(entry, row, strict=True)]
         for (label, entry), row in zip(found.items(), corrected, strict=True)
     }
+
+
+def expected_best(values: np.ndarray) -> np.ndarray:
+    """The expected best of 1, 2, ... runs that are drawn from the `values` `[runs]` of a search."""
+    ordered, runs = np.sort(values), len(values)
+    of_rank = [[comb(rank, drawn) for rank in range(runs)] for drawn in range(runs)]
+    return np.array(of_rank) @ ordered / [comb(runs, drawn + 1) for drawn in range(runs)]
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
     python -m examples.compare                    # MovieLens-100K, tasks in unlike units, three seeds
     python -m examples.compare --quick            # a look in under half a minute
     python -m examples.compare --tasks nested     # three nested labels of one kind
+    python -m examples.compare --tasks retrieval  # two losses of one size: nothing is to win
     python -m examples.compare --method sum "metabalance(relax_factor=1)" --data synthetic --out results
 
 Is one run of balancing worth a search over loss weights? The tasks are what the data file holds, in its
@@ -10,7 +11,8 @@ own units: which films a user rates 5 (the target) or rates at all, to be ranked
 since the user's first rating, to be predicted. Every row trains the same network on the same batches with
 the same optimizer; `single` is the target's loss alone, and `standardised labels` is the sum with every
 squared error divided by its labels' variance. `searched weights` trains with fixed weights that a
-random search on the validation set chose, and its row counts what the search cost.
+random search on the validation set chose, and its row counts what the search cost. The last lines say what
+`mtl_optax.advise` makes of the gradients in the first steps of the plain sum.
 """
 
 import argparse
@@ -19,10 +21,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+import mtl_optax as mtl
 from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
 from examples.studies.harness.command import (
     add_options,
@@ -37,14 +41,14 @@ from examples.studies.harness.report import Row, metrics_csv, publish, reference
 from examples.studies.harness.runner import Job, Runner, versions
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import tune
-from examples.studies.harness.statistics import paired_difference
+from examples.studies.harness.statistics import expected_best, paired_difference
 from examples.studies.harness.timing import interleaved, ratio
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender import report
 from examples.studies.recommender.data import Dataset, Split, make_dataset
 from examples.studies.recommender.evaluation import rank_by_item_scores
 from examples.studies.recommender.network import NetworkConfig
-from examples.studies.recommender.sources import load_log
+from examples.studies.recommender.sources import MOVIELENS, load_log
 from examples.studies.recommender.training import TrainConfig, Trainer, popularity
 
 SEARCHED, STANDARDISED = "searched weights", "standardised labels"
@@ -67,6 +71,7 @@ TRAIN = TrainConfig(
     epochs=5, negatives=1, validation_users=400, learning_rate=3e-2, weight_decay=1.0,
     network=NetworkConfig(embedding=32, tower=(16,)),
 )  # fmt: skip
+SOFTMAX_NEGATIVES = 4  # random items of a pair, where a softmax is over them
 # The weights of the search, beside 1 for the target: the powers of 10 are uniform.
 SEARCH_POWERS = (-6.0, 1.0)
 TIMED_ROUNDS = 3
@@ -78,7 +83,7 @@ OPTIONS = {
         f"'parameters' is an option too. Names: {', '.join((*FIXED, *known_methods()))}",
     },
     "data": {"default": "movielens", "help": "movielens, synthetic, or a folder of behaviours"},
-    "tasks": {"choices": ("units", "nested"), "default": "units", "help": "of MovieLens"},
+    "tasks": {"choices": tuple(MOVIELENS), "default": "units", "help": "of MovieLens"},
     "target": {"help": "the task to rank for (default: buy, or rated 5)"},
     "search_runs": {"type": int, "help": "runs of the random search over weights (default 12)"},
     "tune": {"action": "store_true", "help": "search the plain sum's settings, and stop"},
@@ -103,6 +108,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         setattr(options, name, getattr(options, name) or value)
     options.method = tuple(dict.fromkeys(options.method))
     options.train = replace(TRAIN, epochs=options.epochs)
+    if options.tasks == "retrieval":
+        options.train = replace(options.train, negatives=SOFTMAX_NEGATIVES)
     for method in set(options.method) - set(FIXED):
         if nearest(method, FIXED):
             raise UserError(unknown("method", method, FIXED))
@@ -127,7 +134,12 @@ def compare(options: argparse.Namespace) -> None:
     if options.data == "movielens":
         title += f" ({options.tasks})"
     caption = report.caption(columns, options.seeds, SUM if SUM in rows else None)
-    note = f"{caption} {settings(options, search)}\n\n{verdict(rows, target)}".strip()
+    parts = (
+        f"{caption} {settings(options, search)}".strip(),
+        verdict(rows, target),
+        worth(rows, search),
+    )
+    note = "\n\n".join(part for part in (*parts, look(trainer)) if part)
     runs = {label: entry.runs for label, entry in rows.items()}
     about = {**versions(), **trainer.fingerprint, "seeds": options.seeds}
     files = {
@@ -297,6 +309,52 @@ def verdict(rows: Mapping[str, Row], target: str) -> str:
         f"{target!r} is at most one standard error of the paired difference lower; this is no test of "
         f"equality. {said}"
     )
+
+
+def worth(rows: Mapping[str, Row], search: Search | None) -> str:
+    """How many runs of the search are expected to find what one run of each method reached."""
+    if search is None:
+        return ""
+    best = expected_best(np.array([run.best_value for run in search.runs]))
+    said = []
+    for label, entry in rows.items():
+        if entry.trainings and label not in (*FIXED, SUM, SINGLE):
+            reached = np.mean([run.best_value for run in entry.runs])
+            needed = int(np.searchsorted(best, reached)) + 1
+            said.append(f"{label} {needed if needed <= len(best) else f'more than {len(best)}'}")
+    if not said:
+        return ""
+    return (
+        "Runs of the search whose best validation NDCG@10 is expected to reach that of one run: "
+        f"{', '.join(said)}."
+    )
+
+
+def look(trainer: Trainer) -> str:
+    """What the gradients of the shared bottom in the first steps of the plain sum say."""
+    choice = parse_choice("sum_tasks(measure=True, place='parameters')")
+    step = trainer.make_step(choice, trainer.default_setting())
+
+    @jax.jit
+    def state_after(params: Any, slots: Any) -> mtl.BalanceState:
+        def one(carry: Any, slot: Any) -> Any:
+            params, state, *_ = step.update(*carry, trainer.batch(trainer.data, slot))
+            return (params, state), None
+
+        (_, (state, *_)), _ = jax.lax.scan(one, (params, step.init(params)), slots)
+        return state
+
+    seeds = np.zeros(1, np.int32)
+    slots = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:])[:100], trainer.slots(1, seeds))
+    state = state_after(jax.tree.map(lambda x: x[0], trainer.initial(seeds)), slots)
+    products = np.asarray(state.rule_state.products).sum(axis=0)
+    norms = np.sqrt(np.diagonal(products))
+    # By name, since the target is first here and tasks with names are sorted.
+    by_name = lambda values: dict(zip(names, values, strict=True))  # noqa: E731
+    names = [task.name for task in trainer.dataset.tasks]
+    cosines = by_name(map(by_name, products / norms / norms[:, None]))
+    advice = mtl.advise({"norms": by_name(norms), "cosines": cosines}, target=names[0])
+    return f"The first {int(state.balance_count)} steps of the plain sum. {advice}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

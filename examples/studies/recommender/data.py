@@ -19,11 +19,13 @@ class Task:
       name: for tables.
       kind: `RANKING` (positive or not; cross-entropy) or `REGRESSION` (a number; squared error).
       unit: of a regression's number, as the data file has it.
+      softmax: whether the loss of a ranking is a softmax over a pair and the items drawn with it.
     """
 
     name: str
     kind: str = RANKING
     unit: str = ""
+    softmax: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,14 @@ class Network(steps.Network):
         tasks: tuple[Task, ...],
         bias: np.ndarray,
         config: NetworkConfig,
+        negatives: int = 1,
     ):
-        """`bias` `[T, items]` is where the towers' biases of the items start."""
+        """`bias` `[T, items]` is where the towers' biases of the items start.
+
+        A batch for a softmax has its pairs first, then `negatives` random items of each.
+        """
         self.num_tasks, self.num_users, self.num_items = len(tasks), users, items
-        self.config = config
+        self.config, self.negatives = config, negatives
         # The shape of one pair's: no method here keeps gradients of a whole batch.
         self.representation = jax.ShapeDtypeStruct((1, config.representation), jnp.float32)
         self._bias = jnp.asarray(bias, jnp.float32)
@@ -146,7 +150,7 @@ class Network(steps.Network):
     def losses(
         self, heads: nnx.State, copies: tuple[jax.Array, ...], batch: Batch
     ) -> tuple[jax.Array, ...]:
-        """The T losses: cross-entropy, or squared error in the unit of the data.
+        """The T losses: cross-entropy, sampled softmax, or squared error in the unit of the data.
 
         A tuple of scalars, one task after the other: the gradient of a loss is then found without a pass
         through the other towers, which an array `[T]` would force on it.
@@ -156,6 +160,9 @@ class Network(steps.Network):
             head = jax.tree.map(lambda leaf, place=place: leaf[place], heads)
             found = nnx.merge(self._tower, head)(copy, batch.items)
             labels, mask = batch.labels[place], batch.mask[place]
+            if task.softmax:
+                losses.append(sampled_softmax(found, labels, mask, self.negatives))
+                continue
             if task.kind == REGRESSION:
                 each = optax.squared_error(found, labels)
             else:
@@ -196,6 +203,22 @@ class Network(steps.Network):
         bottom = nnx.merge(self._bottom, params.shared.bottom)
         tower = nnx.merge(self._tower, jax.tree.map(lambda leaf: leaf[task], params.heads))
         return tower(bottom(tables.user[users], tables.item[items]), items)
+
+
+def sampled_softmax(
+    scores: jax.Array, labels: jax.Array, mask: jax.Array, negatives: int
+) -> jax.Array:
+    """The mean loss of the positives among the first `N / (1 + negatives)` of the scores `[N]`.
+
+    Each competes with the random items of its pair, but for those that are positives too or are masked. The
+    items are drawn uniformly, which needs no correction.
+    """
+    pairs = len(scores) // (1 + negatives)
+    own, is_positive = scores[:pairs, None], (labels * mask)[:pairs]
+    is_negative = (mask[pairs:] > 0) & (labels[pairs:] == 0)
+    drawn = jnp.where(is_negative, scores[pairs:], -jnp.inf).reshape(pairs, negatives)
+    each = jax.nn.logsumexp(jnp.concatenate([own, drawn], axis=1), axis=1) - own[:, 0]
+    return jnp.sum(each * is_positive) / jnp.maximum(jnp.sum(is_positive), 1)
 
 
 def distinct_rows(tables: Tables, batch: Batch) -> tuple[tuple[jax.Array, ...], Batch]:

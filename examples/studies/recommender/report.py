@@ -18,7 +18,7 @@ EFFORT = ("step", "runs", "seconds")
 def metric(task: Task, column: str = f"{HEADLINE}, all") -> Metric:
     """A column of a ranking task, as a mean over the users; of a regression the root of its squares."""
     if task.kind == REGRESSION:
-        return Metric(task.name, "rmse", lambda squares: np.sqrt(squares.mean()), digits=2)
+        return Metric(task.name, "rmse", lambda squares: np.sqrt(squares.mean()), digits=3)
     place = COLUMNS.index(column)
     return Metric(task.name, column, lambda users: np.nanmean(users[:, place]))
 

@@ -25,10 +25,10 @@ SUFFIXES = (".csv.gz", ".csv")
 def load_log(data: str, target: str | None = None, tasks: str = "units") -> Log:
     """Read `movielens`, `synthetic`, or the folder of behaviours that `data` names.
 
-    `tasks` chooses what MovieLens's tasks are, "units" or "nested".
+    `tasks` chooses what MovieLens's tasks are, a key of `MOVIELENS`.
     """
     if data == "movielens":
-        log = movielens_units() if tasks == "units" else movielens_nested()
+        log = MOVIELENS[tasks]()
     elif data == "synthetic":
         log = synthetic()
     else:
@@ -65,6 +65,25 @@ def movielens_nested() -> Log:
     return behaviours(
         "MovieLens-100K", int(pairs[:, 0].max()) + 1, int(pairs[:, 1].max()) + 1, nested
     )
+
+
+def movielens_retrieval() -> Log:
+    """MovieLens-100K as the two tasks of many tutorials: which films are rated, and how.
+
+    A softmax over films, and the squared error of the stars, which are scaled to 1.
+    """
+    pairs, stars, _ = _movielens()
+    values = np.stack([np.ones(len(stars)), stars / 5], axis=1).astype(np.float32)
+    tasks = Task("rated", softmax=True), Task("stars", REGRESSION, "of five")
+    users, items = (int(column.max()) + 1 for column in pairs.T)
+    return Log("MovieLens-100K", users, items, tasks, Interactions(pairs, values))
+
+
+MOVIELENS = {
+    "units": movielens_units,
+    "nested": movielens_nested,
+    "retrieval": movielens_retrieval,
+}
 
 
 def _movielens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -73,6 +73,7 @@ class Trainer(trainer.Trainer):
             dataset.tasks,
             initial_biases(dataset),
             config.network,
+            config.negatives,
         )
         train = dataset.train
         self.data = _Data(pair_tables(dataset), jnp.asarray(train.pairs), jnp.asarray(train.values))
