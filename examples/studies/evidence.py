@@ -1,0 +1,125 @@
+"""The bar chart of the README from the stored results: `python -m examples.studies.evidence`.
+
+For every problem the plain sum, the best of a search over fixed weights, and one run of a method that is
+named here; it trains nothing, and leaves out a problem whose results are not stored.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.studies.harness.report import picture
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "examples" / "studies" / "results"
+OUT = ROOT / "docs" / "_static" / "evidence.svg"
+BARS = ("plain sum", "best of a search", "one run of balancing")
+COLORS = ("tab:gray", "tab:orange", "tab:blue")
+Line = Mapping[str, str]
+
+
+class Panel(NamedTuple):
+    """One problem of the chart.
+
+    Attributes:
+      title: of the panel.
+      label: of its axis.
+      file: below the results.
+      rows: regular expressions for the names of the sum, of the search and of the method in the file, of
+        which the last row with such a name counts: the largest search.
+      kept: which lines of the file count.
+      name, value: the columns of a row's name and of the number; the mean of a seed's lines is its number.
+    """
+
+    title: str
+    label: str
+    file: str
+    rows: tuple[str, str, str]
+    kept: Callable[[Line], bool]
+    name: str
+    value: str
+
+
+PANELS = (
+    Panel(
+        "QM9: 11 properties",
+        "mean absolute error, lower is better\n(standard deviations)",
+        "molecules/table.csv",
+        ("sum", r"search, \d+ runs?", "scale_invariant"),
+        lambda line: True,
+        "arm",
+        "test",
+    ),
+    Panel(
+        "MovieLens in unlike units",
+        "NDCG@10 of films rated 5",
+        "compare/metrics.csv",
+        ("sum", "searched weights", "imtl_g"),
+        lambda line: (
+            (line["part"], line["task"], line["metric"]) == ("test", "rated 5", "ndcg@10, all")
+        ),
+        "method",
+        "value",
+    ),
+    *(
+        Panel(
+            f"PPO: {title}",
+            "return",
+            "reinforcement/returns.csv",
+            ("sum", "searched weight of the critic", "imtl_g"),
+            lambda line, task=task: line["environment"] == task,
+            "method",
+            "return",
+        )
+        for task, title in (("cartpole", "CartPole"), ("acrobot", "Acrobot"))
+    ),
+)
+
+
+def values_of(panel: Panel, results: Path) -> list[np.ndarray] | None:
+    """The numbers of the three rows, one a seed; None if the file has not all of them."""
+    file = results / panel.file
+    if not file.exists():
+        return None
+    found: dict[str, dict[str, list[float]]] = {}
+    with file.open(encoding="utf-8") as stream:
+        for line in filter(panel.kept, csv.DictReader(stream)):
+            by_seed = found.setdefault(line[panel.name], {})
+            by_seed.setdefault(line["seed"], []).append(float(line[panel.value]))
+    means = []
+    for row in panel.rows:
+        named = [name for name in found if re.fullmatch(row, name)]
+        if not named:
+            return None
+        means.append(np.array([np.mean(values) for values in found[named[-1]].values()]))
+    return means
+
+
+def draw(results: Path, out: Path) -> list[str]:
+    """Draw the panels that have results, and return their titles."""
+    drawn = [
+        (panel, values) for panel in PANELS if (values := values_of(panel, results)) is not None
+    ]
+    with picture(out, columns=max(len(drawn), 1), figsize=(3.2 * len(drawn), 3)) as (figure, grid):
+        for axes, (panel, values) in zip(grid[0], drawn, strict=False):
+            for place, (of_seeds, color) in enumerate(zip(values, COLORS, strict=True)):
+                error = of_seeds.std(ddof=1) / len(of_seeds) ** 0.5 if len(of_seeds) > 1 else None
+                axes.bar(
+                    place, of_seeds.mean(), yerr=error, color=color, capsize=4, label=BARS[place]
+                )
+            axes.set_title(panel.title, fontsize=10)
+            axes.set_ylabel(panel.label, fontsize=8)
+            axes.set_xticks(range(3), ["sum", "search", panel.rows[2]], fontsize=8)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return [panel.title for panel, _ in drawn]
+
+
+if __name__ == "__main__":
+    titles = draw(RESULTS, OUT)
+    print(f"{OUT}: {', '.join(titles)}")
+    sys.exit(not titles)
