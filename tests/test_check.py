@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from method_properties import SAMPLE, WITH_TARGET, every_method, make
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -86,7 +87,7 @@ def test_a_multi_steps_object_is_refused_too():
     assert refusal(optax.MultiSteps(WHOLE, 2)).startswith("check: optax.MultiSteps, found at state")
 
 
-@pytest.mark.parametrize("traced", [True, False], ids=["shapes", "arrays"])
+@pytest.mark.parametrize("traced", sampled([True, False], [True]), ids=["shapes", "arrays"])
 def test_the_extra_arguments_of_a_line_search(traced):
     def value_fn(params):
         return sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
@@ -127,7 +128,7 @@ def test_a_state_whose_structure_settles_after_the_first_step():
 # --- what it returns ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(WITH_TARGET))
+@pytest.mark.parametrize("name", sampled(sorted(WITH_TARGET), ["metabalance", "grad_surgery"]))
 def test_a_method_with_a_target(name):
     """Tasks with names need it; of numbered ones it is the first if it is left out."""
     tasks, parameter = ("click", "buy"), {"w": PARAMS["head"]}
@@ -177,7 +178,7 @@ HIDDEN_TASKS = {
 }
 
 
-@pytest.mark.parametrize("name", HIDDEN_TASKS)
+@pytest.mark.parametrize("name", sampled(HIDDEN_TASKS, ["a method", "groups", "a guard"]))
 def test_the_number_of_tasks_is_read_from_the_methods(name):
     tx = HIDDEN_TASKS[name]
     assert mtl.check(tx, PARAMS) == mtl.check(tx, PARAMS, T)

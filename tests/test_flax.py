@@ -116,6 +116,7 @@ def assert_model(model: Model, params: Any) -> None:
         np.testing.assert_allclose(layer.bias[...], params[name]["bias"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx.Variable, "get_value"), reason="needs Flax 0.12.1")
 def test_nnx_variable_holds_the_balancer(forked: Any) -> None:
     params, state = forked
@@ -139,6 +140,7 @@ def test_nnx_variable_holds_the_balancer(forked: Any) -> None:
     np.testing.assert_allclose(found["weights"], mtl.diagnostics(state)["weights"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_nnx_split_and_merge(forked: Any) -> None:
     params, _ = forked
     model = Model(nnx.Rngs(0))
@@ -162,6 +164,7 @@ def test_nnx_split_and_merge(forked: Any) -> None:
     assert_model(model, params)
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_with_the_method_in_its_chain(stacked: Any) -> None:
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.chain(METHOD, optax.adam(1e-2)), wrt=nnx.Param)
@@ -196,6 +199,7 @@ class Noisy(Model):
         return self.dropout(jnp.tanh(self.shared(self.norm(x))))
 
 
+@pytest.mark.slow
 def test_nnx_batch_statistics_and_dropout() -> None:
     """`loss_fn` is traced twice; statistics and keys, which it returns as `aux`, move on once a step."""
     # Flax keeps the statistics in float32, also where JAX computes in float64.

@@ -74,6 +74,7 @@ def test_workflow_tries_the_lower_bounds() -> None:
     assert {name: pinned.get(name) for name in bounds} == bounds
 
 
+@pytest.mark.slow
 def test_importing_needs_no_extra() -> None:
     """The library imports with every optional package hidden."""
     extras = ["flax", "matplotlib", "orbax", "pandas", "rich", "sklearn", "libtpu"]
@@ -117,6 +118,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_alone(wheel: dict[str, bytes]) -> None:
     info = f"mtl_optax-{mtl_optax.__version__}.dist-info"
     assert {name.split("/")[0] for name in wheel} == {"mtl_optax", info}

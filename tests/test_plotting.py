@@ -155,6 +155,7 @@ def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
         plotting.plot_weights(HISTORY)
 
 
+@pytest.mark.slow
 def test_importing_does_not_need_matplotlib() -> None:
     program = "import sys, mtl_optax.plotting; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -67,7 +67,7 @@ def assert_differ(left, right):
         assert not np.allclose(one, other, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sampled(METHODS, ["moco", "ol_aux"]))
+@pytest.mark.parametrize("name", sampled(METHODS, ["ol_aux"]))
 def test_blocks_by_leaf_equal_the_method_on_each_leaf(name):
     together = run(METHODS[name](blocks="leaf"))
     for block, leaf in enumerate(PARAMS):
@@ -80,7 +80,7 @@ def test_blocks_by_leaf_equal_the_method_on_each_leaf(name):
     assert_differ(together[-1][1].weights[0], together[-1][1].weights[1])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sampled(METHODS, ["moco", "db_mtl"]))
 def test_reduce_false_sums_to_the_reduced_update(name):
     scaled, reduced = run(METHODS[name](reduce=False)), run(METHODS[name]())
     for seed, ((parts, state), (update, want)) in enumerate(zip(scaled, reduced, strict=True)):
@@ -89,7 +89,7 @@ def test_reduce_false_sums_to_the_reduced_update(name):
         assert_close(state, want)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sampled(METHODS, ["moco", "db_mtl"]))
 def test_update_every_keeps_the_weights_while_the_averages_move(name):
     every_other = run(METHODS[name](update_every=2))
     first, second, third = (state for _, state in every_other)
@@ -115,7 +115,7 @@ def spec(x):
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("blocks", sampled(["all", "leaf"], ["all"]))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sampled(METHODS, ["moco"]))
 def test_axis_name_gives_the_unsharded_update_on_two_devices(name, blocks):
     mesh = jax.make_mesh((2,), ("model",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     method = METHODS[name](blocks=blocks, axis_name="model")

@@ -61,7 +61,7 @@ def _check(leaves, blocks, num_blocks, tolerance=1e-5):
     return gram
 
 
-@pytest.mark.parametrize("num_tasks", [1, 3, 6])
+@pytest.mark.parametrize("num_tasks", sampled([1, 3, 6], [6]))
 def test_odd_shapes_scalars_empties_and_blocks(num_tasks):
     _check(_random(SHAPES, num_tasks), (0, 1, 0, 3, 1, 3, 0), 5)
 
@@ -88,18 +88,21 @@ def test_float16_does_not_overflow():
     assert float(gram_matrices([rows], (0,), 1)[0, 0, 1]) == 9e7
 
 
+@pytest.mark.slow
 def test_float64_and_mixed_dtypes():
     with jax.enable_x64(True):
         leaves = _random([(50,)], 3, jnp.float64) + _random([(60,)], 3, jnp.bfloat16)
         assert _check(leaves, (0, 0), 1, 1e-14).dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_a_nonfinite_task_stays_in_its_own_row_and_column():
     rows = (*_random([(_LARGE,)], 5)[0].rows, jnp.full((_LARGE,), jnp.nan))
     gram = gram_matrices([TaskRows(rows)], (0,), 1)[0]
     assert np.all(np.isfinite(gram[:5, :5])) and np.all(np.isnan(gram[5]))
 
 
+@pytest.mark.slow
 def test_inside_vmap_scan_and_shard_map():
     x = jnp.stack([jnp.stack(leaf.rows) for leaf in _random([(4, 3), (4, 3)], 3)])
     want = jnp.stack([gram_matrices([one], (0,), 1) for one in x])
@@ -154,7 +157,7 @@ def test_a_branch_does_not_copy_its_operands():
     ("bad", "dtype"),
     sampled(
         itertools.product([np.nan, np.inf, -np.inf], [jnp.float32, jnp.bfloat16, jnp.float16]),
-        [(np.inf, jnp.float32), (-np.inf, jnp.bfloat16), (np.nan, jnp.float16)],
+        [(np.inf, jnp.float32), (np.nan, jnp.float16)],
     ),
 )
 def test_one_number_that_is_not_finite_is_found(bad, dtype):

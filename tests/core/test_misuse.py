@@ -636,7 +636,7 @@ def test_a_fork_inside_an_inner_trace(name):
 
 def test_the_remedy_for_it():
     """`fork` itself inside of `jax.checkpoint`, its token handed out: the numbers are those without."""
-    method = mtl.emtl(2)
+    method = mtl.scale_invariant(2)
     w, x = jnp.ones((3, 2)), jnp.linspace(-1, 1, 12).reshape(4, 3)
 
     def total(wrap):
@@ -653,6 +653,7 @@ def test_the_remedy_for_it():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), inside, plain)
 
 
+@pytest.mark.slow
 def test_losses_joined_twice_move_the_state_once():
     method = mtl.emtl(2)
     h = jnp.arange(3.0)

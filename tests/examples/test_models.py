@@ -33,7 +33,7 @@ SMALL = {
     DeepFM: {"embedding": 4, "deep": (8, 6), "tower": (5,)},
 }
 DEFAULTS = FeatureSpec(3, (10, 20))
-tabular = pytest.mark.parametrize("model_class", sampled(SMALL, [SharedBottom, DCNv2]))
+tabular = pytest.mark.parametrize("model_class", sampled(SMALL, [DCNv2]))
 
 
 def batch(seed=0, spec=SPEC, size=BATCH):
@@ -165,7 +165,7 @@ def test_a_fork_with_the_plain_sum_is_the_plain_sum(model_class):
         ("ple", PLE),
         ("dcn_v2", DCNv2),
         ("deepfm", DeepFM),
-        ("segnet_mtan", SegNetMTAN),
+        pytest.param("segnet_mtan", SegNetMTAN, marks=pytest.mark.slow),
     ],
 )
 def test_the_docstrings_count_the_parameters(name, model_class):
@@ -195,6 +195,7 @@ def test_the_cross_layer_is_its_formula(rank, x64):
     np.testing.assert_allclose(layer(jnp.asarray(first), jnp.asarray(inputs)), expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_dcn_v2_crosses_the_embedded_features():
     """The representation is the cross network, layer by layer, beside the deep network."""
     model, features = build_small(DCNv2), batch()
@@ -211,6 +212,7 @@ def test_dcn_v2_crosses_the_embedded_features():
     np.testing.assert_allclose(model.represent(features), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fm_term_is_its_formula():
     model, features = build_small(DeepFM), batch()
     numbers = float64(model.numerical.vectors[...])
@@ -229,6 +231,7 @@ def test_the_fm_term_is_its_formula():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_mmoe_and_ple_mix_their_experts():
     features = batch()
     for model_class in (MMoE, PLE):
@@ -283,6 +286,7 @@ def test_esmm_is_finite_where_probabilities_round():
     assert jacobian(logits, jnp.zeros(4))[1][0, 2] > 0.4 / 4  # a mean over four
 
 
+@pytest.mark.slow
 def test_esmm_trains_each_tower_from_its_own_copy():
     model, features = build_small(SharedBottom), batch()
     graphdef, params = nnx.split(model)

@@ -77,7 +77,7 @@ def test_an_example_is_one_file_of_its_own(name, root):
     assert re.search(r"two CPU cores", doc)
 
 
-@pytest.mark.parametrize("name", sampled(sorted(SMALL), ["own_method", "several_loaders"]))
+@pytest.mark.parametrize("name", sampled(sorted(SMALL), ["own_method"]))
 def test_an_example_prints_what_its_docstring_shows(name, capsys, monkeypatch):
     module = load(name)
     if hasattr(module, "METHODS"):  # one of them is enough: each is compiled for some seconds
@@ -91,6 +91,7 @@ def test_an_example_prints_what_its_docstring_shows(name, capsys, monkeypatch):
     assert set(printed) <= set(expected)
 
 
+@pytest.mark.slow
 def test_several_processes_prints_what_its_docstring_shows(capsys, monkeypatch):
     module = load("several_processes")
     found = {name: module.train(name, steps=1) for name in module.METHODS}
@@ -168,6 +169,7 @@ def test_a_purchase_held_out_is_in_no_training_data():
         assert set(map(tuple, rows)) == set(map(tuple, made[task])) - out
 
 
+@pytest.mark.slow
 def test_rows_that_are_read_move_as_in_a_step_on_whole_tables():
     """The first step of Adam on the distinct rows is that on the tables; other rows stay."""
     module = load("large_tables")
@@ -198,6 +200,7 @@ def test_the_own_method_weights_by_agreement_with_the_target():
     np.testing.assert_allclose(update, [2.0, 0.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_load_is_not_weighed():
     """A weight of the tasks does not change the gradient that the load gives a router."""
     module = load("transformer_mtp")

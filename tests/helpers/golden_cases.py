@@ -8,7 +8,7 @@ zeros, tasks with absent ones: what an absent task's slot holds must not matter,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,20 @@ def load(name: str) -> list[Any]:
     return json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
 
 
-def parameters(name: str, keep: Callable[[Any], bool] = lambda case: True) -> list[Any]:
-    """The cases of a file for `pytest.mark.parametrize`."""
-    return [pytest.param(case, id=case["name"]) for case in load(name) if keep(case)]
+def parameters(
+    name: str, keep: Callable[[Any], bool] = lambda case: True, quick: Collection[str] = ()
+) -> list[Any]:
+    """The cases of a file for `pytest.mark.parametrize`; if `quick` names some, the others are slow."""
+    cases = [case for case in load(name) if keep(case)]
+    assert set(quick) <= {case["name"] for case in cases}, quick
+    return [
+        pytest.param(
+            case,
+            id=case["name"],
+            marks=pytest.mark.slow if quick and case["name"] not in quick else (),
+        )
+        for case in cases
+    ]
 
 
 # The absent tasks' slots hold this, not 0: nobody may look at it.

@@ -76,7 +76,9 @@ RANDOM = {"grad_vaccine", "graddrop", "pcgrad", "relobralo", "rlw"}
 # Those whose tasks are one target and its auxiliaries.
 WITH_TARGET = {"grad_similarity", "grad_surgery", "lr_annealing", "metabalance", "ol_aux", "pcd"}
 # One of each kind, for what the shared code decides whatever the method.
-SAMPLE = ("metabalance", "multibalance", "mgda", "emtl")
+SAMPLE = ("metabalance", "multibalance", "mgda", "gradnorm")
+# And of each kind of mathematics, for the properties that a method has of its own.
+BROAD = (*SAMPLE, "upgrad", "db_mtl", "moco", "graddrop", "famo", "scale_by_mtadam")
 # Where a factory has no default for an argument, or none that fits every number of tasks.
 _ARGUMENTS = {
     "adatask": lambda count: {"inner": optax.scale_by_adam()},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from method_properties import make
+from method_properties import BROAD, make
 
 import mtl_optax as mtl
 
@@ -112,10 +112,9 @@ def program(case, tasks):
     return lambda active: jax.device_get(run(GRADIENTS[:, rows], LOSSES[:, rows], active))
 
 
-# The methods with their own options are quick, and those with others slow.
 EVERY_CASE = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.slow if case in VARIANTS else ()) for case in CASES],
+    [pytest.param(case, marks=() if case in BROAD else pytest.mark.slow) for case in CASES],
     ids=lambda case: case if isinstance(case, str) else ", ".join(case),
 )
 

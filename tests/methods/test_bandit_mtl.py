@@ -8,7 +8,7 @@ from golden_losses import check, run
 import mtl_optax as mtl
 
 
-@pytest.mark.parametrize("case", parameters("loss/bandit_mtl"))
+@pytest.mark.parametrize("case", parameters("loss/bandit_mtl", quick=["rho 0.3 T=3"]))
 def test_golden(case, dtype):
     h = case["hyperparameters"]
     method = mtl.bandit_mtl(case["T"], step_size=h["eta"], kl_radius=h["kl_radius"])

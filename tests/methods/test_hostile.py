@@ -21,7 +21,7 @@ import mtl_optax as mtl
 
 NAMES = every_method(group="hostile ")
 # Of every family, with and without averages, and the hardest solvers.
-QUICK = (*SAMPLE, "moco", "nash_mtl", "graddrop", "imtl_l", "scale_by_mtadam", "cagrad")
+QUICK = ("metabalance", "graddrop", "imtl_l", "scale_by_mtadam")
 SEEDS = st.integers(0, 2**32 - 1)
 # A batch is one example; a smaller seed is no simpler, so there is nothing to shrink.
 COMMON = {
@@ -59,7 +59,12 @@ def test_hostile_input_in_blocks_with_kept_weights(name, seed):
 ZERO, SMALLEST, LARGEST, TOO_LARGE = 1.05e-19, 1.12e-19, 1.8e19, 1.9e19
 
 
-@pytest.mark.parametrize("name", ["mgda", "inverse_norm", "sum_tasks", "graddrop", "moco"])
+@pytest.mark.parametrize(
+    "name",
+    sampled(
+        ["mgda", "inverse_norm", "sum_tasks", "graddrop", "moco"], ["inverse_norm", "graddrop"]
+    ),
+)
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_norm_whose_square_overflows_is_not_finite(name, wide):
     with jax.enable_x64(wide):
@@ -88,7 +93,9 @@ def test_a_norm_whose_square_is_not_normal_is_zero(wide):
         assert (update == jnp.asarray(zero)).all()
 
 
-@pytest.mark.parametrize("name", ["mgda", "inverse_norm", "sum_tasks", "graddrop"])
+@pytest.mark.parametrize(
+    "name", sampled(["mgda", "inverse_norm", "sum_tasks", "graddrop"], ["sum_tasks", "graddrop"])
+)
 def test_the_sums_over_devices_decide(name):
     tx = make(name, 2, axis_name="i")
     state = tx.init(jnp.zeros(1))
@@ -149,7 +156,9 @@ def forked(name, operator):
     return run
 
 
-@pytest.mark.parametrize("operator", [True, False], ids=["operator", "value_and_grad"])
+@pytest.mark.parametrize(
+    "operator", sampled([True, False], [False]), ids=["operator", "value_and_grad"]
+)
 @pytest.mark.parametrize(
     "name", sampled(["multibalance", "metabalance", "scale_invariant", "moco"], ["multibalance"])
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from method_properties import make
+from method_properties import BROAD, every_method, make
 
 import mtl_optax as mtl
 from mtl_optax import METHODS
@@ -33,6 +33,7 @@ def updates(transformation: Any, gradients: jax.Array, **extra: Any) -> np.ndarr
     return np.asarray(jax.jit(jax.vmap(one))(gradients))
 
 
+@pytest.mark.slow
 def test_pcgrad_is_twice_upgrad_for_two_tasks() -> None:
     gradients = draws(2)
     assert (jnp.sum(gradients[:, 0] * gradients[:, 1], axis=-1) < 0).any()
@@ -40,6 +41,7 @@ def test_pcgrad_is_twice_upgrad_for_two_tasks() -> None:
     np.testing.assert_allclose(surgery, 2 * updates(mtl.upgrad(2), gradients), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_pcgrad_and_upgrad_differ_for_three_tasks() -> None:
     gradients = draws(3)
     surgery = updates(mtl.pcgrad(3, order="cyclic"), gradients)
@@ -62,12 +64,14 @@ def test_grad_surgery_is_pcgrad_of_the_auxiliary_alone() -> None:
     np.testing.assert_allclose(both, sides[0] + sides[1] - plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_cagrad_without_radius_is_the_mean() -> None:
     gradients = draws(3)
     mean = updates(mtl.mean_tasks(3), gradients)
     np.testing.assert_allclose(updates(mtl.cagrad(3, c=0.0), gradients), mean, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_fairgrad_with_alpha_one_is_nash() -> None:
     gradients = draws(3)
     nash = updates(mtl.nash_mtl(3), gradients)
@@ -83,6 +87,7 @@ def test_sdmgrad_with_a_large_lambda_is_the_mean() -> None:
     np.testing.assert_allclose(near, mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sdmgrad_without_lambda_tends_to_mgda() -> None:
     gradients = draws(3)
     solved = updates(mtl.sdmgrad(3, lam=0.0, step_size=0.02, num_steps=4000), gradients)
@@ -107,6 +112,7 @@ def test_multibalance_without_memory_is_modo() -> None:
     np.testing.assert_allclose(weights(one), weights(other), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2, 3])
 def test_emtl_does_not_depend_on_the_scales_of_losses(tasks: int) -> None:
     """A loss times c has a gradient times c; with other options this matters."""
@@ -148,6 +154,7 @@ def test_emtl_by_its_formula() -> None:
         np.testing.assert_allclose(update, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_emtl_with_epsilon_one_is_its_base() -> None:
     gradients = draws(3)
     for base in (mtl.mgda(3, normalize="l2"), mtl.imtl_g(3)):
@@ -155,6 +162,7 @@ def test_emtl_with_epsilon_one_is_its_base() -> None:
         np.testing.assert_allclose(found, updates(base, gradients) / 3, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_cr_mogm_without_memory_is_its_weigher() -> None:
     gradients = draws(3)
     plain = updates(mtl.mgda(3), gradients)
@@ -176,7 +184,7 @@ def test_adatask_is_a_chain() -> None:
     )
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", every_method(quick=BROAD))
 def test_one_task_keeps_its_direction(name: str) -> None:
     """With one task a method has nothing to balance: the update is a multiple of the gradient."""
     gradient = jnp.asarray([[3.0, -4.0, 12.0]])

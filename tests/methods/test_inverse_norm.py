@@ -10,6 +10,7 @@ import pytest
 import mtl_optax as mtl
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_jaxpi_in_ten_lines() -> None:
     """`update_every=k` on the losses' own function: weights every k-th step, one backward pass between."""

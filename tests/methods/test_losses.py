@@ -20,6 +20,7 @@ def test_losses_without_a_logarithm_have_a_written_answer():
     assert simple(mtl.go4align(2, num_groups=1), [0.0, 2.0])[0] == 0
 
 
+@pytest.mark.slow
 def test_trained_weights_stay_finite_where_their_optimum_is_not():
     for losses in ([0.0, 1e30], [-1e30, 0.0]):
         steps = np.tile(losses, (40, 1))
@@ -35,6 +36,7 @@ def test_trained_weights_stay_finite_where_their_optimum_is_not():
                     assert np.isfinite(np.asarray(leaf)).all()
 
 
+@pytest.mark.slow
 def test_an_absent_task_does_not_move():
     """Its trained number and its optimizer's moments stay; the others go on as if alone."""
     active = jnp.array([True, False])

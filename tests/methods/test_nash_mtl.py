@@ -30,6 +30,7 @@ def test_golden(dtype: Any) -> None:
     check(dtype, batch, names, wants, mtl.nash_mtl, SOLVED, relative_to=OWN_LENGTH)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("every", [1, 3])
 def test_golden_nash_mtl_sequence(every: int) -> None:

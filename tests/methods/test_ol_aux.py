@@ -9,7 +9,9 @@ import mtl_optax as mtl
 
 
 @precisions(SEQUENCE)
-@pytest.mark.parametrize("case", parameters("loss/ol_aux"))
+@pytest.mark.parametrize(
+    "case", parameters("loss/ol_aux", quick=["paper K=2 N=3", "N=1 no filter K=1"])
+)
 def test_golden(x64, case, dtype, tolerance):
     given = case["hyperparameters"]
     tx = mtl.ol_aux(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_properties import PROPERTIES, make
+from method_properties import BROAD, PROPERTIES, make
 
 import mtl_optax as mtl
 
@@ -168,7 +168,7 @@ AMBIGUOUS = {
 
 def _table(declared):
     return [
-        pytest.param(name, key, id=f"{name}-{key}")
+        pytest.param(name, key, id=f"{name}-{key}", marks=() if name in BROAD else pytest.mark.slow)
         for name in sorted(mtl.METHODS)
         for key in MEASURES
         if (key in PROPERTIES[name]) == declared

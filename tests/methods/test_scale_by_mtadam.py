@@ -21,7 +21,7 @@ def is_plain(case):
 
 
 @precisions(STATIC)
-@pytest.mark.parametrize("case", parameters("loss/mtadam"))
+@pytest.mark.parametrize("case", parameters("loss/mtadam", quick=["ranks T=3"]))
 def test_golden_mtadam(x64, case, dtype, tolerance):
     given = case["hyperparameters"]
     b1, b2, b3 = given["betas"]

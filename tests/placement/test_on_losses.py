@@ -9,12 +9,15 @@ import optax
 import pytest
 from method_properties import make
 from placement_problem import assert_close, inverse_losses, make_problem, plain_losses, programs
+from sampling import sampled
 
 import mtl_optax as mtl
 
 T = 3
 ON_LOSSES = sorted(n for n, row in mtl.METHODS.items() if set(row.needs) <= {"losses"})
 NAMES = [n for n in ON_LOSSES if mtl.METHODS[n].needs] + ["rlw"]
+# One with averages, one with trained weights, one with a random draw, and one on a single line.
+SAMPLE = ("igb", "uncertainty", "rlw", "scale_invariant")
 GRADIENT_METHODS = sorted(set(mtl.METHODS) - set(ON_LOSSES))
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 W = jnp.linspace(0.2, 1.0, 6).reshape(3, 2)
@@ -58,7 +61,7 @@ def on_losses(method):
 PLACES = (on_parameters, on_representation, on_losses)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(NAMES, SAMPLE))
 def test_same_weights_in_every_placement(name):
     method = make(name, T)
     steps, states = zip(*(place(method) for place in PLACES), strict=True)
@@ -166,7 +169,7 @@ def weights_on_identity(tx, state, losses):
     return tx.update(jnp.eye(T), state, jnp.zeros(T), losses=losses)
 
 
-@pytest.mark.parametrize("name", ON_LOSSES)
+@pytest.mark.parametrize("name", sampled(ON_LOSSES, SAMPLE))
 def test_weights_are_those_of_an_update_on_an_identity(name):
     method = make(name, T)
 
@@ -207,7 +210,9 @@ def test_any_shape_of_parameters(shape):
 
 
 # These two compare pairs of tasks, as their docstrings say.
-@pytest.mark.parametrize("name", [n for n in ON_LOSSES if n not in ("go4align", "ldc_mtl")])
+@pytest.mark.parametrize(
+    "name", sampled([n for n in ON_LOSSES if n not in ("go4align", "ldc_mtl")], SAMPLE)
+)
 def test_ten_thousand_losses_need_no_matrix(name):
     """Arrays grow with T, and not with its square; a KL ball takes 128 trial multipliers a task."""
     many = 10_000

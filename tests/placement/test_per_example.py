@@ -198,7 +198,7 @@ def assert_equal(method, params, loss_fn, batch, rtol=1e-5, **options):
 # --- every kind of parameter ----------------------------------------------------------------------------
 
 
-QUICK = ("attention", "lookup", "tied", "layers")
+QUICK = ("lookup", "layers")
 
 
 @pytest.mark.parametrize("model", sampled(MODELS, QUICK))
@@ -211,7 +211,7 @@ def test_a_method_on_norms_gives_what_it_gives_on_stacked_gradients(model):
     assert_equal(mtl.inverse_norm(B), *MODELS[model][:3])
 
 
-@pytest.mark.parametrize("model", sampled(MODELS, ["dense", "out of range", "recurrent", *QUICK]))
+@pytest.mark.parametrize("model", sampled(MODELS, ["out of range", "recurrent", *QUICK]))
 def test_which_gradients_are_held(model):
     params, loss_fn, batch, expected = MODELS[model]
     of_example = loss_of_example(loss_fn, has_aux=False)
@@ -224,6 +224,7 @@ def test_which_gradients_are_held(model):
     assert held == expected
 
 
+@pytest.mark.slow
 def test_a_transformer_block_of_flax():
     class Block(nnx.Module):
         def __init__(self, rngs):
@@ -257,7 +258,7 @@ BROKEN = (X.at[1].set(jnp.inf).at[4].set(jnp.nan), TARGET)
     ("name", "every"),
     sampled(
         itertools.product(["upgrad", "inverse_norm", "sum_tasks"], [1, 2]),
-        [("upgrad", 2), ("inverse_norm", 1)],
+        [("inverse_norm", 1)],
     ),
 )
 def test_examples_that_are_not_finite_are_left_out_and_counted(name, every):
@@ -270,6 +271,7 @@ def test_examples_that_are_not_finite_are_left_out_and_counted(name, every):
     chex.assert_trees_all_close(state.weights, present.weights, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_absent_examples_have_no_weight_and_are_not_counted():
     active = jnp.arange(B) != 2
     _, _, state = assert_equal(mtl.upgrad(B), *DENSE, active=active)
@@ -298,6 +300,7 @@ def test_chosen_leaves_and_kept_weights(name, every):
     assert_equal(make(name, B, update_every=every), *DENSE, steps=3, weights_from=chosen)
 
 
+@pytest.mark.slow
 def test_auxiliary_data_and_keyword_arguments():
     def loss_fn(p, x, *, y):
         return dense(p, x, y), {"twice": 2 * y}
@@ -311,6 +314,7 @@ def test_auxiliary_data_and_keyword_arguments():
     chex.assert_trees_all_close(update, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_random_key_for_each_example():
     def loss_fn(p, x, keys):
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (WIDTH,)))(keys)
@@ -336,12 +340,14 @@ def test_float32_parameters_computed_in_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves(update)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_double_precision():
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), (MODELS["attention"][0], SEQUENCE))
     assert_equal(mtl.upgrad(B), wide[0], attention, wide[1:], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_divided_over_devices():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, loss_fn, batch = MODELS["attention"][:3]
@@ -416,7 +422,7 @@ def test_no_gradient_of_an_example_is_in_memory(loss_fn):
         itertools.product(
             [(6, 1, 9, 5), (2, 7, 3, 4), (5, 4, 9, 3), (3, 5, 2, 0), (2, 0, 3, 2)], [False, True]
         ),
-        [((6, 1, 9, 5), True), ((2, 7, 3, 4), False), ((5, 4, 9, 3), True), ((2, 0, 3, 2), False)],
+        [((6, 1, 9, 5), True), ((2, 7, 3, 4), False)],
     ),
 )
 def test_every_way_to_a_gram_matrix(shape, is_table):

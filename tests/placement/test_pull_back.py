@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling import sampled
 
 import mtl_optax as mtl
 
@@ -33,7 +34,7 @@ def jacobian():
     return jax.jit(jax.jacrev(FORMS["stack"]))(PARAMS, X)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", sampled(FORMS, ["dictionary", "array"]))
 def test_one_by_one_equals_row_by_row_of_the_jacobian(form):
     loss_fn = FORMS[form]
     fn = jax.jit(mtl.per_task_value_and_grad(loss_fn, mode="unroll"))
@@ -122,8 +123,8 @@ def _finite_rows(grads, num_tasks):
     ]
 
 
-@pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("mode", ["auto", "unroll"])
+@pytest.mark.parametrize("name", sampled(BROKEN, ["0/0", "custom_vjp"]))
+@pytest.mark.parametrize("mode", sampled(["auto", "unroll"], ["auto"]))
 def test_a_task_that_is_not_finite_leaves_the_others_alone(name, mode):
     method = mtl.mgda(tuple("abcde"))
 
@@ -138,13 +139,13 @@ def test_a_task_that_is_not_finite_leaves_the_others_alone(name, mode):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(update))
 
 
-@pytest.mark.parametrize("name", ["jit", "checkpoint", "scan", "cond"])
+@pytest.mark.parametrize("name", sampled(["jit", "checkpoint", "scan", "cond"], ["scan", "cond"]))
 def test_heads_in_one_construct_stay_apart(name):
     _, grads = mtl.per_task_value_and_grad(_together(name))(FIVE)
     assert _finite_rows(grads, 2) == [True, False]
 
 
-@pytest.mark.parametrize("mode", ["vmap", "map"])
+@pytest.mark.parametrize("mode", sampled(["vmap", "map"], ["map"]))
 def test_the_other_modes_skip_all_tasks(mode):
     """What their docstrings say: a zero cotangent times an infinite derivative is NaN."""
     _, grads = mtl.per_task_value_and_grad(_five(_root_of_zero), mode=mode)(FIVE)
@@ -173,7 +174,7 @@ def test_one_task_a_step_is_that_task_alone():
     assert finite == [[True] * 5, [True, False, True, True, True]]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", sampled([jnp.float16, jnp.bfloat16], [jnp.bfloat16]))
 def test_losses_of_few_bits_and_of_several_dtypes(dtype):
     def loss_fn(w):
         return {"a": (w * w).sum(), "b": w.sum().astype(jnp.float32), "c": 0}

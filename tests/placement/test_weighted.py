@@ -26,6 +26,7 @@ def run(fn, state, scale=SCALE, active=None):
     return losses, update, state
 
 
+@pytest.mark.slow
 def test_weights_from_takes_the_weights_of_the_chosen_leaves_for_all():
     method = mtl.mgda(T)
     fn = mtl.weighted_value_and_grad(loss_fn, method, weights_from=DENSE)
@@ -42,6 +43,7 @@ def test_weights_from_takes_the_weights_of_the_chosen_leaves_for_all():
     )
 
 
+@pytest.mark.slow
 def test_chosen_leaves_may_be_named_by_a_callable():
     method = mtl.mgda(T)
     by_path = lambda path, leaf: "dense" in jax.tree_util.keystr(path)  # noqa: E731
@@ -97,7 +99,7 @@ WITHOUT_ONE = jnp.array([True, False, True])
 
 @pytest.mark.parametrize("options", [{}, {"weights_from": DENSE}], ids=["all", "weights_from"])
 @pytest.mark.parametrize("every", sampled([1, 2], [2]))
-@pytest.mark.parametrize("absent", [True, False])
+@pytest.mark.parametrize("absent", sampled([True, False], [False]))
 def test_an_empty_batch_of_one_task_leaves_the_others_training(every, options, absent):
     """With new weights and with old ones; an absent task is not counted, a present one is."""
     method = mtl.inverse_norm(T, update_every=every)

@@ -39,6 +39,7 @@ def test_each_section_measures_something(section):
     assert all(row.value > 0 for row in rows if row.unit not in ("MiB",))
 
 
+@pytest.mark.slow
 def test_the_table_of_all_sections_is_written(tmp_path, capsys):
     assert main(["--quick", "--only", "map", "solvers", "--out", str(tmp_path)]) == 0
     table = (tmp_path / "table.md").read_text()
@@ -71,6 +72,7 @@ def test_every_place_trains_the_same_model():
     assert (np.abs(np.diff(plain.sum(axis=1))) > 1e-3 * plain.sum(axis=1)[1:]).all()
 
 
+@pytest.mark.slow
 def test_a_method_trains_the_same_model_where_it_sees_the_same_gradients():
     losses = losses_in_training(mtl.fixed_weights(2, [3.0, 0.0]), ("fork", "split", "per_task"))
     plain = losses.pop("plain")
@@ -130,6 +132,7 @@ def test_an_unknown_row_is_refused(capsys):
         assert f"'{row}' is not NAME:T" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth_draws_its_points(tmp_path):
     open_before = plt.get_fignums()
     points = list(growth.measure(quick=True))

@@ -43,6 +43,7 @@ def test_losses_at_points_computed_by_hand() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_point_dominates_the_pareto_front() -> None:
     front = toy.pareto_front(201)
     points = jax.random.uniform(jax.random.key(0), (20_000, 2), minval=-11.0, maxval=11.0)
@@ -54,6 +55,7 @@ def test_no_point_dominates_the_pareto_front() -> None:
     np.testing.assert_allclose(front.mean(axis=1).min(), -15.09, atol=0.01)
 
 
+@pytest.mark.slow
 def test_ends_are_measured_against_the_front() -> None:
     front = toy.pareto_front()
     at_best = (0.0, -8.3552)  # Nash-MTL's program has this height
@@ -87,6 +89,7 @@ def test_figure1_writes_a_table_a_csv_and_a_picture(
     assert (tmp_path / "figure1.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_paths_repeat_a_plain_loop() -> None:
     visited = np.asarray(figure1.paths("sum", 20))
     position, first, second = np.array(toy.STARTS[0]), np.zeros(2), np.zeros(2)

@@ -221,6 +221,7 @@ def test_delta_m():
     np.testing.assert_allclose(delta_m(emtl, stl), -5.40, atol=0.15)
 
 
+@pytest.mark.slow
 def test_mirrored_scenes():
     scenes = jax.tree.map(jnp.asarray, synthetic_scenes(2, 8, 8, seed=0))
     found = dense.mirror(scenes, jnp.array([True, False]))

@@ -162,6 +162,7 @@ def read_metrics(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
     write_behaviours(tmp_path)
     out = tmp_path / "out"
@@ -320,6 +321,7 @@ def test_the_search_takes_the_weights_with_the_best_validation(trained, monkeypa
     np.testing.assert_array_equal(final, nearest)
 
 
+@pytest.mark.slow
 def test_a_stored_run_is_used_again_only_where_all_is_the_same(trained, monkeypatch, tmp_path):
     def trains(*more: str, train: TrainConfig = TINY) -> int:
         trained.clear()

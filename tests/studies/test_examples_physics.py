@@ -23,6 +23,7 @@ def exact_network(name):
     return lambda p: jnp.sin(p[:, 0] - 10.0 * p[:, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["helmholtz", "advection"])
 def test_the_exact_solution_has_no_loss(name, x64):
     problem = problems.PROBLEMS[name]
@@ -48,6 +49,7 @@ def test_the_burgers_solution_solves_the_equation():
     np.testing.assert_allclose(solve(start), -np.sin(np.pi * start[:, 0]), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_points_are_where_they_should_be():
     problem = problems.PROBLEMS["burgers"]
     interior, boundary = problem.draw(jax.random.key(1), 100, 30)
@@ -57,6 +59,7 @@ def test_points_are_where_they_should_be():
     assert np.all(boundary[2, :, 1] == 0) and np.all(boundary[3, :, 1] == 1)
 
 
+@pytest.mark.slow
 def test_the_burgers_residual_is_that_of_the_equation(x64):
     # u = x t^2 + x^2 t has u_t + u u_x - nu u_xx with the derivatives below.
     interior, boundary = problems.PROBLEMS["burgers"].draw(jax.random.key(2), 20, 5)

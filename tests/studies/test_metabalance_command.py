@@ -82,6 +82,7 @@ def test_bad_arguments(arguments, shown, capsys):
     assert text.startswith("examples.studies.metabalance: error: ") and shown in text
 
 
+@pytest.mark.slow
 def test_data_prints_sizes_and_the_rows_that_train_nothing(folder, capsys):
     assert command.main(["data", "--data", str(folder)]) == 0
     text = capsys.readouterr().out

@@ -148,9 +148,8 @@ def test_tables_have_ali_ccps_sizes():
     assert np.all(data.train.features.categorical >= 0)
 
 
-@pytest.mark.parametrize(
-    "module", ["interaction", *(pytest.param(m, marks=pytest.mark.slow) for m in speed.MODULES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", speed.MODULES)
 def test_only_the_named_module_is_balanced(module):
     """Its gradient is the method's, and all others are the plain sum's."""
     dataset, weights = speed.random_data(500, 32), [2.0, 0.0, 0.5]

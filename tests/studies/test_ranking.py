@@ -315,6 +315,7 @@ def test_losses_by_hand(log):
     assert np.asarray(losses_of(other, params, batch)) == pytest.approx(scaled, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_without_clicks_has_no_loss_and_no_gradient(log):
     network = Network(log, MODEL, 8)
     params = network.init(jax.random.key(0))
@@ -328,6 +329,7 @@ def test_a_batch_without_clicks_has_no_loss_and_no_gradient(log):
     assert value == 0 and all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_outputs_start_at_the_base_rates(log):
     network = Network(log, MODEL, 8)
     params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0)))
@@ -380,6 +382,7 @@ def test_the_sum_is_the_same_in_all_places(trainer):
     assert np.all(first.history["weights"] == 1)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_happened(trainer):
     choice = parse_choice("multibalance(place='representation')")
     seen = []
@@ -406,6 +409,7 @@ def test_training_stops_when_nothing_gets_better(trainer):
     assert run.test == {} == run.validation
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_no_error(trainer):
     broken = Plan(0, trainer.default_setting()._replace(learning_rate=1e30))
     (run,) = trainer.train(parse_choice("sum"), [broken], measure=False)

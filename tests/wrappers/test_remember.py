@@ -64,7 +64,7 @@ def test_one_branch_runs():
     ("method", "decay"),
     sampled(
         itertools.product([mtl.conflict_free, mtl.mgda, mtl.metabalance, mtl.emtl], [0.0, 0.9]),
-        [(mtl.mgda, 0.0), (mtl.metabalance, 0.9)],
+        [(mtl.metabalance, 0.9)],
     ),
 )
 def test_the_method_sees_averages_of_all_tasks(method, decay):
@@ -95,6 +95,7 @@ def test_the_method_sees_averages_of_all_tasks(method, decay):
         assert_close(update, expected)
 
 
+@pytest.mark.slow
 def test_with_all_tasks_present_and_no_decay_nothing_changes():
     losses, grads = mtl.per_task_value_and_grad(loss_fn)(PARAMS, X)
     inner = mtl.upgrad(("a", "b", "c"))
@@ -112,6 +113,7 @@ def test_a_non_finite_task_keeps_its_old_gradient():
     assert_close(second, first)
 
 
+@pytest.mark.slow
 def test_a_subset_of_tasks_a_step_with_stack_tasks_in_a_chain():
     names = ("a", "b", "c")
     tx = optax.chain(mtl.remember(mtl.conflict_free(names), decay=0.9), optax.adam(1e-2))
@@ -126,6 +128,7 @@ def test_a_subset_of_tasks_a_step_with_stack_tasks_in_a_chain():
     assert mtl.diagnostics(state)["weights"].shape == (T,)
 
 
+@pytest.mark.slow
 def test_it_trains_like_the_method_on_all_gradients():
     """Cyclic single gradients, three times the steps: the losses end about where the full method's do."""
 
