@@ -547,7 +547,7 @@ def test_products_of_parameters_in_parts(total, check_vma):
         return add(a), add(b)
 
     def step(w, mode, add=lambda x: x, axis_name=None):
-        method = mtl.upgrad(2, axis_name=axis_name)
+        method = mtl.modo(2, axis_name=axis_name)
         fn = mtl.weighted_value_and_grad(lambda w: losses_of(w, add), method, mode=mode)
         _, (update, state) = fn(w, method.init(w))
         return update, state.weights, state.cosine[0]

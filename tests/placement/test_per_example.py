@@ -203,7 +203,7 @@ QUICK = ("lookup", "layers")
 
 @pytest.mark.parametrize("model", sampled(MODELS, QUICK))
 def test_a_gram_method_gives_what_it_gives_on_stacked_gradients(model):
-    assert_equal(mtl.upgrad(B), *MODELS[model][:3])
+    assert_equal(mtl.modo(B), *MODELS[model][:3])
 
 
 @pytest.mark.parametrize("model", sampled([*QUICK, "convolution"], ["convolution"]))
@@ -245,7 +245,7 @@ def test_a_transformer_block_of_flax():
         logits = nnx.merge(graph, params, rest)(ids)
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean(1)
 
-    assert_equal(mtl.upgrad(B), params, loss_fn, (IDS,))
+    assert_equal(mtl.modo(B), params, loss_fn, (IDS,))
 
 
 # --- examples that are absent or not finite -------------------------------------------------------------
@@ -257,7 +257,7 @@ BROKEN = (X.at[1].set(jnp.inf).at[4].set(jnp.nan), TARGET)
 @pytest.mark.parametrize(
     ("name", "every"),
     sampled(
-        itertools.product(["upgrad", "inverse_norm", "sum_tasks"], [1, 2]),
+        itertools.product(["modo", "inverse_norm", "sum_tasks"], [1, 2]),
         [("inverse_norm", 1)],
     ),
 )
@@ -274,7 +274,7 @@ def test_examples_that_are_not_finite_are_left_out_and_counted(name, every):
 @pytest.mark.slow
 def test_absent_examples_have_no_weight_and_are_not_counted():
     active = jnp.arange(B) != 2
-    _, _, state = assert_equal(mtl.upgrad(B), *DENSE, active=active)
+    _, _, state = assert_equal(mtl.modo(B), *DENSE, active=active)
     assert state.weights[0, 2] == 0 and not state.skipped.any()
 
 
@@ -293,7 +293,7 @@ def test_an_example_whose_derivative_alone_is_not_finite():
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    sampled(itertools.product(["upgrad", "inverse_norm"], [1, 3]), [("upgrad", 3)]),
+    sampled(itertools.product(["modo", "inverse_norm"], [1, 3]), [("modo", 3)]),
 )
 def test_chosen_leaves_and_kept_weights(name, every):
     chosen = {"hidden": True, "bias": False, "out": True}
@@ -305,7 +305,7 @@ def test_auxiliary_data_and_keyword_arguments():
     def loss_fn(p, x, *, y):
         return dense(p, x, y), {"twice": 2 * y}
 
-    params, method = DENSE[0], mtl.upgrad(B)
+    params, method = DENSE[0], mtl.modo(B)
     fn = mtl.weighted_value_and_grad(loss_fn, method, has_aux=True, mode="examples")
     (losses, aux), (update, _) = fn(params, method.init(params), X, y=TARGET)
     assert losses.shape == (B,)
@@ -321,7 +321,7 @@ def test_a_random_key_for_each_example():
         return dense(p, jnp.where(keep, x, 0), TARGET[:1])
 
     batch = (X, jax.random.split(jax.random.key(0), B))
-    assert_equal(mtl.upgrad(B), DENSE[0], loss_fn, batch)
+    assert_equal(mtl.modo(B), DENSE[0], loss_fn, batch)
 
 
 def test_bfloat16_leaves():
@@ -344,7 +344,7 @@ def test_float32_parameters_computed_in_bfloat16():
 @pytest.mark.usefixtures("x64")
 def test_double_precision():
     wide = jax.tree.map(lambda x: x.astype(jnp.float64), (MODELS["attention"][0], SEQUENCE))
-    assert_equal(mtl.upgrad(B), wide[0], attention, wide[1:], rtol=1e-12)
+    assert_equal(mtl.modo(B), wide[0], attention, wide[1:], rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_a_batch_that_is_divided_over_devices():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, loss_fn, batch = MODELS["attention"][:3]
     placed = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
-    method = mtl.upgrad(B)
+    method = mtl.modo(B)
     _, expected, _ = step(method, "examples", params, loss_fn, batch)
     _, update, _ = step(method, "examples", params, loss_fn, placed)
     chex.assert_trees_all_close(update, expected, rtol=1e-5, atol=1e-6)
@@ -385,7 +385,7 @@ def test_a_loss_in_which_examples_mix_is_that_of_a_batch_of_one():
 )
 def test_arguments_that_are_no_examples_are_refused(loss_fn, batch, found):
     with pytest.raises(ValueError, match=found):
-        step(mtl.upgrad(B), "examples", DENSE[0], loss_fn, batch)
+        step(mtl.modo(B), "examples", DENSE[0], loss_fn, batch)
 
 
 def test_a_shard_map_inside_the_loss_is_refused_with_the_other_mode():

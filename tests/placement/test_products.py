@@ -62,7 +62,7 @@ def assert_equal(method, rtol=1e-5, **options):
 
 
 # One that needs nothing, one that needs norms, one that needs losses and one that needs products.
-SAMPLE = ("sum_tasks", "inverse_norm", "scale_invariant", "upgrad")
+SAMPLE = ("sum_tasks", "inverse_norm", "scale_invariant", "modo")
 
 
 @pytest.mark.parametrize("name", sampled(BY_WEIGHTS, SAMPLE))
@@ -70,7 +70,7 @@ def test_updates_are_those_of_stacked_gradients(name):
     assert_equal(make(name, T, blocks="all"))
 
 
-@pytest.mark.parametrize("name", sampled(["upgrad", "inverse_norm"], ["inverse_norm"]))
+@pytest.mark.parametrize("name", sampled(["modo", "inverse_norm"], ["inverse_norm"]))
 @pytest.mark.parametrize("every", sampled([1, 2], [2]))
 @pytest.mark.parametrize("chosen", [DENSE, pytest.param(None, marks=pytest.mark.slow)])
 def test_chosen_leaves_and_kept_weights(name, every, chosen):
@@ -78,7 +78,7 @@ def test_chosen_leaves_and_kept_weights(name, every, chosen):
     assert_equal(method, weights_from=chosen, scales=[(1.0, 1.0, 1.0)] * 3)
 
 
-@pytest.mark.parametrize("name", sampled(["upgrad", "inverse_norm"], ["upgrad"]))
+@pytest.mark.parametrize("name", sampled(["modo", "inverse_norm"], ["modo"]))
 def test_an_array_of_losses(name):
     assert_equal(make(name, T), loss_fn=array_of)
 
@@ -87,7 +87,7 @@ def test_losses_that_do_not_meet_a_leaf_at_all():
     def separate(params, scale):
         return tuple((leaf**2).sum() for leaf in jax.tree.leaves(params))
 
-    assert_equal(mtl.upgrad(T), loss_fn=separate)
+    assert_equal(mtl.modo(T), loss_fn=separate)
 
 
 # --- absent and broken tasks -------------------------------------------------------------------------
@@ -96,7 +96,7 @@ EMPTY = (1.0, 0.0, 1.0)
 WITHOUT_ONE = jnp.array([True, False, True])
 
 
-@pytest.mark.parametrize("name", sampled(["upgrad", "inverse_norm", "sum_tasks"], ["upgrad"]))
+@pytest.mark.parametrize("name", sampled(["modo", "inverse_norm", "sum_tasks"], ["modo"]))
 @pytest.mark.parametrize("every", sampled([1, 2], [2]))
 @pytest.mark.parametrize("active", [None, pytest.param(WITHOUT_ONE, marks=pytest.mark.slow)])
 def test_a_task_that_is_not_finite_leaves_the_others_training(name, every, active):
@@ -109,7 +109,7 @@ def test_a_task_that_is_not_finite_leaves_the_others_training(name, every, activ
 
 @pytest.mark.slow
 def test_a_task_that_breaks_on_a_step_between_is_left_out_and_counted():
-    _, state = assert_equal(mtl.upgrad(T, update_every=3), scales=[(1.0,) * T, EMPTY])
+    _, state = assert_equal(mtl.modo(T, update_every=3), scales=[(1.0,) * T, EMPTY])
     assert state.skipped.tolist() == [0, 1, 0]
 
 
@@ -131,7 +131,7 @@ def test_a_task_that_is_broken_outside_the_chosen_leaves_is_left_out_of_all():
 
 @pytest.mark.slow
 def test_an_array_of_losses_skips_all_tasks():
-    update, state = assert_equal(mtl.upgrad(T), loss_fn=array_of, scales=[EMPTY])
+    update, state = assert_equal(mtl.modo(T), loss_fn=array_of, scales=[EMPTY])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(update))
     assert state.skipped.tolist() == [1, 1, 1]
 
@@ -143,7 +143,7 @@ def test_a_product_that_overflows_makes_no_weight_nan():
         half = params.astype(jnp.float16).sum()
         return half * 300, half * 400
 
-    update, state = run(mtl.upgrad(2), "products", loss_fn=loss_fn, params=jnp.ones(4))
+    update, state = run(mtl.modo(2), "products", loss_fn=loss_fn, params=jnp.ones(4))
     assert np.isfinite(update).all() and np.isfinite(state.weights).all()
     assert state.skipped.tolist() == [2, 2]
 
@@ -155,7 +155,7 @@ def test_a_product_that_overflows_makes_no_weight_nan():
 def test_bfloat16_models_have_norms_in_float32():
     """Norms are exact up to float32; cosines have the three digits of the model's arithmetic."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    method = mtl.upgrad(T)
+    method = mtl.modo(T)
     scales = jnp.ones((1, T), jnp.bfloat16)
     stacked, products = (
         run(method, mode, params=params, scales=scales)[1] for mode in ("map", "products")
@@ -178,7 +178,7 @@ def temporary_bytes(mode, num_tasks, **options):
             x = jnp.tanh(x @ w)
         return tuple(jnp.mean((x @ head) ** 2) for head in params["heads"])
 
-    method = mtl.upgrad(num_tasks, **options)
+    method = mtl.modo(num_tasks, **options)
     fn = mtl.weighted_value_and_grad(loss_fn, method, mode=mode)
     state, x = jax.eval_shape(method.init, params), jnp.ones((8, width))
     memory = jax.jit(fn).lower(params, state, x).compile().memory_analysis()
@@ -235,7 +235,7 @@ def flash_attention(in_backward):
 
 @pytest.mark.slow
 def test_a_custom_vjp_whose_backward_pass_can_be_transposed():
-    assert_equal(mtl.upgrad(T), loss_fn=with_attention(flash_attention(lambda g: g)))
+    assert_equal(mtl.modo(T), loss_fn=with_attention(flash_attention(lambda g: g)))
 
 
 def clip(g):
@@ -254,7 +254,7 @@ def in_numpy(g):
 def test_another_custom_vjp_is_refused_with_the_other_mode(rule):
     loss_fn = with_attention(flash_attention(rule))
     with pytest.raises(TypeError, match=r'custom_vjp.*mode="map"'):
-        run(mtl.upgrad(T), "products", loss_fn=loss_fn)
+        run(mtl.modo(T), "products", loss_fn=loss_fn)
     # Norms alone take no forward pass.
     run(mtl.inverse_norm(T), "products", loss_fn=loss_fn)
 
@@ -277,7 +277,7 @@ def holds_gradients(mode, width, rule=lambda g: g, dtype=jnp.float32):
         h = layer(jnp.ones((2, 8), dtype), params["w"])
         return tuple((h * scale).sum() for scale in (1.0, 2.0, 3.0))
 
-    params, method = {"w": jax.ShapeDtypeStruct((8, width), dtype)}, mtl.upgrad(T)
+    params, method = {"w": jax.ShapeDtypeStruct((8, width), dtype)}, mtl.modo(T)
     fn = mtl.weighted_value_and_grad(loss_fn, method, mode=mode)
     program = jax.make_jaxpr(fn)(params, jax.eval_shape(method.init, params))
     return f"[{T},8,{width}]" in str(program)
@@ -304,8 +304,8 @@ def test_auto_holds_no_large_gradients(width, options, held):
 
 def test_other_modes_and_blocks_are_refused():
     with pytest.raises(ValueError, match="products"):
-        mtl.weighted_value_and_grad(losses_of, mtl.upgrad(T), mode="stacked")
+        mtl.weighted_value_and_grad(losses_of, mtl.modo(T), mode="stacked")
     with pytest.raises(ValueError, match='blocks="all"'):
-        mtl.weighted_value_and_grad(losses_of, mtl.upgrad(T, blocks="leaf"), mode="products")
+        mtl.weighted_value_and_grad(losses_of, mtl.modo(T, blocks="leaf"), mode="products")
     with pytest.raises(ValueError, match="mode"):
         mtl.per_task_value_and_grad(losses_of, mode="products")
