@@ -92,16 +92,16 @@ def pytest_runtest_teardown() -> None:
 
 # The files that take longest, longest first: a worker that starts one of them last is waited for.
 LONGEST = (
-    "test_sharding.py",
-    "test_absent_tasks.py",
-    "test_properties.py",
-    "test_solvers.py",
-    "test_recommender.py",
-    "test_on_representation.py",
-    "test_products.py",
     "test_composition.py",
+    "test_golden.py",
+    "test_common.py",
+    "test_sharding.py",
+    "test_on_representation.py",
+    "test_solvers.py",
+    "test_absent_tasks.py",
+    "test_fork_operator.py",
+    "test_check.py",
     "test_identities.py",
-    "test_per_example.py",
 )
 
 
