@@ -277,7 +277,6 @@ def test_vmap_equals_loop(name):
     np.testing.assert_allclose(batched, looped, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.usefixtures("x64")
 def test_projections_in_batches_are_those_of_one_batch(monkeypatch):
     """As with more than 101 tasks, and with a last batch that is not full."""
     gradients = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
@@ -287,6 +286,7 @@ def test_projections_in_batches_are_those_of_one_batch(monkeypatch):
     np.testing.assert_allclose(upgrad_weights(geometry), at_once, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 def test_kl_ball_step_is_tight_and_finite():
     step = jax.jit(kl_ball_mirror_step)
     generator = np.random.default_rng(0)
