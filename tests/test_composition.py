@@ -1033,6 +1033,46 @@ def test_a_bare_transformation_refuses_losses_where_a_chain_drops_them():
     assert shape_of(update) == shape_of(PARAMS)
 
 
+RATES = (
+    *(
+        "adabelief",
+        "adadelta",
+        "adafactor",
+        "adagrad",
+        "adam",
+        "adamax",
+        "adamaxw",
+        "adamw",
+        "adan",
+    ),
+    *(
+        "amsgrad",
+        "fromage",
+        "lamb",
+        "lars",
+        "lion",
+        "nadam",
+        "nadamw",
+        "novograd",
+        "optimistic_adam_v2",
+    ),
+    *("optimistic_gradient_descent", "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "sm3", "yogi"),
+)
+OPTIMIZERS = {
+    **{name: after(getattr(optax, name)(1e-2)) for name in RATES},
+    "lbfgs": after(mtl.drop_extra_args(optax.lbfgs(), "losses"), **SEARCH),
+    "noisy_sgd": after(optax.noisy_sgd(1e-2, key=0)),
+    "polyak_sgd": after(optax.polyak_sgd(), value=LOSSES.sum()),
+}
+
+
+@pytest.mark.parametrize("name", sampled(OPTIMIZERS, ["adam", "lbfgs"]))
+def test_every_optimizer_of_optax_follows_a_method(name):
+    vectors = jax.tree.map(jnp.atleast_1d, PARAMS)  # sm3 takes no scalars
+    tx, given = OPTIMIZERS[name].tx, OPTIMIZERS[name].extra
+    mtl.check(tx, vectors if name == "sm3" else PARAMS, **given)
+
+
 # Without `drop_extra_args`; the other way round they are among the cases that work.
 REFUSES_LOSSES = {
     "lbfgs": optax.lbfgs(),
