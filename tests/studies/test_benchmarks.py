@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -15,6 +17,8 @@ from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
 from examples.studies.benchmarks.report import Row, draw
 from examples.studies.benchmarks.steps import steps
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +144,15 @@ def test_growth_draws_its_points(tmp_path):
     draw(tmp_path / "growth.png", growth.curves_of(points), "size", "MiB")
     assert (tmp_path / "growth.png").stat().st_size > 0
     assert plt.get_fignums() == open_before
+
+
+def test_the_page_shows_the_stored_tables():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    stored = re.findall(r"`(examples/studies/results/benchmarks/\S+\.md)`", page)
+    assert stored
+    for name in stored:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"(?:^\|.*\n)+", text, flags=re.M)[0] in page, name
 
 
 def test_collectives_are_read_from_the_text():
