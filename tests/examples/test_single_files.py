@@ -32,6 +32,7 @@ SMALL = {
     "one_gradient_a_step": lambda module: {"steps": 3, "examples": 300},
     "own_method": lambda module: {"steps": 2, "examples": 100},
     "physics_informed": lambda module: {"steps": 2},
+    "ppo_actor_critic": lambda module: {"seeds": 2, "updates": 1},
     "ranking_on_representation": lambda module: {"steps": 2, "examples": 2000},
     "retrieval_and_rating": lambda module: {"ratings": made_ratings(), "steps": 2},
     "several_loaders": lambda module: {"visits": 2600, "epochs": 1},
@@ -141,6 +142,31 @@ def test_a_keras_model_keeps_the_state_of_its_method(keras_jax, tmp_path):
 
 
 # --- what a copy of a program must not get wrong ---------------------------------------------------
+
+
+@pytest.mark.slow
+def test_balancing_helps_an_actor_and_entropy_as_a_task_ruins_it(capsys, monkeypatch):
+    module = load("ppo_actor_critic")
+    rows = ("imtl_g", "imtl_g, entropy a task")
+    monkeypatch.setattr(module, "METHODS", {name: module.METHODS[name] for name in rows})
+    module.main()
+    printed = capsys.readouterr().out
+    balanced, with_entropy = (float(found) for found in re.findall(r"fifth +(\d+)", printed))
+    assert balanced > 250 and with_entropy < 80, printed
+
+
+def test_entropy_is_a_part_of_the_actor_unless_it_is_a_task():
+    module = load("ppo_actor_critic")
+    model = module.ActorCritic(module.CartPole, nnx.Rngs(0))
+    batch = {"observation": jax.random.normal(jax.random.key(0), (6, 4))}
+    names = ("action", "log_prob", "advantage", "value")
+    batch |= {name: jnp.arange(6.0) for name in names} | {"action": jnp.arange(6) % 2}
+    together = model.losses(batch, module.TASKS)
+    apart = model.losses(batch, (*module.TASKS, "entropy"))
+    np.testing.assert_allclose(together["actor"], apart["actor"] + apart["entropy"], rtol=1e-6)
+    assert together["critic"] == apart["critic"]
+    # Of two actions that are nearly alike it is almost log(2).
+    np.testing.assert_allclose(apart["entropy"], -module.ENTROPY * np.log(2), rtol=0.01)
 
 
 def test_ratings_are_read_from_a_file(tmp_path):

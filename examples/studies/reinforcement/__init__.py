@@ -1,0 +1,1 @@
+"""PPO on tasks written in JAX: what balancing the actor and the critic is worth."""
