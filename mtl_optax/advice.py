@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ CONFLICT_COSINE = -0.3
 Conflicts of mini-batches are noise near 0. Where one task loses what the other gains, as in
 notebooks/04_which_method.ipynb, a method chooses another compromise and none is better for both.
 """
+
+_WIDTH = 100  # of the lines that are printed
 
 Task = str | int
 Action = Literal["sum", "compromise", "balance"]
@@ -63,7 +66,8 @@ class Advice:
         cosine = (
             "" if self.smallest_cosine is None else f"; smallest cosine {self.smallest_cosine:.2f}"
         )
-        return f"Ratios of gradient norms: {ratios}{cosine}.\n{self.text}"
+        measured = f"Ratios of gradient norms: {ratios}{cosine}."
+        return "\n".join([textwrap.fill(measured, _WIDTH), textwrap.fill(self.text, _WIDTH)])
 
 
 def advise(
@@ -79,8 +83,8 @@ def advise(
 
     * no two norms differ more than 10 times: keep the sum, and tune its weights if anything;
     * the norms differ more, and all tasks count: compare a balancing method with the sum;
-    * they differ more, and one task is the `target`: compare a balancing method, unless the auxiliaries
-      that dominate the target point its way (cosine at least 0.1) or those without effect do not.
+    * they differ more, and one task is the `target`: compare a balancing method if an auxiliary dominates
+      the target without helping it (cosine below 0.1), or if one that would help is too small to.
 
     These rules summarise the experiments in docs/choose.md. They say where a comparison is worth its runs,
     not what comes out of it. They cannot know that a loss is a regulariser, which is no task.
@@ -171,20 +175,23 @@ def _for_target(
     )
     if harmful := [task for task in large if task not in helpful]:
         return "balance", (
-            f"{_listed(harmful)} dominate {target} and do not point its way: {methods}"
+            f"{_listed(harmful)} dominate {target} and do not help it (cosine below {HELPFUL_COSINE}): "
+            f"{methods}"
         )
     if large:
         return "sum", (
-            f"{_listed(large)} dominate {target} and point its way: keep the sum, since balancing takes "
-            "this help away."
+            f"{_listed(large)} dominate {target} and help it (cosine at least {HELPFUL_COSINE}): keep the "
+            "sum, since balancing would reduce this help."
         )
     if useful := [task for task in small if task in helpful]:
         return "balance", (
-            f"{_listed(useful)} point the way of {target} but have hardly any effect: {methods}"
+            f"{_listed(useful)} would help {target} (cosine at least {HELPFUL_COSINE}) but are too small "
+            f"to: {methods}"
         )
     if small:
         return "sum", (
-            f"{_listed(small)} have hardly any effect, and do not point the way of {target}: keep the sum."
+            f"{_listed(small)} are too small to have an effect, and would not help {target} (cosine below "
+            f"{HELPFUL_COSINE}): keep the sum."
         )
     opposed = min(others, key=cosines.__getitem__)
     if cosines[opposed] < CONFLICT_COSINE:
