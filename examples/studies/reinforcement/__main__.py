@@ -163,13 +163,14 @@ def lines_of(found: dict[str, dict[str, Arm]], names: Sequence[str]) -> list[tup
 def note(options: argparse.Namespace) -> str:
     """What the numbers are."""
     rates, weights = (", ".join(f"{value:g}" for value in values) for values in (RATES, WEIGHTS))
+    searched = f", and for {SEARCHED} also of {weights} times the critic's loss"
     advice = "\n\n".join(map(look, options.environments))
     return (
         f"Mean ± standard error over {options.seeds} seeds. {OVER_SEEDS} over methods, against {BASE}. "
-        f"Settings: the best mean of {options.tuning_seeds} other seeds, of the learning rates {rates}, "
-        f"and for {SEARCHED} also of {weights} times the critic's loss. The entropy belongs to the actor's "
-        "loss but in the row that makes it a task. runs: for one environment, those of the tuning among "
-        f"them.\n\n{advice}\n\nMade by `{options.line}`."
+        f"Settings: the best mean of {options.tuning_seeds} other seeds, of the learning rates {rates}"
+        f"{searched if SEARCHED in options.methods else ''}. The entropy belongs to the actor's loss but "
+        "in the row that makes it a task. runs: for one environment, those of the tuning among them."
+        f"\n\n{advice}\n\nMade by `{options.line}`."
     )
 
 
