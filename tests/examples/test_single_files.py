@@ -5,6 +5,7 @@ import gzip
 import importlib
 import re
 import warnings
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,20 @@ def made_ratings():
     return np.stack([user, film, rng.integers(1, 6, len(user)), np.zeros_like(user)], axis=1)
 
 
+def made_molecules():
+    """Descriptors and eleven properties."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8)).astype(np.float32)
+    return x, x @ rng.normal(size=(8, 11))
+
+
 # The arguments of `main`, for a run of a few steps on few data.
 SMALL = {
     "device_mesh": lambda module: {"steps": 2, "examples": 2000},
     "esmm_missing_conversions": lambda module: {"steps": 3, "examples": 2000},
     "large_tables": lambda module: {"users": 3000, "items": 2000, "steps": 2},
     "mmoe_emtl": lambda module: {"steps": 2, "examples": 500},
+    "molecules": lambda module: {"data": made_molecules(), "steps": 2},
     "one_gradient_a_step": lambda module: {"steps": 3, "examples": 300},
     "own_method": lambda module: {"steps": 2, "examples": 100},
     "physics_informed": lambda module: {"steps": 2},
@@ -174,6 +183,21 @@ def test_ratings_are_read_from_a_file(tmp_path):
     file.write_text("1\t242\t3\t881250949\n2\t302\t5\t891717742\n")
     rows = load("retrieval_and_rating").movielens(file)
     assert rows.tolist() == [[1, 242, 3, 881250949], [2, 302, 5, 891717742]]
+
+
+def test_molecules_are_read_from_a_wheel(tmp_path):
+    module = load("molecules")
+    names = ["Elements", "XYZ_Ang", *module.COLUMNS.values()]
+    row = ["['O','H','H']", "[[0.,0.,0.],[0.96,0.,0.],[-0.*^-6,9.6*^-1,0.]]", *["1.5*^-1"] * 11]
+    cells = ",".join(f'"{cell}"' for cell in row)
+    with zipfile.ZipFile(tmp_path / "q.whl", "w") as archive:
+        archive.writestr("q/data/qm9_part1.csv", f"{','.join(names)}\n\n{cells}\n{cells}\n")
+        archive.writestr("q/data/qm9_polarizability.csv", "a\n1\n")
+    x, y = module.read(tmp_path / "q.whl")
+    assert x.shape == (2, 305)
+    np.testing.assert_array_equal(x[0, :5], [2, 0, 0, 1, 0])  # of H, C, N, O, F
+    assert x[0, 5:].reshape(15, 20).any(axis=1).nonzero()[0].tolist() == [0, 3]  # H-H and H-O
+    np.testing.assert_allclose(y, 0.15)
 
 
 def test_a_folder_of_behaviours_is_read(tmp_path):
