@@ -34,6 +34,7 @@ class Panel(NamedTuple):
         which the last row with such a name counts: the largest search.
       kept: which lines of the file count.
       name, value: the columns of a row's name and of the number; the mean of a seed's lines is its number.
+      against: a row to compare with line by line, in percent; None takes the numbers as they are.
     """
 
     title: str
@@ -43,17 +44,19 @@ class Panel(NamedTuple):
     kept: Callable[[Line], bool]
     name: str
     value: str
+    against: str | None = None
 
 
 PANELS = (
     Panel(
         "QM9: 11 properties",
-        "mean absolute error, lower is better\n(standard deviations)",
+        "error over a network per property (%)\nlower is better",
         "molecules/table.csv",
         ("sum", r"search, \d+ runs?", "scale_invariant"),
         lambda line: True,
         "arm",
         "test",
+        against="each property alone",
     ),
     Panel(
         "MovieLens in unlike units",
@@ -91,6 +94,15 @@ def values_of(panel: Panel, results: Path) -> list[np.ndarray] | None:
         for line in filter(panel.kept, csv.DictReader(stream)):
             by_seed = found.setdefault(line[panel.name], {})
             by_seed.setdefault(line["seed"], []).append(float(line[panel.value]))
+    if panel.against is not None:
+        base = found.get(panel.against, {})
+        found = {
+            name: {
+                seed: [100 * (x / y - 1) for x, y in zip(values, base[seed], strict=True)]
+                for seed, values in by_seed.items()
+            }
+            for name, by_seed in found.items()
+        }
     means = []
     for row in panel.rows:
         named = [name for name in found if re.fullmatch(row, name)]

@@ -315,6 +315,12 @@ def draw(summary: Summary, path: Path) -> None:
             values = [mean[name] for name in of_place]
             axes.plot([offset] * len(values), values, "_", color=color, markersize=14, mew=2,
                       label=f"one run of a method on the {place}")  # fmt: skip
+        # A method that fails would flatten the rest of the picture.
+        top = 1.3 * max(mean[name] for name in mean if name not in METHODS)
+        beyond = [f"{name} {mean[name]:+.0f} %" for name in methods if mean[name] > top]
+        if beyond:
+            axes.set_ylim(top=top)
+            axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=9)
         shown = [n for p in colors for n in [m for m in methods if _place(m) == p][:2]]
         last = -np.inf
         low, high = axes.get_ylim()
