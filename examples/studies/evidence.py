@@ -95,13 +95,16 @@ def values_of(panel: Panel, results: Path) -> list[np.ndarray] | None:
             by_seed = found.setdefault(line[panel.name], {})
             by_seed.setdefault(line["seed"], []).append(float(line[panel.value]))
     if panel.against is not None:
-        base = found.get(panel.against, {})
+        if panel.against not in found:
+            return None
+        base = found[panel.against]
         found = {
             name: {
                 seed: [100 * (x / y - 1) for x, y in zip(values, base[seed], strict=True)]
                 for seed, values in by_seed.items()
             }
             for name, by_seed in found.items()
+            if any(re.fullmatch(row, name) for row in panel.rows)
         }
     means = []
     for row in panel.rows:
