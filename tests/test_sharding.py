@@ -132,6 +132,7 @@ def unsharded(group):
     return jax.device_get(run_group(group, None)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sampled(AXIS_TYPES, ["explicit"]))
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_method_is_the_same_on_a_mesh(group, kind):
@@ -341,6 +342,7 @@ def assert_devices_agree(name, axis_name):
 
 
 @EXCLUDE
+@pytest.mark.slow
 def test_devices_agree_on_who_is_excluded(name):
     assert_devices_agree(name, AXES)
     assert np.isfinite(with_nan_on_one_device(AXES, name in QUICK)[name][0]).all()

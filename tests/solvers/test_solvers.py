@@ -277,6 +277,7 @@ def test_vmap_equals_loop(name):
     np.testing.assert_allclose(batched, looped, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_projections_in_batches_are_those_of_one_batch(monkeypatch):
     """As with more than 101 tasks, and with a last batch that is not full."""
     gradients = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)

@@ -91,6 +91,7 @@ def test_verdict_compares_with_the_target():
     assert Row("s", "c", 1.1, "x").verdict == ""
 
 
+@pytest.mark.slow
 def test_a_transformer_represents_each_text_alone():
     problem = Problem(tables=1, rows=9, width=128, dense=0, bottom=(), blocks=2, length=4, batch=3)
     params, batch = initial(problem, 1)

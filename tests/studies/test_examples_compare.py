@@ -294,6 +294,7 @@ def test_one_run_is_worth_as_many_as_are_expected_to_reach_it():
     assert compare.worth(rows, None) == ""
 
 
+@pytest.mark.slow
 def test_the_last_lines_say_what_the_gradients_say(monkeypatch):
     """Days since the first rating are squares of large numbers: they dominate at the start."""
     monkeypatch.setattr(sources, "movielens_ratings", many_ratings)

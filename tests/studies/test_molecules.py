@@ -140,6 +140,7 @@ def test_weightings_are_positive_with_mean_one_and_a_smaller_search_is_part_of_i
     assert not np.array_equal(weights, ARMS[SEARCH].weightings(8, seed=4))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_at_a_time(molecules):
     pairs = [(seed, rate) for seed in (0, 1) for rate in TINY.rates]
     found = []
@@ -283,6 +284,7 @@ def test_a_line_that_was_not_finished_is_trained_again(tmp_path, capsys):
     assert not Store(tmp_path, Config(steps=7), resume=True).results  # another configuration
 
 
+@pytest.mark.slow
 def test_the_command_makes_its_table_and_goes_on(file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     asked = ["--quick", "--data", str(file), "--out", str(out), "--arms", SUM, SEARCH]

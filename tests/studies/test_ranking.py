@@ -344,6 +344,7 @@ def test_outputs_start_at_the_base_rates(log):
     assert network.predict(params, features)[0, 0] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [MODEL, partial(MMoE, embedding=2, experts=2, expert=(3,), tower=(3,))]
 )
@@ -416,6 +417,7 @@ def test_a_run_that_diverges_is_no_error(trainer):
     assert run.best_value == -np.inf or run.best_value < -1
 
 
+@pytest.mark.slow
 def test_runs_of_a_seed_are_the_same_and_of_another_are_not(trainer):
     choice = parse_choice("sum")
     runs = trainer.train(choice, [plan(trainer), plan(trainer), plan(trainer, 1)], measure=False)
@@ -440,6 +442,7 @@ class Kept:
         self.saved = jax.tree.map(np.asarray, carry), list(history)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
     monkeypatch.setattr("examples.studies.harness.trainer.SECONDS_BETWEEN_SAVES", 0.0)
     choice, kept = parse_choice("multibalance(place='representation')"), Kept()

@@ -236,6 +236,7 @@ def test_movielens_nested(monkeypatch):
 # --- tables of pairs ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("longest", sampled([None, 1], [1]), ids=["many", "one"])
 def test_pair_table_equals_a_dense_table(longest):
     generator = np.random.default_rng(0)
@@ -709,6 +710,7 @@ def test_a_batch_has_the_labels_and_masks_of_its_pairs(units_trainer):
     assert np.any(batch.mask[0] == 0) and not np.all(batch.mask[0] == batch.mask[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sampled(["sum", "metabalance"], ["metabalance"]))
 def test_embeddings_alone_are_decayed(trainer, params, batch, method):
     setting = trainer.default_setting()

@@ -139,6 +139,7 @@ def test_dropout_leaves_the_expected_score_and_the_regime_its_level(generator):
     assert (zero_one[0] == 0).all() and (zero_one[1] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [VALIDATION, TEST])
 def test_ndcg_from_counts_is_that_of_a_sort(generator, part):
     dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
