@@ -148,3 +148,19 @@ GENERATED = {"methods", "results", "_build"}
 def test_a_page_opens_with_whom_it_is_for(page: Path) -> None:
     """The line below the title, in italics."""
     assert re.match(r"# .*\n\n\*For .*\.\*\n", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("folder", ["recipes", "coming_from"])
+def test_an_index_links_every_page_of_its_folder(folder: str) -> None:
+    """Also where its table of contents is not drawn, as in a checkout."""
+    pages = {page.name for page in WRITTEN if page.parent.name == folder}
+    text = (ROOT / "docs" / folder / "index.md").read_text(encoding="utf-8")
+    assert pages == set(re.findall(r"\]\((\w+\.md)\)", text))
+
+
+def test_the_first_page_links_every_page_of_its_tables_of_contents() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    contents = "".join(re.findall(r"^```{toctree}\n(.*?)^```", text, flags=re.M | re.S))
+    names = set(re.findall(r"^[\w/]+$", contents, flags=re.M))
+    assert "benchmarks" in names
+    assert names - set(re.findall(r"\]\(([\w/]+)\.md\)", text)) == set()
