@@ -16,21 +16,21 @@ from mtl_optax.methods.losses.sum_tasks import MeasuredState
 
 # The thresholds, and the experiments behind them: docs/choose.md has the tables.
 LARGEST_RATIO = 10.0
-"""Norms up to this ratio call for no balancing.
+"""The largest ratio of two norms at which no balancing is advised.
 
-Above it, one balanced run was worth a search over weights on QM9 (11 properties), on MovieLens in unlike
-units and in PPO. Below it, as for retrieval and rating with scaled stars, no method was better than the
-sum.
+Above it, one balanced run was worth a search over weights on QM9 (11 properties), on MovieLens in
+different units and in PPO. Below it, as for retrieval and rating with scaled stars, no method was better
+than the sum.
 """
 HELPFUL_COSINE = 0.1
-"""From this cosine with the target on, a dominating auxiliary helps it.
+"""The smallest cosine with the target at which an auxiliary task helps it.
 
-Views that dominate purchases on Tmall help them: balancing them away loses NDCG (0.048 against 0.058).
+On Tmall, views dominate purchases and help them: balancing reduces their NDCG from 0.058 to 0.048.
 """
 CONFLICT_COSINE = -0.3
 """Below this cosine, two tasks of similar norms conflict.
 
-Conflicts of mini-batches are noise near 0. Where one task loses what the other gains, as in
+A cosine nearer to 0 can be the noise of mini-batches. Where one task loses what the other gains, as in
 notebooks/04_which_method.ipynb, a method chooses another compromise and none is better for both.
 """
 
@@ -45,8 +45,8 @@ class Advice:
     """What `advise` found; `str` of it is the advice in words.
 
     Attributes:
-      norm_ratios: the norm of each task's gradient, over that of the target or, without a target, over the
-        smallest one.
+      norm_ratios: the norm of each task's gradient, divided by that of the target or, without a target, by
+        the smallest one.
       smallest_cosine: between the gradients of two tasks; None if cosines were not measured.
       dominant: the task with the largest norm.
       action: "sum": keep the plain sum. "compromise": a method can only choose between the tasks.
@@ -78,21 +78,27 @@ def advise(
 ) -> Advice:
     """Says from the norms and cosines of the task gradients whether balancing may pay.
 
-    Train the plain sum with `sum_tasks(tasks, measure=True)` for a hundred steps and give its state. With
-    :math:`n_t` the measured norm of task t:
+    Train the plain sum with `sum_tasks(tasks, measure=True)` for a hundred steps and give its state. If
+    all tasks count:
 
-    * no two norms differ more than 10 times: keep the sum, and tune its weights if anything;
-    * the norms differ more, and all tasks count: compare a balancing method with the sum;
-    * they differ more, and one task is the `target`: compare a balancing method if an auxiliary dominates
-      the target without helping it (cosine below 0.1), or if one that would help is too small to.
+    * two norms differ by a factor of more than 10: compare a balancing method with the sum;
+    * all norms are similar, and two gradients oppose each other (cosine below -0.3): a method can only
+      choose a compromise between their tasks;
+    * otherwise: keep the sum, and tune its weights before you try a method.
+
+    If one task is the `target`, only the ratios to its norm count. Compare a balancing method if an
+    auxiliary is more than 10 times as large without helping the target (cosine below 0.1, or not
+    measured), or if one that would help is less than a tenth as large. Keep the sum if all those that are
+    more than 10 times as large help, or if those that are less than a tenth as large would not. If all
+    norms are similar, the advice is as above.
 
     These rules summarise the experiments in docs/choose.md. They say where a comparison is worth its runs,
     not what comes out of it. They cannot know that a loss is a regulariser, which is no task.
 
     Args:
-      found: the state of an optimizer with a method that computes norms, or what `diagnostics` reads from
-        it. `diagnostics` of many steps, with leading axes, is averaged. Leaves with a gradient of one task
-        alone (heads) are left out, if the method has one block per leaf.
+      found: the state of an optimizer with a method that computes norms. Blocks in which only one task
+        has a gradient, such as heads with one block per leaf, are left out. Or what `diagnostics(state,
+        method)` read from a method with one block; entries of many steps, with leading axes, are averaged.
       method: the `Method` of the state, for the names of tasks.
       target: the task that counts, by name or index; None if all tasks count.
 
@@ -268,7 +274,7 @@ def _stacked(entry: Any) -> Any:
 
 
 def _products(norms: np.ndarray, cosines: Any) -> np.ndarray:
-    """Returns inner products from lengths and angles; NaN beside the diagonal where no angle is known."""
+    """Returns inner products from lengths and angles; NaN off the diagonal if no angle is known."""
     own = np.eye(norms.shape[-1], dtype=bool)
     cosines = np.where(own, 1.0, np.nan) if cosines is None else np.asarray(cosines, np.float64)
     return cosines * norms[..., None, :] * norms[..., :, None]

@@ -175,7 +175,7 @@ def plot_pareto(
         labels of runs (methods, seeds) to either. A dot marks the start of a path, a star its end.
       tasks: the two tasks to draw, by index or name.
       task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
-      front: `[points, 2]`, a known Pareto front to draw below, in the order of `tasks`.
+      front: `[points, 2]`, a known Pareto front to draw behind the paths, in the order of `tasks`.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
@@ -183,7 +183,7 @@ def plot_pareto(
 
     Raises:
       ImportError: if matplotlib is not installed.
-      ValueError: if the losses, names or tasks have the wrong shape.
+      ValueError: if the losses or the names have the wrong shape, or a task is unknown.
 
     Example:
 
@@ -252,7 +252,7 @@ def _legend_of_blocks(ax: Axes, drawn: list[Any], blocks: list[str], names: list
 def _read(
     caller: str, given: Any, what: str, task_names: _Names
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns the arrays `[steps, T]` by block or run ("" if there is one), and the task labels."""
+    """Returns the arrays `[steps, T]` by block or run ("" if there is only one), and the task labels."""
     several = isinstance(given, Mapping) and not _is_by_task(given)
     parts = dict(given) if several else {"": given}
     arrays = {}

@@ -228,7 +228,7 @@ def names_of(name: str, what: str, value: Mapping[str, object], tasks: Tasks) ->
 def task_vector(
     name: str, what: str, value: Losses | Active | PerTask, tasks: Tasks, dtype: DType | None = None
 ) -> jax.Array:
-    """Returns one number per task as an array `[T]`, from an array, a sequence, or a dictionary."""
+    """Returns one number per task as an array `[T]`, from an array, a sequence, or a dictionary by name."""
     vector = jnp.asarray(_in_order(name, what, value, tasks), dtype)
     _check_entries(name, what, vector.shape, tasks)
     return vector
@@ -249,7 +249,7 @@ def task_numbers(
     Args:
       name: the factory's name, for messages.
       what: the argument's name.
-      value: an array or a sequence `[T]`, or a dictionary by task name.
+      value: an array or a sequence `[T]`, a dictionary by task name, one number with `or_one`, or None.
       tasks: the tasks.
       low: the smallest number allowed.
       high: the largest number allowed.

@@ -26,7 +26,7 @@ class NotTransposable(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class TaskGradients:
-    """The gradients of T losses, of which no more than one is computed at a time.
+    """The gradients of T losses, of which at most one is computed at a time.
 
     Every function takes `chosen`, which says for every leaf of the primal whether it counts.
 
@@ -62,7 +62,7 @@ class TaskGradients:
         """Computes the Gram matrix `[T, T]`, by T backward and T - 1 forward passes.
 
         The diagonal is `squared_norms`. The other products have the precision of the model's own
-        arithmetic. If one of two tasks is not finite, neither is their product.
+        arithmetic. The product of two gradients is not finite if one of them is not.
 
         Args:
           chosen: see the class.
@@ -84,16 +84,16 @@ class TaskGradients:
             square = task_tree.sum_over(local, self.axis_name)
             like = jnp.broadcast_to(jnp.zeros_like(square, self.losses.dtype), self.losses.shape)
             products = self._tangents(chosen, gradient, like).astype(dtype)
-            # With `check_vma=True` the sum over devices has another type, and the transpose has summed.
+            # If its type changes in the sum over devices (`check_vma=True`), the transpose has summed too.
             if jax.typeof(local) == jax.typeof(square):
                 products = task_tree.sum_over(products, self.axis_name)
-            # Each pair is computed once, so the first task needs no forward pass.
+            # The products with earlier tasks are enough, so the first task needs no forward pass.
             before = jnp.arange(num_tasks) < t
             return square.astype(dtype), jnp.where(before, products, 0)
 
         squares, lower = pull_in_turn(self.pullback, self.losses, row)
-        # A product may overflow in the forward pass (in float16) although both gradients are finite. It
-        # would make their cosine NaN.
+        # A product may overflow in the forward pass (in float16) although both gradients are finite. Their
+        # cosine would be NaN, so both tasks count as not finite.
         finite = jnp.isfinite(squares)
         overflows = finite[:, None] & finite[None, :] & ~jnp.isfinite(lower + lower.T)
         squares = jnp.where(jnp.any(overflows, axis=1), jnp.nan, squares)
@@ -144,8 +144,8 @@ class TaskGradients:
                 for x, g in zip(total, chosen_leaves(self.pullback.of_task(t), chosen), strict=True)
             ]
 
-        # XLA executes one branch per task after another, in place. A single `cond` over all tasks would
-        # keep `once` in memory beside its result.
+        # XLA executes the `cond` of one task after the other, in place. A single `cond` over all tasks
+        # would keep `once` in memory beside its result.
         for t in range(self.losses.shape[0]):
             missing = ~fits & active[t]
             total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)
@@ -156,8 +156,8 @@ class TaskGradients:
     ) -> jax.Array:
         """Computes `J g`, with the type of `like` inside `shard_map`.
 
-        It is the transpose of the pullback: the tangent map of `jax.linearize` is not there for a
-        `custom_vjp`, and takes zeros through the leaves that are not chosen.
+        J is the transpose of the pullback. The tangent map of `jax.linearize` cannot replace it: it does
+        not exist for a `custom_vjp`, and would compute with zeros for the leaves that are not chosen.
         """
 
         def pull(cotangents: jax.Array) -> list[jax.Array]:
