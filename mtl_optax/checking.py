@@ -87,8 +87,8 @@ def check(
         `jax.ShapeDtypeStruct` can replace an array. By default `losses` has one entry per task.
 
     Returns:
-      One line per method that `update` calls: its name and the tasks. Only the program of `update` is read,
-      so that it does not contain the target of a method; `repr(method)` does.
+      One line per method that `update` calls: its name and the tasks. The target is not in it, because only
+      the program of `update` is read; `repr(method)` shows the target.
 
     Raises:
       ValueError: if `init` or `update` raises, the update does not have the shapes of the parameters, the

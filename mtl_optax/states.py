@@ -32,15 +32,15 @@ def diagnostics(
       params: the parameters, of which only the shapes are used. Without them, blocks are numbered.
 
     Returns:
-      A dictionary with `weights` `[T]`, the weights of the raw gradients in the last update; `norms`
+      A dictionary with `weights` `[T]`, the weights of the last update (see the method); `norms`
       `[T]` and `cosines` `[T, T]`, if the method computes them; with the cosines also `alignment`,
       `2 |mean_t g_t / |g_t||^2 - 1`, which is 1 if all gradients have the same direction; `skipped`
       `[T]`, how often each task was excluded because it was not finite; `fallback_count`, the number of
-      steps without a solution, for `nash_mtl`, `fairgrad`, `pcd`, `gradnorm` and methods that are built
-      on them; and `steps`, the number of updates. With several blocks, all entries except `skipped` and
-      `steps` have a leading block axis, or are dictionaries by block name. With task names, each task
-      axis becomes a dictionary. If the state contains several methods, the dictionary has the entries of
-      the first method, and `all` is a list with the entries of every method.
+      steps without a solution, for `nash_mtl`, `fairgrad`, `scale_by_pub`, `epo`, `pcd`, `gradnorm` and
+      methods that are built on them; and `steps`, the number of updates. With several blocks, all
+      entries except `skipped` and `steps` have a leading block axis, or are dictionaries by block name.
+      With task names, each task axis becomes a dictionary. If the state contains several methods, the
+      dictionary has the entries of the first method, and `all` is a list with the entries of every method.
 
     Raises:
       ValueError: if `state` contains no state of a method, or `method` or `params` do not match it.
@@ -90,7 +90,7 @@ def change_tasks(state: State, old: Method, new: Method, params: optax.Params) -
 
     Tasks are matched by name. Weights, norms, averages, counts and the state of the rule of a task that
     both methods have are copied; a new task has the entries of `new.init`, as in a first step. What is not
-    per task, such as the number of steps, is copied. Weights that are learnt on the simplex are copied as
+    per task, such as the number of steps, is copied. Weights that are learned on the simplex are copied as
     they are; the next update of the rule normalises them.
 
     Args:

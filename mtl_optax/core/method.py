@@ -35,9 +35,10 @@ class MethodOptions(TypedDict, total=False):
         updates compute only norms, to exclude non-finite tasks and to limit weights that depend on
         averages of norms. If a task was absent or non-finite when the stored weights were computed, new
         weights are computed as soon as it is active.
-      freeze_after: the number of updates that compute weights as above; the updates after them reuse the
-        last weights, so that a step of `weighted_value_and_grad` costs one backward pass. None is all.
-        A method with an EMA gives steadier weights than one that reads a single batch.
+      freeze_after: n computes weights as above in the first n updates only. Later updates reuse the last
+        ones, except for a task that has none yet, so that a step of `weighted_value_and_grad` costs one
+        backward pass. None never freezes them. Prefer a method with an EMA, because the frozen weights of
+        others are those of a single batch.
       axis_name: under `shard_map` or `pmap`, the mapped axes over which the elements of the gradients are
         split. Inner products are summed over these axes, so that all devices compute the same weights.
         `losses` and `active` must be equal on all devices: apply `lax.pmean` to local losses first.
@@ -234,7 +235,7 @@ class Method(optax.GradientTransformationExtraArgs):
 def is_method(node: object) -> bool:
     """Whether a node of a tree is a method.
 
-    As `is_leaf` it prevents that a method is flattened, which raises if an option is traced.
+    As `is_leaf` it keeps JAX from flattening a method, which raises if an option is traced.
     """
     return isinstance(node, Method)
 

@@ -2,7 +2,8 @@
 
 Every step has the same stages. `read` checks the caller's arguments and makes the record that a rule
 reads. `measure` completes it, and determines which tasks are active. `weigh` calls the rule. `finish`
-counts the step and the tasks that were excluded. `Pipeline.update` (on the parameters or on a fork's
+counts the step and the tasks that were excluded. An `UpdateRule`, which reads the gradients themselves,
+takes the place of `measure` and `weigh`. `Pipeline.update` (on the parameters or on a fork's
 representation), `weighted_value_and_grad` and `weigh_losses` all use these stages. `rule.py` says what a
 rule may assume.
 """
@@ -71,7 +72,7 @@ def from_rule(
 
     Raises:
       ValueError, TypeError: if options or tasks are invalid. At trace time, `update` raises if the updates
-        have no task axis or a wrong T, or if `losses` or `active` are missing or have a wrong shape.
+        have no task axis or a wrong T, losses are missing, or `losses` or `active` have a wrong shape.
 
     Example:
 
@@ -146,14 +147,14 @@ class Pipeline(Definition):
         params: optax.Params | None = None,
         extra_args: Mapping[str, object] | None = None,
     ) -> StepInputs:
-        """Checks the caller's arguments, and makes the record of a step without what needs gradients."""
+        """Checks the caller's arguments, and makes the record of a step, without norms and gradients."""
         extra_args = extra_args or {}
         check_state(self.name, state, self.tasks)
         vector = None
         if "losses" in self.rule.needs:
             dtype = state.weights.dtype
             vector = validation.read_losses(self.name, losses, self.tasks, dtype, extra_args)
-        elif isinstance(losses, Mapping):  # other names would mean another target
+        elif isinstance(losses, Mapping):  # the losses of other tasks are refused
             names_of(self.name, "losses", losses, self.tasks)
         present = validation.read_active(self.name, active, self.tasks)
         inputs = StepInputs(

@@ -109,8 +109,7 @@ class WeightRule(NamedTuple):
       target: the index of the task that counts more than the others, or None; `Method.target` and `check`
         report it.
       bound: `(StepInputs, rule_state) -> limits [T]`, the upper limits of reused weights
-        (`update_every`), for rules whose weights depend on averages of norms. It reads only the norms of
-        the gradients.
+        (`update_every`), for rules whose weights depend on averages of norms. It gets no cosines.
     """
 
     needs: frozenset[str]

@@ -20,7 +20,7 @@ from mtl_optax.solvers.nash import fair_weights
 
 
 class BargainingState(NamedTuple):
-    """State of `fairgrad` and `nash_mtl`.
+    """State of `fairgrad` and `nash_mtl`, and a part of that of `scale_by_pub`.
 
     Attributes:
       fallback_count: int32 scalar, the number of steps without a solution, which used min-norm weights.

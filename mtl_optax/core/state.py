@@ -23,8 +23,9 @@ class BalanceState(NamedTuple):
       weights: `[B, T]`, the weights of the last update.
       kept_weights: `[B, T]`, the weights as computed last, for methods that limit them while
         `update_every` reuses them; None for other methods.
-      norms: `[B, T]`, the last gradient norms; None if the method needs none.
-      cosine: `[B, T, T]`, the last cosines; None if the method needs none.
+      norms: `[B, T]`, the last norms of the gradients or, with a `GradientAverage`, of the averages; None
+        if the method needs none.
+      cosine: `[B, T, T]`, the cosines when weights were last computed; None if the method needs none.
       skipped: int32 `[T]`, how often each task was excluded because its loss, an entry of its gradient or
         its squared gradient norm was not finite (in float32, a norm above 1.8e19).
       weighed: bool `[T]`, the tasks for which `weights` were computed.

@@ -135,7 +135,7 @@ def norms(
 
 
 def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
-    """Returns which tasks are finite in the same sense, bool `[T]`, for methods that need no norms."""
+    """Returns which tasks are finite, bool `[T]`, as `norms` does, for methods that need no norms."""
     whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
     everyone = jnp.ones((num_tasks,), bool)
     return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]

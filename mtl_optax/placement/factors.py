@@ -32,9 +32,9 @@ class Factors(NamedTuple):
     """The gradients of B examples with respect to one leaf: in each of L layers, a sum over P positions.
 
     Attributes:
-      left: `[L, B, P, M]`; for a table, the numbers of the rows, integers `[L, B, P]` up to M.
+      left: `[L, B, P, M]`; for a table, the numbers of its rows, integers `[L, B, P]`; M stands for no row.
       right: `[L, B, P, N]`.
-      shape: that of `[L, M, N]`, in which several axes may stand for each.
+      shape: the shape `[L, M, N]`, in which each of L, M and N may be several axes.
       order: the transposition from `shape` to the shape of the leaf.
       dtype: that of the leaf.
     """

@@ -12,7 +12,7 @@ from mtl_optax.core.types import DType
 from mtl_optax.core.validation import Tasks, task_vector, where
 
 Result = TypeVar("Result")
-# The losses, as a tuple where they can be differentiated separately, and what the loss function returned.
+# The losses (a tuple if they can be differentiated separately), and what the loss function returned.
 Split: TypeAlias = tuple[tuple[jax.Array, ...] | jax.Array, Result]
 
 
@@ -124,7 +124,7 @@ def check_tasks(name: str, result: Any, has_aux: bool, tasks: Tasks) -> None:
       tasks: the tasks of the method.
 
     Raises:
-      ValueError: if the number or the names of the losses are others.
+      ValueError: if the number or the names of the losses differ from those of the tasks.
 
     Example:
 

@@ -46,7 +46,7 @@ def weigh_losses(
       state: the state of the method, from `method.init(params)`.
       method: a `Method` whose `needs` contains at most "losses".
       active: which tasks are in this batch, bool `[T]` or a dictionary by task name; all by default.
-      **extra_args: passed to `method.update`: `noise=`, `losses_after=`, ...
+      **extra_args: the extra arguments of the method: `noise=`, `losses_after=`, ...
 
     Returns:
       `(weighted_sum, new_state)`: a scalar to differentiate, and the state for the next step, which the

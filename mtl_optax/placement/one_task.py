@@ -70,7 +70,7 @@ def one_task_value_and_grad(
 
     References:
       Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
-      2025, section 3.3, https://arxiv.org/abs/2408.11104
+      2024, section 3.3, https://arxiv.org/abs/2408.11104
     """
     axis = read_tasks("one_task_value_and_grad", tasks)
     check_choice("one_task_value_and_grad", "order", order, ("cyclic", "random"))

@@ -188,6 +188,7 @@ def stack_tasks(
       names, for `method.update(updates, state, params, active=active)`.
 
     Raises:
+      TypeError: if `names` contains no names.
       ValueError: if a task is unknown, there is no gradient, or gradients differ in structure or shape.
 
     Example:

@@ -138,8 +138,8 @@ class _Product:
     """The mark of an array that is the sum over p of `left[..., p, m] * right[..., p, n]`.
 
     `left` is `[*batch, P, M]`, or for a table the numbers of the rows, integers `[*batch, P]`. `right` is
-    `[*batch, P, N]`. `free` are the shapes for which M and N stand, and `order` is the transposition of
-    `[*batch, *free[0], *free[1]]` to the array.
+    `[*batch, P, N]`. `free` has the shapes that are flattened to M and N, and `order` is the transposition
+    of `[*batch, *free[0], *free[1]]` to the array.
     """
 
     left: jax.Array
@@ -185,19 +185,19 @@ class _Product:
         return dataclasses.replace(self, left=left, right=right)
 
     def stacked(self, length: int) -> _Product:
-        """The mark of what a scan has stacked, and with it `left` and `right`."""
+        """The mark of the same array after a scan has stacked it, and its `left` and `right`."""
         order = (0, *(axis + 1 for axis in self.order))
         return dataclasses.replace(self, batch=(length, *self.batch), order=order)
 
 
 # A value and its mark: a `_Product`, "zero", or None.
 _Marked: TypeAlias = tuple[Any, Any]
-# The equations that stand for a program of their own.
+# The equations that call another program.
 _CALLS = {"jit", "remat2", "closed_call", "custom_jvp_call", "custom_vjp_call"}
 
 
 def _evaluate(program: Jaxpr, consts: Sequence[Any], inputs: Sequence[_Marked]) -> list[_Marked]:
-    """The results of a program, which is run equation by equation."""
+    """Runs a program equation by equation, and returns its results with their marks."""
     known: dict[Any, _Marked] = dict(zip(program.invars, inputs, strict=True))
     known.update(zip(program.constvars, [(const, None) for const in consts], strict=True))
 
@@ -211,7 +211,7 @@ def _evaluate(program: Jaxpr, consts: Sequence[Any], inputs: Sequence[_Marked]) 
         values = [value for value, _ in operands]
         if eqn.primitive.name in _CALLS:
             inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name == "remat2":  # or XLA would not compute again what was not kept
+            if eqn.primitive.name == "remat2":  # else XLA would keep what is to be recomputed
                 operands = [(x, None) for x in lax.optimization_barrier(values)]
             constants = getattr(inner, "consts", ())
             results = _evaluate(getattr(inner, "jaxpr", inner), constants, operands)
@@ -272,7 +272,7 @@ def _mark(eqn: JaxprEqn, values: Sequence[Any], marks: Sequence[Any]) -> Any:
 
 
 def _dot(values: Sequence[jax.Array], summed: Any, batch: Any) -> _Product | None:
-    """The mark of a product of which both operands have the examples."""
+    """The mark of a product, if both operands have the axis of the examples."""
     if not batch[0]:
         return None
     sides, shapes = [], []

@@ -42,7 +42,7 @@ class Pullback(NamedTuple):
     apart: bool
 
     def keeps_apart(self, num_tasks: int) -> bool:
-        """Whether each of T losses has a program of its own, so that a broken one leaves the others alone.
+        """Whether each of T losses has a program of its own, so that one cannot make others non-finite.
 
         Args:
           num_tasks: T.
@@ -158,10 +158,10 @@ def pull_in_turn(
     losses: jax.Array,
     then: Callable[[int | jax.Array, tuple[optax.Updates, ...]], Rows],
 ) -> Rows:
-    """As `pull_each`, with the gradient of one loss at a time also where the losses are kept apart.
+    """As `pull_each`, but in every case memory holds the gradient of only one loss at a time.
 
-    Each loss has a branch of its own inside a loop: XLA would start the backward passes of an unrolled
-    program together, and hold the gradients of all of them.
+    If the losses are kept apart, each has a branch of its own inside a loop: XLA would start the backward
+    passes of an unrolled program together, and hold the gradients of all losses.
 
     Args:
       pullback: what `vjp_of_losses` returned.
@@ -232,5 +232,5 @@ def replace_leaves(tree: Tree, chosen: Sequence[bool], new: Iterable[object]) ->
 
 
 def _units(losses: jax.Array) -> jax.Array:
-    # Added to zeros of the losses, which have the mapped axes of the losses in their type in `shard_map`.
+    # Inside `shard_map`, the added zeros give the result the mapped axes in the type of the losses.
     return jnp.eye(losses.shape[0], dtype=losses.dtype) + jnp.zeros_like(losses)[None]

@@ -48,27 +48,27 @@ def weighted_value_and_grad(
 ) -> Callable[..., tuple[Result, tuple[Params, BalanceState]]]:
     """Computes the update of a weighting method on the parameters, with fewer passes or less memory.
 
-    There are three ways to save. With `weights_from`, the method reads the gradients of the chosen leaves
-    only (for example, of a few dense layers and not of the embedding tables); the other leaves take one
-    backward pass of `sum_t weights[t] * losses[t]`. With a method made with `update_every=k`, the
-    T backward passes happen on every k-th step only; on the steps between, one backward pass with the
-    stored weights differentiates everything. With `freeze_after=n`, all steps after the first n are of
-    this kind.
+    There are three ways to save backward passes. With `weights_from`, the method reads the gradients of
+    the chosen leaves only (for example, of a few dense layers and not of the embedding tables); the other
+    leaves take one backward pass of `sum_t weights[t] * losses[t]`. With a method made with
+    `update_every=k`, the T backward passes happen on every k-th step only; on the steps between, one
+    backward pass with the stored weights differentiates everything. With `freeze_after=n`, all steps
+    after the first n are of this kind.
 
     With `mode="products"`, memory holds no gradient of a task, however many tasks there are. With the
     Jacobian J of the losses, `g_t = J^T e_t` is a backward pass, and its inner products with all gradients
-    are `J g_t`, a forward pass, in which each layer's part of `g_t` is used as soon as it is there. One
+    are `J g_t`, a forward pass, which uses each layer's part of `g_t` as soon as it is computed. One
     backward pass of the weighted sum follows.
 
     With `mode="examples"`, each example of a batch is a task. One backward pass gives the inputs of every
     layer and the cotangents of its outputs, of which the gradients of the examples are products; norms,
     inner products and the weighted sum are computed from these factors, without the gradients themselves.
-    An example that is not finite is left out alone (docs/recipes/examples_as_tasks.md).
+    Only an example that is not finite is left out (docs/recipes/examples_as_tasks.md).
 
     One backward pass of a weighted sum cannot leave a task out: if the derivative of one loss is not
     finite, neither is the sum. Such a step takes up to 2 T more passes and sums the gradients that are
-    finite: a broken task is left out and counted as skipped, an absent one is left out, and the others
-    train on. Guard the divisions in the loss of a task that is often absent. An array `[T]`, more than 64
+    finite: a non-finite task is left out and counted as skipped, an absent one is left out, and the others
+    are used. Guard the divisions in the loss of a task that is often absent. An array `[T]`, more than 64
     tasks, "vmap" and "map" cannot keep tasks apart (see `per_task_value_and_grad`): there the update of
     such a step is 0, and all tasks are counted.
 
@@ -98,22 +98,22 @@ def weighted_value_and_grad(
         With "products", norms are summed in float32 at least. The inner products of two tasks come from a
         forward pass in the model's own arithmetic: in a bfloat16 transformer, cosines differed by 0.0005
         from those of the stacked gradients, which differ by 0.0004 from float32. Float32 products of the
-        gradients would need two of them in memory. Float16 has not the range. With `weights_from`, a task
-        that is broken outside the chosen leaves is left out of all leaves.
+        gradients would need two of them in memory. The range of float16 is too small. With `weights_from`,
+        a task that is not finite outside the chosen leaves is left out of all leaves.
 
         With "examples", every array in `args` and `kwargs` has T examples along its first axis, and so do
         auxiliary data. `loss_fn`, which returns `[B]` for B examples, is called on batches of one under
         `vmap`: batch normalisation in training mode would see one example. A step took 1.0 to 1.5 times as
         long as a plain one, besides the method's solver (four dense layers of 512, T = 64 and 256).
-        Gradients that are no products (of biases, scales, convolutions) are held. Call it in `jax.jit`.
+        Gradients that are no products (of biases, scales, convolutions) are stored. Call it in `jax.jit`.
 
     Returns:
       A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns `(losses,
-      (update, state))`, with `(losses, aux)` for `losses` where `has_aux`. `update` has the structure of
+      (update, state))`, or `((losses, aux), (update, state))` with `has_aux`. `update` has the structure of
       `params` and goes to an optimizer; `state` starts from `method.init(params)`; `active` is as in
       `method.update`, and `extra_args` is a dictionary of its further arguments (`traces` of `ntk`,
       `order`, `noise`, `losses_after`). `args` and `kwargs` go to `loss_fn`. Cost: T backward passes
-      through the chosen leaves plus one, or one alone on the steps between.
+      through the chosen leaves plus one, or only one on the steps that reuse weights.
 
     Raises:
       TypeError: for a method that is no weighted sum; with `mode="products"`, if a `custom_vjp` of the
@@ -164,7 +164,7 @@ def weighted_value_and_grad(
         everything, others = [True] * len(chosen), [not here for here in chosen]
 
         def by_products(state: BalanceState) -> Step:
-            """New weights, of the norms or products of gradients that are not held."""
+            """Computes new weights from norms or products of gradients that are not held."""
             if "gram" in method.needs:
                 found = gradients.gram_matrix(chosen, inputs.dtype)
             else:
@@ -178,7 +178,7 @@ def weighted_value_and_grad(
             return update, state, went_in
 
         def by_gradients(state: BalanceState) -> Step:
-            """New weights, and the weighted sum of the gradients that they were computed from."""
+            """Computes new weights, and the weighted sum of the gradients from which they follow."""
             assert pullback is not None and mode != "products" and mode != "examples"
             grads = pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], chosen))
             blocks = task_tree.assign_blocks(grads, "all")
@@ -245,7 +245,7 @@ def _differentiate(
 
 
 def _are_large(params: object, chosen: Sequence[bool], losses: jax.Array) -> bool:
-    """Whether "auto" does not hold the T gradients of the chosen leaves."""
+    """Whether "auto" uses products, because T gradients of the chosen leaves are large."""
     leaves = chosen_leaves(params, chosen)
     size = losses.shape[0] * sum(jnp.size(x) * jnp.result_type(x).itemsize for x in leaves)
     is_half = any(jnp.result_type(x) == jnp.float16 for x in (losses, *leaves))
@@ -273,7 +273,7 @@ def _check_method(method: object) -> None:
 
 
 def _mask(params: object, weights_from: object) -> list[bool]:
-    """For every leaf whether the method looks at its gradient."""
+    """Returns for every leaf whether the method looks at its gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if weights_from is None:
         return [True] * len(leaves)

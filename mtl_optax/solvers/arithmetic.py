@@ -37,7 +37,7 @@ def safe_divide(
 
 
 def clip_finite(x: jax.Array) -> jax.Array:
-    """The nearest finite numbers."""
+    """Clips to the finite numbers of the dtype."""
     largest = float(jnp.finfo(x.dtype).max)
     return jnp.clip(x, -largest, largest)
 
@@ -96,6 +96,6 @@ def move_average(
 
 
 def move_mean(mean: jax.Array, new: jax.Array, count: jax.Array, moves: jax.Array) -> jax.Array:
-    """The mean of `count` values where `moves`, from the mean of all but the last one, `new`."""
+    """Adds the value `new` to the mean of `count - 1` values, where `moves`; gives the mean of `count`."""
     number = jnp.maximum(count, 1).astype(mean.dtype)
     return move_average(mean, new, 1 - 1 / number, moves)

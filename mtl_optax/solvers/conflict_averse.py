@@ -36,8 +36,8 @@ def conflict_averse_weights(geometry: Geometry, c: jax.typing.ArrayLike = 0.4) -
     :math:`|e| \le c|g_0|`. It is a nonnegative combination z of the gradients.
 
     As long as the tasks with progress exactly :math:`\mu` are the same, :math:`|e|^2` is a quadratic
-    function of :math:`\mu`, whose root is the next level. In the paper's notation
-    :math:`z = c |g_0| w / |g_w|`; this form needs no division by :math:`|g_w|`, which can be 0.
+    function of :math:`\mu`, and the next level is where it reaches :math:`c^2|g_0|^2`. In the paper's
+    notation :math:`z = c |g_0| w / |g_w|`; this form needs no division by :math:`|g_w|`, which can be 0.
 
     Args:
       geometry: the lengths and angles of the gradients.

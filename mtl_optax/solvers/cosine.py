@@ -11,7 +11,7 @@ from mtl_optax.solvers.arithmetic import count_active, safe_divide
 
 
 class Geometry(NamedTuple):
-    """The lengths and angles of the task gradients: what solvers read of them.
+    """The lengths and angles of the task gradients, from which solvers compute weights.
 
     Attributes:
       cosine: `[T, T]`; the rows and columns of zero gradients and inactive tasks are 0.
@@ -64,8 +64,8 @@ def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 def gram_product(cosine: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Array:
     """The inner product of every gradient with their weighted sum, finite for any norms.
 
-    Norms above a quarter of the root of the largest number count as this. A gradient step on weights of
-    such a size ends at a vertex of the simplex in any case.
+    Norms are limited to a quarter of the square root of the dtype's largest number. With larger norms, a
+    gradient step on weights ends at a vertex of the simplex in any case.
     """
     largest = jnp.max(norms)
     lengths = safe_divide(norms, largest)

@@ -13,7 +13,7 @@ from mtl_optax.solvers.cosine import Geometry, product
 from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
 from mtl_optax.solvers.preference import active_preference
 
-# Each of the T projections factors a matrix [T, T]: so many numbers those of one batch may have.
+# The largest number of entries in all matrices [T, T] that one batch of projections factors.
 _NUMBERS_AT_A_TIME = 2**20
 
 

@@ -48,7 +48,7 @@ def maximize_on_simplex(
       bound: b, `[R]`.
 
     Returns:
-      `(x [T], feasible)`. If no x satisfies all constraints, `feasible` is False.
+      `(x [T], feasible)`. If no x that satisfies all constraints was found, `feasible` is False.
     """
     (rows, variables), dtype = matrix.shape, matrix.dtype
     size_row = jnp.concatenate([size, jnp.zeros((rows,), dtype), jnp.ones((1,), dtype)])

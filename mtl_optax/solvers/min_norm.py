@@ -13,8 +13,8 @@ from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinit
 def min_norm_weights(geometry: Geometry) -> jax.Array:
     r"""Weights of the min-norm point of the convex hull of the gradients.
 
-    Minimises :math:`|\sum_i a_i g_i|^2` over the simplex, without the constraint on the sum: with
-    :math:`b_i = a_i n_i` and :math:`r_i = n_{\min} / n_i`, the minimiser over :math:`b \ge 0` of
+    Minimises :math:`|\sum_i a_i g_i|^2` over the simplex by a problem without the constraint on the sum.
+    With :math:`b_i = a_i n_i` and :math:`r_i = n_{\min} / n_i`, the minimiser over :math:`b \ge 0` of
     :math:`\tfrac12 b^\top (C + r r^\top) b - r^\top b` is a multiple of the solution, also when the
     convex hull contains 0. All coefficients are at most 1, so norms of different orders of magnitude cost
     no accuracy.

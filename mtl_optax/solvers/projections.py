@@ -25,8 +25,8 @@ def add_in_order(
     Args:
       cosine: `[T, T]`.
       orders: integers `[T, T]`, row i the order of the others for gradient i; i itself is skipped.
-      amount: `amount(component, others, memory)` returns the multiples `[T]`, given which gradient each
-        one meets, `[T]`, and its component along that one so far; and the new memory.
+      amount: `(component, others, memory) -> (multiples [T], memory)`: gradient i gets multiple i of the
+        unit gradient `others[i]`, along which its component so far is `component[i]`.
       memory: any tree of arrays.
 
     Returns:

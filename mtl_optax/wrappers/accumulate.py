@@ -41,8 +41,8 @@ def accumulate(
     inactive. On the other calls the update is 0.
 
     If the micro-batches have unequal numbers of labels, the mean of their means is not the mean over the
-    batch: pass `counts=` to `update`, the number of labels (or tokens) per task in this micro-batch, `[T]`
-    or a dictionary, by which means are weighted. A task whose count is 0 was not in the micro-batch.
+    batch. Pass `counts=` to `update`, the number of labels (or tokens) per task in this micro-batch, `[T]`
+    or a dictionary; it weights the means. A task whose count is 0 is absent from the micro-batch.
 
     `optax.MultiSteps` cannot do this, because its accumulator has no task axis. If the micro-batches are
     parts of one batch, apply `optax.microbatching` to the function that returns the task gradients
@@ -55,11 +55,11 @@ def accumulate(
       axis_name: see `MethodOptions`; `inner` needs it too.
 
     Returns:
-      A transformation from leaves `[T, *shape]` to the update of `inner`. Memory: one float32 copy of the
-      T gradients.
+      A transformation from leaves `[T, *shape]` to the update of `inner`. Memory: one copy of the T
+      gradients, at least in float32.
 
     Raises:
-      ValueError: if the updates have no task axis, or `every_k` < 1.
+      ValueError: if the updates have no task axis, `every_k` < 1, or `counts` has the wrong shape or names.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Steps with some of the tasks: who is present and finite, and the means of what each task had."""
+"""For wrappers: which tasks are present and finite in a step, and an update by means per task."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def remember(
 
     References:
       Liu, Chu and Thuerey, ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks,
-      2025, section 3.3, https://arxiv.org/abs/2408.11104
+      2024, section 3.3, https://arxiv.org/abs/2408.11104
     """
     axis = _tasks_of(inner, tasks)
     check_range("remember", "decay", decay, 0, 1, half_open=True)

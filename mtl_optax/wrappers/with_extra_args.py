@@ -8,11 +8,11 @@ import optax
 def with_extra_args(
     inner: optax.GradientTransformation, **extra_args: object
 ) -> optax.GradientTransformationExtraArgs:
-    """Passes extra arguments to a transformation that someone else's program updates without any.
+    """Passes extra arguments to a transformation whose caller passes none.
 
     Many trainers call `tx.update(grads, opt_state, params)`, so that a method in `tx` that needs
-    `losses=` does not get it. Make the wrapper inside the step, where the losses are, and let the trainer
-    update it. It has the state of `inner`, so that nothing is initialized again.
+    `losses=` does not get them. Make the wrapper inside the step, where the losses are, and let the trainer
+    update it. Its state is that of `inner`, so that nothing is initialised again.
 
     The wrapper holds arrays of the step and must not leave it. If the trainer's state keeps `tx` as a
     static field, as Flax's `TrainState` does, put the original back before the step returns:

@@ -113,7 +113,7 @@ def lr_annealing(
 def _absolute_statistics(
     inputs: StepInputs, target: int, axis_name: AxisName
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the largest absolute entry of the target's gradient, and the mean ones of all `[T]`."""
+    """Returns the largest absolute entry of the target's gradient, and the mean one of each task `[T]`."""
     largest, total = jnp.zeros((), inputs.dtype), jnp.zeros(inputs.active.shape, inputs.dtype)
     size = 0
     for leaf in jax.tree.leaves(inputs.updates):

@@ -63,7 +63,7 @@ def scale_by_pub(
         U U^\top w = 1 / w, \quad w > 0, \qquad update = \sum_t w_t u_t.
 
     The moments are then updated with :math:`\sum_t w_t g_t`. Scale: the method's own; with new weights
-    the norm is :math:`\sqrt T` for any number of parameters, which that of Adam's updates is not, so tune
+    the norm is :math:`\sqrt T` for any number of parameters, unlike the norm of Adam's updates, so tune
     the learning rate.
 
     Args:
@@ -96,9 +96,9 @@ def scale_by_pub(
       ignores the error, so its weights stay 1. It applies weight decay T times.
 
       If the bargaining has no solution, as for a task whose update is 0, the weights are those of the
-      min-norm point, and ``rule_state.bargaining.fallback_count`` increases; a task with the weight 0 asks
-      for new weights in the next step. An absent task keeps its weight. With one task, the update is a
-      multiple of Adam's.
+      min-norm point, and ``rule_state.bargaining.fallback_count`` increases. As long as an active task has
+      the weight 0, every step computes new weights. An absent task keeps its weight. With one task, the
+      update is a multiple of Adam's.
 
     Example:
 

@@ -39,7 +39,7 @@ def epo(
     tolerance: Nonnegative = 1e-4,
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Searches the Pareto-optimal point at which all products of preference and loss are equal.
+    r"""Searches for the Pareto-optimal point at which all products of preference and loss are equal.
 
     The point that a weighted sum of losses reaches on the Pareto front depends on the shape of the front.
     With the ``preference`` r, this method reaches the point with :math:`r_1 L_1 = \dots = r_T L_T`. With
@@ -122,7 +122,7 @@ def epo(
         lengths = jnp.where(nonzero, safe_divide(inputs.norms, smallest, where=nonzero), 1)
         lengths = jnp.minimum(lengths, largest_weight(dtype))
         gain = product(cosine, lengths * adjustments)
-        # The constraints: none on a loss that the adjustments decrease, except on the worst.
+        # A loss that the adjustments decrease has no constraint, unless it is the worst.
         bound = balance & jnp.any(gain > 0) & (parts < jnp.max(parts))
         free = bound & (gain > 0)
         rise = jnp.minimum(jnp.max(jnp.where(active, gain * lengths, -jnp.inf)), 0)

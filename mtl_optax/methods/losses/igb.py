@@ -25,8 +25,8 @@ def igb(
 ) -> Method:
     r"""Gives larger weights to log losses that have decreased least since the start of training.
 
-    The improvable gap of a task is the distance of its training from the training that is desired. If the
-    desired losses are small, the gap is the loss relative to its value early in training. With the base
+    The improvable gap of a task says how far its training is from the desired state. If the desired
+    losses are small, the gap is the loss relative to its value early in training. With the base
     :math:`b_t`, the mean loss over the ``base_steps`` steps after the first ``warmup_steps``, the weights
     of the log losses are T softmax(L / b), and so those of the losses are
 

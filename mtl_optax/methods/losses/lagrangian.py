@@ -59,7 +59,7 @@ def lagrangian(
       tasks: T, or the task names.
       limits: a dictionary from the names of the constrained tasks to their limits, or `[T]` with None (or
         infinity) for objectives.
-      step_size: eta > 0, in units of an inverse loss.
+      step_size: eta >= 0, in units of an inverse loss.
       damping: d >= 0.
       **options: see `MethodOptions`.
 

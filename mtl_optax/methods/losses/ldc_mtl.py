@@ -27,7 +27,7 @@ def ldc_mtl(
     optimizer: Transformation = optax.adam(1e-3),
     **options: Unpack[MethodOptions],
 ) -> Method:
-    r"""Trains weights together with the network, which should make the weighted losses equal.
+    r"""Trains weights that make the weighted losses equal, together with the network.
 
     The upper level of a bilevel problem makes the weighted losses equal, and the lower level decreases
     their sum. One step of a first-order method does both. With the trained values :math:`v_t`,
@@ -41,7 +41,7 @@ def ldc_mtl(
     the form of the authors' CelebA program.
 
     Args:
-      tasks: T, or the task names; the order of the tasks says which differences the penalty has.
+      tasks: T, or the task names; the penalty compares neighbours in the order of the tasks.
       penalty: lambda, >= 0, in the unit of an inverse loss.
       optimizer: any optax optimizer, which trains v from 1.
       **options: see `MethodOptions`.

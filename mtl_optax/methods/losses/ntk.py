@@ -57,8 +57,8 @@ def ntk(
 
     Returns:
       A `Method` with the state `NTKState`; `update` takes `traces=`, `[T]` or a dictionary by task name,
-      from `ntk_trace`. Without it the weights do not change, so traces can be computed only every k-th
-      step. Cost: O(T).
+      from `ntk_trace`. Without it the weights do not change, so that traces on every k-th step are
+      enough. Cost: O(T).
 
     Raises:
       ValueError: if the reference is unknown, or `traces` does not have one entry per task.

@@ -59,8 +59,8 @@ def relobralo(
     Args:
       tasks: T, or the task names.
       ema_decay: alpha, the weight of the past, in [0, 1).
-      rho: probability that the past weights enter, and not those relative to the first losses, in [0, 1].
-      temperature: tau > 0; larger values make the weights more equal.
+      rho: probability that the past weights are averaged instead of those from the first losses, in [0, 1].
+      temperature: tau, >= 1e-6; larger values make the weights more equal.
       seed: an integer, the seed of the random numbers.
       **options: see `MethodOptions`.
 

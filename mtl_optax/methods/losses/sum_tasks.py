@@ -1,4 +1,4 @@
-"""The sum of the task gradients, which can measure them."""
+"""The sum of the task gradients, with an option to measure them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
 MEASURED_STEPS = 100
-"""The first steps, in which `measure=True` observes the gradients."""
+"""The number of first steps in which `measure=True` observes the gradients."""
 
 
 class MeasuredState(NamedTuple):
@@ -72,7 +72,7 @@ def sum_tasks(
     def observe(inputs: StepInputs, state: MeasuredState) -> tuple[jax.Array, MeasuredState]:
         both = inputs.active[:, None] & inputs.active[None, :] & (inputs.step < MEASURED_STEPS)
         count = state.count + both
-        share = both / jnp.maximum(count, 1)  # of this step in the mean; a mean does not overflow
+        share = both / jnp.maximum(count, 1)  # of this step in the mean
         products = (1 - share) * state.products + share * inputs.gram
         return jnp.ones((axis.number,)), MeasuredState(products, count)
 

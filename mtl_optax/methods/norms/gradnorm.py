@@ -71,8 +71,8 @@ def gradnorm(
       ValueError: if `alpha` is negative.
 
     Notes:
-      The paper takes the norms on the last shared layer. To save cost, apply the method to the
-      representation (`mtl_optax.fork`) or to that layer only (`optax.partition`).
+      The paper takes the norms on the last shared layer only, as `weighted_value_and_grad` does with
+      `weights_from`. On the representation (`fork_value_and_grad`) the method needs one backward pass.
 
       In the paper weights can become negative; here they are at least 0. If no weight stays positive, the
       weights do not change and `fallback_count` increases. Published programs differ: one trains the
