@@ -233,7 +233,9 @@ def _read(found: Any, method: Method | None) -> tuple[list[Task], np.ndarray, np
             "of sum_tasks(tasks, measure=True), or of a method that computes norms, after a step."
         )
     if method is not None and method.num_tasks != len(norms):
-        raise ValueError(f"advise: {method!r} has not the {len(norms)} tasks of the state.")
+        raise ValueError(
+            f"advise: the tasks of {method!r} are not the {len(norms)} tasks of the state."
+        )
     names = names or list(range(len(norms)))
     norms, products = norms[known], products[np.ix_(known, known)]
     return [names[place] for place in known], norms, products / norms / norms[:, None]

@@ -200,7 +200,8 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
             kind = eqn.primitive.name
             called = eqn.params.get("jaxpr" if kind in ("jit", "pjit") else "call_jaxpr")
             if method:
-                # The gradients are the last arguments, and the argument before them is a mask.
+                # The gradients are the last arguments. Before them are the floating inputs of the step,
+                # which do not differ between two runs or are in `arguments`, and an integer, its count.
                 gradients = itertools.takewhile(_is_floating, reversed(inputs))
                 reached[len(reached), method] = [g for g in gradients if id(g) not in unchanged]
                 results = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]

@@ -76,11 +76,6 @@ def statistics_dtype(tree: optax.Params) -> DType:
 # --- the inputs of methods --------------------------------------------------------------------------
 
 
-# A gradient counts as zero if its squared norm is below the smallest normal number of the dtype in which
-# it is accumulated, and as non-finite if its squared norm overflows. No quotient of two of the remaining
-# norms overflows.
-
-
 def products(
     updates: optax.Updates,
     blocks: Blocks,
@@ -107,6 +102,10 @@ def measure(
 
     Inactive and non-finite tasks have norm 0 and cosines 0. The cosines are None if `products` are only
     squared norms.
+
+    A gradient counts as zero if its squared norm is below the smallest normal number of the dtype in which
+    it is accumulated, and as non-finite if its squared norm overflows. No quotient of two of the remaining
+    norms overflows.
     """
     pairs = products.ndim == 3
     # All tests use the root. XLA would duplicate the sum of squares in every operation that reads a cheap
