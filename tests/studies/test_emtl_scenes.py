@@ -1,5 +1,8 @@
 """EMTL's Table 2: rendered scenes, the reader of NYUv2, metrics, and the command."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from examples.models.segnet_mtan import Predictions
-from examples.studies.emtl import dense, dense_metrics, dense_report
+from examples.studies.emtl import dense, dense_report
 from examples.studies.emtl.__main__ import main
 from examples.studies.emtl.dense_metrics import delta_m, loss, measure
 from examples.studies.emtl.scenes import (
@@ -240,7 +243,18 @@ def trainer(**changes):
 
 @pytest.mark.slow
 def test_a_row_trains_alone_as_side_by_side(monkeypatch):
-    """Two real steps of two runs, as on a CPU and as on an accelerator."""
+    """Two real steps of two runs, as on a CPU and as on an accelerator.
+
+    Without XLA's optimisations, which the tests leave out, the losses differ by 0.2 %: the test calls
+    itself in a process that has them.
+    """
+    if os.environ.get("MTL_OPTAX_XLA") != "default":
+        this = f"{__file__}::test_a_row_trains_alone_as_side_by_side"
+        alone = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow", this]
+        environment = os.environ | {"MTL_OPTAX_XLA": "default", "XLA_FLAGS": ""}
+        done = subprocess.run(alone, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+        return
     (entry,) = (row for row in dense.shared_rows(2) if row.label == "EMTL")
     alone = trainer(steps=2)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -331,4 +345,4 @@ def test_the_command_reads_nyuv2(tmp_path, monkeypatch):
     text = (out / "table2.md").read_text()
     assert "NYUv2 arrays" in text and "SYNTHETIC" not in text
     assert not (out / "table2_scenes.png").exists()
-    assert dense_metrics.METRICS[0].name in text
+    assert "mIoU" in text
