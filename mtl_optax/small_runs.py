@@ -203,7 +203,10 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
                 # The gradients are the last arguments. Before them are the floating inputs of the step,
                 # which do not differ between two runs or are in `arguments`, and an integer, its count.
                 gradients = itertools.takewhile(_is_floating, reversed(inputs))
-                reached[len(reached), method] = [g for g in gradients if id(g) not in unchanged]
+                # Scalars, such as an extra argument, have no task axis.
+                reached[len(reached), method] = [
+                    g for g in gradients if id(g) not in unchanged and jnp.ndim(g) > 0
+                ]
                 results = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
             elif isinstance(called, ClosedJaxpr):
                 results = run(called, inputs)

@@ -143,3 +143,13 @@ def test_it_refuses_what_it_cannot_read():
         mtl.advise(state, target="buy")
     with pytest.raises(ValueError, match="not the 3 tasks"):
         mtl.advise(state, mtl.mgda(2))
+
+
+def test_diagnostics_by_block_are_refused():
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    method = mtl.sum_tasks(("x", "y"), measure=True)
+    grads = {"a": jnp.eye(2), "b": jnp.eye(2)}
+    _, state = method.update(grads, method.init(params), params)
+    found = mtl.diagnostics(state, method, params)
+    with pytest.raises(ValueError, match="by block"):
+        mtl.advise(found, method)

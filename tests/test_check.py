@@ -441,3 +441,10 @@ def test_its_example_raises_what_it_says():
     examples = doctest.DocTestFinder().find(mtl.check, "check", module=module)[0].examples
     assert [bool(example.exc_msg) for example in examples] == [False] * 5 + [True]
     assert doctest.testmod(module).failed == 0
+
+
+def test_a_scalar_extra_argument_hides_no_mistake():
+    """`relobralo` takes random numbers by `noise`; a decay stands before it."""
+    tx = optax.chain(optax.add_decayed_weights(0.1), mtl.relobralo(3), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="weight decay"):
+        mtl.check(tx, PARAMS, noise=0.5)
