@@ -1,7 +1,7 @@
 """Eleven properties of QM9's molecules from one network: `python -m examples.studies.molecules`.
 
 Without options: one split, the plain sum, a search over 8 weightings and four methods in one run, beside
-the stored numbers of a network for each property alone; about three minutes on two cores after the
+the stored numbers of a network for each property alone; about two minutes on two cores after the
 download. With --all: every arm, and a search over 64 weightings.
 
 Every arm is trained with the same learning rates, of which the validation molecules choose.
