@@ -64,17 +64,17 @@ def sharpness_aware(
         keep = task_tree.finite(grads, num_tasks)
         uphill = task_tree.remove_absent(grads, keep)
 
-        def moved(direction: optax.Updates) -> optax.Updates:
+        def gradients_towards(direction: optax.Updates) -> optax.Updates:
             norm = jnp.sqrt(task_tree.squared_norm(direction))
             step = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
             at = jax.tree.map(lambda p, d: p + (step * d).astype(p.dtype), params, direction)
             return value_and_grad(at, *args, **kwargs)[1]
 
         if not each_task:
-            return losses, moved(jax.tree.map(lambda g: jnp.sum(g, axis=0), uphill))
+            return losses, gradients_towards(jax.tree.map(lambda g: jnp.sum(g, axis=0), uphill))
         rows = []
         for t in range(num_tasks):
-            sharp = moved(jax.tree.map(lambda g, t=t: g[t], uphill))
+            sharp = gradients_towards(jax.tree.map(lambda g, t=t: g[t], uphill))
             rows.append(jax.tree.map(lambda g, t=t: g[t], sharp))
         return losses, jax.tree.map(lambda *rows: jnp.stack(rows), *rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ def per_task(
       [0.6, 1.3]
     """
     axis = read_tasks("per_task", tasks)
+    names = names_of("per_task", "inner", inner, axis) if isinstance(inner, Mapping) else ()
 
     def update_fn(
         updates: optax.Updates,
@@ -69,7 +71,7 @@ def per_task(
         for number, name in enumerate(names):
             gradient = structure.unflatten([leaf[number] for leaf in leaves])
             row, states[name] = _update_one(
-                inner[name], gradient, state[name], params, keep[number], extra_args
+                inner[name], gradient, state[name], keep[number], params, extra_args
             )
             rows.append(row)
         return jax.tree.map(lambda *rows: jnp.stack(rows), *rows), states
@@ -79,7 +81,6 @@ def per_task(
             return init_each(inner, params, axis.number)
         return {name: inner[name].init(params) for name in names}
 
-    names = names_of("per_task", "inner", inner, axis) if isinstance(inner, Mapping) else ()
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -105,9 +106,7 @@ def update_each(
     extra_args: dict[str, object],
 ) -> tuple[optax.Updates, optax.OptState]:
     """Applies `inner` per task; gradient and state of tasks outside `keep` `[T]` do not change."""
-    one = lambda gradient, state, keep: _update_one(  # noqa: E731
-        inner, gradient, state, params, keep, extra_args
-    )
+    one = functools.partial(_update_one, inner, params=params, extra_args=extra_args)
     return jax.vmap(one)(updates, states, keep)
 
 
@@ -115,8 +114,8 @@ def _update_one(
     inner: optax.GradientTransformation,
     gradient: optax.Updates,
     state: optax.OptState,
-    params: optax.Params | None,
     keep: jax.Array,
+    params: optax.Params | None,
     extra_args: dict[str, object],
 ) -> tuple[optax.Updates, optax.OptState]:
     """Applies `inner` to the gradient of one task, which does not change unless `keep`."""
