@@ -240,6 +240,14 @@ def test_a_release_that_disagrees_does_not(
     assert name in found and problem in found
 
 
+def test_the_workflow_sees_whether_it_passes(release_check: ModuleType, released: Path) -> None:
+    script = released / ".github" / "release_check.py"
+    script.parent.mkdir()
+    script.write_text(Path(str(release_check.__file__)).read_text("utf-8"), "utf-8")
+    for tag, code in {"v1.2.3": 0, "v1.2.4": 1}.items():
+        assert subprocess.run([sys.executable, script, tag]).returncode == code
+
+
 def test_this_version_is_named_everywhere(release_check: ModuleType) -> None:
     """Between releases only the heading and the entries under Unreleased may be open."""
     found = release_check.problems(f"v{mtl_optax.__version__}")
