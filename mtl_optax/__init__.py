@@ -131,7 +131,7 @@ from mtl_optax.wrappers.skip_nonfinite import SkipNonfiniteState as SkipNonfinit
 from mtl_optax.wrappers.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from mtl_optax.wrappers.with_extra_args import with_extra_args as with_extra_args
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 METHODS: dict[str, MethodRow] = _method_table()
 """All methods by name."""
