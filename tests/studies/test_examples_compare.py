@@ -129,13 +129,11 @@ def test_interrupted_write_leaves_nothing(cache, monkeypatch):
 # --- the command --------------------------------------------------------------------------------
 
 
-def run(monkeypatch, *arguments: str, train: TrainConfig = TINY) -> int:
+def run(*arguments: str, train: TrainConfig = TINY) -> int:
     """Run the command on tiny networks."""
-    options = compare.parse(list(arguments))
+    options = compare.main.parse(list(arguments))
     options.train = train
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "parse", lambda _: options)
-        return compare.main(list(arguments))
+    return command.run_command("examples.compare", lambda: options, compare.compare)
 
 
 def no_training(monkeypatch) -> None:
@@ -163,7 +161,7 @@ def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
     write_behaviours(tmp_path)
     out = tmp_path / "out"
     arguments = ["--data", str(tmp_path), "--out", str(out), "--seeds", "2", "--method", "sum"]
-    assert run(monkeypatch, *arguments) == 0
+    assert run(*arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "20 users, 40 items; 360 training pairs (120 of the target)" in shown
     assert "60 validation pairs (40 of the target), 60 test pairs (40 of the target)" in shown
@@ -190,7 +188,7 @@ def test_command_from_folder_to_files_and_resume(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Trainer, "train", fail)
     no_training(monkeypatch)
-    assert run(monkeypatch, *arguments, "--resume") == 0
+    assert run(*arguments, "--resume") == 0
     again = [row for row in read_metrics(out) if row["method"] == "sum"]
     assert again == [row for row in found if row["method"] == "sum"]
 
@@ -244,10 +242,10 @@ def trained(monkeypatch):
     return calls
 
 
-def test_searched_weights_count_what_the_search_cost(trained, monkeypatch, capsys, tmp_path):
+def test_searched_weights_count_what_the_search_cost(trained, capsys, tmp_path):
     methods = ["single", "sum", "searched weights", "metabalance"]
     arguments = ["--search-runs", "5", "--out", str(tmp_path), "--seeds", "2"]
-    assert run(monkeypatch, *arguments, "--method", *methods) == 0
+    assert run(*arguments, "--method", *methods) == 0
     search = [plan for label, plan, measure in trained if label == "searched weights"]
     tried, final = search[:5], search[5:]
     measured = [measure for label, _, measure in trained if label == "searched weights"]
@@ -312,7 +310,7 @@ def test_the_search_takes_the_weights_with_the_best_validation(trained, monkeypa
 
     monkeypatch.setattr(Trainer, "train", train)
     arguments = ["--search-runs", "8", "--seeds", "1", "--method", "searched weights"]
-    assert run(monkeypatch, *arguments) == 0
+    assert run(*arguments) == 0
     *tried, final = [plan.setting.knobs["weights"] for _, plan, _ in trained]
     nearest = min(tried, key=lambda weights: abs(np.log(weights[1]) + 2))
     np.testing.assert_array_equal(final, nearest)
@@ -323,7 +321,7 @@ def test_a_stored_run_is_used_again_only_where_all_is_the_same(trained, monkeypa
     def trains(*more: str, train: TrainConfig = TINY) -> int:
         trained.clear()
         arguments = ["--data", "movielens", "--method", "sum", "--out", str(tmp_path), *more]
-        assert run(monkeypatch, *arguments, train=train) == 0
+        assert run(*arguments, train=train) == 0
         return len(trained)
 
     assert trains("--seeds", "2") == 2
@@ -340,9 +338,9 @@ def test_a_stored_run_is_used_again_only_where_all_is_the_same(trained, monkeypa
     assert trains("--seeds", "3") == 3  # without --resume everything is trained
 
 
-def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path, capsys):
+def test_a_damaged_run_is_trained_again(trained, tmp_path, capsys):
     arguments = ["--method", "sum", "--seeds", "1", "--out", str(tmp_path), "--resume"]
-    assert run(monkeypatch, *arguments) == 0
+    assert run(*arguments) == 0
     (stored,) = (tmp_path / "runs").iterdir()
     whole = stored.read_bytes()
     with zipfile.ZipFile(stored) as archive:
@@ -355,12 +353,12 @@ def test_a_damaged_run_is_trained_again(trained, monkeypatch, tmp_path, capsys):
         stored.write_bytes(damaged)
         trained.clear()
         capsys.readouterr()
-        assert run(monkeypatch, *arguments) == 0
+        assert run(*arguments) == 0
         assert len(trained) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"{stored} is damaged (") and error.count("\n") == 1
         trained.clear()
-        assert run(monkeypatch, *arguments) == 0
+        assert run(*arguments) == 0
         assert trained == []
 
 
@@ -374,8 +372,8 @@ def test_stored_runs_are_read_on_the_main_thread(trained, monkeypatch, tmp_path)
 
     monkeypatch.setattr(runner, "load_run", noted)
     arguments = ["--method", "sum", "mgda", "--seeds", "2", "--out", str(tmp_path)]
-    assert run(monkeypatch, *arguments) == 0
-    assert run(monkeypatch, *arguments, "--resume") == 0
+    assert run(*arguments) == 0
+    assert run(*arguments, "--resume") == 0
     assert threads == [threading.main_thread()] * 4
     assert len(trained) == 4
 
@@ -390,15 +388,15 @@ def test_one_epoch_draws_points(epochs):
     plt.close(figure)
 
 
-def test_the_output_of_a_file_is_the_table_for_a_page(trained, monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, "--method", "sum", "mgda", "--out", str(tmp_path)) == 0
+def test_the_output_of_a_file_is_the_table_for_a_page(trained, tmp_path, capsys):
+    assert run("--method", "sum", "mgda", "--out", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in shown
     assert max(len(line) for line in shown.splitlines() if line[:1] != "|") <= 82
 
 
-def test_tune_prints_the_grid_and_never_sees_the_test_set(trained, monkeypatch, capsys):
-    assert run(monkeypatch, "--data", "synthetic", "--tune") == 0
+def test_tune_prints_the_grid_and_never_sees_the_test_set(trained, capsys):
+    assert run("--data", "synthetic", "--tune") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "learning_rate" in line]
     settings = [(plan.setting.learning_rate, plan.setting.weight_decay) for _, plan, _ in trained]
     assert settings == [
@@ -442,7 +440,7 @@ def test_a_stopped_command_says_how_to_go_on(trained, monkeypatch, capsys, tmp_p
 
     monkeypatch.setattr(Trainer, "train", stopped)
     arguments = ["--out", str(tmp_path)] if out else []
-    assert run(monkeypatch, *arguments, "--method", "sum") == 130
+    assert run(*arguments, "--method", "sum") == 130
     shown = capsys.readouterr().err
     assert shown.startswith("examples.compare: stopped; ") and hint in shown
 
@@ -468,7 +466,7 @@ def test_a_stopped_command_goes_on_from_its_last_epoch_bit_for_bit(tmp_path, mon
         arguments += ["--out", str(tmp_path / out), *more]
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train", stopping)
-            return run(monkeypatch, *arguments, train=three_epochs), epochs
+            return run(*arguments, train=three_epochs), epochs
 
     def stored(out: str) -> list[dict[str, bytes]]:
         return [

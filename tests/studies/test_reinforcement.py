@@ -93,4 +93,4 @@ def test_the_table_and_what_is_trained_again(trained, tmp_path, capsys):
 
 def test_an_unknown_method_is_named(capsys):
     with pytest.raises(UserError, match="unknown method 'magic'"):
-        study.parse(["--methods", "magic"])
+        study.main.parse(["--methods", "magic"])

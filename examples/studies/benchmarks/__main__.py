@@ -9,7 +9,7 @@ memory and floating-point operations are what XLA says of the compiled program.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import track
@@ -17,11 +17,10 @@ from rich.progress import track
 from examples.studies.benchmarks import gram, methods, peers, places
 from examples.studies.benchmarks.report import TITLE, Row, lines_of
 from examples.studies.benchmarks.vocabulary import vocabulary
-from examples.studies.harness.command import add_options, make_parser, read_options, run_command
+from examples.studies.harness.command import Program
+from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import machine
-
-PROGRAM = "examples.studies.benchmarks"
 
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
@@ -34,28 +33,19 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "gram": gram.forms,
     "peers": peers.peers,
 }
+OPTIONS = {
+    "only": {"nargs": "+", "choices": SECTIONS, "help": "these sections alone"},
+    "peers": {"action": "store_true", "help": "compare with TorchJD and PyTorch"},
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command(PROGRAM, lambda: parse(arguments), work)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser(PROGRAM, __doc__)
-    own = {
-        "only": {"nargs": "+", "choices": SECTIONS, "help": "these sections alone"},
-        "peers": {"action": "store_true", "help": "compare with TorchJD and PyTorch"},
-    }
-    add_options(parser, "only peers out quick", own)
-    options = read_options(parser, arguments)
+def complete(options: argparse.Namespace) -> None:
+    """Choose the sections."""
     options.only = options.only or [name for name in SECTIONS if name != "peers"]
     if options.peers and "peers" not in options.only:
         options.only = [*options.only, "peers"]
     if "peers" in options.only and not peers.installed():
-        parser.error("--peers needs TorchJD: pip install torch torchjd qpsolvers quadprog")
-    return options
+        raise UserError("--peers needs TorchJD: pip install torch torchjd qpsolvers quadprog")
 
 
 def work(options: argparse.Namespace) -> None:
@@ -67,6 +57,10 @@ def work(options: argparse.Namespace) -> None:
     rows.sort(key=lambda row: order.index(row.section))
     publish(options.out, "table", lines_of(rows), f"{TITLE}, on {machine()}", left=2)
 
+
+main = Program(
+    "examples.studies.benchmarks", __doc__, work, "only peers out quick", OPTIONS, complete
+)
 
 if __name__ == "__main__":
     sys.exit(main())

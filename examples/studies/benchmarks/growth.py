@@ -5,17 +5,15 @@ python -m examples.studies.benchmarks.growth [--quick] [--out FOLDER]
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
 from examples.studies.benchmarks.report import Curves, draw
 from examples.studies.benchmarks.steps import steps
-from examples.studies.harness.command import add_options, make_parser, read_options, run_command
+from examples.studies.harness.command import Program
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import interleaved_ratios, machine
-
-PROGRAM = "examples.studies.benchmarks.growth"
 
 # Smaller than the problems of the table: there are many points, and each compiles three steps.
 _SMALL = DENSE._replace(bottom=(256, 256), dense=256, batch=1024)
@@ -84,13 +82,6 @@ def curves_of(points: list[Point]) -> Curves:
     return curves
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser(PROGRAM, __doc__)
-    add_options(parser, "out quick")
-    return read_options(parser, arguments)
-
-
 def work(options: argparse.Namespace) -> None:
     """Prints the table, and writes it with the picture."""
     points = list(measure(options.quick))
@@ -99,10 +90,7 @@ def work(options: argparse.Namespace) -> None:
         draw(options.out / "growth.png", curves_of(points), "size", "memory beyond plain (MiB)")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command(PROGRAM, lambda: parse(arguments), work)
-
+main = Program("examples.studies.benchmarks.growth", __doc__, work, "out quick")
 
 if __name__ == "__main__":
     sys.exit(main())

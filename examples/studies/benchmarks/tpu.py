@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +22,9 @@ import mtl_optax as mtl
 from examples.studies.benchmarks.hlo import collectives
 from examples.studies.benchmarks.problems import decode
 from examples.studies.benchmarks.steps import PLACES, step_functions
-from examples.studies.harness.command import add_options, make_parser, read_options, run_command
+from examples.studies.harness.command import Program
 from examples.studies.harness.report import publish
 
-PROGRAM = "examples.studies.benchmarks.tpu"
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
 
 
@@ -157,24 +155,12 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-
-    def parse() -> argparse.Namespace:
-        parser = make_parser(PROGRAM, __doc__)
-        only = {"nargs": "+", "choices": TABLES, "default": TABLES, "help": "these tables alone"}
-        add_options(parser, "only out", {"only": only})
-        return read_options(parser, arguments)
-
-    def work(options: argparse.Namespace) -> None:
-        for name in options.only:
-            problem, chips, places = TABLES[name]
-            lines = _lines(problem, chips, places)
-            publish(
-                options.out, name, lines, _title(problem, chips), LOOPS if places == LOOPED else ""
-            )
-
-    return run_command(PROGRAM, parse, work)
+def work(options: argparse.Namespace) -> None:
+    """Compiles the chosen tables, prints them and writes them."""
+    for name in options.only:
+        problem, chips, places = TABLES[name]
+        note = LOOPS if places == LOOPED else ""
+        publish(options.out, name, _lines(problem, chips, places), _title(problem, chips), note)
 
 
 def _title(problem: Problem, chips: int) -> str:
@@ -277,6 +263,9 @@ def _arguments(problem: Problem, mesh: jax.sharding.Mesh, *, forked: bool) -> tu
     }
     return params, opt_state, placed(balance), batch
 
+
+ONLY = {"nargs": "+", "choices": TABLES, "default": TABLES, "help": "these tables alone"}
+main = Program("examples.studies.benchmarks.tpu", __doc__, work, "only out", {"only": ONLY})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,17 +29,9 @@ from examples.studies.benchmarks.peers import installed, training_steps
 from examples.studies.benchmarks.problems import HEAD_WIDTH, TINY, Problem, initial
 from examples.studies.benchmarks.report import Curves, draw
 from examples.studies.benchmarks.steps import training_step
-from examples.studies.harness.command import (
-    add_options,
-    make_parser,
-    read_options,
-    run_command,
-    write_atomically,
-)
+from examples.studies.harness.command import Program, write_atomically
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import Training, cores, interleaved, machine, ratio
-
-PROGRAM = "examples.studies.benchmarks.ways"
 
 # Small batches, so that the gradients are what memory holds.
 _DENSE = Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128)
@@ -171,19 +163,6 @@ def curves_of(points: Sequence[Point]) -> Curves:
     return curves
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser(PROGRAM, __doc__)
-    own = {
-        "rows": {"nargs": "+", "metavar": "NAME:T", "type": row, "help": "these rows alone"},
-        "ways": {"nargs": "+", "choices": WAYS, "default": WAYS, "help": "these ways alone"},
-        "rounds": {"default": 5},
-        "large": {"action": "store_true", "help": "sizes for a GPU"},
-    }
-    add_options(parser, "rows ways rounds out resume large quick", own)
-    return read_options(parser, arguments)
-
-
 def row(text: str) -> tuple[str, int]:
     """A network and T."""
     network, _, number = text.partition(":")
@@ -192,6 +171,14 @@ def row(text: str) -> tuple[str, int]:
             f"{text!r} is not NAME:T, NAME one of {', '.join(_NUMBERS)}"
         )
     return network, int(number)
+
+
+OPTIONS = {
+    "rows": {"nargs": "+", "metavar": "NAME:T", "type": row, "help": "these rows alone"},
+    "ways": {"nargs": "+", "choices": WAYS, "default": WAYS, "help": "these ways alone"},
+    "rounds": {"default": 5},
+    "large": {"action": "store_true", "help": "sizes for a GPU"},
+}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -217,10 +204,13 @@ def work(options: argparse.Namespace) -> None:
         draw(options.out / "ways.png", curves_of(points), "T", "temporary memory (MiB)")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command(PROGRAM, lambda: parse(arguments), work)
-
+main = Program(
+    "examples.studies.benchmarks.ways",
+    __doc__,
+    work,
+    "rows ways rounds out resume large quick",
+    OPTIONS,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

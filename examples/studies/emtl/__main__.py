@@ -8,9 +8,8 @@ Each command prints a table and writes it as Markdown and CSV, most with a pictu
 """
 
 import sys
-from collections.abc import Sequence
 
-from examples.studies.harness.command import Command, run_study
+from examples.studies.harness.command import Command, study
 
 COMMANDS = {
     "figure1": Command(
@@ -36,10 +35,7 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_study("examples.studies.emtl", __doc__, COMMANDS, arguments)
-
+main = study("examples.studies.emtl", __doc__, COMMANDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -85,20 +86,75 @@ class Command(NamedTuple):
     options: str
 
 
-def make_parser(program: str, description: str, **rest: Any) -> OneLineParser:
-    """A parser that shows the description as it is written."""
-    shown = argparse.RawDescriptionHelpFormatter
-    return OneLineParser(
-        prog=f"python -m {program}", description=description, formatter_class=shown, **rest
-    )
+@dataclass(frozen=True)
+class Program:
+    """The `main(arguments=None)` of a program; see `run_command` for what it returns.
+
+    Attributes:
+      name: after `python -m`.
+      description: shown as it is written.
+      work: what the program does with its options.
+      options: names of `OPTIONS` and of the program's own.
+      own: how the program's own options differ from `OPTIONS`.
+      complete: called with the options as they were read, to fill in what follows from them.
+      commands: by name; without any the program is one command.
+      epilog: below the options.
+    """
+
+    name: str
+    description: str | None
+    work: Callable[[argparse.Namespace], object]
+    options: str = ""
+    own: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    complete: Callable[[argparse.Namespace], object] = lambda options: None
+    commands: Mapping[str, Command] = field(default_factory=dict)
+    epilog: str | None = None
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the program."""
+        return run_command(self.name, lambda: self.parse(arguments), self.work)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """What the command line asks for."""
+        shown = argparse.RawDescriptionHelpFormatter
+        parser = OneLineParser(
+            prog=f"python -m {self.name}",
+            description=self.description,
+            formatter_class=shown,
+            epilog=self.epilog,
+        )
+        add_options(parser, self.options, self.own)
+        if self.commands:
+            choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+            for name, command in self.commands.items():
+                made = choose.add_parser(name, help=command.text, description=command.text)
+                add_options(made, command.options, self.own)
+        options = read_options(parser, arguments)
+        self.complete(options)
+        return options
+
+
+def study(
+    name: str,
+    description: str | None,
+    commands: Mapping[str, Command],
+    own: Mapping[str, dict[str, Any]] | None = None,
+) -> Program:
+    """A program of several commands."""
+
+    def work(options: argparse.Namespace) -> None:
+        module = importlib.import_module(f"{name}.{commands[options.command].module}")
+        getattr(module, options.command)(options)
+
+    return Program(name, description, work, own=own or {}, commands=commands)
 
 
 def add_options(
-    parser: argparse.ArgumentParser, names: str, own: Mapping[str, dict[str, Any]] | None = None
+    parser: argparse.ArgumentParser, names: str, own: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Options by name, as `OPTIONS` and the study's own have them."""
+    """Options by name, as `OPTIONS` and the program's own have them."""
     for name in names.split():
-        how = {**OPTIONS.get(name, {}), **(own or {}).get(name, {})}
+        how = {**OPTIONS.get(name, {}), **own.get(name, {})}
         parser.add_argument(f"--{name.replace('_', '-')}", **how)
 
 
@@ -118,27 +174,6 @@ def read_options(
         raise UserError("--resume needs --out DIR, where the finished runs are kept")
     options.line = f"{parser.prog} {shlex.join(arguments)}".strip()
     return options
-
-
-def run_study(
-    program: str,
-    description: str,
-    commands: Mapping[str, Command],
-    arguments: Sequence[str] | None,
-    own: Mapping[str, dict[str, Any]] | None = None,
-) -> int:
-    """Run one of a study's commands; see `run_command` for what it returns."""
-    parser = make_parser(program, description)
-    choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in commands.items():
-        made = choose.add_parser(name, help=command.text, description=command.text)
-        add_options(made, command.options, own)
-
-    def work(options: argparse.Namespace) -> None:
-        module = importlib.import_module(f"{program}.{commands[options.command].module}")
-        getattr(module, options.command)(options)
-
-    return run_command(program, lambda: read_options(parser, arguments), work)
 
 
 def check_writable(folder: Path) -> None:

@@ -9,10 +9,9 @@ goes on from there.
 """
 
 import sys
-from collections.abc import Sequence
 from fractions import Fraction
 
-from examples.studies.harness.command import Command, run_study
+from examples.studies.harness.command import Command, study
 
 OPTIONS = {
     "data": {
@@ -42,10 +41,7 @@ NAMES = f"{' '.join(OPTIONS)} epochs out resume"
 COMMANDS = {name: Command("study", text, NAMES) for name, text in TEXTS.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_study("examples.studies.metabalance", __doc__, COMMANDS, arguments, OPTIONS)
-
+main = study("examples.studies.metabalance", __doc__, COMMANDS, OPTIONS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,6 @@ Every arm is trained with the same learning rates, of which the validation molec
 import argparse
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from examples.studies.harness.command import (
-    add_options,
-    in_threads,
-    make_parser,
-    one_of,
-    read_options,
-    run_command,
-    write_atomically,
-)
+from examples.studies.harness.command import Program, in_threads, one_of, write_atomically
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import csv_of, publish
 from examples.studies.harness.timing import cores, interleaved, machine, ratio
@@ -66,12 +57,8 @@ OPTIONS = {
 }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    epilog = f"Arms: {'; '.join(ARMS)}."
-    parser = make_parser("examples.studies.molecules", __doc__, epilog=epilog)
-    add_options(parser, f"{' '.join(OPTIONS)} out resume quick", OPTIONS)
-    options = read_options(parser, arguments)
+def complete(options: argparse.Namespace) -> None:
+    """The configuration and the arms."""
     searched = options.search or (64 if options.all else 8)
     chunk = min(Config.chunk, options.steps)
     config = Config(steps=options.steps, searched=searched, chunk=chunk)
@@ -94,7 +81,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--table and --part need --out DIR, where the finished runs are kept")
     if options.part is not None and not 1 <= options.part[0] <= options.part[1]:
         raise UserError("--part I N: I is one of 1, 2, ... N")
-    return options
 
 
 def work(options: argparse.Namespace) -> None:
@@ -194,10 +180,15 @@ def measure_times(options: argparse.Namespace, trainer: Trainer) -> None:
     publish(options.out, "time", lines, title, note, files)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.molecules", lambda: parse(arguments), work)
-
+main = Program(
+    "examples.studies.molecules",
+    __doc__,
+    work,
+    f"{' '.join(OPTIONS)} out resume quick",
+    OPTIONS,
+    complete,
+    epilog=f"Arms: {'; '.join(ARMS)}.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,9 +10,8 @@ the form of AliExpress or Ali-CCP; or `synthetic`, a generated log of `--size` i
 """
 
 import sys
-from collections.abc import Sequence
 
-from examples.studies.harness.command import Command, run_study
+from examples.studies.harness.command import Command, study
 
 TRAINED = "data size seeds trials epochs batch mean_over jobs out resume quick"
 # The speed alone needs neither rich nor pandas.
@@ -40,10 +39,7 @@ OPTIONS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_study("examples.studies.multibalance", __doc__, COMMANDS, arguments, OPTIONS)
-
+main = study("examples.studies.multibalance", __doc__, COMMANDS, OPTIONS)
 
 if __name__ == "__main__":
     sys.exit(main())

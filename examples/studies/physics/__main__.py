@@ -11,13 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.studies.harness.command import (
-    add_options,
-    make_parser,
-    one_of,
-    read_options,
-    run_command,
-)
+from examples.studies.harness.command import Program, one_of
 from examples.studies.harness.report import csv_of, picture, publish
 from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
@@ -76,16 +70,12 @@ Step times are those of the moment: another load of the machine changes them. `-
 Runs = Mapping[str, Sequence[Run]]  # by row
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser("examples.studies.physics", __doc__, epilog=EPILOG)
-    add_options(parser, f"{' '.join(OPTIONS)} out resume", OPTIONS)
-    options = read_options(parser, arguments)
+def complete(options: argparse.Namespace) -> None:
+    """The sizes of the network and of the training."""
     config = Config(**{name: getattr(options, name) for name in SETTINGS})
     if options.quick:
         config = replace(config, steps=20, chunk=10, seeds=2, width=8, depth=2, interior=16, edge=8)
     options.config = replace(config, chunk=min(config.chunk, config.steps))
-    return options
 
 
 def work(options: argparse.Namespace) -> None:
@@ -186,10 +176,15 @@ def measure_times(problem: str, options: argparse.Namespace) -> None:
     publish(options.out, f"{problem}_time", lines, title, f"{note}\n\nMade by `{options.line}`.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.physics", lambda: parse(arguments), work)
-
+main = Program(
+    "examples.studies.physics",
+    __doc__,
+    work,
+    f"{' '.join(OPTIONS)} out resume",
+    OPTIONS,
+    complete,
+    epilog=EPILOG,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,14 +28,7 @@ import numpy as np
 
 import mtl_optax as mtl
 from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
-from examples.studies.harness.command import (
-    add_options,
-    make_parser,
-    nearest,
-    read_options,
-    run_command,
-    unknown,
-)
+from examples.studies.harness.command import Program, nearest, unknown
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import Row, metrics_csv, publish, reference, row, say
 from examples.studies.harness.runner import Job, Runner, versions
@@ -98,12 +91,8 @@ class Search(NamedTuple):
     runs: list[Run]
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser("examples.compare", __doc__)
-    names = "method data tasks target seeds search_runs epochs tune out resume quick"
-    add_options(parser, names, OPTIONS)
-    options = read_options(parser, arguments)
+def complete(options: argparse.Namespace) -> None:
+    """Fill in what was not asked for, and refuse what is no method."""
     for name, value in (QUICK if options.quick else DEFAULTS).items():
         setattr(options, name, getattr(options, name) or value)
     options.method = tuple(dict.fromkeys(options.method))
@@ -114,7 +103,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if nearest(method, FIXED):
             raise UserError(unknown("method", method, FIXED))
         parse_choice(method)
-    return options
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -357,6 +345,11 @@ def look(trainer: Trainer) -> str:
     return f"The first {int(state.balance_count)} steps of the plain sum. {advice}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.compare", lambda: parse(arguments), compare)
+main = Program(
+    "examples.compare",
+    __doc__,
+    compare,
+    "method data tasks target seeds search_runs epochs tune out resume quick",
+    OPTIONS,
+    complete,
+)

@@ -9,10 +9,9 @@ of one or several files say.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from examples.studies.harness.command import Command, run_study
+from examples.studies.harness.command import Command, study
 
 OPTIONS = {
     "data": {
@@ -36,10 +35,7 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_study("examples.studies.regimes", __doc__, COMMANDS, arguments, OPTIONS)
-
+main = study("examples.studies.regimes", __doc__, COMMANDS, OPTIONS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,14 +19,7 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from examples.ppo_actor_critic import TASKS, CartPole, train
-from examples.studies.harness.command import (
-    add_options,
-    make_parser,
-    one_of,
-    read_options,
-    run_command,
-    write_atomically,
-)
+from examples.studies.harness.command import Program, one_of, write_atomically
 from examples.studies.harness.report import OVER_SEEDS, csv_of, mean_cell, publish
 from examples.studies.harness.statistics import compare
 from examples.studies.reinforcement.acrobot import Acrobot
@@ -77,14 +70,10 @@ class Arm(NamedTuple):
     seconds: float
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line asks for."""
-    parser = make_parser("examples.studies.reinforcement", __doc__)
-    add_options(parser, f"{' '.join(OPTIONS)} out resume", OPTIONS)
-    options = read_options(parser, arguments)
+def complete(options: argparse.Namespace) -> None:
+    """What a quick run is."""
     if options.quick:
         options.updates = options.seeds = options.tuning_seeds = 2
-    return options
 
 
 def arm(name: str, env: Any, options: argparse.Namespace) -> Arm:
@@ -183,10 +172,14 @@ def look(name: str) -> str:
     return f"{name}, the first steps of the plain sum. {mtl.advise(state, method)}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `run_command` for what it returns."""
-    return run_command("examples.studies.reinforcement", lambda: parse(arguments), work)
-
+main = Program(
+    "examples.studies.reinforcement",
+    __doc__,
+    work,
+    f"{' '.join(OPTIONS)} out resume",
+    OPTIONS,
+    complete,
+)
 
 if __name__ == "__main__":
     sys.exit(main())
