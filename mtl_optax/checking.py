@@ -161,8 +161,7 @@ def check(
                 "the state changes its structure at every update, which jax.jit compiles anew each time: "
                 f"{how}. {_GUIDE}"
             )
-    run = functools.partial(update, arrays=_ones(arrays))
-    _refuse(fault_before_methods(tx.init, run, like, gradients, number))
+    _refuse(fault_before_methods(tx.init, update, like, gradients, arrays, number))
     of_tasks = f"{number} tasks"
     if names is not None:
         of_tasks = f"tasks {', '.join(map(repr, names))} in this order"
@@ -363,12 +362,6 @@ def _arrays_of_variables(tree: _Tree) -> _Tree:
 
 def _with_tasks(tree: _Tree, num_tasks: int) -> _Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_tasks, *x.shape), x.dtype), tree)
-
-
-def _ones(tree: _Tree) -> _Tree:
-    """Replaces shapes by arrays of ones."""
-    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype) if is_shape(x) else x, tree)
 
 
 def _has_shapes(tree: object) -> bool:

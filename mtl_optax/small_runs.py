@@ -39,9 +39,10 @@ def methods_in(program: Jaxpr) -> list[str]:
 
 def fault_before_methods(
     init: Callable[[optax.Params], optax.OptState],
-    update: Callable[[optax.Updates, optax.OptState, optax.Params], object],
+    update: Callable[[optax.Updates, optax.OptState, optax.Params, dict[str, object]], object],
     params: optax.Params,
     gradients: optax.Updates,
+    extra_args: dict[str, object],
     num_tasks: int,
 ) -> str | None:
     """Detects wrong gradients at the input of the first method of each leaf.
@@ -57,6 +58,8 @@ def fault_before_methods(
       update: the `update` of the optimizer.
       params: the shapes of the parameters.
       gradients: the shapes of the gradients, which have a task axis or not.
+      extra_args: the arrays among the extra arguments, or their shapes. Those with the shapes of the
+        parameters, such as the `noise` of `graddrop`, become as small as these.
       num_tasks: T.
 
     Returns:
@@ -72,13 +75,21 @@ def fault_before_methods(
         tasks = gradient.shape[: gradient.ndim - p.ndim]
         return jax.ShapeDtypeStruct((*tasks, *p.shape), gradient.dtype)
 
+    extra_args = {
+        name: _small(value) if _has_shapes_of(value, gradients_like(params)) else value
+        for name, value in extra_args.items()
+    }
+    extra_args = jax.tree.map(_ones, extra_args)
     params = _small(params)
     trained = gradients_like(params)
     try:
         gradients = jax.tree.map(with_tasks, gradients, trained)
         with jax.numpy_rank_promotion("allow"):
-            program = jax.make_jaxpr(lambda g, p: update(g, init(p), p))(gradients, params)
-        reach = jax.jit(lambda *trees: _what_reaches_methods(program, jax.tree.leaves(trees)))
+            trace = jax.make_jaxpr(lambda g, p, extra: update(g, init(p), p, extra))
+            program = trace(gradients, params, extra_args)
+        reach = jax.jit(
+            lambda *trees: _what_reaches_methods(program, jax.tree.leaves((*trees, extra_args)))
+        )
         quiet, weights, others = (
             numbers(gradients, 1e-2),
             numbers(params, 1.0),
@@ -248,6 +259,17 @@ def _small(tree: _Tree) -> _Tree:
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
     return jax.tree.map(small, tree)
+
+
+def _has_shapes_of(tree: object, other: object) -> bool:
+    """Whether two trees have the same structure, and leaves of the same shapes."""
+    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    return jax.tree.structure(tree) == jax.tree.structure(other) and shapes(tree) == shapes(other)
+
+
+def _ones(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """Replaces a shape by an array of ones."""
+    return jnp.ones(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
 def _is_narrow(leaf: object) -> bool:

@@ -443,8 +443,12 @@ def test_its_example_raises_what_it_says():
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_scalar_extra_argument_hides_no_mistake():
-    """`relobralo` takes random numbers by `noise`; a decay stands before it."""
-    tx = optax.chain(optax.add_decayed_weights(0.1), mtl.relobralo(3), optax.sgd(0.1))
+@pytest.mark.parametrize("method, noise", [("relobralo", 0.5), ("graddrop", PARAMS)])
+def test_random_numbers_as_an_extra_argument_hide_no_mistake(method, noise):
+    """For `relobralo`, `noise` is a number, and for `graddrop` a tree like the parameters."""
+    method = mtl.METHODS[method].factory(3)
+    mtl.check(optax.chain(method, optax.sgd(0.1)), PARAMS, noise=noise)
     with pytest.raises(ValueError, match="weight decay"):
-        mtl.check(tx, PARAMS, noise=0.5)
+        mtl.check(optax.chain(optax.add_decayed_weights(0.1), method), PARAMS, noise=noise)
+    with pytest.raises(ValueError, match="mixes the tasks"):
+        mtl.check(optax.chain(optax.clip_by_global_norm(1.0), method), PARAMS, noise=noise)
