@@ -35,7 +35,6 @@ from examples.studies.recommender.data import (
     Task,
     behaviours,
     make_dataset,
-    with_target,
 )
 from examples.studies.recommender.evaluation import COLUMNS, METRICS
 from examples.studies.recommender.network import Batch, Network, NetworkConfig
@@ -170,15 +169,6 @@ def test_split_loses_nothing_and_holds_pairs_out_with_all_of_their_labels(split)
     assert np.all(held_out[:, 0] > 0) == (split.others == 0)
 
 
-def test_another_ranking_task_becomes_the_target():
-    log = sources.load_log("synthetic", "view")
-    assert [task.name for task in log.tasks] == ["view", "buy", "like"]
-    plain = sources.synthetic().interactions.values
-    np.testing.assert_array_equal(log.interactions.values, plain[:, [2, 0, 1]])
-    with pytest.raises(UserError, match="--target rent: synthetic has the ranking tasks view, buy"):
-        with_target(log, "rent")
-
-
 def test_too_little_data_to_hold_out_is_an_error():
     pairs = np.array([[0, 0], [1, 1]], np.int32)
     with pytest.raises(UserError, match="too few pairs a user"):
@@ -192,13 +182,10 @@ def test_movielens_in_units(monkeypatch):
     monkeypatch.setattr(sources, "movielens_ratings", lambda: np.array(RATINGS).astype(np.int64))
     log = sources.load_log("movielens", tasks="units")
     assert [task.kind for task in log.tasks] == [RANKING, RANKING, REGRESSION, REGRESSION]
-    assert [task.unit for task in log.tasks] == ["", "", "stars", "days"]
     np.testing.assert_array_equal(log.interactions.pairs, [[0, 0], [0, 1], [1, 0], [1, 1]])
     # rated 5, rated, stars, days since the user's first rating
     expected = [[0, 1, 4, 0.5], [0, 1, 3, 0], [1, 1, 5, 0], [0, 1, 1, 2.5]]
     np.testing.assert_array_equal(log.interactions.values, expected)
-    with pytest.raises(UserError, match=r"has the ranking tasks rated 5, rated$"):
-        with_target(log, "stars")
 
 
 def test_movielens_retrieval(monkeypatch):

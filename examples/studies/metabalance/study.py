@@ -24,7 +24,7 @@ from examples.studies.recommender import report
 from examples.studies.recommender.comparison import of_target, popular
 from examples.studies.recommender.data import PAPER_SPLIT, Log, make_dataset
 from examples.studies.recommender.evaluation import COLUMNS, METRICS, rank_by_item_scores
-from examples.studies.recommender.sources import folder, movielens_nested
+from examples.studies.recommender.sources import folder, movielens
 from examples.studies.recommender.training import PARTS, TrainConfig, Trainer
 
 # The network is that of Figure 6 with the sizes of appendix A.2, and a bias of the items that starts at
@@ -91,7 +91,7 @@ def relax_entries(factors: Sequence[float]) -> list[Entry]:
 def load(data: str, scale: Fraction, relatedness: float) -> Log:
     """The log that `--data` names."""
     if data == "ml-100k":
-        return movielens_nested()
+        return movielens("nested")
     if data.startswith(SYNTHETIC):
         return synthetic_log(data.removeprefix(SYNTHETIC), float(scale), relatedness)
     path = Path(data)

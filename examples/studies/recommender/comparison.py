@@ -77,7 +77,7 @@ OPTIONS = {
     },
     "data": {"default": "movielens", "help": "movielens, synthetic, or a folder of behaviours"},
     "tasks": {"choices": tuple(MOVIELENS), "default": "units", "help": "of MovieLens"},
-    "target": {"help": "the task to rank for (default: buy, or rated 5)"},
+    "target": {"help": "the behaviour of a folder to rank for (default: buy)"},
     "search_runs": {"type": int, "help": "runs of the random search over weights (default 12)"},
     "tune": {"action": "store_true", "help": "search the plain sum's settings, and stop"},
     "quick": {"help": "two methods, one seed, one epoch"},
@@ -96,9 +96,8 @@ def complete(options: argparse.Namespace) -> None:
     for name, value in (QUICK if options.quick else DEFAULTS).items():
         setattr(options, name, getattr(options, name) or value)
     options.method = tuple(dict.fromkeys(options.method))
-    options.train = replace(TRAIN, epochs=options.epochs)
-    if options.tasks == "retrieval":
-        options.train = replace(options.train, negatives=SOFTMAX_NEGATIVES)
+    negatives = SOFTMAX_NEGATIVES if options.tasks == "retrieval" else TRAIN.negatives
+    options.train = replace(TRAIN, epochs=options.epochs, negatives=negatives)
     for method in set(options.method) - set(FIXED):
         if nearest(method, FIXED):
             raise UserError(unknown("method", method, FIXED))
@@ -118,16 +117,12 @@ def compare(options: argparse.Namespace) -> None:
     rows = rows_of(trainer, options, trained, search)
     target, columns = dataset.tasks[0].name, report.headline(dataset.tasks)
     lines = report.lines_of(rows, columns, report.differences(rows, SUM, target))
-    title = dataset.name
-    if options.data == "movielens":
-        title += f" ({options.tasks})"
+    title = f"{dataset.name} ({options.tasks})" if options.data == "movielens" else dataset.name
     caption = report.caption(columns, options.seeds, SUM if SUM in rows else None)
-    parts = (
-        f"{caption} {settings(options, search)}".strip(),
-        verdict(rows, target),
-        worth(rows, search),
+    how = f"{caption} {settings(options, search)}"
+    note = "\n\n".join(
+        filter(None, (how, verdict(rows, target), worth(rows, search), look(trainer)))
     )
-    note = "\n\n".join(part for part in (*parts, look(trainer)) if part)
     runs = {label: entry.runs for label, entry in rows.items()}
     about = {**versions(), **trainer.fingerprint, "seeds": options.seeds}
     files = {
@@ -227,17 +222,14 @@ def step_times(trainer: Trainer, labels: Sequence[str]) -> dict[str, float]:
 
 def popular(dataset: Dataset) -> Row:
     """The floor: everybody gets the items with the most training positives of the task."""
-
-    def ranked(place: int, part: int) -> np.ndarray:
-        counts = popularity(dataset, place)
-        scores = lambda users: np.broadcast_to(counts, (len(users), dataset.num_items))  # noqa: E731
-        return rank_by_item_scores(dataset, scores, place, part)
-
-    found = (
-        {dataset.tasks[place].name: ranked(place, part) for place in dataset.ranking_tasks}
-        for part in (VALIDATION, TEST)
-    )
-    return reference("popularity", *found)
+    found: dict[int, dict[str, np.ndarray]] = {VALIDATION: {}, TEST: {}}
+    for place in dataset.ranking_tasks:
+        counts = popularity(dataset, place)[None]
+        for part, metrics in found.items():
+            metrics[dataset.tasks[place].name] = rank_by_item_scores(
+                dataset, lambda users, counts=counts: counts.repeat(len(users), 0), place, part
+            )
+    return reference("popularity", *found.values())
 
 
 def untrained(trainer: Trainer, seeds: int) -> Row:
@@ -277,26 +269,27 @@ def settings(options: argparse.Namespace, search: Search | None) -> str:
     return text
 
 
+def balanced(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows that a balancing method trained."""
+    others = *FIXED, SUM, SINGLE
+    return {k: entry for k, entry in rows.items() if entry.trainings and k not in others}
+
+
 def verdict(rows: Mapping[str, Row], target: str) -> str:
     """The answer in words: which methods reached the searched weights."""
     if SEARCHED not in rows:
         return ""
-    searched = rows[SEARCHED]
-    base = report.of_users(searched, target)[0]
-    reached: dict[bool, list[str]] = {True: [], False: []}
-    for label, entry in rows.items():
-        if entry.trainings and label not in (*FIXED, SUM, SINGLE):
-            found = paired_difference(report.of_users(entry, target)[0], base)
-            reached[bool(found.mean >= -found.error)].append(label)
-    said = " ".join(
-        f"{verb} {', '.join(names)}." for verb, names in
-        (("Reached by one run of:", reached[True]), ("Not reached by:", reached[False])) if names
-    )  # fmt: skip
+    base = report.of_users(rows[SEARCHED], target)[0]
+    said: dict[str, list[str]] = {"Reached by one run of": [], "Not reached by": []}
+    yes, no = said.values()
+    for label, entry in balanced(rows).items():
+        found = paired_difference(report.of_users(entry, target)[0], base)
+        (yes if found.mean >= -found.error else no).append(label)
     return (
-        f"A row reaches the {SEARCHED} ({searched.trainings} runs) where its mean test NDCG@10 of "
+        f"A row reaches the {SEARCHED} ({rows[SEARCHED].trainings} runs) where its mean test NDCG@10 of "
         f"{target!r} is at most one standard error of the paired difference lower; this is no test of "
-        f"equality. {said}"
-    )
+        "equality."
+    ) + "".join(f" {verb}: {', '.join(names)}." for verb, names in said.items() if names)
 
 
 def worth(rows: Mapping[str, Row], search: Search | None) -> str:
@@ -305,17 +298,12 @@ def worth(rows: Mapping[str, Row], search: Search | None) -> str:
         return ""
     best = expected_best(np.array([run.best_value for run in search.runs]))
     said = []
-    for label, entry in rows.items():
-        if entry.trainings and label not in (*FIXED, SUM, SINGLE):
-            reached = np.mean([run.best_value for run in entry.runs])
-            needed = int(np.searchsorted(best, reached)) + 1
-            said.append(f"{label} {needed if needed <= len(best) else f'more than {len(best)}'}")
-    if not said:
-        return ""
-    return (
-        "Runs of the search whose best validation NDCG@10 is expected to reach that of one run: "
-        f"{', '.join(said)}."
-    )
+    for label, entry in balanced(rows).items():
+        reached = np.mean([run.best_value for run in entry.runs])
+        needed = int(np.searchsorted(best, reached)) + 1
+        said.append(f"{label} {needed if needed <= len(best) else f'more than {len(best)}'}")
+    start = "Runs of the search whose best validation NDCG@10 is expected to reach that of one run"
+    return f"{start}: {', '.join(said)}." if said else ""
 
 
 def look(trainer: Trainer) -> str:

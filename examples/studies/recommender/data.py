@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,13 +18,11 @@ class Task:
     Attributes:
       name: for tables.
       kind: `RANKING` (positive or not; cross-entropy) or `REGRESSION` (a number; squared error).
-      unit: of a regression's number, as the data file has it.
       softmax: whether the loss of a ranking is a softmax over a pair and the items drawn with it.
     """
 
     name: str
     kind: str = RANKING
-    unit: str = ""
     softmax: bool = False
 
 
@@ -180,14 +178,3 @@ def _split_groups(
     result = np.empty(len(groups), np.int8)
     result[order] = part
     return result
-
-
-def with_target(log: Log, target: str) -> Log:
-    """The same log with another ranking task as the target."""
-    names = [task.name for task in log.tasks if task.kind == RANKING]
-    if target not in names:
-        raise UserError(f"--target {target}: {log.name} has the ranking tasks {', '.join(names)}")
-    first = [task.name for task in log.tasks].index(target)
-    order = [first, *(place for place in range(len(log.tasks)) if place != first)]
-    found = Interactions(log.interactions.pairs, log.interactions.values[:, order])
-    return replace(log, tasks=tuple(log.tasks[place] for place in order), interactions=found)

@@ -23,6 +23,7 @@ COLUMNS = tuple(f"{metric}, {protocol}" for protocol in PROTOCOLS for metric in 
 # Small enough for a cache on a CPU (a user or a few at a time), large enough to fill a GPU.
 PAIRS_AT_ONCE = {"cpu": 2**13}
 PAIRS_AT_ONCE_ELSEWHERE = 2**20
+SCORES_AT_ONCE = 2**23  # that NumPy computes
 
 
 class Tables(NamedTuple):
@@ -128,11 +129,8 @@ def rank_by_item_scores(
     tables = pair_tables(dataset)
     users = held_out_users(dataset, task, part)
     measure = jax.jit(partial(metrics_of_users, tables))
-    size = max(1, min(len(users), 2**23 // dataset.num_items))
     found = np.full((dataset.num_users, len(COLUMNS)), np.nan, np.float32)
-    for start in range(0, len(users), size):
-        # One size for all blocks, so that one program serves them: the last goes back a little.
-        block = users[max(0, min(start, len(users) - size)) :][:size]
-        of_block = np.asarray(scores(block), np.float32)
-        found[block] = measure(of_block, block, task, part)
+    blocks = -(-len(users) * dataset.num_items // SCORES_AT_ONCE)
+    for block in np.array_split(users, max(1, blocks)):
+        found[block] = measure(np.asarray(scores(block), np.float32), block, task, part)
     return found

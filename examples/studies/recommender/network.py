@@ -132,11 +132,8 @@ class Network(steps.Network):
     def init(self, key: jax.Array) -> Parameters:
         """Fresh parameters."""
         user_key, item_key, bottom_key, tower_key = jax.random.split(key, 4)
-        size = self.config.embedding
-        tables = Tables(
-            TABLE_INIT(user_key, (self.num_users, size)),
-            TABLE_INIT(item_key, (self.num_items, size)),
-        )
+        sizes = (user_key, self.num_users), (item_key, self.num_items)
+        tables = Tables(*(TABLE_INIT(key, (n, self.config.embedding)) for key, n in sizes))
         make_state = jax.vmap(lambda key: nnx.state(self._make_tower(key)))
         heads = make_state(jax.random.split(tower_key, self.num_tasks))
         heads["item_bias"].set_value(self._bias)
@@ -172,9 +169,7 @@ class Network(steps.Network):
 
     def weigh_heads(self, head_grads: nnx.State, weights: jax.Array) -> nnx.State:
         """The gradients of the towers, which are stacked along the tasks, times their weights."""
-        return jax.tree.map(
-            lambda grad: grad * weights.reshape(-1, *[1] * (grad.ndim - 1)), head_grads
-        )
+        return jax.vmap(optax.tree.scale)(weights, head_grads)
 
     def narrowed(self, method: Any, shared: Shared, batch: Batch) -> tuple[Any, Any, steps.Widen]:
         """The rows of the tables that the batch reads: `[T, rows, size]`, whatever the vocabulary.

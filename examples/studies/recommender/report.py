@@ -109,20 +109,16 @@ def draw(rows: Mapping[str, Row], tasks: Sequence[Task], path: Path) -> None:
     with picture(path, lines, columns, dpi=70, figsize=size, sharex=True) as (figure, grid):
         for place, (label, history) in enumerate(histories.items()):
             line, column = divmod(place, columns)
-            for offset, (name, text) in enumerate(shown.items()):
-                axes = grid[line * len(shown) + offset, column]
+            panels = grid[line * len(shown) : (line + 1) * len(shown), column]
+            panels[0].set_title(label.replace("(", "\n(", 1), fontsize=8)
+            panels[-1].set_xlabel("epoch", fontsize=8)
+            for axes, (name, text) in zip(panels, shown.items(), strict=True):
                 values = history[name][..., 0] if name == "norms" else history[name]
-                for number, task in enumerate(tasks):
+                for task, of_task in zip(tasks, values.T, strict=True):
                     # A weight of 0 has no place on a logarithmic axis.
-                    positive = np.where(values[:, number] > 0, values[:, number], np.nan)
-                    curve(axes, positive, task.name)
+                    curve(axes, np.where(of_task > 0, of_task, np.nan), task.name)
                 axes.set(yscale="log", ylim=(1e-6, 1e4))
-                if column == 0:
-                    axes.set_ylabel(text, fontsize=8)
-                if offset == 0:
-                    axes.set_title(label.replace("(", "\n(", 1), fontsize=8)
-                if offset + 1 == len(shown):
-                    axes.set_xlabel("epoch", fontsize=8)
+                axes.set_ylabel("" if column else text, fontsize=8)
         for axes in grid.ravel():
             axes.set_visible(bool(axes.lines))
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)

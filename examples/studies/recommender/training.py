@@ -24,7 +24,7 @@ from examples.studies.recommender.evaluation import (
     pair_tables,
     rank_users,
 )
-from examples.studies.recommender.network import Batch, Network, NetworkConfig, Shared
+from examples.studies.recommender.network import Batch, Network, NetworkConfig
 
 EARLY_STOPPING = COLUMNS.index("ndcg@10, all")
 STEPS_AT_ONCE = 25
@@ -47,7 +47,6 @@ class TrainConfig:
     optimizer: str = "adam"
     learning_rate: float = 1e-2
     weight_decay: float = 1.0
-    decay_to_zero: bool = True
     validation_users: int | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
@@ -67,15 +66,9 @@ class Trainer(trainer.Trainer):
         """`probe_norms` adds the tasks' gradient norms to the history: T backward passes an epoch."""
         super().__init__()
         self.dataset, self.config, self.probe_norms = dataset, config, probe_norms
-        self.network = Network(
-            dataset.num_users,
-            dataset.num_items,
-            dataset.tasks,
-            initial_biases(dataset),
-            config.network,
-            config.negatives,
-        )
-        train = dataset.train
+        sizes, train = (dataset.num_users, dataset.num_items), dataset.train
+        biases = initial_biases(dataset)
+        self.network = Network(*sizes, dataset.tasks, biases, config.network, config.negatives)
         self.data = _Data(pair_tables(dataset), jnp.asarray(train.pairs), jnp.asarray(train.values))
         self.batch_pairs = min(config.batch_pairs, len(train))
         # An epoch shows every pair; a few pairs a second time, so that all its parts have one size.
@@ -83,7 +76,9 @@ class Trainer(trainer.Trainer):
         self.parts = max(1, round(steps / STEPS_AT_ONCE))
         self.steps_at_once = -(-steps // self.parts)
         self.steps_per_epoch = self.parts * self.steps_at_once
-        self._validation_users = self._users(0, VALIDATION, config.validation_users)
+        # A fixed random choice of the users, where they are many.
+        users = np.random.default_rng(0).permutation(held_out_users(dataset, 0, VALIDATION))
+        self._validation_users = np.sort(users[: config.validation_users])
         self._rank = self.compiled(self._metrics_of_users)
         self._errors = self.compiled(self._squared_errors)
 
@@ -102,13 +97,10 @@ class Trainer(trainer.Trainer):
         config = self.config
         # Flattened: one kernel in place of one per parameter, which compiles several times faster.
         scaler = optax.flatten(OPTIMIZERS[config.optimizer]())
-        rate: Any = setting.learning_rate
-        if config.decay_to_zero:
-            falls = optax.cosine_decay_schedule(1.0, config.epochs * self.steps_per_epoch)
-            rate = lambda count: setting.learning_rate * falls(count)  # noqa: E731
+        falls = optax.cosine_decay_schedule(1.0, config.epochs * self.steps_per_epoch)
         descent = optax.chain(
             optax.add_decayed_weights(setting.weight_decay, mask=_is_table),
-            optax.scale_by_learning_rate(rate),
+            optax.scale_by_learning_rate(lambda count: setting.learning_rate * falls(count)),
         )
         return make_step(choice, self.network, scaler, descent, setting.knobs)
 
@@ -152,13 +144,9 @@ class Trainer(trainer.Trainer):
         batch = self.batch(data, (chosen, key))
         value_and_grad = mtl.split_value_and_grad(self.network.encode, self.network.decode)
         _, (grads, _) = value_and_grad(params.shared, params.heads, batch)
-
-        def norm(leaves: list[jax.Array]) -> jax.Array:
-            flat = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
-            return jnp.linalg.norm(jnp.concatenate(flat, axis=1), axis=1)
-
-        parts = (*grads.tables, *(_layer(grads.bottom, name) for name in PARTS[2:]))
-        return jnp.stack([norm(jax.tree.leaves(part)) for part in parts], axis=1)
+        bottom = grads.bottom
+        parts = (*grads.tables, (bottom["from_user"], bottom["from_item"]), bottom["mlp"])  # PARTS
+        return jnp.stack([jax.vmap(optax.tree.norm)(part) for part in parts], axis=1)
 
     def probe(
         self, data: _Data, epoch: jax.Array, params: Parameters, key: jax.Array
@@ -220,32 +208,20 @@ class Trainer(trainer.Trainer):
         runs = len(next(iter(found.values())))
         return [{name: values[run] for name, values in found.items()} for run in range(runs)]
 
-    def _users(self, task: int, part: int, at_most: int | None) -> np.ndarray:
-        """Users with something held out; a fixed random choice of them where that is many."""
-        users = held_out_users(self.dataset, task, part)
-        return np.sort(np.random.default_rng(0).permutation(users)[:at_most])
-
-
-def _layer(bottom: Any, name: str) -> Any:
-    if name == "first layer":
-        return {key: bottom[key] for key in ("from_user", "from_item")}
-    return bottom["mlp"]
-
 
 def initial_biases(dataset: Dataset) -> np.ndarray:
     """Where the towers' biases start, `[T, items]`, so that training learns what is beyond it.
 
     Ranking: the logits of popularity, but for a constant, the floor of the table. Regression: the mean.
     """
-    rows = []
+    biases = np.empty((len(dataset.tasks), dataset.num_items), np.float32)
     for place, task in enumerate(dataset.tasks):
-        values = dataset.train.values[:, place]
         if task.kind == REGRESSION:
-            rows.append(np.full(dataset.num_items, values.mean()))
-            continue
-        popular = np.log1p(popularity(dataset, place))
-        rows.append(popular - popular.mean())
-    return np.stack(rows).astype(np.float32)
+            biases[place] = dataset.train.values[:, place].mean()
+        else:
+            popular = np.log1p(popularity(dataset, place))
+            biases[place] = popular - popular.mean()
+    return biases
 
 
 def popularity(dataset: Dataset, task: int = 0) -> np.ndarray:
@@ -255,10 +231,6 @@ def popularity(dataset: Dataset, task: int = 0) -> np.ndarray:
 
 def _is_table(params: Any) -> Any:
     """True for the embedding tables; biases and dense layers are not decayed."""
-    flags = jax.tree.map(lambda leaf: False, params)
-    if isinstance(params, Parameters):
-        tables = jax.tree.map(lambda leaf: True, params.shared.tables)
-        return flags._replace(shared=flags.shared._replace(tables=tables))
-    if isinstance(params, Shared):
-        return flags._replace(tables=jax.tree.map(lambda leaf: True, params.tables))
-    return flags
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: ".tables" in jax.tree_util.keystr(path), params
+    )
