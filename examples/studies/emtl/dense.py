@@ -29,13 +29,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import mtl_optax as mtl
-from examples.models.segnet_mtan import (
-    TASKS,
-    Predictions,
-    SegNetMTAN,
-    SegNetSingle,
-    as_prediction,
-)
+from examples.models.segnet_mtan import TASKS, Predictions, SegNetMTAN, SegNetSingle, as_prediction
 from examples.studies.emtl import dense_report
 from examples.studies.emtl.dense_metrics import TESTED, loss, measure
 from examples.studies.emtl.dense_report import BASE
@@ -113,15 +107,11 @@ QUICK = replace(
 class Splits(NamedTuple):
     """What a table trains on, compares its trials with, and is measured on."""
 
-    classes: int
     train: Scenes
     held_out: Scenes
     test: Scenes
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks."""
-        return TASKS
+    classes: int
+    tasks: tuple[str, ...] = TASKS
 
 
 class SameImages(nnx.Module):
@@ -145,10 +135,8 @@ class DenseNetwork:
         def modules() -> tuple[nnx.Module, ...]:
             rngs = nnx.Rngs(0)
             if separate:
-                single = (
-                    SegNetSingle(t, classes, widths=widths, rngs=rngs) for t in range(len(TASKS))
-                )
-                return SameImages(), *single
+                tasks, sizes = range(len(TASKS)), {"widths": widths, "rngs": rngs}
+                return SameImages(), *(SegNetSingle(task, classes, **sizes) for task in tasks)
             model = SegNetMTAN(classes, widths=widths, rngs=rngs)
             return model.segnet, *model.towers
 
@@ -275,7 +263,7 @@ class DenseTrainer(trainer.Trainer):
     def fingerprint(self) -> dict[str, Any]:
         """What a stored run must agree on."""
         found = hashlib.sha256()
-        for part in itertools.chain(*self.dataset[1:]):
+        for part in itertools.chain(*self.dataset[:3]):
             found.update(np.ascontiguousarray(part).tobytes())
         train = {**asdict(self.config), "seeds": None, "trials": None, "separate": self.separate}
         return {"train": train, "data": found.hexdigest()}
@@ -311,11 +299,9 @@ class DenseTrainer(trainer.Trainer):
     def validate(self, params: Any) -> np.ndarray:
         """Minus the mean logarithm of the losses of the held-out images."""
         held_out = self.dataset.held_out
-        found = (
-            [loss(t, part, held_out) for t, part in enumerate(predictions)]
-            for predictions in self.predictions(params, held_out.images)
-        )
-        values = -np.log(np.array(list(found))).mean(axis=1)
+        found = self.predictions(params, held_out.images)
+        losses = [[loss(t, part, held_out) for t, part in enumerate(parts)] for parts in found]
+        values = -np.log(np.array(losses)).mean(axis=1)
         return np.where(np.isnan(values), -np.inf, values)
 
     def results(self, params: Any) -> list[Any]:
@@ -327,13 +313,11 @@ class DenseTrainer(trainer.Trainer):
     def predictions(self, params: Any, images: np.ndarray) -> list[Predictions]:
         """The predictions of every run, some images at a time."""
         size = min(32, len(images))
-        parts = []
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            whole = np.pad(part, [(0, size - len(part)), *[(0, 0)] * 3])  # one compiled shape
-            found = self._predict(whole, params)
-            parts.append([np.asarray(array)[:, : len(part)] for array in found])
-        whole = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        blocks = -(-len(images) // size)
+        # The first images fill the last block: one compiled shape.
+        filled = np.resize(images, (blocks, size, *images.shape[1:]))
+        parts = zip(*(self._predict(block, params) for block in filled), strict=True)
+        whole = (np.concatenate(arrays, axis=1)[:, : len(images)] for arrays in parts)
         return [Predictions(*arrays) for arrays in zip(*whole, strict=True)]
 
 
@@ -345,11 +329,8 @@ def load(data: str | None, config: Config) -> Splits:
     else:
         classes, parts = NUM_CLASSES, read_nyuv2(Path(data))
     train, test = parts
-    count = len(train.images) - config.held_out
-    learned, held_out = (
-        Scenes(*(part[rows] for part in train)) for rows in (slice(count), slice(count, None))
-    )
-    return Splits(classes, learned, held_out, test)
+    learned, held_out = zip(*(np.split(part, [-config.held_out]) for part in train), strict=True)
+    return Splits(Scenes(*learned), Scenes(*held_out), test, classes)
 
 
 def table2(options: argparse.Namespace) -> None:
@@ -363,8 +344,7 @@ def table2(options: argparse.Namespace) -> None:
     count = len(dataset.train.images)
     runs, chosen = dict[str, Sequence[Run]](), dict[str, Plan]()
     for separate, entries in ((True, (SINGLE,)), (False, shared_rows(count // config.batch))):
-        trainer = DenseTrainer(dataset, config, separate)
-        workers = min(2, cores())
+        trainer, workers = DenseTrainer(dataset, config, separate), min(2, cores())
         runner = Runner(trainer, trainer.fingerprint, options.out, options.resume, workers)
         for row in tuned(runner, entries, config.trials, config.seeds):
             runs[row.entry.label], chosen[row.entry.label] = row.runs, row.plan

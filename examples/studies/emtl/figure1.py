@@ -173,9 +173,5 @@ def _note(steps: int, front: np.ndarray) -> str:
         "that EMTL gets there from all five. A second table: EMTL over the paper's grids, with MGDA on "
         "unit gradients (the library's default) and on raw ones. The losses are "
         "negative near the front; a constant that makes them positive changes no gradient, but EMTL's "
-        "weights depend on the losses. Both losses are 0 on the line y = 0, where the two halves of the "
-        "plane meet. Near x = -7 the first loss has a minimum across this line, and a gradient of about "
-        "0.01 on both sides. Some ends depend on the last digits of a run: with starts times 1 + 1e-6, "
-        "that of PCGrad from start 3 moves by 0.9, those of CAGrad from starts 1 and 3 by 0.7 and 0.5, and "
-        "that of IMTL-G from start 1 by 0.3."
+        "weights depend on the losses."
     )

@@ -30,25 +30,20 @@ def _read_split(folder: Path) -> Scenes:
         raise UserError(
             f"{folder / 'image'}: no 0.npy, 1.npy, ...; see examples/studies/emtl/scenes_nyuv2.py"
         )
-    columns = []
-    for part, kind in zip(PARTS, KINDS, strict=True):
-        path = folder / part
-        try:
-            columns.append(np.stack([np.load(path / f"{n}.npy").astype(kind) for n in numbers]))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
-    scenes = Scenes(*columns)
-    shape = scenes.labels.shape
-    expected = [(*shape, 3), shape, (*shape, 1), (*shape, 3)]
-    found = [column.shape for column in columns]
-    if len(shape) != 3 or found != expected:
+    try:
+        scenes = Scenes(*(
+            np.stack([np.load(folder / part / f"{n}.npy").astype(kind) for n in numbers])
+            for part, kind in zip(PARTS, KINDS, strict=True)
+        ))  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {error}") from None
+    shape, found = scenes.labels.shape, [part.shape for part in scenes]
+    if len(shape) != 3 or found != [(*shape, 3), shape, (*shape, 1), (*shape, 3)]:
         raise UserError(
             f"{folder}: image, depth and normal must be (height, width, channels) with the label's height "
             f"and width; found {found} for {', '.join(PARTS)}"
         )
-    if scenes.labels.min() < -1 or scenes.labels.max() >= NUM_CLASSES:
-        raise UserError(
-            f"{folder}: labels must be -1 to {NUM_CLASSES - 1}; found {scenes.labels.min()} to "
-            f"{scenes.labels.max()}"
-        )
+    low, high = scenes.labels.min(), scenes.labels.max()
+    if low < -1 or high >= NUM_CLASSES:
+        raise UserError(f"{folder}: labels must be -1 to {NUM_CLASSES - 1}; found {low} to {high}")
     return scenes

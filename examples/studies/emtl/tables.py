@@ -142,12 +142,10 @@ class Study:
         header = (f"{column.task}: {column.name}" for column in columns)
         lines = [("network, method", *header, "gain, %", "best epoch")]
         for network, found in rows.items():
-            gains = {
-                label: gain(runs, found[SUM], columns)
-                for label, runs in found.items()
-                if SUM in found
-            }
-            against = compare(gains, SUM) if gains else {}
+            against = {}
+            if SUM in found:
+                gains = {label: gain(runs, found[SUM], columns) for label, runs in found.items()}
+                against = compare(gains, SUM)
             for label, runs in found.items():
                 cells = (column.cell(runs) for column in columns)
                 gained = gain_cell(against[label][0]) if label in against else "-"
@@ -194,11 +192,10 @@ def cut(dataset: Dataset, examples: int | None) -> Dataset:
     if examples is None:
         return dataset
     order = np.random.default_rng(0).permutation
-    parts = {
-        part: getattr(dataset, part).where(order(getattr(dataset, part).size)[:examples])
-        for part in ("train", "validation")
-    }
-    return replace(dataset, **parts)
+    train, validation = (
+        part.where(order(part.size)[:examples]) for part in (dataset.train, dataset.validation)
+    )
+    return replace(dataset, train=train, validation=validation)
 
 
 def table1(options: argparse.Namespace) -> None:

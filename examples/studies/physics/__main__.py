@@ -30,34 +30,17 @@ TIMED = (
     BASE, "inverse_norm, slow average", "inverse_norm, slow average, one gradient",
     "inverse_norm, kept weights", "conflict_free", "conflict_free, one gradient",
 )  # fmt: skip
-SETTINGS = {
-    "steps": "training steps",
-    "seeds": "trainings of each row",
-    "interior": "points of the interior a step",
-    "width": "of the network",
-    "depth": "of the network",
-    "learning_rate": "of Adam at the start",
-}
+SETTINGS = ("steps", "seeds", "interior", "width", "depth", "learning_rate")  # of `Config`
 OPTIONS = {
-    name: {
-        "type": type(getattr(Config, name)),
-        "default": getattr(Config, name),
-        "help": f"{text} (default %(default)s)",
-    }
-    for name, text in SETTINGS.items()
+    name: {"type": type(value), "default": value, "help": "default %(default)s"}
+    for name, value in vars(Config()).items() if name in SETTINGS
 } | {
-    "problems": {
-        "nargs": "+",
-        "choices": list(PROBLEMS),
-        "default": list(PROBLEMS),
-        "metavar": "PROBLEM",
-        "help": ", ".join(PROBLEMS),
-    },
+    "problems": {"nargs": "+", "choices": list(PROBLEMS), "default": list(PROBLEMS)},
     "methods": {"nargs": "+", "type": one_of("method", ["all", *ROWS]), "metavar": "METHOD"},
     "jobs": {"default": min(2, cores())},
     "quick": {"help": "a few steps of tiny networks"},
     "time": {"action": "store_true", "help": "only measure the time of a step, in turns"},
-}
+}  # fmt: skip
 EPILOG = (
     f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other problems "
     f"have: {'; '.join(SHORT)}."
@@ -87,12 +70,11 @@ def work(options: argparse.Namespace) -> None:
 def compare(problem: str, options: argparse.Namespace) -> None:
     """The errors of all methods on one problem."""
     config, out, names = options.config, options.out, options.methods
-    if names is None:
-        names = list(ROWS) if problem == "helmholtz" else list(SHORT)
+    names = names or (["all"] if problem == "helmholtz" else list(SHORT))
+    names = list(ROWS) if names == ["all"] else names
     trainer = Trainer(PROBLEMS[problem], config)
     runner = Runner(trainer, trainer.fingerprint, out, options.resume, options.jobs)
     plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
-    names = list(ROWS) if names == ["all"] else names
     found = runner.train([Job(choose(name), plans) for name in names])
     runs = dict(zip(names, found, strict=True))
     title = f"{problem}: relative L2 error after {config.steps} steps, {config.seeds} seeds"

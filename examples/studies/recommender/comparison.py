@@ -17,7 +17,6 @@ random search on the validation set chose, and its row counts what the search co
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -190,10 +189,7 @@ def rows_of(
     search: Search | None,
 ) -> dict[str, Row]:
     """The rows of the table: those that train nothing, then the trained ones as they were asked for."""
-    rows = {
-        "popularity": popular(trainer.dataset),
-        "untrained": untrained(trainer, options.seeds),
-    }
+    rows = {"popularity": popular(trainer.dataset), "untrained": untrained(trainer, options.seeds)}
     labels = [name for name in options.method if name in trained]
     steps = step_times(trainer, labels)
     for label in labels:
@@ -247,14 +243,12 @@ def settings(options: argparse.Namespace, search: Search | None) -> str:
     train = options.train
     text = (
         f"Every row: {train.optimizer}, learning rate {train.learning_rate:g}, decay of the embeddings "
-        f"{train.weight_decay:g} (the best of {math.prod(map(len, GRID.values()))} settings for {SUM} on "
-        "the validation set of MovieLens-100K with --tasks units, see --tune; nothing was searched for any "
-        f"other row), at most {train.epochs} epochs of all training pairs in batches of "
-        f"{train.batch_pairs} with {train.negatives} random items each, patience {train.patience}, the "
-        f"epoch with the best validation NDCG@10 of {train.validation_users or 'all'} users. {SINGLE}: the "
-        f"target's loss alone. {SUM}: all weights 1. Balancing methods: options as written, else defaults; "
-        "multibalance on the representation, the others on the losses or the parameters where place= is "
-        "not written."
+        f"{train.weight_decay:g} (the best for {SUM} on the validation set of MovieLens-100K with --tasks "
+        f"units, see --tune; nothing was searched for any other row), at most {train.epochs} epochs of all "
+        f"training pairs in batches of {train.batch_pairs} with {train.negatives} random items each, "
+        f"patience {train.patience}, the epoch with the best validation NDCG@10 of "
+        f"{train.validation_users or 'all'} users. {SINGLE}: the target's loss alone. {SUM}: weights of 1. "
+        "Methods have their defaults, and the place of their paper where place= is not written."
     )
     if STANDARDISED in options.method:
         text += f" {STANDARDISED}: the sum with each squared error divided by its labels' variance."

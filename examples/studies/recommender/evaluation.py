@@ -116,10 +116,7 @@ def held_out_users(dataset: Dataset, task: int, part: int) -> np.ndarray:
 
 
 def rank_by_item_scores(
-    dataset: Dataset,
-    scores: Callable[[np.ndarray], np.ndarray],
-    task: int = 0,
-    part: int = TEST,
+    dataset: Dataset, scores: Callable[[np.ndarray], np.ndarray], task: int = 0, part: int = TEST
 ) -> np.ndarray:
     """Metrics `[users, len(COLUMNS)]`, NaN for users who have nothing held out, of any scores.
 
