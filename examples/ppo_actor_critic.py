@@ -77,8 +77,7 @@ class ActorCritic(nnx.Module):
         chosen = jnp.take_along_axis(log_policy, batch["action"][:, None], axis=1)[:, 0]
         ratio = jnp.exp(chosen - batch["log_prob"])
         unit = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
-        actor = -jnp.minimum(ratio * unit, clipped * unit).mean()
+        actor = -jnp.minimum(ratio * unit, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * unit).mean()
         critic = optax.l2_loss(value, batch["value"] + advantage).mean()
         entropy = ENTROPY * jnp.sum(jnp.exp(log_policy) * log_policy, axis=1).mean()
         if "entropy" in tasks:
@@ -114,10 +113,7 @@ def train(method: mtl.Method, key: jax.Array, rate: Any, updates: int, env: Any 
 
     def descend(carry: Any, batch: Batch) -> Any:
         params, opt_state = carry
-
-        def loss_fn(params: nnx.State) -> dict[str, jax.Array]:
-            return nnx.merge(graph, params).losses(batch, method.task_names)
-
+        loss_fn = lambda params: nnx.merge(graph, params).losses(batch, method.task_names)  # noqa: E731
         losses, grads = mtl.per_task_value_and_grad(loss_fn)(params)
         moves, opt_state = tx.update(grads, opt_state, params, losses=losses)
         return (optax.apply_updates(params, moves), opt_state), None
@@ -136,8 +132,7 @@ def train(method: mtl.Method, key: jax.Array, rate: Any, updates: int, env: Any 
         (params, opt_state), _ = jax.lax.scan(descend, (params, opt_state), batches)
         return (params, opt_state, world), jnp.nanmean(steps["returned"])
 
-    world = [reset(reset_key), jnp.zeros(WORLDS, int), jnp.zeros(WORLDS)]
-    carry = params, tx.init(params), world
+    carry = params, tx.init(params), [reset(reset_key), jnp.zeros(WORLDS, int), jnp.zeros(WORLDS)]
     (_, opt_state, _), returns = jax.lax.scan(update, carry, jax.random.split(key, updates))
     return returns, opt_state
 
