@@ -99,10 +99,10 @@ def test_a_fork_adds_one_small_all_reduce():
 
     All of this one's temporaries fit the memory on the chip, so they say nothing of a larger one's.
     """
-    problem = tpu.Problem(tables=2, rows=4096, bottom=(256, 128, 64), batch=2048)
+    case = tpu.Case(tpu.Problem(tables=2, rows=4096))
     mesh = tpu.tpu_mesh(4)
-    plain, fork = (tpu.measure(name, problem, mesh) for name in ("plain", "fork"))
+    plain, fork = (tpu.measure(name, case, mesh) for name in ("plain", "fork"))
     assert fork.flops <= 1.01 * plain.flops
     added = [more - less for more, less in zip(fork.collectives, plain.collectives, strict=True)]
     assert added[0] == 1
-    assert 0 < added[1] <= problem.tasks**2
+    assert 0 < added[1] <= case.tasks**2

@@ -95,10 +95,10 @@ def test_verdict_compares_with_the_target():
 def test_a_transformer_represents_each_text_alone():
     problem = Problem(tables=1, rows=9, width=128, dense=0, bottom=(), blocks=2, length=4, batch=3)
     params, batch = initial(problem, 1)
-    h = encode(params["shared"], batch)
+    h = encode(params.shared, batch)
     assert h.shape == (3, problem.representation)
     ids = batch["ids"]
-    other = encode(params["shared"], batch | {"ids": ids.at[0, 0, 1].add(1) % problem.rows})
+    other = encode(params.shared, batch | {"ids": ids.at[0, 0, 1].add(1) % problem.rows})
     assert jnp.abs(other - h)[0].max() > 1e-3
     assert jnp.array_equal(other[1:], h[1:])
 

@@ -95,4 +95,4 @@ def _map_step(problem: Problem, num_tasks: int) -> Any:
         return jnp.mean(encode(shared, batch)[:, :num_tasks], axis=0)
 
     step = mtl.per_task_value_and_grad(losses_of, mode="map")
-    return jax.jit(step).lower(params["shared"], batch).compile()
+    return jax.jit(step).lower(params.shared, batch).compile()

@@ -1,15 +1,17 @@
 """The networks of the measurements: a recommender's ranking model, a dense one and a transformer."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from examples.studies.harness.steps import Parameters
+
 Layers: TypeAlias = list[tuple[jax.Array, jax.Array]]  # kernels and biases
-Params: TypeAlias = dict[str, Any]  # parts of a network by name
+Shared: TypeAlias = dict[str, Any]  # parts of a network by name
 Batch: TypeAlias = dict[str, jax.Array]
 HEAD_WIDTH = 64  # of an attention head
 
@@ -26,7 +28,7 @@ class Problem(NamedTuple):
       head: widths of the hidden layers of each head.
       batch: examples.
       blocks: blocks of a transformer, which reads one table and has no other shared layers.
-      length: tokens per example of a transformer.
+      length: tokens per example of a transformer; else lookups per example in each table.
     """
 
     tables: int = 26
@@ -53,12 +55,12 @@ TINY = {
 }
 
 
-def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Params, Batch]:
-    """`(params, batch)`; `params` has "shared" and "heads"."""
+def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Parameters, Batch]:
+    """Parameters, the heads' a list, and a batch."""
     keys = iter(jax.random.split(jax.random.key(seed), 5 + problem.blocks + num_tasks))
-    inputs = problem.tables * problem.width + problem.dense
+    inputs = problem.tables * problem.length * problem.width + problem.dense
     shape = (problem.tables, problem.rows, problem.width)
-    shared: Params = {}
+    shared: Shared = {}
     if problem.blocks:
         shared["blocks"] = [_block(next(keys), problem.width) for _ in range(problem.blocks)]
     else:
@@ -67,7 +69,7 @@ def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Params, Ba
         shared["embeddings"] = 0.05 * jax.random.normal(next(keys), shape)
     widths = (problem.representation, *problem.head, 1)
     heads = [_layers(next(keys), *widths) for _ in range(num_tasks)]
-    lookups = (problem.tables, problem.batch, *([problem.length] if problem.blocks else []))
+    lookups = (problem.tables, problem.batch, problem.length)
     batch = {
         "ids": jax.random.randint(next(keys), lookups, 0, max(problem.rows, 1)),
         "features": jax.random.normal(next(keys), (problem.batch, problem.dense)),
@@ -75,18 +77,21 @@ def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Params, Ba
             jnp.float32
         ),
     }
-    return {"shared": shared, "heads": heads}, batch
+    return Parameters(shared, heads), batch
 
 
-def encode(shared: Params, batch: Batch) -> jax.Array:
+def look_up(tables: jax.Array, ids: jax.Array) -> jax.Array:
+    """Embeddings `[batch, tables, length, width]`."""
+    return jax.vmap(lambda table, ids: table[ids], out_axes=1)(tables, ids)
+
+
+def encode(shared: Shared, batch: Batch, look_up: Callable[..., jax.Array] = look_up) -> jax.Array:
     """The representation `[batch, width]`."""
     if "blocks" in shared:
         return _transformer(shared, batch["ids"][0])
     inputs = batch["features"]
     if "embeddings" in shared:
-        found = jax.vmap(lambda table, ids: table[ids], out_axes=1)(
-            shared["embeddings"], batch["ids"]
-        )
+        found = look_up(shared["embeddings"], batch["ids"])
         inputs = jnp.concatenate([found.reshape(found.shape[0], -1), inputs], axis=1)
     for weight, bias in shared["layers"]:
         inputs = jax.nn.relu(inputs @ weight + bias[None])
@@ -103,13 +108,13 @@ def decode(
     )
 
 
-def example_losses(params: Params, batch: Batch) -> jax.Array:
+def example_losses(heads: Sequence[Layers], representation: jax.Array, batch: Batch) -> jax.Array:
     """The losses `[B]` of one head, one per example."""
-    logits = _head(params["heads"][0], encode(params["shared"], batch))
+    logits = _head(heads[0], representation)
     return optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
 
 
-def _transformer(shared: Params, ids: jax.Array) -> jax.Array:
+def _transformer(shared: Shared, ids: jax.Array) -> jax.Array:
     """The mean over the tokens of a causal transformer's last layer."""
     x = shared["embeddings"][0][ids]
     for block in shared["blocks"]:

@@ -19,52 +19,33 @@ import jax.numpy as jnp
 import optax
 
 import mtl_optax as mtl
+from examples.studies.benchmarks import problems
 from examples.studies.benchmarks.hlo import collectives
-from examples.studies.benchmarks.problems import decode
-from examples.studies.benchmarks.steps import PLACES, step_functions
+from examples.studies.benchmarks.problems import RECSYS, Batch, Problem, initial, look_up
+from examples.studies.benchmarks.steps import PLACES, Network, step_of
 from examples.studies.harness.command import Program
 from examples.studies.harness.report import publish
 
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
 
 
-class Problem(NamedTuple):
-    """A recommender's ranking model and its batch.
+class Case(NamedTuple):
+    """A recommender's ranking model.
 
     Attributes:
-      tables: embedding tables.
-      rows: rows of each table.
-      width: width of an embedding.
-      dense: number of dense features.
-      bottom: widths of the shared layers.
+      problem: whose batch is that of one chip.
       tasks: T.
-      batch: examples per chip.
-      sharded_tables: whether each table is spread over all chips by its rows; else every chip holds all.
-      fields: lookups per example in each table.
+      sharded: whether each table is spread over all chips by its rows; else every chip holds all.
     """
 
-    tables: int = 26
-    rows: int = 10_000
-    width: int = 16
-    dense: int = 13
-    bottom: tuple[int, ...] = (256, 128, 64)
+    problem: Problem
     tasks: int = 4
-    batch: int = 2048
-    sharded_tables: bool = False
-    fields: int = 1
+    sharded: bool = False
 
 
-RECSYS = Problem()
 # One hashed table for all features, as large systems have it: 256 GB in float32.
 INTERNET = Problem(
-    tables=1,
-    rows=1_000_000_000,
-    width=64,
-    bottom=(1024, 512, 256),
-    tasks=8,
-    batch=256,
-    sharded_tables=True,
-    fields=26,
+    tables=1, rows=1_000_000_000, width=64, bottom=(1024, 512, 256), batch=256, length=26
 )
 
 # A network whose gradients are what memory holds: 134 MB of layers in float32 on every chip.
@@ -73,11 +54,11 @@ LARGE = Problem(tables=1, rows=1000, dense=2032, bottom=(2048,) * 8, batch=1024)
 # The table of each file: what is compiled, for how many chips, and in which places or modes.
 LOOPED = ("map", "products")
 TABLES = {
-    "recommender_4": (RECSYS, 4, PLACES),
-    "recommender_256": (RECSYS, 256, PLACES),
-    "internet_256": (INTERNET, 256, PLACES),
+    "recommender_4": (Case(RECSYS), 4, PLACES),
+    "recommender_256": (Case(RECSYS), 256, PLACES),
+    "internet_256": (Case(INTERNET, tasks=8, sharded=True), 256, PLACES),
 } | {
-    f"large_{tasks}_tasks_{chips}": (LARGE._replace(tasks=tasks), chips, LOOPED)
+    f"large_{tasks}_tasks_{chips}": (Case(LARGE, tasks), chips, LOOPED)
     for tasks, chips in itertools.product((4, 16), (4, 256))
 }
 LOOPS = """XLA counts the operations and bytes in a loop once, here those of the passes for one task; its
@@ -123,25 +104,29 @@ def tpu_mesh(chips: int) -> jax.sharding.Mesh:
     return topologies.make_mesh(topology, (chips,), ("data",))
 
 
-def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
+def measure(place: str, case: Case, mesh: jax.sharding.Mesh) -> Cost:
     """Compiles a step of `benchmarks.steps`, with MultiBalance, for `mesh` and reads what it costs."""
-
-    def encode(shared: Any, batch: Any) -> jax.Array:
-        x = _embed(shared["tables"], batch["ids"], problem, mesh)
-        x = jnp.concatenate([x, batch["x"]], axis=-1)
-        for weight, bias in shared["bottom"]:
-            x = jax.nn.relu(x @ weight + bias[None])
-        return x
-
-    method = mtl.multibalance(problem.tasks)
-    looped = name in LOOPED
-    mode = name if looped else "auto"
-    made = step_functions(encode, decode, method, optax.adam(1e-3), mode, as_array=looped)
-    step = made["weighted" if looped else name]
-    arguments = _arguments(problem, mesh, forked=name == "fork")
-    results = jax.tree.map(lambda x: x.sharding, (*arguments[:3], _like((problem.tasks,), mesh)))
-    jitted = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=results)
-    compiled = jitted.lower(*arguments).compile()
+    looped = place in LOOPED
+    problem = case.problem._replace(batch=case.problem.batch * mesh.size)
+    params, batch = jax.eval_shape(lambda: initial(problem, case.tasks))
+    representation = jax.ShapeDtypeStruct((problem.batch, problem.representation), jnp.float32)
+    network = _Network(case, mesh, representation, as_array=looped)
+    method, mode = mtl.multibalance(case.tasks), place if looped else "auto"
+    step = step_of("weighted" if looped else place, network, method, optax.adam(1e-3), mode)
+    state = jax.eval_shape(step.init, params)
+    # The tables' moments lie where the tables lie; everything else is small.
+    tables, spread = params.shared["embeddings"].shape, (None, "data") if case.sharded else ()
+    params, state = jax.tree.map(
+        lambda x: _on(mesh, x, *(spread if x.shape == tables else ())), (params, state)
+    )
+    axes = {"ids": (None, "data"), "features": ("data",), "labels": (None, "data")}
+    batch = {name: _on(mesh, batch[name], *spec) for name, spec in axes.items()}
+    losses = _on(mesh, jax.ShapeDtypeStruct((case.tasks,), jnp.float32))
+    results = jax.tree.map(lambda x: x.sharding, (params, state, losses))
+    jitted = jax.jit(
+        lambda *arguments: step.update(*arguments)[:3], donate_argnums=(0, 1), out_shardings=results
+    )
+    compiled = jitted.lower(params, state, batch).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     found = collectives(compiled.as_text())
     always, waiting = ([c for c in found if c.conditional is branch] for branch in (False, True))
@@ -155,29 +140,58 @@ def measure(name: str, problem: Problem, mesh: jax.sharding.Mesh) -> Cost:
     )
 
 
+class _Network(Network):
+    """The network on a mesh, whose tables may be spread over it."""
+
+    def __init__(self, case: Case, mesh: jax.sharding.Mesh, representation: Any, as_array: bool):
+        super().__init__(case.tasks, representation, as_array=as_array)
+        # Each chip looks up what it holds for the whole batch and returns to every chip its examples.
+        spec = jax.P(None, "data"), jax.P(None, "data")
+        sharded = jax.shard_map(_look_up_share, mesh=mesh, in_specs=spec, out_specs=jax.P("data"))
+        self._look_up = sharded if case.sharded else look_up
+
+    def encode(self, shared: Any, batch: Batch) -> jax.Array:
+        """The representation `[batch, width]`."""
+        return problems.encode(shared, batch, self._look_up)
+
+
+def _look_up_share(tables: jax.Array, ids: jax.Array) -> jax.Array:
+    local = jax.lax.all_gather(ids, "data", axis=1, tiled=True)
+    local = local - jax.lax.axis_index("data") * tables.shape[1]
+    held = (local >= 0) & (local < tables.shape[1])
+    found = look_up(tables, jnp.where(held, local, 0))
+    found = jnp.where(jnp.moveaxis(held, 0, 1)[..., None], found, 0)
+    return jax.lax.psum_scatter(found, "data", tiled=True)
+
+
+def _on(mesh: jax.sharding.Mesh, x: Any, *spec: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+
+
 def work(options: argparse.Namespace) -> None:
     """Compiles the chosen tables, prints them and writes them."""
     for name in options.only:
-        problem, chips, places = TABLES[name]
+        case, chips, places = TABLES[name]
         note = LOOPS if places == LOOPED else ""
-        publish(options.out, name, _lines(problem, chips, places), _title(problem, chips), note)
+        publish(options.out, name, _lines(case, chips, places), _title(case, chips), note)
 
 
-def _title(problem: Problem, chips: int) -> str:
+def _title(case: Case, chips: int) -> str:
+    problem = case.problem
     return (
         f"TPU v5e, {chips} chips, compiled ahead of time: {problem.tables} x {problem.rows:,} x "
         f"{problem.width} embeddings, {len(problem.bottom)} layers of at most {max(problem.bottom)}, "
-        f"T = {problem.tasks}, batch {problem.batch} per chip"
+        f"T = {case.tasks}, batch {problem.batch} per chip"
     )
 
 
-def _lines(problem: Problem, chips: int, places: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _lines(case: Case, chips: int, places: tuple[str, ...]) -> list[tuple[str, ...]]:
     lines = [("step", "FLOPs", "bytes", "temporary", "memory", "collectives", "in conditionals")]
     mesh = tpu_mesh(chips)
-    plain = measure("plain", problem, mesh)
+    plain = measure("plain", case, mesh)
     for name in ("plain", *places):
         try:
-            cost = plain if name == "plain" else measure(name, problem, mesh)
+            cost = plain if name == "plain" else measure(name, case, mesh)
         except jax.errors.JaxRuntimeError as error:
             lines.append((name, *_reason(error)))
             continue
@@ -198,70 +212,6 @@ def _reason(error: Exception) -> tuple[str, ...]:
     if not found:
         raise error
     return ("does not fit", "", f"{found[1]}B", f"of {found[2]}B", "", "")
-
-
-def _embed(tables: jax.Array, ids: jax.Array, problem: Problem, mesh: Any) -> jax.Array:
-    """`[batch, tables * fields * width]` from tables `[tables, rows, width]`."""
-    if not problem.sharded_tables:
-        rows = jax.vmap(lambda table, i: table[i], in_axes=(0, 1), out_axes=1)(tables, ids)
-        return rows.reshape(rows.shape[0], -1)
-
-    # Each chip looks up what it holds for the whole batch and returns to every chip its examples.
-    def lookup(shard: jax.Array, ids: jax.Array) -> jax.Array:
-        local = jax.lax.all_gather(ids, "data", tiled=True)
-        local = local - jax.lax.axis_index("data") * shard.shape[1]
-        held = (local >= 0) & (local < shard.shape[1])
-        found = jax.vmap(lambda table, i: table[i], in_axes=(0, 1), out_axes=1)(
-            shard, jnp.where(held, local, 0)
-        )
-        found = jnp.where(held[..., None], found, 0)
-        return jax.lax.psum_scatter(found, "data", tiled=True)
-
-    spec = jax.P(None, "data"), jax.P("data")
-    rows = jax.shard_map(lookup, mesh=mesh, in_specs=spec, out_specs=jax.P("data"))(tables, ids)
-    return rows.reshape(rows.shape[0], -1)
-
-
-def _like(shape: tuple[int, ...], mesh: Any, dtype: Any = jnp.float32, *spec: Any) -> Any:
-    sharding = jax.NamedSharding(mesh, jax.P(*spec))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _arguments(problem: Problem, mesh: jax.sharding.Mesh, *, forked: bool) -> tuple[Any, ...]:
-    """Shapes and shardings of parameters, optimizer state, balance state and batch: no array."""
-    spread = (None, "data") if problem.sharded_tables else ()
-    table_shape = (problem.tables, problem.rows, problem.width)
-
-    def layers(*widths: int) -> Any:
-        pairs = itertools.pairwise(widths)
-        return [(_like((a, b), mesh), _like((b,), mesh)) for a, b in pairs]
-
-    inputs = problem.tables * problem.fields * problem.width + problem.dense
-    shared = {
-        "tables": _like(table_shape, mesh, jnp.float32, *spread),
-        "bottom": layers(inputs, *problem.bottom),
-    }
-    heads = [layers(problem.bottom[-1], 64, 32, 1) for _ in range(problem.tasks)]
-    params = {"shared": shared, "heads": heads}
-
-    def placed(tree: Any) -> Any:
-        # The tables' moments lie where the tables lie; everything else is small.
-        return jax.tree.map(
-            lambda x: _like(x.shape, mesh, x.dtype, *(spread if x.shape == table_shape else ())),
-            tree,
-        )
-
-    opt_state = placed(jax.eval_shape(optax.adam(1e-3).init, params))
-    method = mtl.multibalance(problem.tasks)
-    examples = problem.batch * mesh.size
-    h = jax.ShapeDtypeStruct((examples, problem.bottom[-1]), jnp.float32)
-    balance = jax.eval_shape(method.init, h if forked else shared)
-    batch = {
-        "ids": _like((examples, problem.tables, problem.fields), mesh, jnp.int32, "data"),
-        "x": _like((examples, problem.dense), mesh, jnp.float32, "data"),
-        "labels": _like((problem.tasks, examples), mesh, jnp.float32, None, "data"),
-    }
-    return params, opt_state, placed(balance), batch
 
 
 ONLY = {"nargs": "+", "choices": TABLES, "default": TABLES, "help": "these tables alone"}

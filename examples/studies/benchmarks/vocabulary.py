@@ -48,7 +48,7 @@ def _steps(items: int) -> dict[str, Training]:
     def training(choice: str) -> Training:
         scaler, descent = optax.scale_by_adam(), optax.scale_by_learning_rate(1e-3)
         step = make_step(parse_choice(choice), network, scaler, descent, {})
-        return Training.of(step, params, batch)
+        return Training(step, params, batch)
 
     made = {"sum": training("sum"), "distinct rows": training("metabalance")}
     with mock.patch.object(rows, "keeps_rows", lambda method, shared: True):

@@ -78,10 +78,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Step:
-    """`init(params) -> state`; `update(params, state, batch) -> (params, state, losses, weights)`."""
+    """`init(params) -> state`; `update(params, state, batch) -> (params, state, losses, weights)`.
+
+    The weights are None for a step without a method.
+    """
 
     init: Callable[[Params], State]
-    update: Callable[[Params, State, Batch], tuple[Params, State, jax.Array, jax.Array]]
+    update: Callable[[Params, State, Batch], tuple[Params, State, jax.Array, Any]]
 
 
 def make_step(
@@ -107,14 +110,14 @@ def make_step(
         raise UserError(f"--method {choice.label}: looks at gradients, so not with place='losses'")
     in_place_of_adam = choice.name in IN_PLACE_OF_ADAM
     if place == LOSSES and not in_place_of_adam:
-        return _on_losses(method, network, optimizer)
+        return on_losses(method, network, optimizer)
     if place == REPRESENTATION and not in_place_of_adam:
-        return _on_representation(method, network, optimizer)
+        return on_representation(method, network, optimizer)
     optimizers = Parameters(descent if in_place_of_adam else optimizer, optimizer)
-    return _on_parameters(method, network, optimizers, choice.name in WEIGHS_HEADS)
+    return on_parameters(method, network, optimizers, choice.name in WEIGHS_HEADS)
 
 
-def _on_losses(method: Any, network: Network, optimizer: Optimizer) -> Step:
+def on_losses(method: Any, network: Network, optimizer: Optimizer) -> Step:
     """One backward pass of the weighted sum of losses; the whole network is weighted."""
 
     def value_and_grad(params: Parameters, state: State, batch: Batch) -> Any:
@@ -127,10 +130,10 @@ def _on_losses(method: Any, network: Network, optimizer: Optimizer) -> Step:
         grads, (losses, new_state) = jax.grad(loss_fn, has_aux=True)(params)
         return losses, (grads, new_state)
 
-    return _one_pass(value_and_grad, method.init, optimizer)
+    return one_optimizer(value_and_grad, method.init, optimizer)
 
 
-def _on_representation(method: Any, network: Network, optimizer: Optimizer) -> Step:
+def on_representation(method: Any, network: Network, optimizer: Optimizer) -> Step:
     """One backward pass; the method combines the tasks' gradients of the representation."""
 
     def loss_fn(params: Parameters, fork: Any, batch: Batch) -> tuple[jax.Array, ...]:
@@ -138,30 +141,32 @@ def _on_representation(method: Any, network: Network, optimizer: Optimizer) -> S
         return network.losses(params.heads, copies, batch)
 
     value_and_grad = mtl.fork_value_and_grad(loss_fn, method)
-    return _one_pass(value_and_grad, lambda _: method.init(network.representation), optimizer)
+    return one_optimizer(value_and_grad, lambda _: method.init(network.representation), optimizer)
 
 
-def _one_pass(
-    value_and_grad: Any, init_method: Callable[[Params], State], optimizer: Optimizer
+def one_optimizer(
+    value_and_grad: Callable[[Params, State, Batch], Any],
+    init_method: Callable[[Params], State],
+    optimizer: Optimizer,
 ) -> Step:
-    """One optimizer for all gradients of one backward pass."""
+    """The step of `value_and_grad(params, method_state, batch) -> (losses, (grads, method_state))`."""
 
-    def init(params: Parameters) -> State:
+    def init(params: Params) -> State:
         return init_method(params), optimizer.init(params)
 
-    def update(params: Parameters, state: State, batch: Batch) -> Any:
+    def update(params: Params, state: State, batch: Batch) -> Any:
         method_state, opt_state = state
         losses, (grads, method_state) = value_and_grad(params, method_state, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        weights = mtl.head_weights(method_state)
-        return params, (method_state, opt_state), jnp.stack(losses), weights
+        weights = mtl.head_weights(method_state) if method_state else None
+        return params, (method_state, opt_state), jnp.asarray(losses), weights
 
     return Step(init, update)
 
 
-def _on_parameters(
-    method: Any, network: Network, optimizers: Parameters, weighs_heads: bool
+def on_parameters(
+    method: Any, network: Network, optimizers: Parameters, weighs_heads: bool = False
 ) -> Step:
     """One backward pass per task through the shared bottom."""
     value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)

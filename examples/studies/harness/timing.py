@@ -74,25 +74,15 @@ def several(call: Callable[[], Any], times: int) -> Callable[[], Any]:
 class Training:
     """A compiled training step with the state it runs on, each result the next step's input.
 
-    `step(params, opt_state, balance, batch) -> (params, opt_state, balance, losses)`; the buffers of the
-    first three are donated, as in a real training loop.
+    The buffers of parameters and state are donated, as in a real training loop.
     """
 
-    def __init__(self, step: Callable[..., Any], state: tuple[Any, ...], batch: Any) -> None:
-        jitted = jax.jit(step, donate_argnums=tuple(range(len(state))))
+    def __init__(self, step: Step, params: Any, batch: Any) -> None:
+        state = params, step.init(params)
+        jitted = jax.jit(lambda *arguments: step.update(*arguments)[:3], donate_argnums=(0, 1))
         self.compiled = jitted.lower(*state, batch).compile()
         self.state = jax.tree.map(lambda x: x.copy(), state)
         self.batch = batch
-
-    @classmethod
-    def of(cls, step: Step, params: Any, batch: Any) -> "Training":
-        """The training of a `Step`."""
-
-        def one(params: Any, state: Any, batch: Any) -> Any:
-            params, state, losses, _ = step.update(params, state, batch)
-            return params, state, losses
-
-        return cls(one, (params, step.init(params)), batch)
 
     def __call__(self) -> Any:
         *state, losses = self.compiled(*self.state, self.batch)

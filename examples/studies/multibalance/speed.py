@@ -22,7 +22,7 @@ from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
 from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.report import bars, csv_of, publish
-from examples.studies.harness.steps import Parameters, Step, make_step
+from examples.studies.harness.steps import Parameters, Step, make_step, one_optimizer
 from examples.studies.harness.timing import Training, interleaved, machine, ratio
 from examples.studies.ranking.data import Dataset, Examples, Task
 from examples.studies.ranking.network import Network
@@ -75,7 +75,7 @@ def trainings(dataset: Dataset, batch: int, model: Mapping[str, Any]) -> dict[st
                 method = factory(network.num_tasks)
                 step = on_module(network, method, module, optax.chain(scaler, descent))
                 steps[f"{label}, {module}"] = step
-    return {label: Training.of(step, params, examples) for label, step in steps.items()}
+    return {label: Training(step, params, examples) for label, step in steps.items()}
 
 
 def on_module(
@@ -86,24 +86,18 @@ def on_module(
     def losses_of(params: Parameters, batch: Examples) -> tuple[jax.Array, ...]:
         return network.decode(params.heads, network.encode(params.shared, batch), batch)
 
-    def init(params: Parameters) -> Any:
-        return method.init(params.shared[module]), optimizer.init(params)
-
-    def update(params: Parameters, state: Any, batch: Examples) -> Any:
+    def value_and_grad(params: Parameters, state: Any, batch: Examples) -> Any:
         def of_module(target: nnx.State) -> tuple[jax.Array, ...]:
             return losses_of(_replaced(params, module, target), batch)
 
-        (method_state, opt_state), target = state, params.shared[module]
+        target = params.shared[module]
         losses, per_task = mtl.per_task_value_and_grad(of_module)(target)
-        combined, method_state = method.update(per_task, method_state, target, losses=losses)
+        combined, state = method.update(per_task, state, target, losses=losses)
         # XLA finds the forward pass that both have in common, and leaves out what is replaced here.
         grads = jax.grad(lambda params: sum(losses_of(params, batch)))(params)
-        grads = _replaced(grads, module, combined)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return params, (method_state, opt_state), losses, mtl.head_weights(method_state)
+        return losses, (_replaced(grads, module, combined), state)
 
-    return Step(init, update)
+    return one_optimizer(value_and_grad, lambda p: method.init(p.shared[module]), optimizer)
 
 
 def _replaced(params: Parameters, module: str, part: nnx.State) -> Parameters:
