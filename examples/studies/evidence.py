@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.studies.harness.report import picture
+from examples.studies.harness.statistics import standard_error
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "examples" / "studies" / "results"
@@ -123,7 +124,7 @@ def draw(results: Path, out: Path) -> list[str]:
     with picture(out, columns=max(len(drawn), 1), figsize=(3.2 * len(drawn), 3)) as (figure, grid):
         for axes, (panel, values) in zip(grid[0], drawn, strict=False):
             for place, (of_seeds, color) in enumerate(zip(values, COLORS, strict=True)):
-                error = of_seeds.std(ddof=1) / len(of_seeds) ** 0.5 if len(of_seeds) > 1 else None
+                error = standard_error(of_seeds) or None
                 axes.bar(
                     place, of_seeds.mean(), yerr=error, color=color, capsize=4, label=BARS[place]
                 )

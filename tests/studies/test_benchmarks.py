@@ -15,7 +15,7 @@ import mtl_optax as mtl
 from examples.studies.benchmarks import gram, growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
-from examples.studies.benchmarks.report import Row, draw
+from examples.studies.benchmarks.report import Row, curves_of, draw
 from examples.studies.benchmarks.steps import steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_growth_draws_its_points(tmp_path):
     open_before = plt.get_fignums()
     points = list(growth.measure(quick=True))
     assert {point.place for point in points} == {"fork", "split"}
-    draw(tmp_path / "growth.png", growth.curves_of(points), "size", "MiB")
+    draw(tmp_path / "growth.png", curves_of(points), "size", "MiB")
     assert (tmp_path / "growth.png").stat().st_size > 0
     assert plt.get_fignums() == open_before
 

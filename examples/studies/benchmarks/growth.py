@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
-from examples.studies.benchmarks.report import Curves, draw
+from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import steps
 from examples.studies.harness.command import Program
 from examples.studies.harness.report import publish
@@ -24,15 +24,15 @@ class Point(NamedTuple):
 
     Attributes:
       axis: what grows.
-      size: how far.
       place: "fork" or "split".
+      size: how far it has grown.
       ratio: its time over the plain step's.
       memory: its temporary memory beyond the plain step's, MiB.
     """
 
     axis: str
-    size: int
     place: str
+    size: int
     ratio: float
     memory: float
 
@@ -61,7 +61,7 @@ def measure(quick: bool) -> Iterator[Point]:
             ratios = interleaved_ratios(made, "plain", 1 if quick else 9)
             for place in places:
                 memory = made[place].temporary_mebibytes - made["plain"].temporary_mebibytes
-                yield Point(axis, size, place, ratios[place], memory)
+                yield Point(axis, place, size, ratios[place], memory)
 
 
 def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
@@ -71,15 +71,6 @@ def lines_of(points: list[Point]) -> list[tuple[str, ...]]:
         cells = f"{point.ratio:.3f} x", f"{point.memory:.1f} MiB"
         lines.append((point.axis, str(point.size), point.place, *cells))
     return lines
-
-
-def curves_of(points: list[Point]) -> Curves:
-    """Time and memory over the sizes, by what grows and by place."""
-    curves: Curves = {}
-    for p in points:
-        places = curves.setdefault(p.axis, {})
-        places.setdefault(p.place, []).append((p.size, p.ratio, p.memory))
-    return curves
 
 
 def work(options: argparse.Namespace) -> None:

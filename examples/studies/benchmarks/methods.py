@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.report import Row
-from examples.studies.harness.timing import interleaved, several
+from examples.studies.harness.timing import compiled_call, interleaved, several
 from mtl_optax.solvers.aligned import aligned_weights
 from mtl_optax.solvers.conflict_averse import conflict_averse_weights
 from mtl_optax.solvers.cosine import geometry_of
@@ -50,11 +50,8 @@ def update_call(name: str, stacked: jax.Array) -> Callable[[], Any]:
     num_tasks = stacked.shape[0]
     method = mtl.METHODS[name].factory(num_tasks)
     state = method.init(stacked[0])
-    losses = jnp.ones(num_tasks)
-    arguments = (stacked, state, losses)
-    update = jax.jit(lambda g, s, losses: method.update(g, s, losses=losses))
-    compiled = update.lower(*arguments).compile()
-    return lambda: compiled(*arguments)
+    update = lambda g, s, losses: method.update(g, s, losses=losses)  # noqa: E731
+    return compiled_call(update, stacked, state, jnp.ones(num_tasks))
 
 
 def updates(quick: bool) -> Iterator[Row]:
@@ -77,8 +74,7 @@ def solvers(quick: bool) -> Iterator[Row]:
     g = gradients(num_tasks, 20)
     geometry = geometry_of(g @ g.T)
     for name, solve in dict(list(SOLVERS.items())[:1] if quick else SOLVERS).items():
-        compiled = jax.jit(solve).lower(geometry).compile()
-        call = several(lambda compiled=compiled: compiled(geometry), 1 if quick else 50)
+        call = several(compiled_call(solve, geometry), 1 if quick else 50)
         seconds = interleaved({name: call}, 1 if quick else 15)[name]
         microseconds = 1e6 * statistics.median(seconds) / (1 if quick else 50)
         yield Row("solver alone", f"{name}, T={num_tasks}", microseconds, "us", 100.0)

@@ -9,13 +9,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from examples.studies.benchmarks.methods import gradients, update_call
 from examples.studies.benchmarks.problems import Problem
 from examples.studies.benchmarks.report import Row
-from examples.studies.harness.timing import interleaved, ratio, several
+from examples.studies.harness.timing import compiled_call, interleaved, ratio, several
 from mtl_optax.core.gram import gram_matrices
 
 # Methods whose time is the solver's: at least five times as fast.
@@ -52,7 +51,7 @@ def peers(quick: bool) -> Iterator[Row]:
     for num_tasks, size in ((2, 50),) if quick else ((8, 10_000), (8, 1_000_000), (16, 1_000_000)):
         stacked = gradients(num_tasks, size)
         matrix = torch.from_numpy(np.array(stacked))
-        gram = gram_call(stacked)
+        gram = compiled_call(lambda g: gram_matrices([g], [0], 1), stacked)
         calls = {"ours": gram, "theirs": lambda matrix=matrix: matrix @ matrix.T}
         yield _compare("Gram matrix / torch M @ M.T", num_tasks, size, calls, 1.0, quick)
         for name, make in aggregators(num_tasks).items():
@@ -128,14 +127,6 @@ def training_steps(by_example: bool, number: int, problem: Problem) -> dict[str,
 
     named = {"PyTorch, plain": plain, "TorchJD, jac_to_grad": jac_to_grad}
     return {name: step(f) for name, f in (named | {"TorchJD, autogram": by_gramian}).items()}
-
-
-def gram_call(stacked: Any) -> Callable[[], Any]:
-    """Our Gram matrix of one stacked leaf, compiled."""
-    import jax
-
-    compiled = jax.jit(lambda g: gram_matrices([g], [0], 1)).lower(jnp.asarray(stacked)).compile()
-    return lambda: compiled(stacked)
 
 
 def _compare(

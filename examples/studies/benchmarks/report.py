@@ -48,6 +48,14 @@ def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return [HEADER, *(row.cells() for row in rows)]
 
 
+def curves_of(points: Iterable[tuple[str, str, float, float, float | None]]) -> Curves:
+    """The curves of points: a column, a name, how far it has grown, time and memory."""
+    curves: Curves = {}
+    for column, name, *point in points:
+        curves.setdefault(column, {}).setdefault(name, []).append(tuple(point))
+    return curves
+
+
 def draw(path: Path, curves: Curves, what: str, memory: str) -> None:
     """Time above and memory below, a column for each network or axis, a colour for each curve.
 

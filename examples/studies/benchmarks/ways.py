@@ -27,7 +27,7 @@ from rich.progress import track
 import mtl_optax as mtl
 from examples.studies.benchmarks.peers import installed, training_steps
 from examples.studies.benchmarks.problems import HEAD_WIDTH, TINY, Problem, initial
-from examples.studies.benchmarks.report import Curves, draw
+from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import training_step
 from examples.studies.harness.command import Program, write_atomically
 from examples.studies.harness.report import publish
@@ -153,16 +153,6 @@ def _cell(point: Point) -> str:
     return time if point.memory is None else f"{time}, {point.memory:.1f} MiB"
 
 
-def curves_of(points: Sequence[Point]) -> Curves:
-    """Time and memory over T, by network and way."""
-    curves: Curves = {}
-    for p in points:
-        if p.way != "plain":
-            ways = curves.setdefault(p.network, {})
-            ways.setdefault(p.way, []).append((p.number, p.ratio, p.memory))
-    return curves
-
-
 def row(text: str) -> tuple[str, int]:
     """A network and T."""
     network, _, number = text.partition(":")
@@ -201,7 +191,10 @@ def work(options: argparse.Namespace) -> None:
         title = f"{network}, {here[0].parameters:.1f} MiB of parameters, on {machines}"
         publish(options.out, f"ways_{network}", lines_of(here), title, NOTE)
     if options.out:
-        draw(options.out / "ways.png", curves_of(points), "T", "temporary memory (MiB)")
+        curves = curves_of(
+            (p.network, p.way, p.number, p.ratio, p.memory) for p in points if p.way != "plain"
+        )
+        draw(options.out / "ways.png", curves, "T", "temporary memory (MiB)")
 
 
 main = Program(

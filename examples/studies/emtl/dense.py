@@ -38,6 +38,7 @@ from examples.studies.emtl.scenes import CLASSES, Scenes, synthetic_scenes
 from examples.studies.emtl.scenes_nyuv2 import NUM_CLASSES, read_nyuv2
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import WEIGHS_HEADS, Choice
+from examples.studies.harness.command import given
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run, Setting
 from examples.studies.harness.search import Entry, tuned, tuning_note
@@ -337,8 +338,7 @@ def table2(options: argparse.Namespace) -> None:
     """Trains the rows, prints the table and writes it."""
     data = None if options.data == "synthetic" else options.data
     config = QUICK if options.quick else Config() if data is None else NYUV2
-    given = {name: getattr(options, name) for name in ("steps", "seeds", "trials")}
-    config = replace(config, **{name: value for name, value in given.items() if value})
+    config = replace(config, **given(options, "steps", "seeds", "trials"))
     config = replace(config, epochs=min(config.epochs, config.steps))
     dataset = load(data, config)
     count = len(dataset.train.images)

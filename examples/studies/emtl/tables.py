@@ -22,6 +22,7 @@ from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.ple import PLE
 from examples.studies.emtl.rows import BANDIT, emtl_rows
+from examples.studies.harness.command import given
 from examples.studies.harness.report import (
     OVER_SEEDS,
     Metric,
@@ -99,10 +100,8 @@ class Study:
 
     def __init__(self, options: argparse.Namespace, data: str, tasks: Sequence[str]):
         self.options, config = options, QUICK if options.quick else Config()
-        given = {name: getattr(options, name) for name in ("examples", "seeds", "trials")}
-        config = replace(config, **{k: v for k, v in given.items() if v is not None})
-        if options.epochs is not None:
-            config = replace(config, train=replace(config.train, epochs=options.epochs))
+        config = replace(config, **given(options, "examples", "seeds", "trials"))
+        config = replace(config, train=replace(config.train, **given(options, "epochs")))
         self.config, self.chosen = config, dict[str, Plan]()
         dataset = load(data, LogConfig(impressions=config.impressions))
         if set(tasks) <= {task.name for task in dataset.tasks}:

@@ -86,6 +86,12 @@ class Command(NamedTuple):
     options: str
 
 
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were asked for."""
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Program:
     """The `main(arguments=None)` of a program; see `run_command` for what it returns.

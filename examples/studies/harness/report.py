@@ -17,7 +17,7 @@ import numpy as np
 
 from examples.studies.harness.command import write_atomically
 from examples.studies.harness.runs import Run
-from examples.studies.harness.statistics import Difference
+from examples.studies.harness.statistics import Difference, standard_error
 
 Lines = Sequence[Sequence[str]]  # the header first
 WIDTH = 80  # of the notes in a file
@@ -89,7 +89,7 @@ def mean_cell(values: np.ndarray, digits: int = 4, p_value: float = 1.0) -> str:
         return "-"
     text = f"{round(values.mean(), digits) + 0:.{digits}f}"  # + 0: not -0.00
     if len(values) > 1:
-        text += f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
+        text += f" ± {standard_error(values):.{digits}f}"
     return text + mark(p_value)
 
 

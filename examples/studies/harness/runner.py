@@ -23,6 +23,16 @@ from examples.studies.harness.runs import Plan, Run, load_run, store_run
 UNFINISHED = "unfinished"  # the folder under --out with the trainings that were stopped
 
 
+def progress_bars() -> progress.Progress:
+    """Bars with the time left, on standard error: standard output is for the results."""
+    console = Console(stderr=True)
+    columns = (
+        "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn(), "{task.fields[note]}",
+    )  # fmt: skip
+    return progress.Progress(*columns, console=console, disable=not console.is_terminal)
+
+
 def versions() -> dict[str, Any]:
     """What stored runs are made with."""
     return {"versions": {"mtl_optax": mtl.__version__, "jax": jax.__version__}}
@@ -65,13 +75,7 @@ class Runner:
             self.trainer.check(job.choice, job.plans[0].setting)
         epochs = self.trainer.epochs
         stored = [[self._stored(job, plan) for plan in job.plans] for job in jobs]
-        # Standard output is for the results, which may go to a file.
-        console = Console(stderr=True)
-        columns = (
-            "{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn(), "{task.fields[note]}",
-        )  # fmt: skip
-        with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        with progress_bars() as bars:
             total = sum(len(job.plans) for job in jobs) * epochs
             whole = bars.add_task("all", total=total, note="epochs")
 

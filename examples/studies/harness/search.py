@@ -110,10 +110,12 @@ def tuned(runner: Runner, entries: Sequence[Entry], trials: int, seeds: int) -> 
     return [Tuned(*row) for row in zip(entries, best, searched, measured, strict=True)]
 
 
-def untuned(runner: Runner, entries: Sequence[Entry], seeds: int) -> list[list[Run]]:
-    """Every entry with its starting knobs, over all seeds."""
+def untuned(runner: Runner, entries: Sequence[Entry], seeds: int) -> dict[str, list[Run]]:
+    """Every entry with its starting knobs, over all seeds, by label."""
     tasks, config = len(runner.trainer.dataset.tasks), runner.trainer.config
-    return _over_seeds(runner, entries, [e.trials(1, tasks, config)[0] for e in entries], seeds)
+    plans = [entry.trials(1, tasks, config)[0] for entry in entries]
+    found = _over_seeds(runner, entries, plans, seeds)
+    return {entry.label: runs for entry, runs in zip(entries, found, strict=True)}
 
 
 def _over_seeds(

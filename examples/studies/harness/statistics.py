@@ -16,6 +16,12 @@ class Difference(NamedTuple):
     p_value: float
 
 
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the mean over the last axis; 0 of a single value."""
+    count = values.shape[-1]
+    return values.std(axis=-1, ddof=min(1, count - 1)) / count**0.5
+
+
 def paired_difference(one: np.ndarray, other: np.ndarray) -> Difference:
     """Compare metrics `[seeds, users]` that were measured on the same seeds and users.
 

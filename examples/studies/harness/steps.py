@@ -4,7 +4,7 @@ Every step has the same form, so that the training loop does not know which meth
 the gradient of the plain sum of losses, unless the method or its paper weighs the towers too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ from examples.studies.harness.choices import (
     Choice,
 )
 from examples.studies.harness.errors import UserError
+from examples.studies.harness.runs import Setting
 
 # Pytrees whose structure the network or the method knows.
 Batch: TypeAlias = Any
@@ -31,6 +32,31 @@ Representation: TypeAlias = Any
 State: TypeAlias = Any
 Widen = Callable[[Params], Params]
 Optimizer: TypeAlias = optax.GradientTransformation
+
+
+def decayed(setting: Setting, tables: Collection[str], steps: int | None = None) -> Optimizer:
+    """What follows a scaler: decay of the embedding tables, and the learning rate.
+
+    Args:
+      setting: has both.
+      tables: the names of the tables in the parameters; biases and dense layers are not decayed.
+      steps: the rate falls to 0 along a cosine over so many; None leaves it as it is.
+    """
+
+    def is_table(params: Params) -> Any:
+        def named(path: Any, leaf: Any) -> bool:
+            return any(getattr(k, "key", getattr(k, "name", None)) in tables for k in path)
+
+        return jax.tree_util.tree_map_with_path(named, params)
+
+    rate = setting.learning_rate
+    if steps is not None:
+        falls = optax.cosine_decay_schedule(1.0, steps)
+        rate = lambda count: setting.learning_rate * falls(count)  # noqa: E731
+    return optax.chain(
+        optax.add_decayed_weights(setting.weight_decay, mask=is_table),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 class Parameters(NamedTuple):

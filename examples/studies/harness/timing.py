@@ -59,6 +59,23 @@ def interleaved_ratios(
     return {name: ratio(seconds, name, base) for name in calls if name != base}
 
 
+def step_times(
+    calls: Mapping[str, Callable[[], Any]], steps: int, base: str, rounds: int
+) -> list[tuple[str, float, float]]:
+    """Of calls of so many steps: the milliseconds of a step, and its time over that of `base`."""
+    seconds = interleaved(calls, rounds, warm_up=1)
+    return [
+        (name, 1e3 * statistics.median(taken) / steps, ratio(seconds, name, base))
+        for name, taken in seconds.items()
+    ]
+
+
+def compiled_call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """A call of a function that is compiled already."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return lambda: compiled(*arguments)
+
+
 def several(call: Callable[[], Any], times: int) -> Callable[[], Any]:
     """Runs a short call so often that one reading of the clock does not count."""
 

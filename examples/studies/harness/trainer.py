@@ -8,6 +8,7 @@ at a time in threads.
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -83,6 +84,7 @@ class Trainer:
         `patience`. Training ends after so many epochs in a row without a better validation value; with None
         it never does, and the last parameters are kept.
       data: what stays on the device.
+      dataset, network: of the study; only what it does not override reads them.
       every_step: whether the history has every step, or the mean of an epoch.
       one_by_one: whether runs are trained alone on an accelerator too, as branches on a step's number ask:
         `vmap` would take all of them.
@@ -90,6 +92,8 @@ class Trainer:
 
     config: Any
     data: Data = None
+    dataset: Any = None
+    network: Any = None
     every_step = False
     one_by_one = False
 
@@ -107,9 +111,14 @@ class Trainer:
             lambda _, better, new, old: jax.tree.map(partial(jnp.where, better), new, old)
         )
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a stored run must agree on."""
+        return {"train": asdict(self.config), "data": self.dataset.digest()}
+
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
-        raise NotImplementedError
+        return self.network.init(key)
 
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """The step of a choice; raises what is wrong with its options."""

@@ -12,11 +12,12 @@ import numpy as np
 
 from examples.studies.harness import report as harness_report
 from examples.studies.harness import search
+from examples.studies.harness.command import given
 from examples.studies.harness.report import Row, bars, curve, metrics_csv, picture, publish, say
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, log_uniform, tuning_note, uniform
-from examples.studies.harness.statistics import paired_difference
+from examples.studies.harness.statistics import paired_difference, standard_error
 from examples.studies.metabalance.knn import item_knn_scores
 from examples.studies.metabalance.readers import read_raw
 from examples.studies.metabalance.synthetic import synthetic_log, truth
@@ -106,8 +107,7 @@ class Study:
         log = load(options.data, options.scale, options.relatedness)
         self.dataset = make_dataset(log, PAPER_SPLIT)
         self.target = self.dataset.tasks[0].name
-        given = {name: getattr(options, name) for name in ("epochs", "batch_pairs")}
-        self.train = replace(TRAIN, **{k: v for k, v in given.items() if v is not None})
+        self.train = replace(TRAIN, **given(options, "epochs", "batch_pairs"))
 
     def runner(self, *, probe_norms: bool = False, **changes: Any) -> Runner:
         """A runner for the configuration with some changes."""
@@ -127,7 +127,7 @@ class Study:
     def untuned(self, entries: Sequence[Entry], **changes: Any) -> dict[str, Row]:
         """Every entry with its starting knobs, over all seeds, as a table."""
         found = search.untuned(self.runner(**changes), entries, self.options.seeds)
-        rows = {e.label: self.row(e, runs) for e, runs in zip(entries, found, strict=True)}
+        rows = {entry.label: self.row(entry, found[entry.label]) for entry in entries}
         self.show(rows, "Nothing was searched.", VANILLA.label)
         return rows
 
@@ -271,9 +271,7 @@ def figure3(options: argparse.Namespace) -> None:
     rows = study.untuned(relax_entries(RELAX_FACTORS))
     plain, *others = study.ndcg(rows).values()
     means = [values.mean() for values in others]
-    errors = [
-        values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 for values in others
-    ]
+    errors = list(map(standard_error, others))
     with study.draw(figsize=(5, 3.4)) as (_, ((axes,),)):
         axes.errorbar(RELAX_FACTORS, means, errors, marker="o", capsize=3, label="MetaBalance")
         axes.axhline(plain.mean(), color="tab:orange", label=VANILLA.label)

@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples.studies.harness.command import Program, in_threads, one_of, write_atomically
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import csv_of, publish
-from examples.studies.harness.timing import cores, interleaved, machine, ratio
+from examples.studies.harness.runner import progress_bars
+from examples.studies.harness.timing import cores, machine, step_times
 from examples.studies.molecules import report
 from examples.studies.molecules.arms import ALONE, ARMS, SEARCH, SUM
 from examples.studies.molecules.data import load, of_splits, packed
@@ -115,19 +113,15 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
     ]
     missing = {name: [p for p in pairs if (name, *p) not in done] for name in options.names}
     names = [name for name, left in missing.items() if left]
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TextColumn("left"), TimeRemainingColumn(), console=console,
-        disable=not console.is_terminal,
-    ) as bars:  # fmt: skip
-        whole = bars.add_task("all", total=sum(map(len, missing.values())))
+    with progress_bars() as bars:
+        trainings = sum(map(len, missing.values()))
+        whole = bars.add_task("all", total=config.steps * trainings, note="steps")
 
         def of_arm(name: str) -> None:
-            def advanced(share: float) -> None:
+            def advanced(steps: int) -> None:
                 if stopping.is_set():
                     raise KeyboardInterrupt
-                bars.update(whole, advance=share, description=name)
+                bars.update(whole, advance=steps, description=name)
 
             try:
                 for result in trainer.run(name, missing[name], advanced):
@@ -165,9 +159,7 @@ def measure_times(options: argparse.Namespace, trainer: Trainer) -> None:
     names = [name for name in options.names if ARMS[name].weights in (None, "sum")]
     names = [SUM, *(name for name in names if name != SUM)]
     calls = {name: trainer.one_call(name) for name in names}
-    seconds = interleaved(calls, 2 if options.quick else 9, warm_up=1)
-    chunk = trainer.config.chunk
-    rows = [(n, 1e3 * np.median(s) / chunk, ratio(seconds, n, SUM)) for n, s in seconds.items()]
+    rows = step_times(calls, trainer.config.chunk, SUM, 2 if options.quick else 9)
     lines = [
         ("arm", "ms a step", "to the sum's"),
         *((n, f"{t:.3f}", f"{r:.2f}") for n, t, r in rows),

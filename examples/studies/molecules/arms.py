@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from examples.studies.harness.choices import parse_choice
-from examples.studies.harness.steps import Network, Parameters, Step, make_step
+from examples.studies.harness.steps import Network, Parameters, Step, make_step, one_optimizer
 from examples.studies.molecules.data import PROPERTIES
 
 NUM_TASKS = len(PROPERTIES)
@@ -143,9 +143,8 @@ def step_of(arm: Arm, network: Network, rate: jax.Array, weights: jax.Array, ste
     )
     if arm.method is not None:
         return make_step(parse_choice(arm.method), network, scaler, descent, {})
-    optimizer = optax.chain(scaler, descent)
 
-    def update(params, state, batch):
+    def value_and_grad(params, state, batch):
         def objective(params):
             losses = network.decode(params.heads, network.encode(params.shared, batch), batch)
             losses = jnp.stack(losses)
@@ -153,7 +152,6 @@ def step_of(arm: Arm, network: Network, rate: jax.Array, weights: jax.Array, ste
             return jnp.log(total) if arm.log else total, losses
 
         grads, losses = jax.grad(objective, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, losses, weights
+        return losses, (grads, state)
 
-    return Step(optimizer.init, update)
+    return one_optimizer(value_and_grad, lambda _: (), optax.chain(scaler, descent))

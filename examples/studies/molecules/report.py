@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.studies.harness.report import MARKED, csv_of, mark, picture
-from examples.studies.harness.statistics import Difference, compare
+from examples.studies.harness.statistics import Difference, compare, standard_error
 from examples.studies.molecules.arms import (
     ALONE,
     LOG_ALONE,
@@ -198,7 +198,7 @@ def lines_of(summary: Summary, times: Mapping[str, float]) -> list[tuple[str, ..
         gain, found = summary.gains[name], summary.against.get(name)
         cell = f"{gain.mean() + 0:+.1f}"
         if len(gain) > 1:
-            cell += f" ± {gain.std(ddof=1) / len(gain) ** 0.5:.1f}"
+            cell += f" ± {standard_error(gain):.1f}"
         cell += mark(found.p_value) if found else ""
         time = f"{times[name]:.2f}" if name in times else "-"
         errors = (f"{error:.1f}" for error in 100 * row.test.mean(axis=0))
@@ -291,9 +291,7 @@ def csv_lines(rows: Mapping[str, Row]) -> str:
 def draw(summary: Summary, path: Path) -> None:
     """Quality against the number of runs: the curve of a search, and one point for every method."""
     mean = {name: gain.mean() for name, gain in summary.gains.items()}
-    error = {
-        n: g.std(ddof=1) / len(g) ** 0.5 if len(g) > 1 else 0.0 for n, g in summary.gains.items()
-    }
+    error = {name: standard_error(gain) for name, gain in summary.gains.items()}
     with picture(path, dpi=100, figsize=(8, 6)) as (_, grid):
         axes = grid[0, 0]
         for log, style in ((False, "k"), (True, "tab:gray")):

@@ -188,16 +188,16 @@ class Trainer:
         self,
         name: str,
         missing: Sequence[tuple[int, float]],
-        advanced: Callable[[float], None] = lambda share: None,
+        advanced: Callable[[int], None] = lambda steps: None,
     ) -> Iterator[Result]:
-        """The results of an arm for splits and rates; `advanced` is told the share of each that is done."""
+        """The results of an arm for splits and rates; `advanced` is told how many steps were done."""
         programs = Programs(name, self.config, self.train.descriptors.shape[-1])
         for seeds, rates in self.groups(missing):
             begun = time.perf_counter()
             carry = None
             for done in self._train(programs, name, seeds, rates):
                 carry = done
-                advanced(len(seeds) * len(rates) * self.config.chunk / self.config.steps)
+                advanced(len(seeds) * len(rates) * self.config.chunk)
             validation, test = (
                 np.asarray(programs.measure(carry, _take(part, seeds)))
                 for part in (self.validation, self.test)

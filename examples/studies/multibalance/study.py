@@ -11,6 +11,7 @@ import numpy as np
 
 from examples.models.dcn_v2 import DCNv2
 from examples.studies.harness import report, search
+from examples.studies.harness.command import given
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, ema_decay, log_uniform, uniform
@@ -87,9 +88,8 @@ class Study:
         self.dataset, self.tasks = dataset, dataset.tasks
         self.seeds = options.seeds or (2 if quick else 5)
         self.trials = options.trials or (2 if quick else 4)
-        given = {name: getattr(options, name) for name in ("epochs", "batch")}
-        given = {**(QUICK if quick else {}), **{k: v for k, v in given.items() if v is not None}}
-        self.train = replace(TRAIN[options.mean_over], **given)
+        changed = {**(QUICK if quick else {}), **given(options, "epochs", "batch")}
+        self.train = replace(TRAIN[options.mean_over], **changed)
         self.model = QUICK_MODEL if quick else MODEL
         trainer = Trainer(dataset, partial(DCNv2, **self.model), self.train)
         about = {**trainer.fingerprint, "model": repr(self.model)}
@@ -184,8 +184,7 @@ def table4(options: argparse.Namespace) -> None:
         for rate in rates
     ]
     default = search.setting_in_words(Plan(0, study.runner.trainer.default_setting()))
-    found = search.untuned(study.runner, entries, study.seeds)
-    rows = {entry.label: runs for entry, runs in zip(entries, found, strict=True)}
+    rows = search.untuned(study.runner, entries, study.seeds)
     study.show(rows, f"Nothing was searched: {default}.")
 
 
@@ -193,7 +192,7 @@ def figure2(options: argparse.Namespace) -> None:
     """Gradient magnitudes, MultiBalance's weights and weighted magnitudes over the steps of one run."""
     options.seeds = options.seeds or 1
     study = Study(options)
-    ((run, *_),) = search.untuned(study.runner, [MULTIBALANCE], study.seeds)
+    run = search.untuned(study.runner, [MULTIBALANCE], study.seeds)[MULTIBALANCE.label][0]
     names = [task.name for task in study.tasks]
     norms, weights, simplex = (
         run.history[name].reshape(-1, len(names))

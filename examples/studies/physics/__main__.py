@@ -15,7 +15,7 @@ from examples.studies.harness.command import Program, one_of
 from examples.studies.harness.report import csv_of, picture, publish
 from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
-from examples.studies.harness.timing import cores, interleaved, ratio
+from examples.studies.harness.timing import cores, step_times
 from examples.studies.physics.problems import PROBLEMS
 from examples.studies.physics.training import ERROR, FIELD, ROWS, Config, Trainer, choose
 from mtl_optax.plotting import plot_weights
@@ -148,11 +148,11 @@ def measure_times(problem: str, options: argparse.Namespace) -> None:
     chunk = min(100, options.config.steps)
     trainer = Trainer(PROBLEMS[problem], replace(options.config, chunk=chunk))
     calls = trainer.step_calls([choose(name) for name in names])
-    seconds = interleaved(calls, 3 if options.quick else 20, warm_up=1)
-    lines = [("method", "ms a step", "to the sum's")]
-    for name, taken in seconds.items():
-        time = 1e3 * np.median(taken) / chunk
-        lines.append((name, f"{time:.3f}", f"{ratio(seconds, name, names[0]):.2f}"))
+    rows = step_times(calls, chunk, names[0], 3 if options.quick else 20)
+    lines = [
+        ("method", "ms a step", "to the sum's"),
+        *((name, f"{time:.3f}", f"{share:.2f}") for name, time, share in rows),
+    ]
     note = "Medians over rounds, of the times and of each round's ratio."
     title = f"{problem}: milliseconds a step, all methods in turns"
     publish(options.out, f"{problem}_time", lines, title, f"{note}\n\nMade by `{options.line}`.")

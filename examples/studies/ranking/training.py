@@ -1,6 +1,6 @@
 """Training of tabular models on examples with features."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from examples.models.layers import Features
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Setting
-from examples.studies.harness.steps import Step, make_step
+from examples.studies.harness.steps import Step, decayed, make_step
 from examples.studies.ranking.data import Dataset, Examples
 from examples.studies.ranking.metrics import by_task, measure_all, normalized_loss
 from examples.studies.ranking.network import COUNTED, MakeModel, Network
@@ -62,23 +62,11 @@ class Trainer(trainer.Trainer):
         self.data = jax.tree.map(jnp.asarray, dataset.train)
         self._predict = jax.jit(self._predict_blocks)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What a stored run must agree on, beside the model."""
-        return {"train": asdict(self.config), "data": self.dataset.digest()}
-
-    def init(self, key: jax.Array) -> Any:
-        """See the base class."""
-        return self.network.init(key)
-
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """See the base class."""
         # Flattened: one kernel in place of one per parameter, which compiles several times faster.
         scaler = optax.flatten(optax.scale_by_adam())
-        descent = optax.chain(
-            optax.add_decayed_weights(setting.weight_decay, mask=_is_table),
-            optax.scale_by_learning_rate(setting.learning_rate),
-        )
+        descent = decayed(setting, {"tables"})
         return make_step(choice, self.network, scaler, descent, setting.knobs)
 
     def order(self, data: Examples, epoch: jax.Array, key: jax.Array) -> jax.Array:
@@ -138,10 +126,3 @@ class Trainer(trainer.Trainer):
         losses = [normalized_loss(*entry) for entry in of_tasks]
         # A task whose validation labels are all equal says nothing.
         return -float(np.nanmean(losses)) if not np.isnan(losses).all() else 0.0
-
-
-def _is_table(params: Any) -> Any:
-    """True for the embedding tables; dense layers are not decayed."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(key, "key", None) == "tables" for key in path), params
-    )

@@ -1,7 +1,7 @@
 """Training the recommender: pairs with random items, every item ranked, the target's validation NDCG@10."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import mtl_optax as mtl
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Setting
-from examples.studies.harness.steps import Parameters, Step, make_step
+from examples.studies.harness.steps import Parameters, Step, decayed, make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import REGRESSION, Dataset
 from examples.studies.recommender.evaluation import (
@@ -85,23 +85,14 @@ class Trainer(trainer.Trainer):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a stored run must agree on."""
-        about = {"train": asdict(self.config), "data": self.dataset.digest()}
-        return {**about, "norms": self.probe_norms}
-
-    def init(self, key: jax.Array) -> Parameters:
-        """See the base class."""
-        return self.network.init(key)
+        return {**super().fingerprint, "norms": self.probe_norms}
 
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """See the base class."""
         config = self.config
         # Flattened: one kernel in place of one per parameter, which compiles several times faster.
         scaler = optax.flatten(OPTIMIZERS[config.optimizer]())
-        falls = optax.cosine_decay_schedule(1.0, config.epochs * self.steps_per_epoch)
-        descent = optax.chain(
-            optax.add_decayed_weights(setting.weight_decay, mask=_is_table),
-            optax.scale_by_learning_rate(lambda count: setting.learning_rate * falls(count)),
-        )
+        descent = decayed(setting, {"tables"}, config.epochs * self.steps_per_epoch)
         return make_step(choice, self.network, scaler, descent, setting.knobs)
 
     def order(self, data: _Data, epoch: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -227,10 +218,3 @@ def initial_biases(dataset: Dataset) -> np.ndarray:
 def popularity(dataset: Dataset, task: int = 0) -> np.ndarray:
     """How many training positives of a ranking task each item has, `[items]`."""
     return np.bincount(dataset.train.positives(task)[:, 1], minlength=dataset.num_items)
-
-
-def _is_table(params: Any) -> Any:
-    """True for the embedding tables; biases and dense layers are not decayed."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: ".tables" in jax.tree_util.keystr(path), params
-    )

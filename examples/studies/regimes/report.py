@@ -9,7 +9,7 @@ import numpy as np
 from examples.studies.harness.choices import SINGLE, SUM
 from examples.studies.harness.command import write_atomically
 from examples.studies.harness.report import MARKED, csv_of, mark, markdown, mean_cell, picture, say
-from examples.studies.harness.statistics import compare
+from examples.studies.harness.statistics import compare, standard_error
 from examples.studies.regimes.regimes import REGIMES
 from examples.studies.regimes.training import dense
 
@@ -140,7 +140,7 @@ def draw_curves(rows: ROWS, references: Mapping[str, list[float]], path: Path | 
     with picture(path, 2, 4, figsize=(15, 7), sharey=True) as (figure, grid):
         for axes, (name, curve) in zip(grid.ravel(), curves.items(), strict=False):
             place = np.maximum(curve.weights, LEAST)
-            mean, error = curve.test.mean(axis=1), _errors(curve.test)
+            mean, error = curve.test.mean(axis=1), standard_error(curve.test)
             axes.errorbar(place, mean, error, color="black", marker=".", capsize=2)
             axes.axhline(references["all"][0], color="grey", linestyle=":", linewidth=1)
             for number, (label, runs) in enumerate(arms_of(rows, name).items()):
@@ -162,12 +162,6 @@ def draw_curves(rows: ROWS, references: Mapping[str, list[float]], path: Path | 
         }
         if shown:
             figure.legend(shown.values(), shown, loc="outside lower center", ncols=8)
-
-
-def _errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors over the last axis; 0 of a single value."""
-    seeds = values.shape[-1]
-    return values.std(axis=-1, ddof=1) / seeds**0.5 if seeds > 1 else np.zeros(values.shape[:-1])
 
 
 def curve_lines(rows: ROWS) -> list[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """Training the item-item network: batches of users, all items scored, the target's validation NDCG@10."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import mtl_optax as mtl
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Setting
-from examples.studies.harness.steps import Parameters, Step, make_step
+from examples.studies.harness.steps import Parameters, Step, decayed, make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import Dataset
 from examples.studies.recommender.training import initial_biases
@@ -60,11 +60,6 @@ class Trainer(trainer.Trainer):
         self._bias = initial_biases(dataset)
         self._rank = self.compiled(self._ndcg_of_users)
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the rows of one file have in common."""
-        return {"train": asdict(self.config), "data": self.dataset.digest()}
-
     def setting(self, regime: Regime, rate: float, decay: float, **knobs: Any) -> Setting:
         """The setting of a run."""
         share = self.batch_users / self.dataset.num_users
@@ -84,11 +79,8 @@ class Trainer(trainer.Trainer):
         """The step of a choice, which also gives the tasks' gradient norms on the shared parameters."""
         knobs = dict(setting.knobs)
         network = self._network(knobs.pop("regime"))
-        falls = optax.cosine_decay_schedule(1.0, self.config.epochs * self.steps_per_epoch)
-        descent = optax.chain(
-            optax.add_decayed_weights(setting.weight_decay, mask=_is_table),
-            optax.scale_by_learning_rate(lambda count: setting.learning_rate * falls(count)),
-        )
+        steps = self.config.epochs * self.steps_per_epoch
+        descent = decayed(setting, Shared._fields, steps)
         step = make_step(choice, network, optax.scale_by_adam(), descent, knobs)
         value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
@@ -138,15 +130,6 @@ class Trainer(trainer.Trainer):
     def _ndcg_of_users(self, common: Any, params: Parameters) -> jax.Array:
         known, pairs = common
         return ndcg(predict(params, known[pairs.users].astype(jnp.float32), 0), pairs)
-
-
-def _is_table(params: Any) -> Any:
-    """True for the item vectors; scales and biases are not decayed."""
-    if isinstance(params, Shared):
-        return jax.tree.map(lambda leaf: True, params)
-    if isinstance(params, Parameters):
-        return Parameters(_is_table(params.shared), _is_table(params.heads))
-    return jax.tree.map(lambda leaf: False, params)
 
 
 def sparse(values: np.ndarray) -> list[list[float]]:
