@@ -287,6 +287,12 @@ def test_a_line_that_was_not_finished_is_trained_again(tmp_path, capsys):
     assert not Store(tmp_path, Config(steps=7), resume=True).results  # another configuration
 
 
+def test_a_table_has_the_results_of_any_version_and_training_goes_on_from_its_own(tmp_path):
+    Store(tmp_path, TINY, resume=False, version="0.0").add(result(SUM, 0, 1e-3, [[0.5]], [[0.5]]))
+    assert not Store(tmp_path, TINY, resume=True).results
+    assert len(Store(tmp_path, TINY, resume=True, version=None).results) == 1
+
+
 @pytest.mark.slow
 def test_the_command_makes_its_table_and_goes_on(file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"

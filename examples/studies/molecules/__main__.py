@@ -87,7 +87,7 @@ def work(options: argparse.Namespace) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     config = options.config
     if options.table:
-        show(options, Store(options.out, config, resume=True))
+        show(options, Store(options.out, config, resume=True, version=None))
         return
     molecules = load(options.data)
     if options.pack is not None:

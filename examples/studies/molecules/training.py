@@ -61,9 +61,16 @@ class TooSlow(Exception):
 class Store:
     """The finished results in `rows.jsonl`, of this configuration alone."""
 
-    def __init__(self, out: Path | None, config: Config, resume: bool):
+    def __init__(
+        self,
+        out: Path | None,
+        config: Config,
+        resume: bool,
+        version: str | None = mtl.__version__,
+    ):
+        """`version` of the library that made the results; None takes those of any."""
         self.path = None if out is None else out / "rows.jsonl"
-        about = {**asdict(config), "rates": None, "chunk": None, "mtl_optax": mtl.__version__}
+        about = {**asdict(config), "rates": None, "chunk": None, "mtl_optax": version}
         self.about = json.loads(json.dumps(about))  # as it reads back
         self._lock = threading.Lock()
         self.results: list[Result] = []
@@ -103,7 +110,7 @@ def read(path: Path, about: dict[str, Any]) -> Iterator[Result]:
         except (ValueError, KeyError, TypeError) as error:  # a line that was not finished
             say_damaged(path, error)
             continue
-        if made == about:
+        if made == {**about, "mtl_optax": about["mtl_optax"] or made["mtl_optax"]}:
             yield result
 
 
