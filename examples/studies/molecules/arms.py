@@ -1,6 +1,7 @@
 """The rows of the table: fixed weights, alone or in a search, and the library's methods in three places."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,25 +88,33 @@ ARMS = {**FIXED, **METHODS}
 
 
 class Shared(Network):
-    """Two hidden layers that all properties share, and a linear head for each; squared errors."""
+    """Two hidden layers that all properties share, and a linear head for each; squared errors.
+
+    Attributes:
+      small: whether an accelerator holds all networks of an arm.
+    """
 
     num_tasks = NUM_TASKS
+    small = True
 
     def __init__(self, batch: int):
         self.representation = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32)
 
-    @staticmethod
-    def init(key: jax.Array, inputs: int) -> Parameters:
+    def init(self, key: jax.Array, inputs: int) -> Parameters:
         """Fresh parameters."""
-        keys = jax.random.split(key, 3)
-        shared = {
+        *keys, head = jax.random.split(key, 3)
+        w = jax.random.normal(head, (NUM_TASKS, WIDTH)) / WIDTH**0.5
+        return Parameters(self.init_shared(keys, inputs), {"w": w, "b": jnp.zeros(NUM_TASKS)})
+
+    @staticmethod
+    def init_shared(keys: Sequence[jax.Array], inputs: int) -> Any:
+        """Fresh parameters of what all properties share."""
+        return {
             "w1": jax.random.normal(keys[0], (inputs, WIDTH)) * (2 / inputs) ** 0.5,
             "b1": jnp.zeros(WIDTH),
             "w2": jax.random.normal(keys[1], (WIDTH, WIDTH)) * (2 / WIDTH) ** 0.5,
             "b2": jnp.zeros(WIDTH),
         }
-        w = jax.random.normal(keys[2], (NUM_TASKS, WIDTH)) / WIDTH**0.5
-        return Parameters(shared, {"w": w, "b": jnp.zeros(NUM_TASKS)})
 
     def encode(self, shared, batch):
         """See the base class."""

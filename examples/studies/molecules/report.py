@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import MARKED, csv_of, mark, picture
 from examples.studies.harness.statistics import Difference, compare, standard_error
 from examples.studies.molecules.arms import (
@@ -84,13 +85,15 @@ def best_of(count: int, found: int) -> np.ndarray:
     return np.array(ways) / comb(found, count)
 
 
-def rows_of(results: Iterable[Result], seeds: int, rates: Sequence[float]) -> dict[str, Row]:
+def rows_of(
+    results: Iterable[Result], seeds: int, rates: Sequence[float], alone: Row | None = None
+) -> dict[str, Row]:
     """The rows of all arms that have every seed and learning rate.
 
     A search has a row for 1, 2, 4, ... runs: the expectation over all subsets of its networks of the one
     that is the best by validation.
 
-    The networks for each property alone are those of the stored table where the results have none.
+    The networks for each property alone are `alone` where the results have none.
     """
     found: dict[str, dict[int, dict[float, Result]]] = {}
     for result in results:
@@ -102,9 +105,8 @@ def rows_of(results: Iterable[Result], seeds: int, rates: Sequence[float]) -> di
     }
     if ALONE in complete:
         alone = _row([tuned(ALONE, of_seed, None) for of_seed in complete.pop(ALONE)], NUM_TASKS)
-    else:
-        alone = stored(seeds)
-        assert alone is not None, "they are trained where they are not stored"
+    if alone is None:
+        raise UserError(f"{ALONE!r}, what all arms are compared with, is not finished")
     rows = {ALONE: alone}
     for name, by_seed in complete.items():
         networks = [tuned(name, by_seed[s], alone.validation[s]) for s in range(seeds)]

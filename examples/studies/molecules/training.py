@@ -15,7 +15,11 @@ import numpy as np
 import mtl_optax as mtl
 from examples.studies.harness.command import say_damaged
 from examples.studies.molecules.arms import ARMS, Shared, step_of
-from examples.studies.molecules.data import Molecules, Split, split
+from examples.studies.molecules.data import HISTOGRAMS, MESSAGES, Molecules, Split, split
+from examples.studies.molecules.messages import Messages
+
+NETWORKS = {HISTOGRAMS: Shared, MESSAGES: Messages}
+MEASURED = 500  # molecules at a time
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Config:
       sizes: molecules of the training, the validation and the test part; a seed draws a split of its own.
       searched: weightings of a search.
       chunk: steps of one call of the program.
+      network: one of `NETWORKS`.
     """
 
     steps: int = 4000
@@ -36,6 +41,17 @@ class Config:
     sizes: tuple[int, int, int] = (10_000, 2000, 2000)
     searched: int = 64
     chunk: int = 250
+    network: str = HISTOGRAMS
+
+
+def config_of(network: str, large: bool = False) -> Config:
+    """The configuration of a network where nothing else is asked for."""
+    if network == HISTOGRAMS:
+        return Config()
+    rates = (1e-3, 3e-3)
+    if large:
+        return Config(50_000, 128, rates, (100_000, 10_000, 10_000), network=network)
+    return Config(1500, 32, rates, (4000, 1000, 1000), network=network)
 
 
 class Result(NamedTuple):
@@ -100,11 +116,11 @@ def line_of(result: Result, about: dict[str, Any]) -> str:
 
 
 def read(path: Path, about: dict[str, Any]) -> Iterator[Result]:
-    """The results of a file that were made in this way."""
+    """The results of a file that were made in this way, by any version."""
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
-            made = entry.pop("about")
+            made = {"network": HISTOGRAMS, **entry.pop("about"), "mtl_optax": about["mtl_optax"]}
             parts = {name: np.array(entry[name]) for name in ("validation", "test")}
             result = Result(**{**entry, **parts})
         except (ValueError, KeyError, TypeError) as error:  # a line that was not finished
@@ -118,7 +134,7 @@ class Programs:
     """The compiled programs of an arm, over axes of splits, learning rates and weightings `[S, R, K]`."""
 
     def __init__(self, name: str, config: Config, inputs: int):
-        arm, network = ARMS[name], Shared(config.batch)
+        arm, network = ARMS[name], NETWORKS[config.network](config.batch)
 
         def start(seed: jax.Array, rate: jax.Array, weights: jax.Array) -> Any:
             params = network.init(jax.random.key(seed), inputs)
@@ -142,8 +158,13 @@ class Programs:
 
         def measure(carry: Any, part: Split) -> jax.Array:
             params, _ = carry
-            found = network.predict(params.heads, network.encode(params.shared, part))
-            return jnp.mean(jnp.abs(found - part.properties), axis=0)
+
+            def errors(molecule: Split) -> jax.Array:
+                one = jax.tree.map(lambda array: array[None], molecule)
+                found = network.predict(params.heads, network.encode(params.shared, one))
+                return jnp.abs(found[0] - molecule.properties)
+
+            return jnp.mean(jax.lax.map(errors, part, batch_size=MEASURED), axis=0)
 
         self.start = _over(start, (0, None, 0), (None, 0, None), (None, None, 0))
         self.advance = _over(
@@ -166,7 +187,8 @@ def _over(function: Callable[..., Any], *axes: Any, **options: Any) -> Callable[
 class Trainer:
     """Trains what is missing of an arm.
 
-    On an accelerator all networks of an arm go side by side; on a CPU those of one split and one rate.
+    On an accelerator all networks of an arm go side by side if they are small; else, and on a CPU, those of
+    one split and one rate.
     """
 
     def __init__(
@@ -179,7 +201,7 @@ class Trainer:
             for of_part in zip(*parts, strict=True)
         ]
         self.train, self.validation, self.test = jax.device_put(stacked)
-        self.side_by_side = jax.default_backend() != "cpu"
+        self.side_by_side = NETWORKS[config.network].small and jax.default_backend() != "cpu"
 
     def groups(
         self, missing: Sequence[tuple[int, float]]
