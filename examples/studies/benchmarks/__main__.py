@@ -17,7 +17,7 @@ from rich.progress import track
 from examples.studies.benchmarks import gram, methods, peers, places
 from examples.studies.benchmarks.report import TITLE, Row, lines_of
 from examples.studies.benchmarks.vocabulary import vocabulary
-from examples.studies.harness.command import Program
+from examples.studies.harness.command import CommandLine
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import machine
@@ -58,7 +58,7 @@ def work(options: argparse.Namespace) -> None:
     publish(options.out, "table", lines_of(rows), f"{TITLE}, on {machine()}", left=2)
 
 
-main = Program(
+main = CommandLine(
     "examples.studies.benchmarks", __doc__, work, "only peers out quick", OPTIONS, complete
 )
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from examples.studies.benchmarks.problems import DENSE, RECSYS, TINY, Problem
 from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import steps
-from examples.studies.harness.command import Program
+from examples.studies.harness.command import CommandLine
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import interleaved_ratios, machine
 
@@ -81,7 +81,7 @@ def work(options: argparse.Namespace) -> None:
         draw(options.out / "growth.png", curves_of(points), "size", "memory beyond plain (MiB)")
 
 
-main = Program("examples.studies.benchmarks.growth", __doc__, work, "out quick")
+main = CommandLine("examples.studies.benchmarks.growth", __doc__, work, "out quick")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,9 +31,9 @@ SOLVERS = {
 }
 
 
-def gradients(num_tasks: int, size: int, seed: int = 0) -> jax.Array:
+def gradients(num_tasks: int, size: int) -> jax.Array:
     """Partly conflicting gradients `[T, size]`, of different lengths."""
-    first, second = jax.random.split(jax.random.key(seed))
+    first, second = jax.random.split(jax.random.key(0))
     common = jax.random.normal(first, (1, size))
     own = jax.random.normal(second, (num_tasks, size))
     lengths = 2.0 ** jnp.linspace(-1, 1, num_tasks)[:, None]

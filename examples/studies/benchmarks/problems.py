@@ -55,9 +55,9 @@ TINY = {
 }
 
 
-def initial(problem: Problem, num_tasks: int, seed: int = 0) -> tuple[Parameters, Batch]:
+def initial(problem: Problem, num_tasks: int) -> tuple[Parameters, Batch]:
     """Parameters, the heads' a list, and a batch."""
-    keys = iter(jax.random.split(jax.random.key(seed), 5 + problem.blocks + num_tasks))
+    keys = iter(jax.random.split(jax.random.key(0), 5 + problem.blocks + num_tasks))
     inputs = problem.tables * problem.length * problem.width + problem.dense
     shape = (problem.tables, problem.rows, problem.width)
     shared: Shared = {}

@@ -23,7 +23,7 @@ from examples.studies.benchmarks import problems
 from examples.studies.benchmarks.hlo import collectives
 from examples.studies.benchmarks.problems import RECSYS, Batch, Problem, initial, look_up
 from examples.studies.benchmarks.steps import PLACES, Network, step_of
-from examples.studies.harness.command import Program
+from examples.studies.harness.command import CommandLine
 from examples.studies.harness.report import publish
 
 TOPOLOGIES = {4: "v5e:2x2", 256: "v5e:16x16"}
@@ -215,7 +215,7 @@ def _reason(error: Exception) -> tuple[str, ...]:
 
 
 ONLY = {"nargs": "+", "choices": TABLES, "default": TABLES, "help": "these tables alone"}
-main = Program("examples.studies.benchmarks.tpu", __doc__, work, "only out", {"only": ONLY})
+main = CommandLine("examples.studies.benchmarks.tpu", __doc__, work, "only out", {"only": ONLY})
 
 if __name__ == "__main__":
     sys.exit(main())

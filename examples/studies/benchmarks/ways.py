@@ -29,7 +29,7 @@ from examples.studies.benchmarks.peers import installed, training_steps
 from examples.studies.benchmarks.problems import HEAD_WIDTH, TINY, Problem, initial
 from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import training_step
-from examples.studies.harness.command import Program, write_atomically
+from examples.studies.harness.command import CommandLine, write_atomically
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import Training, cores, interleaved, machine, ratio
 
@@ -197,7 +197,7 @@ def work(options: argparse.Namespace) -> None:
         draw(options.out / "ways.png", curves, "T", "temporary memory (MiB)")
 
 
-main = Program(
+main = CommandLine(
     "examples.studies.benchmarks.ways",
     __doc__,
     work,

@@ -93,7 +93,7 @@ def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Program:
+class CommandLine:
     """The `main(arguments=None)` of a program; see `run_command` for what it returns.
 
     Attributes:
@@ -145,14 +145,14 @@ def study(
     description: str | None,
     commands: Mapping[str, Command],
     own: Mapping[str, dict[str, Any]] | None = None,
-) -> Program:
+) -> CommandLine:
     """A program of several commands."""
 
     def work(options: argparse.Namespace) -> None:
         module = importlib.import_module(f"{name}.{commands[options.command].module}")
         getattr(module, options.command)(options)
 
-    return Program(name, description, work, own=own or {}, commands=commands)
+    return CommandLine(name, description, work, own=own or {}, commands=commands)
 
 
 def add_options(

@@ -17,10 +17,11 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from examples.studies.harness.command import Program, in_threads, one_of, write_atomically
+from examples.studies.harness.command import CommandLine, in_threads, one_of, write_atomically
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import csv_of, publish
 from examples.studies.harness.runner import progress_bars
@@ -41,6 +42,9 @@ DEFAULT = (
     SEARCH, SUM, "scale_invariant", "uncertainty", "nash_mtl, representation",
     "inverse_norm, representation",
 )  # fmt: skip
+QUICK: dict[str, Any] = {
+    "steps": 20, "chunk": 10, "batch": 16, "sizes": (100, 50, 50), "rates": (1e-3, 1e-2), "searched": 4,
+}  # fmt: skip
 TIMES = "time.csv"
 OPTIONS = {
     "data": {"type": Path, "help": "a wheel of qm9pack, or a file that --pack wrote"},
@@ -88,15 +92,7 @@ def complete(options: argparse.Namespace) -> None:
     )
     config = replace(config, chunk=min(config.chunk, config.steps))
     if options.quick:
-        config = replace(
-            config,
-            steps=20,
-            chunk=10,
-            batch=16,
-            sizes=(100, 50, 50),
-            rates=(1e-3, 1e-2),
-            searched=4,
-        )
+        config = replace(config, **QUICK)
     options.config = config
     options.names = list(ARMS if options.all else options.arms or DEFAULT)
     fits = replace(config, searched=Config.searched) == Config()
@@ -202,7 +198,7 @@ def measure_times(options: argparse.Namespace, trainer: Trainer) -> None:
     publish(options.out, "time", lines, title, note, files)
 
 
-main = Program(
+main = CommandLine(
     "examples.studies.molecules",
     __doc__,
     work,

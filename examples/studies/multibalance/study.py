@@ -23,7 +23,6 @@ from examples.studies.ranking.network import BATCH, COUNTED
 from examples.studies.ranking.sources import load
 from examples.studies.ranking.synthetic import LogConfig
 from examples.studies.ranking.training import TrainConfig, Trainer
-from mtl_optax.plotting import plot_norms, plot_weights
 
 FUNNEL = ("CVR", "Conv|imp", "CTR")  # the tasks and their order in the paper
 SUM = Entry("plain sum", "sum")
@@ -219,13 +218,10 @@ def figure2(options: argparse.Namespace) -> None:
         return
     with report.picture(options.out / "figure2.png", 1, 3, figsize=(11, 3)) as (_, grid):
         for axes, (panel, title) in zip(grid[0], PANELS.items(), strict=True):
-            draw: Any = plot_weights if panel == "d" else plot_norms
-            draw(binned[panel], task_names=names, ax=axes)
-            for line in axes.get_lines():
-                line.set_xdata(steps)
-            axes.relim()
-            axes.autoscale_view()
+            axes.plot(steps, binned[panel], label=names)
+            axes.set(xlabel="step", yscale="linear" if panel == "d" else "log")
             axes.set_title(f"({panel}) {title}", fontsize=9)
+        grid[0, 0].legend(title="task")
 
 
 def bins(curves: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

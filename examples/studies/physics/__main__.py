@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.studies.harness.command import Program, one_of
+from examples.studies.harness.command import CommandLine, one_of
 from examples.studies.harness.report import csv_of, picture, publish
 from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
@@ -158,7 +158,7 @@ def measure_times(problem: str, options: argparse.Namespace) -> None:
     publish(options.out, f"{problem}_time", lines, title, f"{note}\n\nMade by `{options.line}`.")
 
 
-main = Program(
+main = CommandLine(
     "examples.studies.physics",
     __doc__,
     work,

@@ -27,7 +27,7 @@ import numpy as np
 
 import mtl_optax as mtl
 from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
-from examples.studies.harness.command import Program, nearest, unknown
+from examples.studies.harness.command import CommandLine, nearest, unknown
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import Row, metrics_csv, publish, reference, row, say
 from examples.studies.harness.runner import Job, Runner, versions
@@ -327,7 +327,7 @@ def look(trainer: Trainer) -> str:
     return f"The first {int(state.balance_count)} steps of the plain sum. {advice}"
 
 
-main = Program(
+main = CommandLine(
     "examples.compare",
     __doc__,
     compare,

@@ -19,7 +19,7 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from examples.ppo_actor_critic import TASKS, CartPole, train
-from examples.studies.harness.command import Program, one_of, write_atomically
+from examples.studies.harness.command import CommandLine, one_of, write_atomically
 from examples.studies.harness.report import OVER_SEEDS, csv_of, mean_cell, publish
 from examples.studies.harness.statistics import compare
 from examples.studies.reinforcement.acrobot import Acrobot
@@ -172,7 +172,7 @@ def look(name: str) -> str:
     return f"{name}, the first steps of the plain sum. {mtl.advise(state, method)}"
 
 
-main = Program(
+main = CommandLine(
     "examples.studies.reinforcement",
     __doc__,
     work,
