@@ -12,7 +12,7 @@ import pytest
 from sampling import sampled
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import gram, growth, hlo, methods, peers, places, ways
+from examples.studies.benchmarks import growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
 from examples.studies.benchmarks.report import Row, curves_of, draw
@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
             methods.updates,
             methods.solvers,
             methods.compile_times,
-            gram.forms,
         ],
         [methods.updates],
     ),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import track
 
-from examples.studies.benchmarks import gram, methods, peers, places
+from examples.studies.benchmarks import methods, peers, places
 from examples.studies.benchmarks.report import TITLE, Row, lines_of
 from examples.studies.benchmarks.vocabulary import vocabulary
 from examples.studies.harness.command import CommandLine
@@ -30,7 +30,6 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "updates": methods.updates,
     "solvers": methods.solvers,
     "compile": methods.compile_times,
-    "gram": gram.forms,
     "peers": peers.peers,
 }
 OPTIONS = {
