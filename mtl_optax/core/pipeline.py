@@ -1,11 +1,17 @@
 """The pipeline: computes one update from one gradient per task, for every method.
 
-Every step has the same stages. `read` checks the caller's arguments and makes the record that a rule
-reads. `measure` completes it, and determines which tasks are active. `weigh` calls the rule. `finish`
-counts the step and the tasks that were excluded. An `UpdateRule`, which reads the gradients themselves,
-takes the place of `measure` and `weigh`. `Pipeline.update` (on the parameters or on a fork's
-representation), `weighted_value_and_grad` and `weigh_losses` all use these stages. `rule.py` says what a
-rule may assume.
+Every step has the same stages:
+
+* `read` checks the caller's arguments and makes the record that a rule reads. A task is active if it is
+  present and its loss is finite.
+* `measure` returns norms and cosines. A task whose gradient is not finite is not active any more.
+* `weigh` calls the rule, on the active tasks only.
+* `combine` (`task_tree.py`) adds the gradients of the active tasks.
+* `finish` counts the step, and the tasks that were present but not active.
+
+An `UpdateRule`, which reads the gradients themselves, takes the place of the three stages in the middle.
+`Pipeline.update` (on the parameters or on a fork's representation), `weighted_value_and_grad` and
+`weigh_losses` all use these stages. `rule.py` says what a rule may assume.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from mtl_optax.core.state import (
     first_state,
     next_count,
 )
-from mtl_optax.core.task_tree import Blocks
+from mtl_optax.core.task_tree import Blocks, Measured
 from mtl_optax.core.types import Active, Losses
 from mtl_optax.core.validation import (
     Tasks,
@@ -170,18 +176,16 @@ class Pipeline(Definition):
 
     def measure(
         self, updates: optax.Updates, blocks: Blocks, inputs: StepInputs, *, cosines: bool
-    ) -> StepInputs:
-        """Adds norms and cosines, if the rule needs them, and makes non-finite tasks inactive."""
+    ) -> Measured:
+        """Computes the norms and cosines that the rule needs, and which tasks are finite."""
         num_tasks, axis_name = self.tasks.number, self.options.axis_name
         products = task_tree.products(updates, blocks, num_tasks, axis_name, pairs=cosines)
         return self.measured(inputs, products)
 
-    def measured(self, inputs: StepInputs, products: jax.Array) -> StepInputs:
+    def measured(self, inputs: StepInputs, products: jax.Array) -> Measured:
         """As `measure`, from squared norms `[B, T]` or inner products `[B, T, T]`."""
-        cosine, norms, finite = task_tree.measure(products, inputs.active, inputs.dtype)
-        if self.rule.needs & {"norms", "gram"}:
-            inputs = dataclasses.replace(inputs, norms=norms, cosine=cosine)
-        return inputs.restrict(finite)
+        found = task_tree.measure(products, inputs.active, inputs.dtype)
+        return found if self.rule.needs & {"norms", "gram"} else Measured(found.active)
 
     def due(self, state: BalanceState, active: jax.Array) -> jax.Array:
         """Whether to compute new weights: by the options, or for a task without a stored weight."""
@@ -191,33 +195,35 @@ class Pipeline(Definition):
             by_count &= count < options.freeze_after
         return by_count | jnp.any(active & ~state.weighed)
 
-    def weigh(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
+    def weigh(self, state: BalanceState, inputs: StepInputs, measured: Measured) -> BalanceState:
         """Computes new weights by the rule, and returns the state that contains them."""
         assert isinstance(self.rule, WeightRule)
-        num_blocks, dtype = state.weights.shape[0], state.weights.dtype
-        weights, rule_state = _over_blocks(self.rule.weigh, inputs, state.rule_state, num_blocks)
+        dtype, active = state.weights.dtype, measured.active
+        weights, rule_state = _over_blocks(self.rule.weigh, inputs, measured, state)
         # A sum of quotients of norms may overflow, although no single quotient does.
         largest = float(jnp.finfo(dtype).max)
-        weights = jnp.where(inputs.active, jnp.clip(weights, -largest, largest), 0).astype(dtype)
+        weights = jnp.where(active, jnp.clip(weights, -largest, largest), 0).astype(dtype)
         return state._replace(
             weights=weights,
             kept_weights=None if state.kept_weights is None else weights,
-            weighed=inputs.active,
-            norms=inputs.norms,
-            cosine=inputs.cosine,
+            weighed=active,
+            norms=measured.norms,
+            cosine=measured.cosine,
             rule_state=jax.tree.map(_like, rule_state, state.rule_state),
         )
 
-    def keep_weights(self, state: BalanceState, inputs: StepInputs) -> BalanceState:
+    def keep_weights(
+        self, state: BalanceState, inputs: StepInputs, measured: Measured
+    ) -> BalanceState:
         """Returns the state of a step that reuses weights, which are limited by the rule's `bound`."""
         assert isinstance(self.rule, WeightRule)
-        state = state._replace(norms=inputs.norms)
+        state = state._replace(norms=measured.norms)
         if self.rule.bound is None:
             return state
-        num_blocks, dtype = state.weights.shape[0], state.weights.dtype
-        limits = _over_blocks(self.rule.bound, inputs, state.rule_state, num_blocks)
+        limits = _over_blocks(self.rule.bound, inputs, measured, state)
         assert state.kept_weights is not None
-        return state._replace(weights=jnp.minimum(state.kept_weights, limits).astype(dtype))
+        weights = jnp.minimum(state.kept_weights, limits)
+        return state._replace(weights=weights.astype(state.weights.dtype))
 
     def applied_weights(self, state: BalanceState) -> jax.Array:
         """Returns the weights `[B, T]`, with 0 for gradients that count as zero."""
@@ -247,10 +253,7 @@ class Pipeline(Definition):
             check_fields(self.name, self.rule, state, updates, self.options.blocks)
             if self._on_gradients:
                 updates = task_tree.stacked(updates)
-                finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
-                inputs = inputs.restrict(finite)
-                present = task_tree.remove_absent(updates, inputs.active)
-                inputs = dataclasses.replace(inputs, updates=present)
+                inputs = self._with_gradients(inputs, updates)
             advance = self._by_update if isinstance(self.rule, UpdateRule) else self._by_weights
             result, state, active = advance(updates, state, inputs)
             return task_tree.narrow_like(result, updates), self.finish(state, inputs, active)
@@ -259,6 +262,12 @@ class Pipeline(Definition):
         balance.__name__ = PROGRAM + self.name
         # Compiled here, so that a call outside jit runs one program too; inside jit it is inlined.
         return jax.jit(balance)
+
+    def _with_gradients(self, inputs: StepInputs, updates: optax.Updates) -> StepInputs:
+        """Adds the gradients of the active tasks, for a rule that reads gradients element by element."""
+        finite = task_tree.finite(updates, self.tasks.number, self.options.axis_name)
+        inputs = inputs.restrict(finite)
+        return dataclasses.replace(inputs, updates=task_tree.remove_absent(updates, inputs.active))
 
     def _by_update(
         self, updates: optax.Updates, state: BalanceState, inputs: StepInputs
@@ -284,11 +293,11 @@ class Pipeline(Definition):
 
         def fresh(state: BalanceState) -> tuple[BalanceState, jax.Array]:
             measured = self.measure(measured_on, blocks, inputs, cosines="gram" in rule.needs)
-            return self.weigh(state, measured), measured.active
+            return self.weigh(state, inputs, measured), measured.active
 
         def kept(state: BalanceState) -> tuple[BalanceState, jax.Array]:
             measured = self.measure(measured_on, blocks, inputs, cosines=False)
-            return self.keep_weights(state, measured), measured.active
+            return self.keep_weights(state, inputs, measured), measured.active
 
         # The averages are as large as the gradients, so they are not passed through the `cond`.
         state = state._replace(averages=None)
@@ -322,20 +331,22 @@ def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
 def _over_blocks(
     function: Callable[[StepInputs, Any], _Result],
     inputs: StepInputs,
-    rule_state: optax.OptState,
-    num_blocks: int,
+    measured: Measured,
+    state: BalanceState,
 ) -> _Result:
     """Calls a rule's `weigh` or `bound`, vmapped over the blocks."""
+    inputs = inputs.restrict(measured.active)
 
-    def of_block(norms: jax.Array, cosine: jax.Array, rule_state: optax.OptState) -> _Result:
-        measured = dataclasses.replace(inputs, norms=norms, cosine=cosine)
-        return function(measured, rule_state)
+    def of_block(blocked: tuple[object, object, optax.OptState]) -> _Result:
+        norms, cosine, rule_state = blocked
+        return function(dataclasses.replace(inputs, norms=norms, cosine=cosine), rule_state)
 
-    blocked = (inputs.norms, inputs.cosine, rule_state)
+    blocked = (measured.norms, measured.cosine, state.rule_state)
+    num_blocks = state.weights.shape[0]
     if num_blocks > 1:
-        return jax.vmap(of_block, axis_size=num_blocks)(*blocked)
+        return jax.vmap(of_block, axis_size=num_blocks)(blocked)
     # One block needs no vmap, under which a solver's `cond` would execute both of its branches.
-    result = of_block(*jax.tree.map(lambda x: x[0], blocked))
+    result = of_block(jax.tree.map(lambda x: x[0], blocked))
     return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
 

@@ -41,6 +41,21 @@ class Blocks(NamedTuple):
         return max(1, len(self.names))
 
 
+class Measured(NamedTuple):
+    """The lengths and angles of the task gradients in every block.
+
+    Attributes:
+      active: bool `[T]`, the tasks that were active and whose gradients are finite in all blocks.
+      norms: `[B, T]`, 0 for the other tasks; None if the method needs none.
+      cosine: `[B, T, T]`, 0 for the other tasks; None if the method needs none.
+    """
+
+    active: jax.Array
+    # Arrays for every method that reads them.
+    norms: jax.Array = None  # type: ignore[assignment]
+    cosine: jax.Array = None  # type: ignore[assignment]
+
+
 def assign_blocks(tree: optax.Params, blocks: str | Label) -> Blocks:
     """Groups the leaves of a tree shaped like the parameters, by the option `blocks`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -95,13 +110,8 @@ def products(
     return sum_over(of_blocks(leaves, blocks.of_leaf, blocks.count), axis_name)
 
 
-def measure(
-    products: jax.Array, active: jax.Array, dtype: DType
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns cosines `[B, T, T]` or None, norms `[B, T]`, and which tasks are finite `[T]`.
-
-    Inactive and non-finite tasks have norm 0 and cosines 0. The cosines are None if `products` are only
-    squared norms.
+def measure(products: jax.Array, active: jax.Array, dtype: DType) -> Measured:
+    """Returns norms and cosines from squared norms `[B, T]` (without cosines) or products `[B, T, T]`.
 
     A gradient counts as zero if its squared norm is below the smallest normal number of the dtype in which
     it is accumulated, and as non-finite if its squared norm overflows. No quotient of two of the remaining
@@ -112,13 +122,13 @@ def measure(
     # function of it, one per leaf; it does not duplicate a root, which it considers expensive.
     roots = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2) if pairs else products)
     # A task that is non-finite in one block is excluded from all blocks.
-    finite = jnp.all(jnp.isfinite(roots) | ~active[None], axis=0)
+    active = active & jnp.all(jnp.isfinite(roots), axis=0)
     smallest = jnp.sqrt(jnp.finfo(roots.dtype).tiny)
-    norms = jnp.where((active & finite)[None] & (roots >= smallest), roots, 0).astype(dtype)
-    cosine: jax.Array = None  # type: ignore[assignment]  # as in `StepInputs`
-    if pairs:
-        cosine = jax.vmap(geometry_of)(products, norms > 0).cosine.astype(dtype)
-    return cosine, norms, finite
+    norms = jnp.where(active[None] & (roots >= smallest), roots, 0).astype(dtype)
+    if not pairs:
+        return Measured(active, norms)
+    cosine = jax.vmap(geometry_of)(products, norms > 0).cosine.astype(dtype)
+    return Measured(active, norms, cosine)
 
 
 def norms(
@@ -127,17 +137,17 @@ def norms(
     active: jax.Array,
     dtype: DType,
     axis_name: AxisName = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns norms `[B, T]` and which tasks are finite `[T]`."""
+) -> Measured:
+    """Returns the norms, without cosines."""
     squares = products(updates, blocks, active.shape[0], axis_name, pairs=False)
-    return measure(squares, active, dtype)[1:]
+    return measure(squares, active, dtype)
 
 
 def finite(updates: optax.Updates, num_tasks: int, axis_name: AxisName = None) -> jax.Array:
-    """Returns which tasks are finite, bool `[T]`, as `norms` does, for methods that need no norms."""
+    """Returns which tasks are finite, bool `[T]`, for methods that need no norms."""
     whole = Blocks((0,) * len(leaves_of(updates)), ("all",))
     everyone = jnp.ones((num_tasks,), bool)
-    return norms(updates, whole, everyone, statistics_dtype(updates), axis_name)[1]
+    return norms(updates, whole, everyone, statistics_dtype(updates), axis_name).active
 
 
 def squared_norm(gradient: optax.Params, axis_name: AxisName = None) -> jax.Array:

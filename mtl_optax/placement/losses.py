@@ -8,6 +8,7 @@ from jax import lax
 
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, check_fields
+from mtl_optax.core.task_tree import Measured
 from mtl_optax.core.types import Active, Losses
 from mtl_optax.core.validation import task_vector
 from mtl_optax.placement.loss_vector import loss_vector
@@ -99,12 +100,13 @@ def _weights(
     vector = task_vector(method.name, "losses", losses, method.tasks, state.weights.dtype)
     inputs = inputs.restrict(jnp.isfinite(vector))
     check_fields(method.name, method.rule, state, ())
+    measured = Measured(inputs.active)
     if method.options.always_due:
-        state = pipeline.weigh(state, inputs)
+        state = pipeline.weigh(state, inputs, measured)
     else:
         due = pipeline.due(state, inputs.active)
         state = lax.cond(
-            due, lambda state: pipeline.weigh(state, inputs), lambda state: state, state
+            due, lambda state: pipeline.weigh(state, inputs, measured), lambda state: state, state
         )
     # The weights are equal in all blocks, up to rounding, because the losses are.
     weights = jnp.where(inputs.active, jnp.mean(state.weights, axis=0), 0)

@@ -170,7 +170,7 @@ def weighted_value_and_grad(
             else:
                 found = gradients.squared_norms(chosen)
             measured = pipeline.measured(inputs, found[None])
-            state = pipeline.weigh(state, measured)
+            state = pipeline.weigh(state, inputs, measured)
             weights = pipeline.applied_weights(state)[0]
             update, went_in = gradients.weighted_sum(
                 weights, measured.active, everything, finite=all(chosen)
@@ -183,7 +183,7 @@ def weighted_value_and_grad(
             grads = pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], chosen))
             blocks = task_tree.assign_blocks(grads, "all")
             measured = pipeline.measure(grads, blocks, inputs, cosines="gram" in method.needs)
-            state, went_in = pipeline.weigh(state, measured), measured.active
+            state, went_in = pipeline.weigh(state, inputs, measured), measured.active
             update = task_tree.combine(grads, pipeline.applied_weights(state), went_in, blocks)
             if not all(chosen):
                 rest, went_in = gradients.weighted_sum(state.weights[0], went_in, others)

@@ -168,9 +168,9 @@ def _norm_averages(
 ) -> optax.Updates:
     """Returns the new averages `[T]` of every tensor, which start at the first norm."""
     blocks = task_tree.assign_blocks(state.norm_ema, "leaf")
-    norms, _ = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
+    found = task_tree.norms(inputs.updates, blocks, inputs.active, inputs.dtype, axis_name)
     old, structure = jax.tree.flatten(state.norm_ema)
     decays = jnp.where(state.task_counts > 0, decay, 0)
     # An empty tree has one block and no tensor.
-    pairs = zip(old, norms, strict=False)
+    pairs = zip(old, found.norms, strict=False)
     return structure.unflatten([move_average(*pair, decays, inputs.active) for pair in pairs])

@@ -143,8 +143,8 @@ def scale_by_pub(
         def fresh() -> tuple[jax.Array, optax.OptState]:
             blocks = task_tree.assign_blocks(state.mu, "all")
             products = task_tree.products(updates, blocks, len(active), axis_name, pairs=True)
-            cosine, norms, _ = task_tree.measure(products, active, dtype)
-            measured = dataclasses.replace(inputs, cosine=cosine[0], norms=norms[0])
+            found = task_tree.measure(products, active, dtype)
+            measured = dataclasses.replace(inputs, cosine=found.cosine[0], norms=found.norms[0])
             weights, bargaining = bargain.weigh(measured, state.bargaining)
             return jnp.where(active, clip_weights(weights), state.last_weights), bargaining
 
