@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection
@@ -10,6 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import ClosedJaxpr
 
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, states_in
@@ -110,62 +112,95 @@ def check(
         ...
       ValueError: check: state[0].trace['w'] changes its shape from (3, 2) to (2, 3, 2): ...
     """
-    update_fn = optax.with_extra_args_support(tx).update
     given = _shapes(params)
-    try:
-        state = jax.eval_shape(tx.init, given)
-    except Exception as error:
-        raise ValueError(_about_init(error, tx, given)) from error
+    state = _first_state(tx, given)
     _refuse(rounded_hyperparameter(tx.init, given, state))
-    number, names = _tasks_of(tx, state, tasks)
+    axis = _tasks_of(tx, state, tasks)
     like, state = _arrays_of_variables((given, state))
     if gradients is None:
-        gradients = _with_tasks(gradients_like(like), number)
+        gradients = _with_tasks(gradients_like(like), axis.number)
     gradients = _arrays_of_variables(_shapes(gradients))
-    losses = jax.ShapeDtypeStruct((number,), jnp.float32)
-    if names is not None:
-        # A method for tasks of other names refuses a dictionary.
-        losses = dict.fromkeys(names, jax.ShapeDtypeStruct((), jnp.float32))
-    extra_args = {"losses": losses, **extra_args}
-    arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
-    # Functions and Python numbers are not traced.
-    others = {name: value for name, value in extra_args.items() if name not in arrays}
+    update = _update_of(tx, {"losses": _losses(axis), **extra_args})
+    try:
+        program, updates, following = update.trace(gradients, state, like)
+    except Exception as error:
+        without_losses = functools.partial(update.without_losses().trace, gradients, state, like)
+        variables = jax.tree.structure(like) != jax.tree.structure(given)
+        about = _about_update(error, state, without_losses, variables)
+        raise ValueError(about) from error
+    _check_updates(updates, like, axis.number, state)
+    _check_state(state, following, axis.number)
+    # `optax.monitor` has no entries before its first step.
+    if jax.tree.structure(state) != jax.tree.structure(following):
+        _check_structure(following, update.trace(gradients, following, like)[2])
+    _refuse(fault_before_methods(tx.init, update, like, gradients, update.arrays, axis.number))
+    of_tasks = f"{axis.number} tasks"
+    if axis.names is not None:
+        of_tasks = f"tasks {', '.join(map(repr, axis.names))} in this order"
+    return "\n".join(f"{method}: {of_tasks}" for method in methods_in(program.jaxpr))
 
-    def update(
+
+# --- what is checked ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    """The update of an optimizer with its extra arguments.
+
+    Attributes:
+      function: `update` of the optimizer.
+      arrays: the extra arguments that are arrays or their shapes, which are traced.
+      others: the other extra arguments, such as functions and Python numbers.
+    """
+
+    function: Callable[..., tuple[optax.Updates, optax.OptState]]
+    arrays: dict[str, object]
+    others: dict[str, object]
+
+    def __call__(
+        self,
         gradients: optax.Updates,
         state: optax.OptState,
         params: optax.Params,
         arrays: dict[str, object],
     ) -> tuple[optax.Updates, optax.OptState]:
-        # A state that is broadcast over the tasks is reported below, with its path.
+        # A state that is broadcast over the tasks is reported by `check`, with its path.
         with jax.numpy_rank_promotion("allow"):
-            return update_fn(gradients, state, params, **arrays, **others)
+            return self.function(gradients, state, params, **arrays, **self.others)
 
-    trace = jax.make_jaxpr(update, return_shape=True)
+    def trace(
+        self, gradients: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[ClosedJaxpr, optax.Updates, optax.OptState]:
+        """Returns the program, and the shapes of the updates and of the new state."""
+        trace = jax.make_jaxpr(self.__call__, return_shape=True)
+        program, (updates, state) = trace(gradients, state, params, self.arrays)
+        return program, updates, state
+
+    def without_losses(self) -> _Update:
+        """Returns the update without the extra argument `losses`."""
+        kept = {name: value for name, value in self.arrays.items() if name != "losses"}
+        return dataclasses.replace(self, arrays=kept)
+
+
+def _update_of(tx: optax.GradientTransformation, extra_args: dict[str, object]) -> _Update:
+    arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
+    others = {name: value for name, value in extra_args.items() if name not in arrays}
+    return _Update(optax.with_extra_args_support(tx).update, arrays, others)
+
+
+def _first_state(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
+    """Returns the shapes of what `init` returns."""
     try:
-        program, (updates, following) = trace(gradients, state, like, arrays)
+        return jax.eval_shape(tx.init, params)
     except Exception as error:
-        without_losses = {k: v for k, v in arrays.items() if k != "losses"}
-        trace_without_losses = functools.partial(trace, gradients, state, like, without_losses)
-        variables = jax.tree.structure(like) != jax.tree.structure(given)
-        about = _about_update(error, state, trace_without_losses, variables)
-        raise ValueError(about) from error
-    _check_updates(updates, like, number, state)
-    _check_state(state, following, number)
-    if jax.tree.structure(state) != jax.tree.structure(following):
-        # `optax.monitor` has no entries before its first step.
-        _, (_, later) = trace(gradients, following, like, arrays)
-        if jax.tree.structure(following) != jax.tree.structure(later):
-            how = difference("new states", later, "old ones", following)
-            _refuse(
-                "the state changes its structure at every update, which jax.jit compiles anew each time: "
-                f"{how}. {_GUIDE}"
-            )
-    _refuse(fault_before_methods(tx.init, update, like, gradients, arrays, number))
-    of_tasks = f"{number} tasks"
-    if names is not None:
-        of_tasks = f"tasks {', '.join(map(repr, names))} in this order"
-    return "\n".join(f"{method}: {of_tasks}" for method in methods_in(program.jaxpr))
+        raise ValueError(_about_init(error, tx, params)) from error
+
+
+def _losses(tasks: Tasks) -> jax.ShapeDtypeStruct | dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the losses; a method for tasks of other names refuses a dictionary."""
+    if tasks.names is None:
+        return jax.ShapeDtypeStruct((tasks.number,), jnp.float32)
+    return dict.fromkeys(tasks.names, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _refuse(fault: str | None) -> None:
@@ -248,6 +283,14 @@ def _check_state(old: optax.OptState, new: optax.OptState, num_tasks: int) -> No
                     f"check: state{path} changes its {what} from {was} to {is_now}, which jax.lax.scan "
                     f"refuses and jax.jit compiles anew. {_GUIDE}"
                 )
+
+
+def _check_structure(old: optax.OptState, new: optax.OptState) -> None:
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            "check: the state changes its structure at every update, which jax.jit compiles anew each "
+            f"time: {difference('new states', new, 'old ones', old)}. {_GUIDE}"
+        )
 
 
 # --- what was raised ---------------------------------------------------------------------------------

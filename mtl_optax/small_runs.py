@@ -21,6 +21,7 @@ _Tree = TypeVar("_Tree")
 _Node = TypeVar("_Node")
 # The gradients that reach every method, by the position and the name of the method.
 _Reached = dict[tuple[int, str], list[jax.Array]]
+_Reach = Callable[[optax.Updates, optax.Params], _Reached]
 
 
 def methods_in(program: Jaxpr) -> list[str]:
@@ -47,10 +48,8 @@ def fault_before_methods(
 ) -> str | None:
     """Detects wrong gradients at the input of the first method of each leaf.
 
-    The gradient of a task must not depend on the gradients of other tasks. To test this, the gradients of
-    one task are multiplied by about a million, and those of the others must not change. No term of the
-    parameters may be added to a gradient. To test this, all gradients are 0, and a change of the
-    parameters must have no effect. (A factor may depend on the parameters, as in
+    The gradient of a task must not depend on the gradients of other tasks, and no term of the parameters
+    may be added to it. (A factor may depend on the parameters, as in
     `per_task(optax.adaptive_grad_clip(0.1), T)`.)
 
     Args:
@@ -65,16 +64,6 @@ def fault_before_methods(
     Returns:
       A sentence with the remedy, or None. It is also None if the optimizer fails on such small leaves.
     """
-    random = np.random.default_rng(0)
-
-    def numbers(tree: _Tree, scale: float) -> _Tree:
-        draw = lambda x: (scale * random.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731
-        return jax.tree.map(draw, tree)
-
-    def with_tasks(gradient: jax.ShapeDtypeStruct, p: jax.ShapeDtypeStruct) -> object:
-        tasks = gradient.shape[: gradient.ndim - p.ndim]
-        return jax.ShapeDtypeStruct((*tasks, *p.shape), gradient.dtype)
-
     extra_args = {
         name: _small(value) if _has_shapes_of(value, gradients_like(params)) else value
         for name, value in extra_args.items()
@@ -82,6 +71,11 @@ def fault_before_methods(
     extra_args = jax.tree.map(_ones, extra_args)
     params = _small(params)
     trained = gradients_like(params)
+
+    def with_tasks(gradient: jax.ShapeDtypeStruct, p: jax.ShapeDtypeStruct) -> object:
+        tasks = gradient.shape[: gradient.ndim - p.ndim]
+        return jax.ShapeDtypeStruct((*tasks, *p.shape), gradient.dtype)
+
     try:
         gradients = jax.tree.map(with_tasks, gradients, trained)
         with jax.numpy_rank_promotion("allow"):
@@ -90,29 +84,14 @@ def fault_before_methods(
         reach = jax.jit(
             lambda *trees: _what_reaches_methods(program, jax.tree.leaves((*trees, extra_args)))
         )
-        quiet, weights, others = (
-            numbers(gradients, 1e-2),
-            numbers(params, 1.0),
-            numbers(params, 1.0),
-        )
-        reached = reach(quiet, weights)
-        for task in range(num_tasks):
-            factors = np.where(np.arange(num_tasks) == task, 1e6, 1)
-            # The axes are reversed, so that the factors broadcast; without a task axis there are none.
-            louder = jax.tree.map(
-                lambda g, p, by=factors: g if g.ndim == p.ndim else (by * g.T).T.astype(g.dtype),
-                quiet,
-                trained,
+        method = _mixes_tasks(reach, gradients, params, num_tasks)
+        if method:
+            return (
+                f"what stands before {method} mixes the tasks, as optax.clip_by_global_norm does with "
+                "one norm over all of them: the gradient of a task depends on those of the others. Put "
+                "it after the method, or apply it per task: mtl_optax.per_task(inner, tasks)."
             )
-            method = _differs(reached, reach(louder, weights), np.arange(num_tasks) != task)
-            if method:
-                return (
-                    f"what stands before {method} mixes the tasks, as optax.clip_by_global_norm does with "
-                    "one norm over all of them: the gradient of a task depends on those of the others. Put "
-                    "it after the method, or apply it per task: mtl_optax.per_task(inner, tasks)."
-                )
-        zeros = jax.tree.map(np.zeros_like, quiet)
-        method = _differs(reach(zeros, weights), reach(zeros, others), ...)
+        method = _adds_parameters(reach, gradients, params)
     # Some optimizers fail on other shapes.
     except Exception:
         return None
@@ -122,6 +101,38 @@ def fault_before_methods(
             "gradient of every task. Put it after the method."
         )
     return None
+
+
+def _mixes_tasks(
+    reach: _Reach, gradients: optax.Updates, params: optax.Params, num_tasks: int
+) -> str | None:
+    """Returns a method at which the gradients of one task change those of the others, or None.
+
+    The gradients of the one task are multiplied by about a million.
+    """
+    quiet, weights = _numbers(gradients, 1e-2, seed=0), _numbers(params, 1.0, seed=1)
+    reached = reach(quiet, weights)
+    for task in range(num_tasks):
+        others = np.arange(num_tasks) != task
+        factors = np.where(others, 1, 1e6)
+
+        def louder(gradient: jax.Array, p: jax.Array, factors: np.ndarray = factors) -> jax.Array:
+            if gradient.ndim == p.ndim:  # it has no task axis
+                return gradient
+            return (gradient.T * factors).T.astype(gradient.dtype)
+
+        loud = jax.tree.map(louder, quiet, gradients_like(params))
+        method = _differs(reached, reach(loud, weights), others)
+        if method:
+            return method
+    return None
+
+
+def _adds_parameters(reach: _Reach, gradients: optax.Updates, params: optax.Params) -> str | None:
+    """Returns a method at which other parameters change gradients that are all 0, or None."""
+    zeros = _numbers(gradients, 0.0, seed=0)
+    some, others = (_numbers(params, 1.0, seed=seed) for seed in (1, 2))
+    return _differs(reach(zeros, some), reach(zeros, others), ...)
 
 
 def rounded_hyperparameter(
@@ -247,6 +258,14 @@ def _differs(reached: _Reached, other: _Reached, rows: np.ndarray | EllipsisType
             if not np.allclose(one, two, rtol=1e-3, atol=0, equal_nan=True):
                 return name
     return None
+
+
+def _numbers(tree: _Tree, scale: float, seed: int) -> _Tree:
+    """Draws arrays for a tree of shapes."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: np.asarray(scale * random.standard_normal(x.shape), x.dtype), tree
+    )
 
 
 def _small(tree: _Tree) -> _Tree:

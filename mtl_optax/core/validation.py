@@ -72,14 +72,12 @@ def check_seed(name: str, what: str, value: object) -> None:
     """Raises if `value` is not an integer or a scalar array of integers."""
     dtype = getattr(value, "dtype", type(value))
     integer = jax.dtypes.issubdtype(dtype, np.integer) and not isinstance(value, bool)
-    if not integer or getattr(value, "shape", ()):
-        raise TypeError(f"{name}: {what} must be an integer, found {describe(value)}.")
+    _require(integer and not getattr(value, "shape", ()), name, what, "an integer", value)
 
 
 def check_bool(name: str, what: str, value: object) -> None:
     """Raises if `value` is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: {what} must be True or False, found {describe(value)}.")
+    _require(isinstance(value, bool), name, what, "True or False", value)
 
 
 def check_choice(name: str, what: str, value: object, choices: Sequence[str]) -> None:
@@ -92,30 +90,27 @@ def check_choice(name: str, what: str, value: object, choices: Sequence[str]) ->
 
 def check_transformation(name: str, what: str, value: object) -> None:
     """Raises if `value` is not an optax transformation."""
-    if not hasattr(value, "init") or not hasattr(value, "update"):
-        raise TypeError(
-            f"{name}: {what} must be an optax transformation, such as optax.adam(1e-3); found "
-            f"{describe(value)}."
-        )
+    holds = hasattr(value, "init") and hasattr(value, "update")
+    _require(holds, name, what, "an optax transformation, such as optax.adam(1e-3)", value)
 
 
 def check_blocks(name: str, blocks: str | Label) -> None:
     """Raises if `blocks` is an invalid value of the option `blocks`."""
-    if not callable(blocks) and not (isinstance(blocks, str) and blocks in ("all", "leaf")):
-        raise TypeError(
-            f'{name}: blocks must be "all", "leaf" or a callable (path, leaf) -> label; found '
-            f"{describe(blocks)}."
-        )
+    holds = callable(blocks) or (isinstance(blocks, str) and blocks in ("all", "leaf"))
+    _require(holds, name, "blocks", '"all", "leaf" or a callable (path, leaf) -> label', blocks)
 
 
 def check_axis_name(name: str, axis_name: AxisName) -> None:
     """Raises if `axis_name` is neither None, a name of a mapped axis, nor a tuple of names."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not all(isinstance(one, str) for one in names):
-        raise TypeError(
-            f"{name}: axis_name must be the name of a mapped axis, or a tuple of names; found "
-            f"{describe(axis_name)}."
-        )
+    holds = axis_name is None or all(isinstance(one, str) for one in names)
+    wanted = "the name of a mapped axis, or a tuple of names"
+    _require(holds, name, "axis_name", wanted, axis_name)
+
+
+def _require(holds: bool, name: str, what: str, wanted: str, value: object) -> None:
+    if not holds:
+        raise TypeError(f"{name}: {what} must be {wanted}; found {describe(value)}.")
 
 
 def describe(value: object) -> str:

@@ -19,6 +19,16 @@ from mtl_optax.solvers.nonnegative import (
 )
 
 
+class _Ball(NamedTuple):
+    """The problem, with lengths in units of the largest norm, and levels of that times the smallest."""
+
+    cosine: jax.Array
+    usable: jax.Array  # bool [T]: tasks with a nonzero gradient
+    slack: jax.Array  # [T], progress along every unit gradient without a correction
+    ratio: jax.Array  # [T], progress along every unit gradient that a level of 1 asks for
+    radius: jax.Array  # the largest length of the correction
+
+
 class _Search(NamedTuple):
     level: jax.Array  # progress that every task must reach
     low: jax.Array  # bracket of the level
@@ -51,30 +61,45 @@ def conflict_averse_weights(geometry: Geometry, c: jax.typing.ArrayLike = 0.4) -
     cosine = semidefinite(geometry.cosine)
     uniform = uniform_weights(geometry.active, norms.dtype)
     largest = jnp.max(norms)
-    # Lengths are in units of the largest norm, and levels in units of the largest times the smallest
-    # norm.
     lengths = safe_divide(uniform * norms, largest)
     slack = product(cosine, lengths)
-    ratio = geometry.over_norms(jnp.min(norms, where=usable, initial=jnp.inf))
     mean_norm = jnp.sqrt(jnp.maximum(jnp.sum(lengths * slack), 0))
-    radius = jnp.asarray(c, norms.dtype) * mean_norm
+    ball = _Ball(
+        cosine=cosine,
+        usable=usable,
+        slack=slack,
+        ratio=geometry.over_norms(jnp.min(norms, where=usable, initial=jnp.inf)),
+        radius=jnp.asarray(c, norms.dtype) * mean_norm,
+    )
+    end = _search(ball)
+    root, per_level, offset = _on_support(ball, end.passive)
+    level = jnp.where((root >= end.low) & (root <= end.high), root, end.level)
+    amounts = jnp.maximum(level * per_level - offset, 0)
+    corrected = usable & (ball.radius > 0)
+    return uniform + jnp.where(corrected, amounts * geometry.over_norms(largest), 0)
+
+
+def _on_support(ball: _Ball, passive: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The level at which a correction by the tasks in `passive` is as long as the radius.
+
+    The amounts z of the tasks are `level * per_level - offset`.
+    """
+    inverse = masked_inverse_factor(ball.cosine, passive)
+    per_level = refined_solve(ball.cosine, inverse, ball.ratio, passive)
+    offset = refined_solve(ball.cosine, inverse, ball.slack, passive)
+    square, cross = jnp.sum(ball.ratio * per_level), jnp.sum(ball.ratio * offset)
+    rest = jnp.sum(ball.slack * offset) - ball.radius * ball.radius
+    root = jnp.sqrt(jnp.maximum(cross * cross - square * rest, 0))
+    return safe_divide(cross + root, square, jnp.inf), per_level, offset
+
+
+def _search(ball: _Ball) -> _Search:
+    """Finds the level and the tasks that need a correction, by roots and bisection."""
+    cosine, usable, slack, ratio, radius = ball
     low = jnp.min(safe_divide(slack, ratio, jnp.inf, where=usable))
     high = jnp.min(safe_divide(slack + radius, ratio, jnp.inf, where=usable))
-    limits = jnp.finfo(norms.dtype)
+    limits = jnp.finfo(cosine.dtype)
     resolution = 4 * limits.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-
-    def on_support(passive: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The level at which a correction by these tasks is as long as the radius.
-
-        The amounts z of the tasks are `level * per_level - offset`.
-        """
-        inverse = masked_inverse_factor(cosine, passive)
-        per_level = refined_solve(cosine, inverse, ratio, passive)
-        offset = refined_solve(cosine, inverse, slack, passive)
-        square, cross = jnp.sum(ratio * per_level), jnp.sum(ratio * offset)
-        rest = jnp.sum(slack * offset) - radius * radius
-        root = jnp.sqrt(jnp.maximum(cross * cross - square * rest, 0))
-        return safe_divide(cross + root, square, jnp.inf), per_level, offset
 
     def step(state: _Search) -> _Search:
         wanted = state.level * ratio - slack
@@ -82,26 +107,20 @@ def conflict_averse_weights(geometry: Geometry, c: jax.typing.ArrayLike = 0.4) -
         above = jnp.sum(amounts * wanted) > radius * radius
         low = jnp.where(above, state.low, state.level)
         high = jnp.where(above, state.level, state.high)
-        root, _, _ = on_support(amounts > 0)
+        root, _, _ = _on_support(ball, amounts > 0)
         level = jnp.where((root >= low) & (root <= high), root, (low + high) / 2)
         done = (jnp.abs(level - state.level) <= resolution) | (high - low <= resolution)
         return _Search(level, low, high, amounts > 0, state.step + 1, done)
 
-    some = radius > 0
     start = _Search(
-        level=jnp.where(some, high, 0),
+        level=jnp.where(radius > 0, high, 0),
         low=low,
         high=high,
         passive=jnp.zeros_like(usable),
         step=jnp.asarray(0, jnp.int32),
-        done=~some,
+        done=~(radius > 0),
     )
-    most_steps = limits.nmant + 8 + norms.shape[0]
-    end = lax.while_loop(
+    most_steps = limits.nmant + 8 + usable.shape[0]
+    return lax.while_loop(
         lambda state: ~state.done & (state.step < most_steps), step, varying_like(cosine, start)
     )
-    root, per_level, offset = on_support(end.passive)
-    level = jnp.where((root >= end.low) & (root <= end.high), root, end.level)
-    amounts = jnp.maximum(level * per_level - offset, 0)
-    added = jnp.where(usable & some, amounts * geometry.over_norms(largest), 0)
-    return uniform + added

@@ -277,8 +277,8 @@ def test_options_of_the_wrong_kind(name):
 
 
 @pytest.mark.parametrize(("option", "value", "expected"), [
-    ("reduce", "no", "reduce must be True or False, found 'no'."),
-    ("reduce", 0, "reduce must be True or False, found 0."),
+    ("reduce", "no", "reduce must be True or False; found 'no'."),
+    ("reduce", 0, "reduce must be True or False; found 0."),
     ("update_every", True, "update_every must be a Python integer >= 1, found True."),
     ("update_every", 2.0, "update_every must be a Python integer >= 1, found 2.0."),
     ("axis_name", 3, "axis_name must be the name of a mapped axis, or a tuple of names; found 3."),

@@ -125,7 +125,6 @@ def scale_by_mtadam(
         active, dtype = inputs.active, inputs.dtype
         structure = jax.tree.structure(inputs.updates)
         rank = jnp.ones((axis.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
-        longest = largest_weight(dtype) / 2  # whose square is finite
         counts = next_count(state.task_counts, active)
         corrections = [
             1 - jnp.asarray(decay, dtype) ** jnp.maximum(counts, 1).astype(dtype)
@@ -133,23 +132,19 @@ def scale_by_mtadam(
         ]
 
         def one(
-            leaf: jax.Array, ema: jax.Array, mu: jax.Array, nu: jax.Array
+            gradients: jax.Array, ema: jax.Array, mu: jax.Array, nu: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
             """Returns the step, the moments and the factors of the gradients of one tensor."""
-            present, first, second = (along_tasks(x, leaf.ndim) for x in (active, *corrections))
-            target = rank * ema[jnp.argmax(ema > 0)]
-            wide = leaf.astype(dtype)
-            # The division is first, because the ratio of the two averages may overflow.
-            unit = safe_divide(wide, along_tasks(ema, leaf.ndim), wide)
-            # A gradient that counts as zero can still be large relative to an average that has decayed.
-            scaled = jnp.clip(unit * along_tasks(target, leaf.ndim), -longest, longest)
+            present, first, second = (
+                along_tasks(x, gradients.ndim) for x in (active, *corrections)
+            )
+            scaled, factors = _rescale(gradients.astype(dtype), ema, rank)
             mu = move_average(mu, scaled, b1, present)
             nu = move_average(nu, scaled**2, b2, present)
             total = jnp.sum(mu / first, axis=0, where=present)
             roots = jnp.sqrt(nu / second) + jnp.asarray(eps, dtype)
             step = safe_divide(total, jnp.max(roots, axis=0, where=present, initial=0))
-            factor = clip_finite(safe_divide(target, ema, target))
-            return step, mu, nu, factor / structure.num_leaves
+            return step, mu, nu, factors / structure.num_leaves
 
         norm_ema = _norm_averages(inputs, state, b3, axis_name)
         trees = (inputs.updates, norm_ema, state.mu, state.nu)
@@ -161,6 +156,17 @@ def scale_by_mtadam(
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
     return from_rule("scale_by_mtadam", axis, rule, axis_name=axis_name)
+
+
+def _rescale(gradients: jax.Array, ema: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rescales the gradients of one tensor to the average norm of the anchor; returns the factors too."""
+    target = rank * ema[jnp.argmax(ema > 0)]
+    # The division is first, because the ratio of the two averages may overflow.
+    unit = safe_divide(gradients, along_tasks(ema, gradients.ndim), gradients)
+    longest = largest_weight(gradients.dtype) / 2  # whose square is finite
+    # A gradient that counts as zero can still be large relative to an average that has decayed.
+    scaled = jnp.clip(unit * along_tasks(target, gradients.ndim), -longest, longest)
+    return scaled, clip_finite(safe_divide(target, ema, target))
 
 
 def _norm_averages(

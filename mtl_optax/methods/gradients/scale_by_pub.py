@@ -126,42 +126,51 @@ def scale_by_pub(
     def apply(inputs: StepInputs, state: PUBState) -> tuple[optax.Updates, jax.Array, PUBState]:
         active, dtype = inputs.active, inputs.dtype
         anyone = jnp.any(active)
-        first, second = jnp.asarray(b1, dtype), jnp.asarray(b2, dtype)
         steps = next_count(state.steps, anyone)
         count = jnp.maximum(steps, 1).astype(dtype)
+        corrections = [1 - jnp.asarray(decay, dtype) ** count for decay in (b1, b2)]
         gradients = jax.tree.map(lambda g: g.astype(dtype), inputs.updates)
 
         def direction(g: jax.Array, mu: jax.Array, nu: jax.Array) -> jax.Array:
+            """Returns the updates `[T, *shape]` that Adam would take for each task."""
             present = along_tasks(active, g.ndim)
-            up = move_average(mu[None], g, b1, present) / (1 - first**count)
-            square = move_average(nu[None], g * g, b2, present) / (1 - second**count)
+            up = move_average(mu[None], g, b1, present) / corrections[0]
+            square = move_average(nu[None], g * g, b2, present) / corrections[1]
             down = jnp.sqrt(square) + jnp.asarray(eps, dtype)
             return jnp.where(present, safe_divide(up, down), 0)
 
         updates = jax.tree.map(direction, gradients, state.mu, state.nu)
 
         def fresh() -> tuple[jax.Array, optax.OptState]:
-            blocks = task_tree.assign_blocks(state.mu, "all")
-            products = task_tree.products(updates, blocks, len(active), axis_name, pairs=True)
-            found = task_tree.measure(products, active, dtype)
-            measured = dataclasses.replace(inputs, cosine=found.cosine[0], norms=found.norms[0])
+            measured = _measured(inputs, updates, axis_name)
             weights, bargaining = bargain.weigh(measured, state.bargaining)
             return jnp.where(active, clip_weights(weights), state.last_weights), bargaining
 
         due = (inputs.step % update_every == 0) | jnp.any(active & (state.last_weights <= 0))
         weights, bargaining = lax.cond(due, fresh, lambda: (state.last_weights, state.bargaining))
-
-        def total(leaf: jax.Array) -> jax.Array:
-            kept = along_tasks(jnp.where(active, weights, 0), leaf.ndim)
-            return jnp.sum(kept * leaf, axis=0)
+        applied = jnp.where(active, weights, 0)
 
         longest = largest_weight(dtype) / 2  # whose square is finite
-        joint = jax.tree.map(lambda g: jnp.clip(total(g), -longest, longest), gradients)
-
+        joint = jax.tree.map(
+            lambda g: jnp.clip(g, -longest, longest), _weighted_sum(gradients, applied)
+        )
         mu = jax.tree.map(lambda old, new: move_average(old, new, b1, anyone), state.mu, joint)
         nu = jax.tree.map(lambda old, new: move_average(old, new**2, b2, anyone), state.nu, joint)
         new = PUBState(steps, weights, mu, nu, bargaining)
-        return jax.tree.map(total, updates), weights, new
+        return _weighted_sum(updates, applied), weights, new
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
     return from_rule("scale_by_pub", axis, rule, axis_name=axis_name)
+
+
+def _measured(inputs: StepInputs, updates: optax.Updates, axis_name: AxisName) -> StepInputs:
+    """Returns the inputs of a rule that weighs `updates` in place of the gradients."""
+    blocks = task_tree.assign_blocks(task_tree.without_task_axis(updates), "all")
+    num_tasks = inputs.active.shape[0]
+    products = task_tree.products(updates, blocks, num_tasks, axis_name, pairs=True)
+    found = task_tree.measure(products, inputs.active, inputs.dtype)
+    return dataclasses.replace(inputs, cosine=found.cosine[0], norms=found.norms[0])
+
+
+def _weighted_sum(tree: optax.Updates, weights: jax.Array) -> optax.Updates:
+    return jax.tree.map(lambda x: jnp.sum(along_tasks(weights, x.ndim) * x, axis=0), tree)

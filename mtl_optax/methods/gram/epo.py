@@ -122,23 +122,60 @@ def epo(
         lengths = jnp.where(nonzero, safe_divide(inputs.norms, smallest, where=nonzero), 1)
         lengths = jnp.minimum(lengths, largest_weight(dtype))
         gain = product(cosine, lengths * adjustments)
-        # A loss that the adjustments decrease has no constraint, unless it is the worst.
-        bound = balance & jnp.any(gain > 0) & (parts < jnp.max(parts))
-        free = bound & (gain > 0)
-        rise = jnp.minimum(jnp.max(jnp.where(active, gain * lengths, -jnp.inf)), 0)
-        unit = jnp.maximum(jnp.max(jnp.abs(gain)), jnp.finfo(dtype).tiny)
-        alpha, solved = maximize_on_simplex(
-            jnp.where(balance, gain / unit, product(cosine, lengths / jnp.max(lengths))),
-            jnp.where(active, 1 / lengths, 0),
-            jnp.where(
-                jnp.append(free, balance)[:, None], 0, jnp.concatenate([cosine, gain[None] / unit])
-            ),
-            jnp.append(jnp.where(bound & ~free, gain, 0), jnp.where(balance, 0, rise / unit)),
+        programs = (
+            _balance_program(cosine, gain, parts),
+            _descent_program(cosine, gain, lengths, active),
         )
+        objective, matrix, bound = (
+            jnp.where(balance, *pair) for pair in zip(*programs, strict=True)
+        )
+        size = jnp.where(active, 1 / lengths, 0)
+        alpha, solved = maximize_on_simplex(objective, size, matrix, bound)
         weights = jnp.where(solved, alpha / lengths, min_norm_weights(inputs.geometry))
         return weights, EPOState(next_count(state.fallback_count, jnp.any(active) & ~solved))
 
     return from_rule("epo", axis, WeightRule(frozenset({"losses", "gram"}), weigh, init), **options)
+
+
+class _Program(NamedTuple):
+    """`max objective x` with `matrix x >= bound`; a row of zeros with the bound 0 is no constraint."""
+
+    objective: jax.Array  # [T]
+    matrix: jax.Array  # [T + 1, T]
+    bound: jax.Array  # [T + 1]
+
+
+def _balance_program(cosine: jax.Array, gain: jax.Array, parts: jax.Array) -> _Program:
+    """Makes the losses more uniform. All but the worst may increase as much as by the adjustments.
+
+    A loss that the adjustments decrease has no constraint. If they decrease none, no loss may increase.
+    """
+    limited = (parts < jnp.max(parts)) & jnp.any(gain > 0)
+    free = limited & (gain > 0)
+    rows = jnp.where(free[:, None], 0, cosine)
+    bound = jnp.where(limited, jnp.minimum(gain, 0), 0)
+    return _Program(
+        gain / _unit(gain),
+        jnp.concatenate([rows, jnp.zeros_like(gain)[None]]),
+        jnp.append(bound, 0),
+    )
+
+
+def _descent_program(
+    cosine: jax.Array, gain: jax.Array, lengths: jax.Array, active: jax.Array
+) -> _Program:
+    """Decreases the sum of the losses, and none may increase; the last row keeps them uniform."""
+    rise = jnp.minimum(jnp.max(jnp.where(active, gain * lengths, -jnp.inf)), 0)
+    unit = _unit(gain)
+    return _Program(
+        product(cosine, lengths / jnp.max(lengths)),
+        jnp.concatenate([cosine, gain[None] / unit]),
+        jnp.append(jnp.zeros_like(gain), rise / unit),
+    )
+
+
+def _unit(gain: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.max(jnp.abs(gain)), jnp.finfo(gain.dtype).tiny)
 
 
 def _adjustments(

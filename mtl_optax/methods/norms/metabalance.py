@@ -39,9 +39,6 @@ def metabalance(
 ) -> Method:
     r"""Rescales the gradient of every auxiliary task to the magnitude of the target's gradient.
 
-    There is one weight per task and tensor, and the heads have weight 1. With ``blocks="all"`` there is
-    one weight per task, for the heads too.
-
     The method is made for training in which one task, the ``target``, matters (buy) and the other tasks
     should help it (click, cart). An auxiliary task with a much larger gradient dominates the shared
     parameters, and one with a much smaller gradient has no effect. MetaBalance rescales auxiliary
@@ -56,8 +53,9 @@ def metabalance(
         update = \sum_t w_t g_t
 
     if ``strategy`` selects the task, else :math:`w_t = 1`. With r = 1 all magnitudes are equal; with r =
-    0 the update is the plain sum. Scale: sum-like. Algorithm 1 of the paper; the strategies are its
-    algorithm 2.
+    0 the update is the plain sum. There is one weight per task and tensor, and the heads have weight 1;
+    with ``blocks="all"`` there is one weight per task, for the heads too. Scale: sum-like. Algorithm 1 of
+    the paper; the strategies are its algorithm 2.
 
     Args:
       tasks: T, or the task names.
@@ -121,9 +119,8 @@ def metabalance(
         ema = move_average(state.norm_ema, inputs.norms, ema_decay, inputs.active)
         correction = move_average(state.correction, 1, ema_decay, inputs.active)
         known = (correction > 0) & (ema[index] > 0)
-        share = safe_divide(
-            correction, correction[index], correction, where=known
-        )  # exactly 1 if all are present
+        # Exactly 1 if all tasks were always present.
+        share = safe_divide(correction, correction[index], correction, where=known)
         balanced = known & (jnp.arange(axis.number) != index)
         return MetaBalanceState(ema, correction), ema[index] * share, balanced
 
