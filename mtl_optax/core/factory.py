@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, get_args, get_origin
+from typing import Annotated, Literal, ParamSpec, TypeAlias, get_args, get_origin
 
 import jax
 import numpy as np
@@ -95,7 +95,7 @@ def _own(value: object) -> object:
     return jax.tree.map(copied, value, is_leaf=is_method)
 
 
-def _check(name: str, what: str, value: object, kind: Any) -> None:
+def _check(name: str, what: str, value: object, kind: object) -> None:
     """Raises if `value` is outside the range that its type declares."""
     if get_origin(kind) is Literal:
         choices = get_args(kind)
@@ -104,7 +104,7 @@ def _check(name: str, what: str, value: object, kind: Any) -> None:
         else:
             check.check_choice(name, what, value, choices)
     elif get_origin(kind) is Annotated:
-        for one in kind.__metadata__:
+        for one in get_args(kind)[1:]:
             one(name, what, value)
     elif value is not None and type(None) in get_args(kind):
         for one in get_args(kind):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -329,7 +329,7 @@ def rule_of(name: str, base: object, num_tasks: int) -> WeightRule:
 
 
 def _over_blocks(
-    function: Callable[[StepInputs, Any], _Result],
+    function: Callable[[StepInputs, optax.OptState], _Result],
     inputs: StepInputs,
     measured: Measured,
     state: BalanceState,
@@ -350,7 +350,7 @@ def _over_blocks(
     return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
 
 
-def _read_options(name: str, rule: WeightRule | UpdateRule, given: Mapping[str, Any]) -> Options:
+def _read_options(name: str, rule: WeightRule | UpdateRule, given: dict[str, object]) -> Options:
     on_updates = isinstance(rule, UpdateRule)
     wrong = sorted(given.keys() - ({"axis_name"} if on_updates else set(Options._fields)))
     if wrong:
@@ -361,7 +361,7 @@ def _read_options(name: str, rule: WeightRule | UpdateRule, given: Mapping[str, 
         raise ValueError(
             f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}."
         )
-    options = Options(**given)
+    options = Options()._replace(**given)
     check_blocks(name, options.blocks)
     check_bool(name, "reduce", options.reduce)
     check_integer(name, "update_every", options.update_every, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import optax
 
@@ -13,7 +12,7 @@ from mtl_optax.core.factory import FACTORIES
 from mtl_optax.core.method import Method
 
 # The arguments for which a factory has no default, for three tasks.
-_REQUIRED: dict[str, dict[str, Any]] = {
+_REQUIRED: dict[str, dict[str, object]] = {
     "adatask": {"inner": optax.identity()},
     "fixed_weights": {"weights": (1.0, 1.0, 1.0)},
     "go4align": {"num_groups": 1},
