@@ -75,12 +75,13 @@ def imported(program: ast.AST) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
-def test_there_are_five_notebooks() -> None:
+def test_there_are_six_notebooks() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
         "01_quickstart",
         "02_metabalance_movielens",
         "03_one_backward_pass",
         "04_which_method",
+        "05_molecules",
         "physics",
     ]
 
@@ -169,6 +170,26 @@ def test_a_run_shows_what_is_stored(
         if VARIES not in tags:
             tolerance = WIDE_TOLERANCE if LAST_DIGITS in tags else TOLERANCE
             assert not differs(text, old_text, tolerance), f"stored:\n{old_text}\nfound:\n{text}"
+
+
+def test_the_figures_of_the_molecules_are_those_of_the_table() -> None:
+    table = ROOT / "examples" / "studies" / "results" / "molecules" / "table.md"
+    if not table.exists():
+        pytest.skip("the results are not part of this copy")
+    row = re.compile(r"^\| (.+?) \| (\d+) \| (\S+) ± ([\d.]+)", re.MULTILINE)
+    found = {
+        name: (int(runs), float(mean), float(error))
+        for name, runs, mean, error in row.findall(table.read_text("utf-8"))
+    }
+    notebook = read(ROOT / "notebooks" / "05_molecules.ipynb")
+    (cell,) = [c.source for c in code_cells(notebook) if "RESULTS = {" in c.source]
+    (shown,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(cell).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESULTS"
+    ]
+    assert len(shown) == 10
+    assert {name: found[name] for name in shown} == shown
 
 
 @pytest.mark.slow
