@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, states_in
@@ -99,7 +100,7 @@ def advise(
     Args:
       found: the state of an optimizer with a method that computes norms. Blocks in which only one task
         has a gradient, such as heads with one block per leaf, are left out. Or what `diagnostics(state,
-        method)` read from a method with one block; entries of many steps, with leading axes, are averaged.
+        method)` read from the state of a method with one block.
       method: the `Method` of the state, for the names of tasks.
       target: the task that counts, by name or index; None if all tasks count.
 
@@ -107,7 +108,8 @@ def advise(
       An `Advice`.
 
     Raises:
-      ValueError: if `found` has no norms of at least two tasks, or `target` is not one of the tasks.
+      ValueError: if `found` has no norms of at least two tasks, or diagnostics of several steps or blocks,
+        or `target` is not one of the tasks.
 
     Example:
 
@@ -219,16 +221,9 @@ def _listed(tasks: list[Task]) -> str:
 
 def _read(found: Any, method: Method | None) -> tuple[list[Task], np.ndarray, np.ndarray]:
     """Returns the tasks with a gradient, their norms `[T]` and cosines `[T, T]`, NaN if not measured."""
-    names: list[Task] | None = None if method is None else list(method.task_names or ())
+    names = None if method is None else method.task_names
     if isinstance(found, Mapping) and "norms" in found:
-        if isinstance(found["norms"], Mapping):
-            if names and set(names) != set(found["norms"]):
-                raise ValueError(
-                    f"advise: the diagnostics are by block, {list(found['norms'])}, and not by task: give "
-                    "the state instead, in which it tells the blocks that tasks share."
-                )
-            names = list(found["norms"])
-        products = _of_diagnostics(found)
+        names, products = _of_diagnostics(names, found["norms"], found.get("cosines"))
     else:
         products = _of_states(states_in(found))
     norms = np.sqrt(np.diagonal(products))
@@ -242,9 +237,9 @@ def _read(found: Any, method: Method | None) -> tuple[list[Task], np.ndarray, np
         raise ValueError(
             f"advise: the tasks of {method!r} are not the {len(norms)} tasks of the state."
         )
-    names = names or list(range(len(norms)))
     norms, products = norms[known], products[np.ix_(known, known)]
-    return [names[place] for place in known], norms, products / norms / norms[:, None]
+    tasks = [place if names is None else names[place] for place in known.tolist()]
+    return tasks, norms, products / norms / norms[:, None]
 
 
 def _of_states(states: list[BalanceState]) -> np.ndarray:
@@ -253,36 +248,33 @@ def _of_states(states: list[BalanceState]) -> np.ndarray:
         if isinstance(state.rule_state, MeasuredState):
             products = np.asarray(state.rule_state.products, np.float64)
         elif state.norms is not None:
-            norms = np.asarray(state.norms, np.float64)
-            products = _products(norms, state.cosine)
+            products = _products(state.norms, state.cosine)
         else:
             continue
-        products = products.reshape(-1, *products.shape[-2:])
         shared = np.sum(np.diagonal(products, axis1=1, axis2=2) > 0, axis=1) > 1
         return products[shared].sum(axis=0)
     return np.zeros((0, 0))
 
 
-def _of_diagnostics(found: Mapping[str, Any]) -> np.ndarray:
-    """Returns the inner products `[T, T]` from mean norms and cosines."""
-    norms, cosines = (_stacked(found.get(name)) for name in ("norms", "cosines"))
-    norms = norms.reshape(-1, norms.shape[-1]).mean(axis=0)
-    if cosines is not None:
-        cosines = cosines.reshape(-1, *cosines.shape[-2:]).mean(axis=0)
-    return _products(norms, cosines)
+def _of_diagnostics(
+    names: Sequence[str] | None, norms: Any, cosines: Any
+) -> tuple[Sequence[str] | None, np.ndarray]:
+    """Returns the names of the tasks, if they have any, and their inner products `[T, T]`."""
+    if isinstance(norms, Mapping):
+        names, norms = list(norms), list(norms.values())
+    if any(isinstance(norm, Mapping) or np.ndim(norm) for norm in norms):
+        raise ValueError(
+            "advise: expected the diagnostics of one step and one block, with one norm per task; found "
+            "several steps or blocks. Give the state, in which advise tells the blocks that tasks share."
+        )
+    if isinstance(cosines, Mapping):
+        cosines = [[cosines[task][other] for other in names or ()] for task in names or ()]
+    return names, _products(norms, cosines)
 
 
-def _stacked(entry: Any) -> Any:
-    """Converts nested dictionaries by task to an array with the task axes last."""
-    if not isinstance(entry, Mapping):
-        return None if entry is None else np.asarray(entry, np.float64)
-    rows = [_stacked(row) for row in entry.values()]
-    # A row of cosines has its own task axis last.
-    return np.stack(rows, axis=-1 if not isinstance(next(iter(entry.values())), Mapping) else -2)
-
-
-def _products(norms: np.ndarray, cosines: Any) -> np.ndarray:
+def _products(norms: ArrayLike, cosines: ArrayLike | None) -> np.ndarray:
     """Returns inner products from lengths and angles; NaN off the diagonal if no angle is known."""
+    norms = np.asarray(norms, np.float64)
     own = np.eye(norms.shape[-1], dtype=bool)
     cosines = np.where(own, 1.0, np.nan) if cosines is None else np.asarray(cosines, np.float64)
     return cosines * norms[..., None, :] * norms[..., :, None]

@@ -4,19 +4,21 @@ Every function draws on one `Axes` and returns it, so that plots can be placed s
 saved like any other. A *history* is an entry of `diagnostics`, stacked over the steps: the second output
 of a `lax.scan` that returns `diagnostics(state, method)["weights"]`, for example. It is an array
 `[steps, T]` or, for named tasks, a mapping from task names to arrays `[steps]`. For several blocks it is a
-mapping from block names to either of these.
+mapping from block names to mappings from task names to arrays `[steps]` or, with `task_names=`, to arrays
+`[steps, T]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.typing import LineStyleType
 
 # `[steps, T]`, or `[steps]` by task name.
 _ByTask: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
@@ -25,7 +27,7 @@ _Names: TypeAlias = Sequence[str] | None
 _Cosines: TypeAlias = ArrayLike | Mapping[str, Mapping[str, ArrayLike]]
 
 # One line style per block; they repeat from the ninth block on.
-_STYLES = (
+_STYLES: tuple[LineStyleType, ...] = (
     "-",
     "--",
     ":",
@@ -44,8 +46,10 @@ def plot_weights(history: _History, *, task_names: _Names = None, ax: Axes | Non
 
     Args:
       history: `[steps, T]`, a mapping from task names to arrays `[steps]`, or a mapping from block names
-        to either; tasks differ in colour, and blocks (up to 8) in the style of their lines.
-      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
+        to mappings from task names; tasks differ in colour, and blocks (up to 8) in the style of their
+        lines.
+      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default. With them, a mapping to arrays
+        is from block names to arrays `[steps, T]`.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
@@ -71,7 +75,7 @@ def plot_norms(history: _History, *, task_names: _Names = None, ax: Axes | None 
 
     Args:
       history: as in `plot_weights`.
-      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
+      task_names: as in `plot_weights`.
       ax: the `Axes` to draw on; a new figure's by default.
 
     Returns:
@@ -85,7 +89,7 @@ def plot_norms(history: _History, *, task_names: _Names = None, ax: Axes | None 
 
       >>> import matplotlib; matplotlib.use("Agg")
       >>> from mtl_optax.plotting import plot_norms
-      >>> plot_norms({"w": [[1.0, 10.0], [2.0, 0.0]]}).get_yscale()
+      >>> plot_norms({"w": [[1.0, 10.0], [2.0, 0.0]]}, task_names=["buy", "click"]).get_yscale()
       'log'
     """
     ax = _plot_lines("plot_norms", history, "gradient norm", task_names, ax)
@@ -102,8 +106,8 @@ def plot_conflicts(
     """Draws the cosines between task gradients as a heat map; negative ones are conflicts.
 
     Args:
-      cosines: `[T, T]`, or `[steps, T, T]`, of which the mean over steps is drawn; or a mapping from task
-        names to mappings from task names to numbers or arrays `[steps]`.
+      cosines: `[..., T, T]`, or a mapping from task names to mappings from task names to arrays `[...]`;
+        the mean over the leading axes, such as that of the steps, is drawn.
       task_names: T labels for arrays; "task 0", ... by default.
       ax: the `Axes` to draw on; a new figure's by default.
 
@@ -140,24 +144,25 @@ def plot_conflicts(
     return ax
 
 
-def _matrix(cosines: Any) -> np.ndarray:
-    """Returns the cosines `[T, T]`, averaged over steps."""
-    found = type(cosines).__name__
-    values: np.ndarray = np.empty(0)
-    if not isinstance(cosines, Mapping):
-        values = np.asarray(cosines, dtype=float)
-        found = values.shape
-    elif all(isinstance(row, Mapping) and set(row) == set(cosines) for row in cosines.values()):
+def _matrix(cosines: _Cosines) -> np.ndarray:
+    """Returns the cosines `[T, T]`, averaged over the leading axes."""
+    if isinstance(cosines, Mapping):
+        if any(
+            not isinstance(row, Mapping) or set(row) != set(cosines) for row in cosines.values()
+        ):
+            raise ValueError(
+                "plot_conflicts: cosines must be a mapping from task names to mappings from task names; "
+                f"found the keys {list(cosines)}. Of several blocks give those of one."
+            )
         rows = [[row[name] for name in cosines] for row in cosines.values()]
         values = np.moveaxis(np.asarray(rows, dtype=float), (0, 1), (-2, -1))
-    if values.ndim == 3:
-        values = values.mean(axis=0)
-    if values.ndim != 2 or len(set(values.shape)) != 1:
+    else:
+        values = np.asarray(cosines, dtype=float)
+    if values.ndim < 2 or values.shape[-1] != values.shape[-2]:
         raise ValueError(
-            "plot_conflicts: cosines must be an array [T, T] or [steps, T, T], or a mapping from task "
-            f"names to mappings from task names; found {found}."
+            f"plot_conflicts: cosines must be an array [..., T, T]; found the shape {values.shape}."
         )
-    return values
+    return values.reshape(-1, *values.shape[-2:]).mean(axis=0)
 
 
 def plot_pareto(
@@ -172,9 +177,11 @@ def plot_pareto(
 
     Args:
       trajectories: losses `[steps, T]`, a mapping from task names to arrays `[steps]`, or a mapping from
-        labels of runs (methods, seeds) to either. A dot marks the start of a path, a star its end.
+        labels of runs (methods, seeds) to mappings from task names. A dot marks the start of a path, a
+        star its end.
       tasks: the two tasks to draw, by index or name.
-      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default.
+      task_names: T labels for arrays `[steps, T]`; "task 0", ... by default. With them, a mapping to arrays
+        is from labels of runs to arrays `[steps, T]`.
       front: `[points, 2]`, a known Pareto front to draw behind the paths, in the order of `tasks`.
       ax: the `Axes` to draw on; a new figure's by default.
 
@@ -221,64 +228,62 @@ def _plot_lines(
 ) -> Axes:
     blocks, names = _read(caller, history, "history", task_names)
     ax = _axes(ax)
-    drawn = []
     for number, (block, values) in enumerate(blocks.items()):
-        style = _STYLES[number % len(_STYLES)]
-        marker = "o" if len(values) == 1 else None  # a line needs two steps
         for task, name in enumerate(names):
-            label = f"{name}, {block}" if block else name
-            color = f"C{task % 10}"
-            drawn += ax.plot(
-                values[:, task], linestyle=style, marker=marker, color=color, label=label
+            ax.plot(
+                values[:, task],
+                color=_color(task),
+                linestyle=_STYLES[number % len(_STYLES)],
+                marker="o" if len(values) == 1 else None,  # a line needs two steps
+                label=f"{name}, {block}" if block else name,
             )
     ax.set_xlabel("step")
     ax.set_ylabel(what)
     if len(blocks) == 1:
         ax.legend()
     else:
-        _legend_of_blocks(ax, drawn, list(blocks), names)
+        _legend_of_blocks(ax, list(blocks), names)
     return ax
 
 
-def _legend_of_blocks(ax: Axes, drawn: list[Any], blocks: list[str], names: list[str]) -> None:
+def _legend_of_blocks(ax: Axes, blocks: list[str], names: list[str]) -> None:
     """Adds a legend beside the plot, with one line per task and one per block."""
-    lines = drawn[: len(names)] + drawn[:: len(names)]
-    legend = ax.legend(lines, names + blocks, loc="upper left", bbox_to_anchor=(1, 1))
-    handles: list[Any] = legend.legend_handles
-    for handle in handles[len(names) :]:
-        handle.set_color("black")
+    from matplotlib.lines import Line2D
+
+    of_tasks = [Line2D([], [], color=_color(task)) for task in range(len(names))]
+    of_blocks = [
+        Line2D([], [], color="black", linestyle=_STYLES[number % len(_STYLES)])
+        for number in range(len(blocks))
+    ]
+    ax.legend([*of_tasks, *of_blocks], names + blocks, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _color(task: int) -> str:
+    return f"C{task % 10}"
 
 
 def _read(
-    caller: str, given: Any, what: str, task_names: _Names
+    caller: str, given: _History, what: str, task_names: _Names
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Returns the arrays `[steps, T]` by block or run ("" if there is only one), and the task labels."""
-    several = isinstance(given, Mapping) and not _is_by_task(given)
-    parts = dict(given) if several else {"": given}
+    if not isinstance(given, Mapping):
+        given = {"": given}
+    elif task_names is None and not any(isinstance(part, Mapping) for part in given.values()):
+        given = {"": cast("Mapping[str, ArrayLike]", given)}
     arrays = {}
-    for label, part in parts.items():
-        if not isinstance(part, Mapping):
-            arrays[label] = np.asarray(part, dtype=float)
-        elif _is_by_task(part):
+    for label, part in given.items():
+        if isinstance(part, Mapping):
             task_names = list(part) if task_names is None else task_names
-            columns = [np.asarray(values, dtype=float) for values in part.values()]
-            arrays[label] = np.stack(columns, axis=1)
-        else:
-            arrays[label] = np.empty(0)
+            part = np.asarray(list(part.values()), dtype=float).T
+        arrays[label] = np.asarray(part, dtype=float)
     shapes = [values.shape for values in arrays.values()]
-    if not shapes or any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
+    if not shapes or any(len(s) != 2 or s[1] != shapes[0][1] for s in shapes):
         raise ValueError(
-            f"{caller}: {what} must be an array [steps, T], a mapping from task names to arrays "
-            f"[steps], or a mapping to either; found {shapes}."
+            f"{caller}: {what} must be an array [steps, T], a mapping from task names to arrays [steps], "
+            "a mapping from labels to such mappings or, with task_names=, to arrays [steps, T]; found "
+            f"the shapes {shapes}."
         )
     return arrays, _labels(caller, task_names, shapes[0][1])
-
-
-def _is_by_task(given: Mapping[str, Any]) -> bool:
-    """Whether a mapping holds one number per step for each of its keys."""
-    return bool(given) and all(
-        not isinstance(values, Mapping) and np.ndim(values) == 1 for values in given.values()
-    )
 
 
 def _labels(caller: str, task_names: _Names, num_tasks: int) -> list[str]:
