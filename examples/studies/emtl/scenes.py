@@ -64,7 +64,7 @@ class Ball(NamedTuple):
         offset = origin - self.center
         constant = offset @ offset - self.radius**2
         distance = _smaller_root(np.sum(rays**2, axis=1), rays @ offset, constant)
-        normals = (_points(origin, rays, distance) - self.center) / self.radius
+        normals = (origin + rays * distance[:, None] - self.center) / self.radius
         kinds = np.full(len(rays), BALL)
         return Hits(distance, normals, kinds, self.radius * normals[:, :2])
 
@@ -102,13 +102,13 @@ class Cylinder(NamedTuple):
         flat, offset = rays[:, [0, 2]], origin[[0, 2]] - self.center
         constant = offset @ offset - self.radius**2
         side = _smaller_root(np.sum(flat**2, axis=1), flat @ offset, constant)
-        height = _points(origin, rays, side)[:, 1]
+        height = (origin + rays * side[:, None])[:, 1]
         side = np.where((height > self.bottom) & (height < self.top), side, np.inf)
-        lid = _divide(self.top - origin[1], rays[:, 1])
-        spot = _points(origin, rays, lid)[:, [0, 2]] - self.center
+        lid = (self.top - origin[1]) / rays[:, 1]
+        spot = (origin + rays * lid[:, None])[:, [0, 2]] - self.center
         lid = np.where((lid > 0) & (np.sum(spot**2, axis=1) < self.radius**2), lid, np.inf)
         distance = np.minimum(side, lid)
-        points = _points(origin, rays, distance)
+        points = origin + rays * distance[:, None]
         x, z = (points[:, [0, 2]] - self.center).T / self.radius
         normals = np.where((side < lid)[:, None], np.stack([x, 0 * x, z], axis=1), [0.0, 1.0, 0.0])
         places = np.stack([self.radius * np.arctan2(x, z), points[:, 1]], axis=1)
@@ -186,6 +186,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(things, camera, pose, lamp)
 
 
+# A ray that misses meets a thing at infinity, or nowhere.
+@np.errstate(divide="ignore", invalid="ignore")
 def trace(scene: Scene, height: int, width: int) -> tuple[np.ndarray, Hits]:
     """Which thing each ray hits first, `[P]`, and where; `distance` is the depth."""
     rays = directions(height, width) @ scene.pose.T
@@ -200,7 +202,7 @@ def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> S
     """The image `[H, W, 3]`, classes `[H, W]`, depths `[H, W, 1]` and the camera's normals `[H, W, 3]`."""
     nearest, hits = trace(scene, height, width)
     rays = directions(height, width) @ scene.pose.T
-    to_lamp = scene.lamp - _points(scene.camera, rays, hits.distance)
+    to_lamp = scene.lamp - (scene.camera + rays * hits.distance[:, None])
     far = np.linalg.norm(to_lamp, axis=1)
     light = np.maximum(np.sum(hits.normals * to_lamp, axis=1) / far, 0) / (1 + 0.15 * far**2)
     image = _colours(nearest, hits, rng) * (0.45 + 1.2 * light)[:, None]
@@ -268,27 +270,16 @@ def _palette(kind: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     return base, np.clip(base * rng.uniform(0.4, 0.9, size=3), 0, 1)
 
 
-def _points(origin: np.ndarray, rays: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """The points at a distance along the rays; where that is infinite, any point."""
-    return origin + rays * np.where(np.isfinite(distance), distance, 0)[:, None]
-
-
-def _divide(numerator: float | np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Division where a ray that is parallel to a plane meets it infinitely far away."""
-    with np.errstate(over="ignore"):
-        return numerator / np.where(denominator == 0, 1e-300, denominator)
-
-
 def _smaller_root(a: np.ndarray, b: np.ndarray, c: float) -> np.ndarray:
     """The smaller root of a t^2 + 2 b t + c, infinite where there is none or it lies behind."""
     square = b**2 - a * c
-    root = _divide(-b - np.sqrt(np.maximum(square, 0)), a)
+    root = (-b - np.sqrt(square)) / a
     return np.where((square > 0) & (root > 0), root, np.inf)
 
 
 def _slabs(start: np.ndarray, along: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where rays enter and leave the three pairs of planes of a box around 0, `[P, 3]` each."""
-    ends = _divide(-half - start, along), _divide(half - start, along)
+    ends = (-half - start) / along, (half - start) / along
     return np.minimum(*ends), np.maximum(*ends)
 
 
@@ -300,4 +291,4 @@ def _faces(
     normals = np.where(np.arange(3) == axis[:, None], -np.sign(along), 0.0)
     # Of the two coordinates on a face the vertical one comes last.
     others = np.array([[2, 1], [0, 2], [0, 1]])[axis]
-    return normals, np.take_along_axis(_points(start, along, distance), others, axis=1)
+    return normals, np.take_along_axis(start + along * distance[:, None], others, axis=1)

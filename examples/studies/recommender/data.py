@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from examples.studies.harness.errors import UserError
 
@@ -165,16 +166,11 @@ def make_dataset(log: Log, split: Split) -> Dataset:
 def _split_groups(
     groups: np.ndarray, validation: float, test: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """0 (training), 1 (validation) or 2 (test) for each pair of the sorted `groups`.
+    """0 (training), 1 (validation) or 2 (test) for each pair of the `groups`.
 
     The same shares are cut from each, rounded down: a user with few pairs keeps them for training.
     """
-    order = np.lexsort((generator.random(len(groups)), groups))
-    _, starts, counts = np.unique(groups, return_index=True, return_counts=True)
-    place = np.arange(len(groups)) - np.repeat(starts, counts)
-    count = np.repeat(counts, counts)
-    test_pairs, all_held_out = np.floor(test * count), np.floor((test + validation) * count)
-    part = np.where(place < test_pairs, 2, np.where(place < all_held_out, 1, 0))
-    result = np.empty(len(groups), np.int8)
-    result[order] = part
-    return result
+    drawn = pd.Series(generator.random(len(groups))).groupby(groups)
+    place, count = drawn.rank(), drawn.transform("size")  # in its group, from 1
+    all_held_out = place <= np.floor((test + validation) * count)
+    return np.where(place <= np.floor(test * count), 2, all_held_out)
