@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,16 +153,9 @@ def on_points(problem: Problem, method: mtl.Method, config: Config) -> Placed:
     return lambda params: (method.init(params), attention.init(params)), direction
 
 
-class Row(NamedTuple):
-    """One row of the table: a method of the names of the losses, and where it is placed."""
-
-    make: Callable[[tuple[str, ...]], mtl.Method]
-    place: Callable[[Problem, mtl.Method, Config], Placed]
-
-
-def row(make: Callable[..., mtl.Method], place: Any = every_gradient, **options: Any) -> Row:
-    """A factory with its options."""
-    return Row(partial(make, **options), place)
+def row(make: Callable[..., mtl.Method], place: Any = every_gradient, **options: Any) -> Any:
+    """One row of the table: what makes a method of the names of the losses, and where it is placed."""
+    return partial(make, **options), place
 
 
 def hundredfold(names: tuple[str, ...]) -> mtl.Method:
@@ -248,8 +241,8 @@ class Trainer(trainer.Trainer):
 
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """The step of the row that the choice names; the batch is its number and its points."""
-        row, config = ROWS[choice.label], self.config
-        init_state, direction = row.place(self.problem, row.make(self.names), config)
+        (make, place), config = ROWS[choice.label], self.config
+        init_state, direction = place(self.problem, make(self.names), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
         def update(params: Params, state: State, batch: Any) -> Any:

@@ -4,23 +4,15 @@ A dense table `[users, items]` of UserBehavior-2017 would take 1.9 GB; sorted pa
 a binary search.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from examples.studies.recommender.data import Interactions
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["starts", "items", "values"],
-    meta_fields=["longest"],
-)
-@dataclass(frozen=True)
-class PairTable:
+class PairTable(struct.PyTreeNode):
     """Pairs sorted by user, then by item.
 
     Attributes:
@@ -33,7 +25,7 @@ class PairTable:
     starts: jax.Array
     items: jax.Array
     values: jax.Array
-    longest: int
+    longest: int = struct.field(pytree_node=False)
 
     def find(self, users: jax.Array, items: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The labels `[N, T]` of pairs (0 for a pair that is not here), and whether it is, `[N]`."""
