@@ -219,8 +219,6 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
         read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
         for eqn in program.jaxpr.eqns:
             inputs, method = list(map(read, eqn.invars)), _method_of(eqn)
-            kind = eqn.primitive.name
-            called = eqn.params.get("jaxpr" if kind in ("jit", "pjit") else "call_jaxpr")
             if method:
                 # The gradients are the last arguments. Before them are the floating inputs of the step,
                 # which do not differ between two runs or are in `arguments`, and an integer, its count.
@@ -230,20 +228,31 @@ def _what_reaches_methods(program: ClosedJaxpr, arguments: Sequence[jax.Array]) 
                     g for g in gradients if id(g) not in unchanged and jnp.ndim(g) > 0
                 ]
                 results = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-            elif isinstance(called, ClosedJaxpr):
-                results = run(called, inputs)
-            elif kind == "cond":
-                index, *operands = inputs
-                branches = [run(branch, operands) for branch in eqn.params["branches"]]
-                results = [lax.select_n(index, *cases) for cases in zip(*branches, strict=True)]
             else:
-                results = eqn.primitive.bind(*inputs, **eqn.params)
-                results = results if eqn.primitive.multiple_results else [results]
+                results = _evaluate(eqn, inputs, run)
             values.update(zip(eqn.outvars, results, strict=True))
         return list(map(read, program.jaxpr.outvars))
 
     run(program, arguments)
     return reached
+
+
+def _evaluate(
+    eqn: JaxprEqn,
+    inputs: list[jax.Array],
+    run: Callable[[ClosedJaxpr, Sequence[jax.Array]], list[jax.Array]],
+) -> list[jax.Array]:
+    """Evaluates an equation; `run` evaluates the programs in it that may call a method."""
+    kind = eqn.primitive.name
+    called = eqn.params.get("jaxpr" if kind in ("jit", "pjit") else "call_jaxpr")
+    if isinstance(called, ClosedJaxpr):
+        return run(called, inputs)
+    if kind == "cond":
+        index, *operands = inputs
+        branches = [run(branch, operands) for branch in eqn.params["branches"]]
+        return [lax.select_n(index, *cases) for cases in zip(*branches, strict=True)]
+    results = eqn.primitive.bind(*inputs, **eqn.params)
+    return results if eqn.primitive.multiple_results else [results]
 
 
 def _is_floating(x: jax.Array) -> bool:
