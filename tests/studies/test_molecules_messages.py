@@ -153,7 +153,7 @@ def test_rows_tell_the_networks_apart_and_older_rows_are_those_of_histograms(tmp
     path = tmp_path / "rows.jsonl"
     entry = json.loads(path.read_text())
     del entry["about"]["network"]
-    entry |= {"arm": ALONE, "about": entry["about"] | {"mtl_optax": "0.1.0"}}
+    entry["arm"] = ALONE
     with path.open("a") as stream:
         stream.write(json.dumps(entry) + "\n")
     found = {

@@ -116,11 +116,11 @@ def line_of(result: Result, about: dict[str, Any]) -> str:
 
 
 def read(path: Path, about: dict[str, Any]) -> Iterator[Result]:
-    """The results of a file that were made in this way, by any version."""
+    """The results of a file that were made in this way."""
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
-            made = {"network": HISTOGRAMS, **entry.pop("about"), "mtl_optax": about["mtl_optax"]}
+            made = {"network": HISTOGRAMS, **entry.pop("about")}  # older rows name none
             parts = {name: np.array(entry[name]) for name in ("validation", "test")}
             result = Result(**{**entry, **parts})
         except (ValueError, KeyError, TypeError) as error:  # a line that was not finished
