@@ -315,3 +315,23 @@ def test_linen_fork(forked: Any) -> None:
     for _ in range(2):
         state, balance = step(state, balance)
     assert_params(state.params, params)
+
+
+def test_an_nnx_model_may_hold_a_counter():
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.w, self.calls = nnx.Param(jnp.ones(3)), nnx.Variable(jnp.int32(7))
+
+    graph, state = nnx.split(Counting())
+    method, tx = mtl.sum_tasks(2), optax.adam(0.1)
+
+    def loss_fn(state, fork):
+        a, b = fork(nnx.merge(graph, state).w[...])
+        return a.sum(), (b**2).sum()
+
+    fn = mtl.fork_value_and_grad(loss_fn, method)
+    _, (grads, _) = fn(state, method.init(jnp.ones(3)))
+    updates, _ = tx.update(grads, tx.init(state), state)
+    moved = optax.apply_updates(state, updates)
+    assert moved["calls"][...] == 7 and moved["calls"][...].dtype == jnp.int32
+    np.testing.assert_allclose(moved["w"][...], 0.9, 1e-5)

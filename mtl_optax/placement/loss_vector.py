@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias, TypeGuard, TypeVar
+from typing import TypeAlias, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.core.types import DType
+from mtl_optax.core.types import DType, Losses
 from mtl_optax.core.validation import Tasks, task_vector, where
 
 Result = TypeVar("Result")
@@ -114,7 +114,7 @@ def split_result(result: Result, has_aux: bool) -> Split[Result]:
     )
 
 
-def check_tasks(name: str, result: Any, has_aux: bool, tasks: Tasks) -> None:
+def check_tasks(name: str, result: object, has_aux: bool, tasks: Tasks) -> None:
     """Raises if the result of a loss function does not have one loss per task, under the same names.
 
     Args:
@@ -123,6 +123,9 @@ def check_tasks(name: str, result: Any, has_aux: bool, tasks: Tasks) -> None:
       has_aux: as in `jax.value_and_grad`.
       tasks: the tasks of the method.
 
+    Returns:
+      None.
+
     Raises:
       ValueError: if the number or the names of the losses differ from those of the tasks.
 
@@ -130,19 +133,23 @@ def check_tasks(name: str, result: Any, has_aux: bool, tasks: Tasks) -> None:
 
       >>> check_tasks("fork", {"buy": 1.0, "click": 2.0}, False, Tasks(2, ("buy", "click")))
     """
-    losses = result[0] if has_aux else result
-    task_vector(name, "the losses of loss_fn", losses, tasks)
+    losses = cast("tuple[object, object]", result)[0] if has_aux else result
+    task_vector(name, "the losses of loss_fn", cast(Losses, losses), tasks)
 
 
-def check_differentiable(name: str, params: object) -> None:
+def check_differentiable(name: str, params: object, *, integers: bool = False) -> None:
     """Raises if a leaf of `params` is not a real floating-point array, as `jax.grad` does.
 
     Args:
       name: the name of the caller, for messages.
       params: the parameters with respect to which the losses are differentiated.
+      integers: whether leaves may be integers and booleans, whose gradient the caller makes 0.
+
+    Returns:
+      None.
 
     Raises:
-      TypeError: if a leaf is not a real floating-point array; the message contains its path.
+      TypeError: if a leaf is not of these dtypes, or no array; the message contains its path.
 
     Example:
 
@@ -162,6 +169,8 @@ def check_differentiable(name: str, params: object) -> None:
                 f"{name}: the leaf {where(path)} of the parameters is {dtype}, and methods compare real "
                 "gradients. Keep its real and imaginary part as two leaves."
             )
+        if integers and (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+            continue
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}: cannot differentiate with respect to the leaf {where(path)} of {dtype}. Pass "

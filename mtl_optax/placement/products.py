@@ -17,7 +17,13 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.placement.pull_back import Pullback, chosen_leaves, pull_in_turn
+from mtl_optax.placement.pull_back import (
+    Mode,
+    Pullback,
+    chosen_leaves,
+    pull_each,
+    pull_in_turn,
+)
 
 
 class NotTransposable(TypeError):
@@ -49,6 +55,10 @@ class TaskGradients:
     pullback: Pullback
     losses: jax.Array
     axis_name: AxisName
+
+    def stack(self, chosen: Sequence[bool], mode: Mode) -> list[jax.Array]:
+        """Computes the chosen leaves of all gradients, `[T, *shape]`, by T backward passes in memory."""
+        return pull_each(self.pullback, self.losses, mode, lambda g: chosen_leaves(g, chosen))
 
     def squared_norms(self, chosen: Sequence[bool]) -> jax.Array:
         """Computes the squared norms `[T]`, in at least float32, by T backward passes."""
@@ -83,7 +93,7 @@ class TaskGradients:
             local = task_tree.squared_norm(gradient)
             square = task_tree.sum_over(local, self.axis_name)
             like = jnp.broadcast_to(jnp.zeros_like(square, self.losses.dtype), self.losses.shape)
-            products = self._tangents(chosen, gradient, like).astype(dtype)
+            products = self._times_jacobian(chosen, gradient, like).astype(dtype)
             # If its type changes in the sum over devices (`check_vma=True`), the transpose has summed too.
             if jax.typeof(local) == jax.typeof(square):
                 products = task_tree.sum_over(products, self.axis_name)
@@ -151,7 +161,20 @@ class TaskGradients:
             total = lax.cond(missing, lambda total, t=t: add(total, t), lambda total: total, total)
         return total, active
 
-    def _tangents(
+    def can_multiply(self, chosen: Sequence[bool]) -> bool:
+        """Whether `gram_matrix` exists, because JAX can transpose the backward pass of the model."""
+
+        def multiply() -> jax.Array:
+            gradient = chosen_leaves(self.pullback.whole(self.losses), chosen)
+            return self._times_jacobian(chosen, gradient, self.losses)
+
+        try:
+            jax.eval_shape(multiply)
+        except NotTransposable:
+            return False
+        return True
+
+    def _times_jacobian(
         self, chosen: Sequence[bool], gradient: list[jax.Array], like: jax.Array
     ) -> jax.Array:
         """Computes `J g`, with the type of `like` inside `shard_map`.

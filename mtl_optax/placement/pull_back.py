@@ -84,10 +84,9 @@ def vjp_of_losses(
       >>> float(pullback.of_task(1)[0]), float(pullback.whole(jnp.ones(2))[0])
       (3.0, 4.0)
     """
-    leaves = jax.tree.leaves(primals)
     # `linear_transpose` requires tangents of the primal's dtype, which only floating-point leaves have.
-    floating = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves]
-    floats = [jnp.asarray(x) for x, is_float in zip(leaves, floating, strict=True) if is_float]
+    floating = floating_leaves(primals)
+    floats = [jnp.asarray(x) for x in chosen_leaves(primals, floating)]
     no_cotangents = jax.tree.map(lambda x: np.zeros(jnp.shape(x), jax.dtypes.float0), primals)
 
     def of_floats(floats: list[jax.Array]) -> Split[Aux]:
@@ -206,6 +205,23 @@ def chosen_leaves(tree: object, chosen: Sequence[bool]) -> list[jax.Array]:
       [2]
     """
     return [leaf for leaf, here in zip(jax.tree.leaves(tree), chosen, strict=True) if here]
+
+
+def floating_leaves(tree: object) -> list[bool]:
+    """Returns for every leaf of a tree whether it is floating point, and so has gradients.
+
+    Args:
+      tree: any pytree of arrays.
+
+    Returns:
+      One bool per leaf.
+
+    Example:
+
+      >>> floating_leaves({"ids": jnp.arange(3), "w": jnp.ones(3)})
+      [False, True]
+    """
+    return [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(tree)]
 
 
 def replace_leaves(tree: Tree, chosen: Sequence[bool], new: Iterable[object]) -> Tree:

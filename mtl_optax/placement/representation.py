@@ -11,7 +11,7 @@ contain, and removes the unused part of the first. The state of the method is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Concatenate, TypeVar
 
 import jax
@@ -22,13 +22,14 @@ from mtl_optax.core.leaves import TaskRows
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import states_in
 from mtl_optax.core.types import Active
-from mtl_optax.core.validation import Tasks, read_active, read_tasks
+from mtl_optax.core.validation import Tasks, read_active, read_tasks, where
 from mtl_optax.placement.loss_vector import (
     check_differentiable,
     check_tasks,
     loss_vector,
     split_result,
 )
+from mtl_optax.placement.pull_back import chosen_leaves, floating_leaves, replace_leaves
 
 try:
     from jax.extend.core import get_opaque_trace_state
@@ -71,6 +72,10 @@ def fork_value_and_grad(
       `blocks="leaf"` (the default of `metabalance`) every block has the gradient of only one task, and
       nothing is balanced.
 
+      Integers and booleans have no gradients. In `params` their gradient is 0, in their own dtype; in the
+      representation, such as the edges of a graph, all heads read them as they are, and the method sees
+      zeros.
+
       A task whose c_t is not finite is excluded from the update and counted in `skipped`; it does not
       affect the gradients of the shared layers and the other heads. The gradient of its own head is still
       NaN or infinite: use `optax.zero_nans()` before the optimizer, or `optax.apply_if_finite` around the
@@ -100,7 +105,7 @@ def fork_value_and_grad(
     Raises:
       ValueError: if `loss_fn` does not call `fork` exactly once, or calls it inside another transformed
         function; if the method does not remove the task axis; or if the number of tasks is unknown.
-      TypeError: if a leaf of the representation or the parameters is not real floating point.
+      TypeError: if a leaf of the representation or the parameters is complex, or no array of numbers.
 
     Example:
 
@@ -128,64 +133,83 @@ def fork_value_and_grad(
         **kwargs: object,
     ) -> tuple[Result, tuple[Params, optax.OptState]]:
         axis = tasks_of("fork_value_and_grad", method, state, tasks)
-        check_differentiable("fork_value_and_grad", params)
+        check_differentiable("fork_value_and_grad", params, integers=True)
         present = read_active("fork_value_and_grad", active, axis)
+        trained = floating_leaves(params)
+        floats = [jnp.asarray(leaf) for leaf in chosen_leaves(params, trained)]
 
         def run(
-            params: Params, zeros: tuple[optax.Params, ...] | None
-        ) -> tuple[tuple[jax.Array, optax.Params], Result]:
-            """Returns the losses and the representation; adds `zeros` to the copies unless it is None."""
-            forked: list[optax.Params] = []
-            here = get_opaque_trace_state()
+            floats: list[jax.Array], zeros: Sequence[Sequence[jax.Array]] | None
+        ) -> tuple[tuple[jax.Array, list[jax.Array]], tuple[Result, optax.Params]]:
+            """Returns the losses and the floating leaves of h, and as auxiliary data the result and h."""
+            fork = _Fork(axis, zeros)
+            result = loss_fn(replace_leaves(params, trained, floats), fork, *args, **kwargs)
+            losses, result = split_result(result, has_aux)
+            h = fork.representation
+            return (loss_vector(losses), chosen_leaves(h, floating_leaves(h))), (result, h)
 
-            def fork(
-                representation: optax.Params,
-            ) -> tuple[optax.Params, ...] | dict[str, optax.Params]:
-                # The representation would leak from an inner trace, and its gradient would be 0.
-                if get_opaque_trace_state() != here:
-                    raise ValueError(_INNER_TRACE)
-                forked.append(representation)
-                rows = (None,) * axis.number if zeros is None else zeros
-                copies = tuple(_copy(representation, row) for row in rows)
-                return copies if axis.names is None else dict(zip(axis.names, copies, strict=True))
-
-            losses, result = split_result(loss_fn(params, fork, *args, **kwargs), has_aux)
-            if len(forked) != 1:
-                raise ValueError(
-                    "fork_value_and_grad: loss_fn must call fork exactly once, it called it "
-                    f"{len(forked)} times. If each task has inputs of its own, fork one representation of "
-                    'the concatenated batch; a tuple of representations needs a method with blocks="all".'
-                )
-            return (loss_vector(losses), forked[0]), result
-
-        _, like = jax.eval_shape(lambda params: run(params, None)[0], params)
+        like = jax.eval_shape(lambda floats: run(floats, None)[1][1], floats)
         check_representation(like)
         # `zeros_like` keeps the sharding of the representation.
-        zeros = jax.tree.map(jnp.zeros_like, (like,) * axis.number)
-        (losses, representation), tangents, result = jax.linearize(run, params, zeros, has_aux=True)
+        rows = [jnp.zeros_like(leaf) for leaf in chosen_leaves(like, floating_leaves(like))]
+        zeros = [rows] * axis.number
+        (losses, _), tangents, (result, h) = jax.linearize(run, floats, zeros, has_aux=True)
         check_tasks("fork_value_and_grad", result, has_aux, axis)
 
         ones = jnp.where(present, jnp.ones_like(losses), 0)
-        pull_losses = jax.linear_transpose(lambda p, z: tangents(p, z)[0], params, zeros)
+        pull_losses = jax.linear_transpose(lambda p, z: tangents(p, z)[0], floats, zeros)
         _, cotangents = pull_losses(ones)
         update, state = combine_cotangents(
-            method,
-            cotangents,
-            state,
-            representation,
-            losses=losses,
-            active=present,
-            **(extra_args or {}),
+            method, cotangents, state, h, losses=losses, active=present, **(extra_args or {})
         )
-        grads, _ = jax.linear_transpose(tangents, params, zeros)((ones, update))
-        return result, (grads, state)
+        pull_all = jax.linear_transpose(tangents, floats, zeros)
+        grads, _ = pull_all((ones, chosen_leaves(update, floating_leaves(h))))
+        none = jax.tree.map(jnp.zeros_like, params)
+        return result, (replace_leaves(none, trained, grads), state)
 
     return value_and_grad
 
 
+class _Fork:
+    """The argument `fork` of one call of a loss function, which remembers the representation."""
+
+    def __init__(self, axis: Tasks, zeros: Sequence[Sequence[jax.Array]] | None) -> None:
+        """Adds to copy t the leaves `zeros[t]`, or nothing if it is None."""
+        self._axis, self._zeros = axis, zeros
+        self._trace = get_opaque_trace_state()
+        self._given: list[optax.Params] = []
+
+    def __call__(
+        self, representation: optax.Params
+    ) -> tuple[optax.Params, ...] | dict[str, optax.Params]:
+        # The representation would leak from an inner trace, and its gradient would be 0.
+        if get_opaque_trace_state() != self._trace:
+            raise ValueError(_INNER_TRACE)
+        self._given.append(representation)
+        held, floating = jax.lax.stop_gradient(representation), floating_leaves(representation)
+        leaves = chosen_leaves(held, floating)
+        copies = tuple(
+            replace_leaves(held, floating, map(jnp.add, leaves, row)) for row in self._zeros or ()
+        )
+        copies = copies or (held,) * self._axis.number
+        names = self._axis.names
+        return copies if names is None else dict(zip(names, copies, strict=True))
+
+    @property
+    def representation(self) -> optax.Params:
+        """What the loss function has given, in its only call."""
+        if len(self._given) != 1:
+            raise ValueError(
+                "fork_value_and_grad: loss_fn must call fork exactly once, it called it "
+                f"{len(self._given)} times. If each task has inputs of its own, fork one representation of "
+                'the concatenated batch; a tuple of representations needs a method with blocks="all".'
+            )
+        return self._given[0]
+
+
 def combine_cotangents(
     method: optax.GradientTransformation,
-    cotangents: tuple[optax.Updates, ...],
+    cotangents: Sequence[Sequence[jax.Array]],
     state: optax.OptState,
     representation: optax.Params,
     **extra_args: object,
@@ -194,13 +218,13 @@ def combine_cotangents(
 
     Args:
       method: any optax transformation that removes the task axis.
-      cotangents: T trees with the shapes of the representation.
+      cotangents: for each task, the cotangents of the floating leaves of the representation.
       state: the method's state.
       representation: the shared representation, which the method gets as `params`.
       **extra_args: the extra arguments of the method: `losses`, `active`, and others.
 
     Returns:
-      `(update, state)`: the update has the dtypes of the representation.
+      `(update, state)`: the update has the dtypes of the representation, and is 0 for integers.
 
     Raises:
       ValueError: if the method does not remove the task axis.
@@ -209,12 +233,15 @@ def combine_cotangents(
 
       >>> import jax.numpy as jnp, mtl_optax as mtl
       >>> method, h = mtl.sum_tasks(2), jnp.ones(3)
-      >>> combine_cotangents(method, (h, 2 * h), method.init(h), h)[0].tolist()
+      >>> combine_cotangents(method, ([h], [2 * h]), method.init(h), h)[0].tolist()
       [3.0, 3.0, 3.0]
     """
     # A method reads the T cotangents without a copy; any other transformation gets them stacked.
     gather = TaskRows if isinstance(method, Method) else jnp.stack
-    updates = jax.tree.map(lambda *rows: gather(rows), *cotangents)
+    floating = floating_leaves(representation)
+    none = jax.tree.map(lambda h: jnp.zeros(jnp.shape(h), jnp.float32), representation)
+    trees = [replace_leaves(none, floating, row) for row in cotangents]
+    updates = jax.tree.map(lambda *rows: gather(rows), *trees)
     update, state = optax.with_extra_args_support(method).update(
         updates, state, representation, **extra_args
     )
@@ -264,28 +291,32 @@ def tasks_of(
 
 
 def check_representation(representation: optax.Params) -> None:
-    """Raises if a leaf of the representation is not real floating point.
+    """Raises if a leaf of the representation is not a real number, or a representation has no gradients.
 
     Args:
       representation: any pytree of arrays or shapes.
 
+    Returns:
+      None.
+
     Raises:
-      TypeError: if a leaf is not real floating point; the message contains its path.
+      TypeError: if a leaf is complex or a key, or no leaf is floating point; the message contains its path.
 
     Example:
 
       >>> import jax.numpy as jnp
       >>> check_representation({"user": jnp.ones((8, 4))})
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(representation):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    leaves = jax.tree_util.tree_leaves_with_path(representation)
+    dtypes = [(path, jnp.result_type(leaf)) for path, leaf in leaves]
+    for path, dtype in dtypes:
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
             raise TypeError(
-                "fork: the representation must be real floating point; leaf "
-                f"{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}. Give integers to the heads "
-                "directly."
+                f"fork: the representation must be real numbers; leaf {where(path)} is {dtype}. Keep real "
+                "and imaginary part as two leaves, and give random keys to the heads directly."
             )
-
-
-def _copy(representation: optax.Params, zeros: optax.Params | None) -> optax.Params:
-    held = jax.lax.stop_gradient(representation)
-    return held if zeros is None else jax.tree.map(jnp.add, held, zeros)
+    if not any(jnp.issubdtype(dtype, jnp.floating) for _, dtype in dtypes):
+        found = ", ".join(f"{dtype} at {where(path)}" for path, dtype in dtypes[:3]) or "no arrays"
+        raise TypeError(
+            f"fork: no leaf of the representation is floating point, so it has no gradients; found {found}."
+        )

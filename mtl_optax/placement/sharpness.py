@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.validation import check_range
 
 Result = TypeVar("Result")
+Grads = TypeVar("Grads", bound=optax.Updates)
 
 
 def sharpness_aware(
-    value_and_grad: Callable[..., tuple[Result, Any]], radius: float, *, each_task: bool = False
-) -> Callable[..., tuple[Result, Any]]:
+    value_and_grad: Callable[..., tuple[Result, Grads]], radius: float, *, each_task: bool = False
+) -> Callable[..., tuple[Result, Grads]]:
     r"""Takes the gradient of each task at parameters that are moved uphill, as in SAM.
 
     With the gradients :math:`g_t` at the parameters :math:`\theta` and ``radius`` :math:`\rho`, all
@@ -58,13 +59,13 @@ def sharpness_aware(
 
     def sharp_value_and_grad(
         params: optax.Params, *args: object, **kwargs: object
-    ) -> tuple[Result, Any]:
+    ) -> tuple[Result, Grads]:
         losses, grads = value_and_grad(params, *args, **kwargs)
         num_tasks = jax.tree.leaves(grads)[0].shape[0]
         keep = task_tree.finite(grads, num_tasks)
         uphill = task_tree.remove_absent(grads, keep)
 
-        def gradients_towards(direction: optax.Updates) -> optax.Updates:
+        def gradients_towards(direction: Grads) -> Grads:
             norm = jnp.sqrt(task_tree.squared_norm(direction))
             step = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
             at = jax.tree.map(lambda p, d: p + (step * d).astype(p.dtype), params, direction)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, TypeAlias, TypeVar, get_args
+from functools import partial
+from typing import Concatenate, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,19 @@ from jax import lax
 
 from mtl_optax.core import task_tree
 from mtl_optax.core.method import Method
-from mtl_optax.core.rule import WeightRule
+from mtl_optax.core.pipeline import Pipeline
+from mtl_optax.core.rule import StepInputs, WeightRule
 from mtl_optax.core.state import BalanceState, check_fields
 from mtl_optax.core.types import Active
 from mtl_optax.core.validation import check_choice
 from mtl_optax.placement import per_example
 from mtl_optax.placement.factors import ExampleGradients
 from mtl_optax.placement.loss_vector import check_differentiable, check_tasks, split_result
-from mtl_optax.placement.products import NotTransposable, TaskGradients
+from mtl_optax.placement.products import TaskGradients
 from mtl_optax.placement.pull_back import (
     Mode,
-    Pullback,
     chosen_leaves,
-    pull_each,
+    floating_leaves,
     replace_leaves,
     vjp_of_losses,
 )
@@ -32,7 +33,8 @@ from mtl_optax.placement.pull_back import (
 Params = TypeVar("Params")
 Result = TypeVar("Result")
 # The leaves of an update, the new state, and which tasks went into the update.
-Step: TypeAlias = tuple[list[jax.Array], BalanceState, jax.Array]
+Found: TypeAlias = tuple[list[jax.Array], BalanceState, jax.Array]
+WeightMode: TypeAlias = Mode | Literal["products", "examples"]
 
 # "auto" holds no gradients if T of them would take at least this many bytes.
 _LARGE = 2**30
@@ -43,8 +45,8 @@ def weighted_value_and_grad(
     method: Method,
     has_aux: bool = False,
     *,
-    weights_from: Callable[[tuple[Any, ...], Any], bool] | optax.Params | None = None,
-    mode: Mode | Literal["products", "examples"] = "auto",
+    weights_from: Callable[[tuple[object, ...], jax.Array], bool] | optax.Params | None = None,
+    mode: WeightMode = "auto",
 ) -> Callable[..., tuple[Result, tuple[Params, BalanceState]]]:
     """Computes the update of a weighting method on the parameters, with fewer passes or less memory.
 
@@ -83,29 +85,20 @@ def weighted_value_and_grad(
       has_aux: whether `loss_fn` returns auxiliary data as well.
       weights_from: the leaves whose gradients the method looks at: a callable `(path, leaf) -> bool`, or a
         tree of booleans that is a prefix of `params`. None is all of them.
-      mode: "unroll", "vmap" and "map", as in `per_task_value_and_grad`, hold T gradients of the chosen
-        leaves and take T backward passes. "products" holds none, for T + 1 backward passes, and for methods
-        that need the Gram matrix T - 1 forward passes of tangents. On a CPU (a dense network of 25 MB,
-        `upgrad`, T = 2, 8) a step took 1.4 and 1.5 times as long as with "map", and 16 MB instead of 57 and
-        208 MB of temporary memory beyond the plain step's, whatever the number of tasks; methods on norms
-        took 1.1 times as long.
+      mode: how the weights are found.
+
+        "unroll", "vmap" and "map" hold T gradients of the chosen leaves, and execute the backward passes as
+        in `per_task_value_and_grad`.
+
+        "products" holds none. It takes T + 1 backward passes and, for methods that need the Gram matrix,
+        T - 1 forward passes of tangents (docs/recipes/large_models.md).
 
         "auto" is "products" if T gradients of the chosen leaves are 1 GiB or more, no array is float16, and
-        JAX can transpose the backward pass; else it holds the gradients as `per_task_value_and_grad` does.
-        The size is that of the arrays as this function sees them, before a mesh divides them: pass a mode
-        if you know what fits.
+        JAX can transpose the backward pass; else it holds the gradients.
 
-        With "products", norms are summed in float32 at least. The inner products of two tasks come from a
-        forward pass in the model's own arithmetic: in a bfloat16 transformer, cosines differed by 0.0005
-        from those of the stacked gradients, which differ by 0.0004 from float32. Float32 products of the
-        gradients would need two of them in memory. The range of float16 is too small. With `weights_from`,
-        a task that is not finite outside the chosen leaves is left out of all leaves.
-
-        With "examples", every array in `args` and `kwargs` has T examples along its first axis, and so do
-        auxiliary data. `loss_fn`, which returns `[B]` for B examples, is called on batches of one under
-        `vmap`: batch normalisation in training mode would see one example. A step took 1.0 to 1.5 times as
-        long as a plain one, besides the method's solver (four dense layers of 512, T = 64 and 256).
-        Gradients that are no products (of biases, scales, convolutions) are stored. Call it in `jax.jit`.
+        "examples" takes about one backward pass. Every array in `args` and `kwargs` has T examples along
+        its first axis, and so do auxiliary data. `loss_fn`, which returns `[B]` for B examples, is called
+        on batches of one under `vmap`. Call it in `jax.jit` (docs/recipes/examples_as_tasks.md).
 
     Returns:
       A function `fn(params, state, *args, active=None, extra_args=None, **kwargs)` that returns `(losses,
@@ -152,104 +145,130 @@ def weighted_value_and_grad(
         extra_args: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> tuple[Result, tuple[Params, BalanceState]]:
-        check_differentiable("weighted_value_and_grad", params)
-        losses, result, gradients, pullback = _differentiate(
-            loss_fn, method, has_aux, mode, params, args, kwargs
+        check_differentiable("weighted_value_and_grad", params, integers=True)
+        floating = floating_leaves(params)
+        floats = [jnp.asarray(leaf) for leaf in chosen_leaves(params, floating)]
+
+        def of_floats(floats: list[jax.Array], *args: object, **kwargs: object) -> Result:
+            return loss_fn(replace_leaves(params, floating, floats), *args, **kwargs)
+
+        losses, result, gradients = _differentiate(
+            of_floats, method, has_aux, mode, floats, args, kwargs
         )
         check_tasks("weighted_value_and_grad", result, has_aux, method.tasks)
         inputs = pipeline.read(state, losses, active, extra_args=extra_args)
         inputs = inputs.restrict(jnp.isfinite(losses))
         check_fields(method.name, method.rule, state, ())
-        chosen = _mask(params, weights_from)
-        everything, others = [True] * len(chosen), [not here for here in chosen]
 
-        def by_products(state: BalanceState) -> Step:
-            """Computes new weights from norms or products of gradients that are not held."""
-            if "gram" in method.needs:
-                found = gradients.gram_matrix(chosen, inputs.dtype)
-            else:
-                found = gradients.squared_norms(chosen)
-            measured = pipeline.measured(inputs, found[None])
-            state = pipeline.weigh(state, inputs, measured)
-            weights = pipeline.applied_weights(state)[0]
-            update, went_in = gradients.weighted_sum(
-                weights, measured.active, everything, finite=all(chosen)
-            )
-            return update, state, went_in
-
-        def by_gradients(state: BalanceState) -> Step:
-            """Computes new weights, and the weighted sum of the gradients from which they follow."""
-            assert pullback is not None and mode != "products" and mode != "examples"
-            grads = pull_each(pullback, losses, mode, lambda grads: chosen_leaves(grads[0], chosen))
-            blocks = task_tree.assign_blocks(grads, "all")
-            measured = pipeline.measure(grads, blocks, inputs, cosines="gram" in method.needs)
-            state, went_in = pipeline.weigh(state, inputs, measured), measured.active
-            update = task_tree.combine(grads, pipeline.applied_weights(state), went_in, blocks)
-            if not all(chosen):
-                rest, went_in = gradients.weighted_sum(state.weights[0], went_in, others)
-                merged = replace_leaves(replace_leaves(params, chosen, update), others, rest)
-                update = jax.tree.leaves(merged)
-            return update, state, went_in
-
-        def fresh(state: BalanceState) -> Step:
-            if mode in ("products", "examples"):
-                return by_products(state)
-            if mode != "auto" or not _are_large(params, chosen, losses):
-                return by_gradients(state)
-            try:
-                return by_products(state)
-            except NotTransposable:
-                return by_gradients(state)
-
-        def kept(state: BalanceState) -> Step:
-            update, went_in = gradients.weighted_sum(state.weights[0], inputs.active, everything)
-            return update, state, went_in
-
-        if method.options.always_due:
-            leaves, state, went_in = fresh(state)
+        chosen = _chosen(params, floating, weights_from)
+        step = _Step(pipeline, inputs, gradients, chosen)
+        if _holds_no_gradients(mode, step, floats):
+            fresh = partial(_weigh_products, step)
         else:
-            due = pipeline.due(state, inputs.active)
-            leaves, state, went_in = lax.cond(due, fresh, kept, state)
-        update = jax.tree.structure(params).unflatten(leaves)
-        return result, (update, pipeline.finish(state, inputs, went_in))
+            fresh = partial(_weigh_gradients, step, cast(Mode, mode))
+        kept = partial(_keep_weights, step)
+        if method.options.always_due:
+            leaves, state, summed = fresh(state)
+        else:
+            leaves, state, summed = lax.cond(pipeline.due(state, inputs.active), fresh, kept, state)
+        update = replace_leaves(jax.tree.map(jnp.zeros_like, params), floating, leaves)
+        return result, (update, pipeline.finish(state, inputs, summed))
 
     return value_and_grad
 
 
+class _Step(NamedTuple):
+    """What is known of a step before its weights.
+
+    Attributes:
+      pipeline: the stages of the method.
+      inputs: the record that the rule reads, still without norms.
+      gradients: those of the losses, which are computed when they are asked for.
+      chosen: for every leaf, whether the method looks at its gradient.
+    """
+
+    pipeline: Pipeline
+    inputs: StepInputs
+    gradients: TaskGradients | ExampleGradients
+    chosen: list[bool]
+
+
+def _weigh_products(step: _Step, state: BalanceState) -> Found:
+    """Computes new weights from norms or inner products, and one backward pass with these weights."""
+    pipeline, inputs, gradients, chosen = step
+    if "gram" in pipeline.rule.needs:
+        products = gradients.gram_matrix(chosen, inputs.dtype)
+    else:
+        products = gradients.squared_norms(chosen)
+    measured = pipeline.measured(inputs, products[None])
+    state = pipeline.weigh(state, inputs, measured)
+    weights, everything = pipeline.applied_weights(state)[0], [True] * len(chosen)
+    update, summed = gradients.weighted_sum(
+        weights, measured.active, everything, finite=all(chosen)
+    )
+    return update, state, summed
+
+
+def _weigh_gradients(step: _Step, mode: Mode, state: BalanceState) -> Found:
+    """Computes new weights and their sum from T gradients, and the other leaves by one backward pass."""
+    pipeline, inputs, gradients, chosen = step
+    assert isinstance(gradients, TaskGradients)
+    grads = gradients.stack(chosen, mode)
+    blocks = task_tree.assign_blocks(grads, "all")
+    measured = pipeline.measure(grads, blocks, inputs, cosines="gram" in pipeline.rule.needs)
+    state = pipeline.weigh(state, inputs, measured)
+    update = task_tree.combine(grads, pipeline.applied_weights(state), measured.active, blocks)
+    if all(chosen):
+        return update, state, measured.active
+    others = [not here for here in chosen]
+    rest, summed = gradients.weighted_sum(state.weights[0], measured.active, others)
+    parts = {True: iter(update), False: iter(rest)}
+    return [next(parts[here]) for here in chosen], state, summed
+
+
+def _keep_weights(step: _Step, state: BalanceState) -> Found:
+    """Takes one backward pass with the stored weights."""
+    _, inputs, gradients, chosen = step
+    update, summed = gradients.weighted_sum(state.weights[0], inputs.active, [True] * len(chosen))
+    return update, state, summed
+
+
+def _holds_no_gradients(mode: WeightMode, step: _Step, leaves: list[jax.Array]) -> bool:
+    """Whether the weights come from products of gradients that are not held; decides "auto"."""
+    gradients, chosen = step.gradients, step.chosen
+    if mode != "auto" or isinstance(gradients, ExampleGradients):
+        return mode in ("products", "examples")
+    read = chosen_leaves(leaves, chosen)
+    size = gradients.losses.shape[0] * sum(x.size * x.dtype.itemsize for x in read)
+    is_half = any(x.dtype == jnp.float16 for x in (gradients.losses, *read))
+    if size < _LARGE or is_half:
+        return False
+    return "gram" not in step.pipeline.rule.needs or gradients.can_multiply(chosen)
+
+
 def _differentiate(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Result],
     method: Method,
     has_aux: bool,
-    mode: str,
-    params: object,
+    mode: WeightMode,
+    params: list[jax.Array],
     args: tuple[object, ...],
     kwargs: dict[str, object],
-) -> tuple[jax.Array, Any, TaskGradients | ExampleGradients, Pullback | None]:
-    """Returns the losses `[T]`, the result of `loss_fn`, the gradients that are not held, and a pullback.
-
-    With "examples" there is no pullback.
-    """
+) -> tuple[jax.Array, Result, TaskGradients | ExampleGradients]:
+    """Returns the losses `[T]`, the result of `loss_fn`, and the gradients."""
     axis_name = method.options.axis_name
     if mode == "examples":
         batch = per_example.check_examples(method.num_tasks, args, kwargs)
         loss = per_example.loss_of_example(loss_fn, has_aux)
         losses, aux, factors = per_example.gradients_in_factors(loss, params, batch)
-        result = (losses, aux) if has_aux else losses
-        return losses, result, ExampleGradients(factors, axis_name), None
+        result = cast(Result, (losses, aux) if has_aux else losses)
+        return losses, result, ExampleGradients(factors, axis_name)
     losses, pullback, result = vjp_of_losses(
         lambda params: split_result(loss_fn(params, *args, **kwargs), has_aux), params
     )
     if mode in ("vmap", "map"):
         pullback = pullback._replace(apart=False)
-    return losses, result, TaskGradients(pullback, losses, axis_name), pullback
-
-
-def _are_large(params: object, chosen: Sequence[bool], losses: jax.Array) -> bool:
-    """Whether "auto" uses products, because T gradients of the chosen leaves are large."""
-    leaves = chosen_leaves(params, chosen)
-    size = losses.shape[0] * sum(jnp.size(x) * jnp.result_type(x).itemsize for x in leaves)
-    is_half = any(jnp.result_type(x) == jnp.float16 for x in (losses, *leaves))
-    return size >= _LARGE and not is_half
+    return losses, result, TaskGradients(pullback, losses, axis_name)
 
 
 def _check_method(method: object) -> None:
@@ -272,18 +291,20 @@ def _check_method(method: object) -> None:
         )
 
 
-def _mask(params: object, weights_from: object) -> list[bool]:
-    """Returns for every leaf whether the method looks at its gradient."""
+def _chosen(params: object, floating: Sequence[bool], weights_from: object) -> list[bool]:
+    """Returns for every floating leaf whether the method looks at its gradient."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if weights_from is None:
-        return [True] * len(leaves)
+        return [True] * sum(floating)
     if callable(weights_from):
         mask = [bool(weights_from(path, leaf)) for path, leaf in leaves]
     else:
         spread = lambda flag, part: jax.tree.map(lambda _: bool(flag), part)  # noqa: E731
         mask = jax.tree.leaves(jax.tree.map(spread, weights_from, params))
+    mask = [here for here, is_float in zip(mask, floating, strict=True) if is_float]
     if not any(mask):
         raise ValueError(
-            f"weighted_value_and_grad: weights_from chooses none of the {len(leaves)} leaves of params."
+            f"weighted_value_and_grad: weights_from chooses none of the {len(mask)} leaves of params that "
+            "have gradients."
         )
     return mask

@@ -507,15 +507,32 @@ def test_unknown_number_of_tasks_is_refused():
         mtl.fork(method, mtl.fork_init(method, h), h)
 
 
-def test_integer_representation_is_refused():
+def test_integers_of_the_representation_reach_the_heads():
+    method = mtl.mgda(2)
+    ids = jnp.array([2, 0])
+
+    def loss_fn(w, carrier):
+        copies, token = mtl.fork(method, carrier, {"dense": w**2, "ids": ids})
+        a, b = (copy["dense"][copy["ids"]] for copy in copies)
+        return mtl.join((a.sum(), -b[1]), token)
+
+    w = jnp.arange(1.0, 4.0)
+    carrier = mtl.fork_init(method, {"dense": w, "ids": ids})
+    gradient, carrier = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))(w, carrier)
+    # The shortest combination of the cotangents [1, 0, 1] and [-1, 0, 0].
+    np.testing.assert_allclose(carrier.weights[0], [0.4, 0.6], 1e-5)
+    np.testing.assert_allclose(gradient, 2 * w * jnp.array([-0.2, 0.0, 0.4]), 1e-5)
+
+
+def test_a_representation_without_gradients_is_refused():
     method = mtl.sum_tasks(2)
-    h = {"dense": jnp.ones(2), "ids": jnp.ones(2, jnp.int32)}
-    message = (
-        "fork: the representation must be real floating point; leaf ['ids'] is int32. Give integers "
-        "to the heads directly."
-    )
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-        mtl.fork(method, mtl.fork_init(method, h), h)
+    for h, found in [
+        ({"ids": jnp.ones(2, jnp.int32)}, "no leaf .* floating point, .* found int32 at .'ids'."),
+        ({"key": jax.random.key(0), "h": jnp.ones(2)}, "leaf .'key'. is key<.*to the heads"),
+        ({"f": jnp.ones(2, complex)}, "leaf .'f'. is complex.* as two leaves"),
+    ]:
+        with pytest.raises(TypeError, match=f"^fork: .*{found}"):
+            mtl.fork(method, (), h)
 
 
 def test_wrong_number_of_losses_is_refused():

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from method_properties import make
 from optax.experimental import aggregating
 from placement_problem import (
     BATCH,
@@ -837,17 +838,44 @@ def test_losses_of_other_names_are_refused():
         mtl.fork_value_and_grad(loss_fn, method)(jnp.ones(()), method.init(jnp.ones(())))
 
 
-def test_integers_are_refused():
-    method = mtl.sum_tasks(2)
-    h = {"dense": jnp.ones(2), "ids": jnp.ones(2, jnp.int32)}
-    message = (
-        "fork: the representation must be real floating point; leaf ['ids'] is int32. Give integers "
-        "to the heads directly."
-    )
-    fn = mtl.fork_value_and_grad(
-        lambda w, fork: jnp.stack([copy["dense"].sum() for copy in fork(h)]) * w, method
-    )
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-        fn(jnp.ones(()), method.init(h))
-    with pytest.raises(TypeError, match=r"cannot differentiate with respect to the leaf \['ids'\]"):
-        mtl.fork_value_and_grad(lambda h, fork: fork(h["dense"]), method)(h, method.init(h))
+@pytest.mark.parametrize(
+    "name", sampled(["metabalance", "mgda", "moco", "pcgrad"], ["metabalance"])
+)
+def test_leaves_that_are_not_floats_are_left_alone(name):
+    """Integers and booleans among the parameters and in the representation (here a graph)."""
+    blocks = {} if name in ("moco", "pcgrad") else {"blocks": "all"}
+    method = make(name, 2, **blocks)
+    edges, mask = jnp.array([1, 0, 2]), jnp.array([True, False, True])
+    params = {"w": jnp.array([1.0, -2.0, 3.0]), "edges": edges, "steps": jnp.uint32(2**30 + 1)}
+
+    def loss_fn(params, fork, whole):
+        h = params["w"] ** 2
+        h = {"nodes": h, "edges": params["edges"], "mask": mask} if whole else h
+        losses = []
+        for copy, scale in zip(fork(h), (1.0, -3.0), strict=True):
+            nodes = copy["nodes"] if whole else copy
+            to, here = (copy["edges"], copy["mask"]) if whole else (edges, mask)
+            losses.append((nodes * nodes[to] * here * scale).sum())
+        return tuple(losses)
+
+    fn = jax.jit(mtl.fork_value_and_grad(loss_fn, method), static_argnums=2)
+    graph = {"nodes": params["w"], "edges": edges, "mask": mask}
+    got = fn(params, method.init(graph), True)
+    want = fn(params, method.init(params["w"]), False)
+    np.testing.assert_allclose(got[0], want[0])
+    np.testing.assert_allclose(got[1][0]["w"], want[1][0]["w"], 1e-6)
+    assert got[1][0]["steps"].dtype == jnp.uint32 and got[1][0]["edges"].dtype == edges.dtype
+    moved = optax.apply_updates(params, got[1][0])
+    np.testing.assert_array_equal(moved["edges"], edges)
+    assert moved["steps"] == params["steps"] and not np.allclose(moved["w"], params["w"])
+
+
+def test_what_has_no_gradient_is_refused():
+    method, w = mtl.sum_tasks(2), jnp.ones(2)
+    fn = mtl.fork_value_and_grad(lambda w, fork: [w[0] * c[1] for c in fork(jnp.arange(2))], method)
+    with pytest.raises(TypeError, match="no leaf of the representation is floating point"):
+        fn(w, method.init(w))
+    fn = mtl.fork_value_and_grad(lambda p, fork: [c.sum() for c in fork(p["w"])], method)
+    for wrong in (jnp.ones(2, complex), jax.random.key(0)):
+        with pytest.raises(TypeError, match=r"\['x'\]"):
+            fn({"w": w, "x": wrong}, method.init(w))

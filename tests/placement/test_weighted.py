@@ -1,8 +1,10 @@
 """Per-task gradients of a part of the parameters, or on some of the steps."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sampling import sampled
 
@@ -258,3 +260,31 @@ def test_after_freezing_a_step_runs_one_backward_pass():
         update,
         jax.grad(weighted)(PARAMS),
     )
+
+
+@pytest.mark.parametrize("mode", sampled(["auto", "map", "products", "examples"], ["products"]))
+def test_integers_of_the_parameters_are_left_alone(mode):
+    """Also if `weights_from` names them; their update is 0 in their own dtype."""
+    params = {"ids": jnp.array([2, 0, 0]), "w": jnp.arange(1.0, 4.0), "table": jnp.ones((T, 2))}
+    floats = {"w": params["w"], "table": params["table"]}
+    method = mtl.mgda(T, update_every=2)
+
+    def losses_of(params, x):
+        rows = params["table"] * params["w"][:, None]
+        return ((x @ rows[params["ids"]].T) ** 2 + x[:, :1]).mean(axis=1)
+
+    def step(losses_of, params, chosen):
+        fn = mtl.weighted_value_and_grad(losses_of, method, mode=mode, weights_from=chosen)
+        return jax.jit(fn)(params, method.init(params), jnp.eye(T, 2) + 1)[1]
+
+    update, state = step(losses_of, params, {"ids": True, "w": True, "table": False})
+    moved = optax.apply_updates(params, update)
+    assert update["ids"].dtype == params["ids"].dtype
+    np.testing.assert_array_equal(moved["ids"], params["ids"])
+    expected, alone = step(
+        lambda floats, x: losses_of({**params, **floats}, x), floats, {"w": True, "table": False}
+    )
+    chex.assert_trees_all_close({name: update[name] for name in floats}, expected, rtol=1e-5)
+    np.testing.assert_allclose(state.weights, alone.weights, 1e-5)
+    with pytest.raises(ValueError, match=r"none of the 2 leaves .* that have gradients"):
+        step(losses_of, params, {"ids": True, "w": False, "table": False})

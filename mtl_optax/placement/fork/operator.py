@@ -13,10 +13,11 @@ encoded as a *carrier*, see `carrier.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.custom_derivatives import SymbolicZero
 
@@ -24,6 +25,7 @@ from mtl_optax.core.types import Active, Losses
 from mtl_optax.core.validation import Tasks, task_vector
 from mtl_optax.placement.fork.carrier import encode_state, fork_state
 from mtl_optax.placement.loss_vector import loss_vector
+from mtl_optax.placement.pull_back import chosen_leaves, floating_leaves, replace_leaves
 from mtl_optax.placement.representation import check_representation, combine_cotangents, tasks_of
 
 Representation = TypeVar("Representation", bound=optax.Params)
@@ -60,7 +62,7 @@ def fork(
         arguments `losses` and `active`. Wrap a transformation that rejects unknown arguments in
         `drop_extra_args(method, "losses", "active")`.
       carrier: from `fork_init(method, h)`, or from the last step.
-      representation: h, any pytree of arrays.
+      representation: h, any pytree of arrays. Integers are copied, and the method sees zeros for them.
       tasks: T; needed only for a transformation that contains no `Method`.
 
     Returns:
@@ -69,7 +71,7 @@ def fork(
       method on T arrays of the size of the representation, which are not stacked.
 
     Raises:
-      TypeError: if the representation contains integers; pass these to the heads directly.
+      TypeError: if a leaf of the representation is complex or a key, or no leaf is floating point.
       ValueError: if the carrier does not match, the number of tasks is unknown, the method needs losses
         and they were not joined, or the method does not remove the task axis.
 
@@ -165,37 +167,40 @@ def _fork_bwd(
     held: Callable[[], optax.GradientTransformation],
     num_tasks: int,
     residuals: tuple[optax.Params, optax.OptState],
-    cotangents: tuple[tuple[Any, ...], Any],
+    cotangents: tuple[tuple[optax.Updates, ...], jax.Array | SymbolicZero],
 ) -> tuple[optax.Updates, optax.OptState]:
     method = held()
     representation, carrier = residuals
     copies, slots = cotangents
-    is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
-    copies = tuple(
-        jax.tree.map(
-            lambda c, r: jnp.zeros_like(r) if is_zero(c) else c,
-            copy,
-            representation,
-            is_leaf=is_zero,
-        )
+    floating = floating_leaves(representation)
+    rows = [
+        [
+            jnp.zeros_like(primal) if isinstance(leaf, SymbolicZero) else leaf
+            for leaf, primal in zip(
+                chosen_leaves(copy, floating), chosen_leaves(representation, floating), strict=True
+            )
+        ]
         for copy in copies
-    )
+    ]
     state = fork_state(method, carrier, representation)
     given: dict[str, jax.Array] = {}
-    if not is_zero(slots):
+    if not isinstance(slots, SymbolicZero):
         losses, present, joined = slots
         # `joined` counts the joins. It is 0 if the join was not differentiated, and the losses are
         # unknown. The cotangents of losses that are joined twice have been added, so the sum is divided.
         given["losses"] = jnp.where(joined > 0, losses / jnp.maximum(joined, 1), jnp.nan)
         given["active"] = (present > 0) | (joined <= 0)
     try:
-        update, state = combine_cotangents(method, copies, state, representation, **given)
+        update, state = combine_cotangents(method, rows, state, representation, **given)
     except ValueError as error:
         if not given:
             error.add_note(
                 "fork: the method was not given the losses: differentiate join(losses, token)."
             )
         raise
+    # Integers have cotangents of dtype `float0`.
+    none = jax.tree.map(lambda h: np.zeros(h.shape, jax.dtypes.float0), representation)
+    update = replace_leaves(none, floating, chosen_leaves(update, floating))
     return update, encode_state(state)
 
 
