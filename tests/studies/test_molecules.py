@@ -275,6 +275,11 @@ def test_sentences_and_ranks_follow_from_the_numbers():
 # --- files and the command --------------------------------------------------------------------------
 
 
+def test_a_colour_of_the_picture_stands_for_one_thing():
+    colors = [*report.BASELINES.values(), *report.PLACES.values()]
+    assert len(set(colors)) == len(colors)
+
+
 def test_a_line_that_was_not_finished_is_trained_again(tmp_path, capsys):
     store = Store(tmp_path, TINY, resume=False)
     store.add(result(SUM, 0, 1e-3, [[0.5]], [[0.25]]))

@@ -81,7 +81,10 @@ def draw(path: Path, curves: Curves, what: str, memory: str) -> None:
                 panel.set_xticks(ticks, [f"{size:g}" for size in ticks])
                 panel.minorticks_off()
             panels[0].set(title=title, yscale="log")
-            panels[1].set(yscale="symlog")
+            least = min(
+                (m for points in column.values() for *_, m in points if m is not None), default=0
+            )
+            panels[1].set(yscale="log" if least > 0 else "symlog")  # beyond plain it may be below 0
         grid[0, 0].set_ylabel("step time / plain")
         grid[1, 0].set_ylabel(memory)
         figure.legend(handles.values(), handles, loc="outside right upper", fontsize="small")

@@ -290,6 +290,11 @@ def csv_lines(rows: Mapping[str, Row]) -> str:
     return csv_of(HEADER, found)
 
 
+# No baseline has the colour of a place.
+PLACES = {"losses": "tab:green", "representation": "tab:blue", "parameters": "tab:red"}
+BASELINES = {ALONE: "tab:purple", LOG_ALONE: "tab:pink", SUM: "tab:orange", LOG_SUM: "tab:brown"}
+
+
 def draw(summary: Summary, path: Path) -> None:
     """Quality against the number of runs: the curve of a search, and one point for every method."""
     mean = {name: gain.mean() for name, gain in summary.gains.items()}
@@ -303,24 +308,23 @@ def draw(summary: Summary, path: Path) -> None:
                 label = "search over fixed weights" + ", log of the sum" * log
                 runs = [summary.rows[n].runs for n in curve]
                 axes.errorbar(runs, of_curve[0], of_curve[1], color=style, marker="o", label=label)
-        for name in (ALONE, LOG_ALONE, SUM, LOG_SUM):
+        for name, color in BASELINES.items():
             if name in mean:
                 runs = summary.rows[name].runs
-                axes.errorbar(runs, mean[name], error[name], fmt="s", label=name, markersize=7)
-        colors = {"losses": "tab:green", "representation": "tab:blue", "parameters": "tab:red"}
+                axes.errorbar(runs, mean[name], error[name], fmt="s", color=color, label=name)
         methods = [name for name in summary.rows if name in METHODS]
-        for place, color in colors.items():
-            of_place = [name for name in methods if _place(name) == place]
-            offset = 1.0 + 0.12 * list(colors).index(place)
-            values = [mean[name] for name in of_place]
-            axes.plot([offset] * len(values), values, "_", color=color, markersize=14, mew=2,
-                      label=f"one run of a method on the {place}")  # fmt: skip
         # A method that fails would flatten the rest of the picture.
         top = 1.3 * max(mean[name] for name in mean if name not in METHODS)
         beyond = [f"{name} {mean[name]:+.0f} %" for name in methods if mean[name] > top]
         if beyond:
-            axes.set_ylim(top=top)
             axes.set_title(f"above the picture: {', '.join(beyond)}", fontsize=9)
+        methods = [name for name in methods if mean[name] <= top]
+        colors = {p: c for p, c in PLACES.items() if p in map(_place, methods)}
+        for place, color in colors.items():
+            values = [mean[name] for name in methods if _place(name) == place]
+            offset = 1.0 + 0.12 * list(PLACES).index(place)
+            axes.plot([offset] * len(values), values, "_", color=color, markersize=14, mew=2,
+                      label=f"one run of a method on the {place}")  # fmt: skip
         shown = [n for p in colors for n in [m for m in methods if _place(m) == p][:2]]
         last = -np.inf
         low, high = axes.get_ylim()
@@ -331,7 +335,8 @@ def draw(summary: Summary, path: Path) -> None:
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xscale="log", xlabel="networks trained (each at all learning rates)",
                  ylabel="delta-m in % (lower is better)")  # fmt: skip
-        ticks = [1, 2, 4, 8, NUM_TASKS, 16, 32, 64]
+        most = max(row.runs for row in summary.rows.values())
+        ticks = [runs for runs in (1, 2, 4, 8, NUM_TASKS, 16, 32, 64) if runs <= most]
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
         axes.legend(fontsize=8)
