@@ -12,7 +12,7 @@ import pytest
 from sampling import sampled
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import growth, hlo, methods, peers, places, ways
+from examples.studies.benchmarks import clients, growth, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
 from examples.studies.benchmarks.report import Row, curves_of, draw
@@ -48,6 +48,17 @@ def test_the_table_of_all_sections_is_written(tmp_path, capsys):
     table = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out == table + "\n"
     assert "| map memory |" in table
+
+
+@pytest.mark.slow
+def test_clients_are_measured_where_they_are_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clients, "WIDTH", 4)
+    installed = clients.CLIENTS["a network of Flax NNX"]
+    missing = ("flax", "no_such_module", installed[2])
+    monkeypatch.setattr(clients, "CLIENTS", {"here": installed, "not here": missing})
+    assert clients.main(["--quick", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "clients.md").read_text()
+    assert "| here | flax " in table and "not here" not in table
 
 
 def test_peers_are_measured_where_they_are_installed():

@@ -23,6 +23,7 @@ PROGRAMS = [
     "studies.emtl.__main__",
     "studies.physics.__main__",
     "studies.benchmarks.__main__",
+    "studies.benchmarks.clients",
     "studies.benchmarks.growth",
     "studies.benchmarks.tpu",
     "studies.benchmarks.ways",
