@@ -251,6 +251,8 @@ def _of_states(states: list[BalanceState]) -> np.ndarray:
             products = _products(state.norms, state.cosine)
         else:
             continue
+        # The trainings of a vmap over seeds count like blocks.
+        products = products.reshape(-1, *products.shape[-2:])
         shared = np.sum(np.diagonal(products, axis1=1, axis2=2) > 0, axis=1) > 1
         return products[shared].sum(axis=0)
     return np.zeros((0, 0))

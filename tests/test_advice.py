@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,6 +100,14 @@ def test_several_tensors_count_together():
     advice = mtl.advise(measured(grads, tasks=2))
     assert advice.norm_ratios == pytest.approx({0: 1, 1: 2})
     assert advice.smallest_cosine == pytest.approx((18 - 32) / 50)
+
+
+@pytest.mark.parametrize("method", [mtl.mgda, partial(mtl.sum_tasks, measure=True)])
+def test_the_seeds_of_a_vmap_count_together(method):
+    tx, params = method(2), jnp.zeros(2)
+    several = jnp.stack([jnp.diag(jnp.array(norms)) for norms in ((3.0, 6.0), (4.0, 8.0))])
+    state = jax.vmap(lambda grads: tx.update(grads, tx.init(params), params)[1])(several)
+    assert mtl.advise(state).norm_ratios == pytest.approx({0: 1, 1: 2})
 
 
 @pytest.mark.parametrize("method", [mtl.mgda, mtl.inverse_norm])
