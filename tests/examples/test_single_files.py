@@ -124,12 +124,14 @@ def keras_jax(monkeypatch):
         yield load("keras_jax")
 
 
+@pytest.mark.slow
 def test_keras_prints_what_the_docstring_shows(keras_jax, capsys):
     keras_jax.main(examples=400, epochs=2)
     printed = capsys.readouterr().out.splitlines()
     assert list(map(without_numbers, printed)) == list(map(without_numbers, shown(keras_jax)))
 
 
+@pytest.mark.slow
 def test_a_keras_model_keeps_the_state_of_its_method(keras_jax, tmp_path):
     module = keras_jax
     x, y = module.made_data(256)
