@@ -51,8 +51,8 @@ def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 def curves_of(points: Iterable[tuple[str, str, float, float, float | None]]) -> Curves:
     """The curves of points: a column, a name, how far it has grown, time and memory."""
     curves: Curves = {}
-    for column, name, *point in points:
-        curves.setdefault(column, {}).setdefault(name, []).append(tuple(point))
+    for column, name, size, ratio, memory in points:
+        curves.setdefault(column, {}).setdefault(name, []).append((size, ratio, memory))
     return curves
 
 
