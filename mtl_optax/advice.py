@@ -121,7 +121,7 @@ def advise(
       >>> print(mtl.advise(state, tx))
       Ratios of gradient norms: click 1, spend 40; smallest cosine 0.00.
       The gradient of spend is 40 times that of click, and all tasks count: compare inverse_norm, imtl_g
-      or nash_mtl with the sum; scale_invariant and uncertainty need the losses alone.
+      or mgda with the sum; scale_invariant and uncertainty need the losses alone.
       >>> mtl.advise(state, tx, target="click").action
       'balance'
     """
@@ -162,7 +162,7 @@ def _for_all(
     if ratios[most] > LARGEST_RATIO:
         return "balance", (
             f"The gradient of {most} is {ratios[most]:.3g} times that of {least}, and all tasks count: "
-            "compare inverse_norm, imtl_g or nash_mtl with the sum; scale_invariant and uncertainty need "
+            "compare inverse_norm, imtl_g or mgda with the sum; scale_invariant and uncertainty need "
             "the losses alone."
         )
     one, other = divmod(int(np.argmin(cosines)), len(tasks))
