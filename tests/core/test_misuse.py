@@ -603,7 +603,8 @@ def test_parameters_without_a_gradient():
     assert message(TypeError, lambda: mtl.per_task_value_and_grad(loss_fn)(params)) == expected
     weighted = mtl.weighted_value_and_grad(loss_fn, mtl.mgda(3))
     state = mtl.mgda(3).init({"w": jnp.ones(3)})
-    assert "leaf ['count'] of uint32" in message(TypeError, lambda: weighted(params, state))
+    wrong = {"w": jnp.ones(3), "count": jax.random.key(0)}
+    assert "leaf ['count'] of key" in message(TypeError, lambda: weighted(wrong, state))
     split = mtl.split_value_and_grad(lambda p: p["w"], lambda heads, h: heads * h)
     assert "leaf ['count'] of uint32" in message(TypeError, lambda: split(params, jnp.ones(3)))
 
