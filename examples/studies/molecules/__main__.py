@@ -6,7 +6,7 @@ download. With --all: every arm, and a search over 64 weightings.
 
 With --network messages: the same for a network that passes messages between the atoms. On a CPU it has
 4,000 molecules and 1,500 steps, and a search over 4 weightings: 20 networks, those for each property alone
-among them, at 2 learning rates, are 40 runs of about half a minute of processor time. On an accelerator,
+among them, at 3 learning rates, are 60 runs of 30 to 45 seconds of processor time. On an accelerator,
 and with --large, it has 100,000 molecules and 50,000 steps.
 
 Every arm is trained with the same learning rates, of which the validation molecules choose.
