@@ -7,11 +7,11 @@ nearly give the energies, and not the dipole moment. Nash-MTL on the representat
 and favours the energies, at some cost to the dipole moment. "all" is the mean change of the absolute errors
 against a network for each property. One start, one learning rate. QM9 (104 MB) is fetched once.
 
-Prints, after about 35 seconds of processor time on two CPU cores:
+Prints, after about 37 seconds of processor time on two CPU cores (the last digit depends on the machine):
 
     each property alone  mu 0.397  homo 0.298  u0 0.025  cv 0.071  all:   0 %
     plain sum            mu 0.403  homo 0.318  u0 0.040  cv 0.094  all:  51 %
-    nash_mtl             mu 0.415  homo 0.323  u0 0.020  cv 0.072  all:  -1 %
+    nash_mtl             mu 0.418  homo 0.326  u0 0.020  cv 0.072  all:  -1 %
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The critic's squared errors of returns have gradients many times those of the ac
 that the critic alone forms the torso. The entropy of the policy belongs to the actor's loss: the last row,
 where it is a task of its own with the same part in every step, stays at a random policy.
 
-Prints, after 40 seconds of processor time on two CPU cores, means of four seeds to the nearest ten:
+Prints, after 62 seconds of processor time on two CPU cores, means of four seeds to the nearest ten:
 
     plain sum               return in the last fifth  220
     critic times 0.01       return in the last fifth  380
