@@ -349,3 +349,20 @@ def test_accumulate_over_micro_batches_that_a_task_is_not_in(second):
     first = (ROWS[0, 0] + ROWS[1, 0]) / 2
     expected = (first + ROWS[0, 1]) / 2 if any(second) else first
     np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_in_one_block_is_left_out_of_all():
+    method = mtl.metabalance(2, blocks="leaf")
+    grads = {"a": jnp.array([[1.0, 2.0], [3.0, jnp.nan]]), "b": jnp.ones((2, 2))}
+    update, state = method.update(grads, method.init({"a": jnp.zeros(2), "b": jnp.zeros(2)}))
+    assert update["a"].tolist() == [1.0, 2.0]
+    assert update["b"].tolist() == [1.0, 1.0]
+    assert state.skipped.tolist() == [0, 1]
+
+
+def test_a_task_whose_loss_is_not_finite_is_left_out_and_counted():
+    method = mtl.scale_invariant(2)
+    state = method.init(jnp.zeros(2))
+    update, state = method.update(jnp.eye(2), state, losses=jnp.array([2.0, jnp.nan]))
+    assert update.tolist() == [0.5, 0.0]
+    assert state.skipped.tolist() == [0, 1]
