@@ -62,7 +62,7 @@ class Balanced(keras.Model):
 
         def loss_fn(params):
             outputs, after = self.stateless_call(params, others, x, training=True)
-            return {task: self.loss[task](y[task], outputs[task]) for task in y}, after
+            return {task: self.loss[task](y[task], outputs[task]) for task in outputs}, after
 
         (losses, others), grads = mtl.per_task_value_and_grad(loss_fn, has_aux=True)(params)
         number = len(self.balance)

@@ -21,8 +21,9 @@ LARGEST_RATIO = 10.0
 
 Above it, one balanced run was worth a search over weights on MovieLens in different units and in PPO.
 Below it, as for retrieval and rating with scaled stars, no method was better than the sum. QM9 is an
-exception: its norms are within a factor of two in the first hundred steps, and several times apart at
-the end, as notebooks/05_molecules.ipynb shows.
+exception, for which the advice names another method: its norms are within a factor of two in the first
+hundred steps and several times apart at the end, as notebooks/05_molecules.ipynb shows, its losses fall to
+levels far apart, and the errors are compared in percent.
 """
 HELPFUL_COSINE = 0.1
 """From this cosine with the target on, a dominating auxiliary helps it.
@@ -150,7 +151,8 @@ def advise(
 
 _ALIKE = (
     f"The norms are within {LARGEST_RATIO:g} times of each other: keep the sum, and search its weights "
-    "before anything else."
+    "before anything else. If the losses fall to levels far apart and the relative error of each counts, "
+    "compare scale_invariant."
 )
 
 

@@ -171,6 +171,7 @@ def _split_groups(
     The same shares are cut from each, rounded down: a user with few pairs keeps them for training.
     """
     drawn = pd.Series(generator.random(len(groups))).groupby(groups)
-    place, count = drawn.rank(), drawn.transform("size")  # in its group, from 1
+    # The place of each pair in its group, from 1, and the group's size.
+    place, count = np.asarray(drawn.rank()), np.asarray(drawn.transform("size"))
     all_held_out = place <= np.floor((test + validation) * count)
     return np.where(place <= np.floor(test * count), 2, all_held_out)
