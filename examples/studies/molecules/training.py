@@ -48,7 +48,7 @@ def config_of(network: str, large: bool = False) -> Config:
     """The configuration of a network where nothing else is asked for."""
     if network == HISTOGRAMS:
         return Config()
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = (3e-3, 1e-2, 2e-2)
     if large:
         return Config(50_000, 128, rates, (100_000, 10_000, 10_000), network=network)
     return Config(1500, 32, rates, (4000, 1000, 1000), network=network)
