@@ -194,6 +194,14 @@ def test_a_weight_without_a_run_leaves_no_curve():
     assert report.curve_of(rows[:2], "a") is None and report.curve_of([], "a") is None
 
 
+def test_curves_of_other_weights_stand_in_one_table():
+    rows = curve_rows("a", {0.0: 0.1, 1.0: 0.2}) + curve_rows("b", {0.0: 0.1, 0.3: 0.4, 1.0: 0.2})
+    header, *lines = report.curve_lines(rows)
+    assert header[2:5] == ("0", "0.3", "1")
+    assert [line[3] == "" for line in lines] == [True, False]
+    assert {len(line) for line in lines} == {len(header)}
+
+
 @pytest.mark.parametrize(
     ("value", "word"), [(0.09, "(admitted)"), (0.07, "not admitted: 10% short")]
 )
@@ -295,6 +303,10 @@ def test_a_whole_run_goes_on_and_its_rows_give_the_same_tables(tmp_path, monkeyp
     other = tmp_path / "other"
     assert main(["tables", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(other)]) == 0
     assert (other / "table.md").read_text() == table
+    assert main(["run", *few, "--curves", "c", "s", "--out", str(other)]) == 0
+    curves = [json.loads(line) for line in (other / "rows.jsonl").read_text().splitlines()[1:]]
+    found = [(row["regime"], row["weights"][1]) for row in curves if row["part"] == "curve"]
+    assert sorted(found) == sorted((name, w) for name in "cs" for w in study.COARSE)
     capsys.readouterr()
     assert main([*command[:-2], "--out", str(tmp_path), "--resume", "--minutes", "0.0001"]) == 0
     assert "runs" in capsys.readouterr().out

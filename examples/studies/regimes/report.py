@@ -170,13 +170,13 @@ def curve_lines(rows: ROWS) -> list[tuple[str, ...]]:
     weights = sorted({float(w) for curve in curves.values() for w in curve.weights})
     lines = [("regime", "norms", *(f"{w:g}" for w in weights), "best", "equal norms")]
     for name, curve in curves.items():
-        cells = [mean_cell(values) for values in curve.test]
+        cells = dict(zip(curve.weights.tolist(), map(mean_cell, curve.test), strict=True))
         norms = ", ".join(f"{norm:.2g}" for norm in curve.norms)
         shown = (
             f"{curve.gain(weight):+.1%} at {weight:.2g}"
             for weight in (max(curve.weights[curve.best], LEAST), curve.equal)
         )
-        lines.append((name, norms, *cells, *shown))
+        lines.append((name, norms, *(cells.get(weight, "") for weight in weights), *shown))
     return lines
 
 

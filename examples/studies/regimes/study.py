@@ -25,6 +25,7 @@ from examples.studies.regimes.regimes import REGIMES
 from examples.studies.regimes.training import TrainConfig, Trainer, sparse
 
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # one for all auxiliaries
+COARSE = (1.0, 0.0, 10.0, 0.1, 100.0)  # most important first
 RATES, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 1.0)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
@@ -158,6 +159,16 @@ class Study:
             for weight in WEIGHTS
         ]  # fmt: skip
 
+    def coarse_curves(self) -> list[Trial]:
+        """The curves that were asked for at few weights, with the setting of the mixed regime's sum."""
+        setting = self.best(SUM, MIXED)
+        return [
+            Trial("curve", regime, FIXED, seed, *setting, (1.0, *[weight] * (self.tasks - 1)))
+            for regime in self.options.curves
+            for seed in range(self.options.curve_seeds)
+            for weight in COARSE
+        ]
+
     def arms(self, regimes: Sequence[str]) -> list[Trial]:
         """Every arm with its best setting, over fresh seeds."""
         pairs = [(SUM, regime) for regime in dict.fromkeys((*regimes, "s", "a"))]
@@ -280,6 +291,12 @@ def references(dataset: Dataset) -> dict[str, list[float]]:
 def run(options: argparse.Namespace) -> None:
     """Train everything, most important first, and show it."""
     study = Study(options)
+    found = study.rows.found.values()
+    if options.curves:
+        study.train(study.tuning([SUM], [MIXED]))
+        study.train(study.coarse_curves())
+        report.show(found, study.rows.about["references"], METHODS, options.out)
+        return
     every = [regime.name for regime in REGIMES]
     sizes = {
         "tuning of the sum in every regime": len(study.tuning([SUM], every)),
@@ -294,7 +311,6 @@ def run(options: argparse.Namespace) -> None:
     # The arms of one regime at once, so that all programs compile side by side.
     study.train([*study.tuning([SUM], every), *study.tuning((SINGLE, *METHODS), [MIXED])])
     study.train(study.curves())
-    found = study.rows.found.values()
     say(report.admission(found, study.rows.about["references"]))
     chosen = list(dict.fromkeys((*report.chosen_regimes(found), MIXED)))
     study.train(study.tuning((SINGLE, *METHODS), chosen))
