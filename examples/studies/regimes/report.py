@@ -137,7 +137,10 @@ def admission(rows: ROWS, references: Mapping[str, list[float]]) -> str:
 def draw_curves(rows: ROWS, references: Mapping[str, list[float]], path: Path | None) -> None:
     """Every regime's curve, with each method as a point at its effective weight."""
     curves = curves_of(rows)
-    with picture(path, 2, 4, figsize=(15, 7), sharey=True) as (figure, grid):
+    columns = min(max(len(curves), 1), 4)
+    lines = -(-max(len(curves), 1) // columns)
+    size = (3.75 * columns, 3.5 * lines)
+    with picture(path, lines, columns, figsize=size, sharey=True) as (figure, grid):
         for axes, (name, curve) in zip(grid.ravel(), curves.items(), strict=False):
             place = np.maximum(curve.weights, LEAST)
             mean, error = curve.test.mean(axis=1), standard_error(curve.test)
