@@ -88,6 +88,7 @@ def test_padding_does_not_change_the_output(predict):
 # --- its training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [SUM, "scale_invariant", "inverse_norm, representation"])
 def test_steps_of_an_arm_reduce_the_losses(arm):
     network = Messages(batch=16)
@@ -109,6 +110,7 @@ def test_steps_of_an_arm_reduce_the_losses(arm):
     assert (losses[-1] < losses[0]).all()
 
 
+@pytest.mark.slow
 def test_errors_are_measured_over_all_molecules_in_pieces(monkeypatch):
     config = Config(batch=8, network=data.MESSAGES)
     part = data.Split(made(10), np.random.default_rng(0).normal(size=(10, NUM_TASKS)))

@@ -460,6 +460,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
         assert np.array_equal(run.history[name], rows), name
 
 
+@pytest.mark.slow
 def test_finished_runs_are_read_again(trainer, tmp_path, monkeypatch):
     jobs = [Job(parse_choice("sum"), [plan(trainer), plan(trainer, 1)])]
     fingerprint = {"data": trainer.dataset.digest()}
