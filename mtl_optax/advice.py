@@ -20,10 +20,10 @@ LARGEST_RATIO = 10.0
 """The largest ratio of two norms at which no balancing is advised.
 
 Above it, one balanced run was worth a search over weights on MovieLens in different units and in PPO.
-Below it, as for retrieval and rating with scaled stars, no method was better than the sum. QM9 is an
-exception, for which the advice names another method: its norms are within a factor of two in the first
-hundred steps and several times apart at the end, as notebooks/05_molecules.ipynb shows, its losses fall to
-levels far apart, and the errors are compared in percent.
+Below it, as for retrieval and rating with scaled stars, no method was better than the sum in the task that
+counts. QM9 is an exception, for which the advice names `scale_invariant`: its norms are within a factor of
+two in the first hundred steps, but its losses fall to levels far apart, and its errors are compared in
+percent (notebooks/05_molecules.ipynb).
 """
 HELPFUL_COSINE = 0.1
 """From this cosine with the target on, a dominating auxiliary helps it.
@@ -87,7 +87,8 @@ def advise(
     * two norms differ by a factor of more than 10: compare a balancing method with the sum;
     * all norms are similar, and two gradients oppose each other (cosine below -0.3): a method can only
       choose a compromise between their tasks;
-    * otherwise: keep the sum, and tune its weights before you try a method.
+    * otherwise: keep the sum, and tune its weights before you try a method, but `scale_invariant` if the
+      losses fall to levels far apart and the relative error of each counts.
 
     If one task is the `target`, only the ratios to its norm count. Compare a balancing method if an
     auxiliary is more than 10 times as large without helping the target (cosine below 0.1, or not

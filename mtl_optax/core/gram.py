@@ -30,8 +30,8 @@ def gram_matrices(
     """Computes the Gram matrix of the task gradients in every block.
 
     `G[b, s, t]` is the sum over the leaves of block b of `<g_s, g_t>`, accumulated in float32 (float64 if
-    any leaf is float64). It is exactly symmetric. On a mesh the result is
-    replicated. Inside `shard_map` the sums are local.
+    any leaf is float64). It is exactly symmetric. On a mesh the result is replicated.
+    Inside `shard_map` the sums are local.
 
     Args:
       leaves: the leaves of the gradient, stacked `[T, ...]` or `TaskRows`.

@@ -93,8 +93,8 @@ def emtl(
       :math:`1/|g_t|^2`, and :math:`w_t` to :math:`1/|g_t|^3`. On unit gradients all five paths of the
       paper's Figure 1 reach the best mean, as in the paper; on raw gradients none does
       (``python -m examples.studies.emtl figure1``, where ``epsilon`` > 0 costs one of the five).
-      On data like those of its Tables 1 and 3, it is as good as the plain sum and 3 % better on unit
-      gradients, and significantly worse on raw ones (``table1``, ``table3``).
+      On data like those of its Table 1 it is level with the plain sum, and on those of Table 3 it is 3 %
+      better; on raw gradients it is significantly worse in both (``table1``, ``table3``).
 
       Norms and :math:`\alpha` are constant under differentiation. The paper weights the losses, so the
       heads are scaled too: see `split_value_and_grad`. The KL divergence never exceeds log T, so for
