@@ -104,18 +104,7 @@ def accumulate(
         if counts is not None:
             given = task_vector("accumulate", "counts", counts, axis, share.dtype)
             share = jnp.where(keep & (given > 0), given, 0)
-            keep = share > 0
-        gradients = jax.tree.map(
-            lambda total, g: total + g.astype(total.dtype) * task_tree.along_tasks(share, g.ndim),
-            state.gradients,
-            task_tree.remove_absent(updates, keep),
-        )
-        sums = state._replace(
-            micro_count=state.micro_count + 1,
-            gradients=gradients,
-            losses=state.losses + (0 if vector is None else share * jnp.where(keep, vector, 0)),
-            counts=state.counts + share,
-        )
+        sums = _with_micro_batch(state, updates, vector, share)
 
         def step(sums: AccumulateState) -> tuple[optax.Updates, AccumulateState]:
             means = None if vector is None else safe_divide(sums.losses, sums.counts)
@@ -139,3 +128,21 @@ def accumulate(
         return lax.cond(sums.micro_count == every_k, step, wait, sums)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_micro_batch(
+    state: AccumulateState, updates: optax.Updates, losses: jax.Array | None, share: jax.Array
+) -> AccumulateState:
+    """Adds the gradients and losses of a micro-batch, each task times its `share` `[T]`, 0 if absent."""
+    keep = share > 0
+    gradients = jax.tree.map(
+        lambda total, g: total + g.astype(total.dtype) * task_tree.along_tasks(share, g.ndim),
+        state.gradients,
+        task_tree.remove_absent(updates, keep),
+    )
+    return state._replace(
+        micro_count=state.micro_count + 1,
+        gradients=gradients,
+        losses=state.losses + (0 if losses is None else share * jnp.where(keep, losses, 0)),
+        counts=state.counts + share,
+    )
