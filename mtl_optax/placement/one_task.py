@@ -38,8 +38,8 @@ def one_task_value_and_grad(
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns a dictionary or tuple of scalars, or an array
-        `[T]`. With an array, a non-finite derivative of one task makes the gradients of the other tasks
-        non-finite too.
+        `[T]`. With an array (unless a final `jnp.stack` made it), a non-finite derivative of one task
+        makes the gradients of the other tasks non-finite too.
       tasks: T, or the task names.
       order: "cyclic" takes task `step % T`; "random" draws the task of each step.
       seed: an integer, the seed of the random order.

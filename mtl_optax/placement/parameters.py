@@ -39,11 +39,12 @@ def per_task_value_and_grad(
       derivative of one task does not affect the rows of the others, so the method excludes only this
       task.
 
-      An array of losses (from `jnp.stack` or a `vmap` over heads), and the modes "vmap" and "map", cannot
-      separate the tasks. Each of the T backward passes then goes through all T heads, with cotangents of
-      0 for the other losses. If the derivative of one head is not finite, every row is NaN, because 0
-      times NaN is NaN, and the method excludes all tasks. `diagnostics` shows these counts as `skipped`.
-      The same is true for heads inside one `custom_vjp`.
+      An array of losses (from a `vmap` over heads), and the modes "vmap" and "map", cannot separate the
+      tasks, except that "unroll" separates the losses of a final `jnp.stack`. Each of the T backward
+      passes then goes through all T heads, with cotangents of 0 for the other losses. If the derivative
+      of one head is not finite, every row is NaN, because 0 times NaN is NaN, and the method excludes all
+      tasks. `diagnostics` shows these counts as `skipped`. The same is true for heads inside one
+      `custom_vjp`.
 
     Args:
       loss_fn: returns the losses, or `(losses, aux)` with `has_aux`. Prefer a dictionary or tuple to an

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mtl_optax.placement.loss_vector import Split
 
@@ -65,9 +66,9 @@ def vjp_of_losses(
     """Computes `jax.vjp` of a function that returns `(losses, aux)`, also per loss.
 
     If the losses are a tuple, each loss is transposed separately, without the operations of the other
-    losses. An array `[T]` has only one transpose: the cotangents of the other losses are 0, but they go
-    through all heads. This takes T times the work, and makes the result NaN if the derivative of another
-    loss is not finite.
+    losses. So is each loss of an array that a final `jnp.stack` made. Any other array `[T]` has only one
+    transpose: the cotangents of the other losses are 0, but they go through all heads. This takes T times
+    the work, and makes the result NaN if the derivative of another loss is not finite.
 
     Args:
       losses_of: `(*primals) -> (losses, aux)`, the losses a tuple of T scalars or an array `[T]`.
@@ -95,6 +96,7 @@ def vjp_of_losses(
     losses, tangents, aux = jax.linearize(of_floats, floats, has_aux=True)
     apart = isinstance(losses, tuple)
     stack = jnp.stack if apart else lambda losses: losses
+    each = tangents if apart else _before_stack(tangents, floats)
 
     def transposed(
         linear: Callable[[list[jax.Array]], jax.Array], cotangent: jax.Array
@@ -106,9 +108,10 @@ def vjp_of_losses(
         return transposed(lambda floats: stack(tangents(floats)), cotangents)
 
     def of_task(t: int) -> tuple[optax.Updates, ...]:
-        if not apart:
+        scalars = each
+        if scalars is None:
             return whole(_units(losses)[t])
-        return transposed(lambda floats: tangents(floats)[t], jnp.ones_like(losses[t]))
+        return transposed(lambda floats: scalars(floats)[t], jnp.ones_like(losses[t]))
 
     return stack(losses), Pullback(whole, of_task, apart), aux
 
@@ -245,6 +248,22 @@ def replace_leaves(tree: Tree, chosen: Sequence[bool], new: Iterable[object]) ->
     return treedef.unflatten(
         [next(following) if here else leaf for leaf, here in zip(leaves, chosen, strict=True)]
     )
+
+
+def _before_stack(
+    tangents: Callable[[list[jax.Array]], jax.Array], floats: list[jax.Array]
+) -> Callable[[list[jax.Array]], list[jax.Array]] | None:
+    """Returns the tangents of T scalars if a final `jnp.stack` of them makes `tangents`, else None."""
+    program = jax.make_jaxpr(tangents)(floats)
+    last = next((eqn for eqn in program.eqns if eqn.outvars == program.jaxpr.outvars), None)
+    # Older releases of jax concatenate arrays [1].
+    if last is None or last.primitive.name not in ("stack", "concatenate"):
+        return None
+    if any(scalar.aval.size != 1 for scalar in last.invars):
+        return None
+    jaxpr = program.jaxpr.replace(outvars=list(last.invars))
+    scalars = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))
+    return lambda floats: [jnp.reshape(scalar, ()) for scalar in scalars(*floats)]
 
 
 def _units(losses: jax.Array) -> jax.Array:

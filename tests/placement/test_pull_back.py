@@ -152,10 +152,14 @@ def test_the_other_modes_skip_all_tasks(mode):
     assert _finite_rows(grads["shared"], 5) == [False] * 5
 
 
-def test_an_array_of_losses_skips_all_tasks():
-    stacked = lambda params: jnp.stack(_together("jit")(params))  # noqa: E731
-    _, grads = mtl.per_task_value_and_grad(stacked)(FIVE)
-    assert _finite_rows(grads["shared"], 2) == [False, False]
+ARRAYS = {"stack": jnp.stack, "array": jnp.array, "jit": jax.jit(jnp.stack)}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_of_losses_skips_all_tasks_unless_a_final_stack_made_it(name):
+    losses_of = lambda params: ARRAYS[name](_together("jit")(params))  # noqa: E731
+    _, grads = mtl.per_task_value_and_grad(losses_of)(FIVE)
+    assert _finite_rows(grads["shared"], 2) == [name != "jit", False]
 
 
 def test_split_gradients_of_the_shared_part_stay_apart():
@@ -184,13 +188,14 @@ def test_losses_of_few_bits_and_of_several_dtypes(dtype):
     assert grads.dtype == dtype and grads.tolist() == [[0.0, 2.0, 4.0], [1.0] * 3, [0.0] * 3]
 
 
-def test_the_heads_of_other_tasks_are_not_pulled_back():
+@pytest.mark.parametrize("form", [tuple, jnp.stack])
+def test_the_heads_of_other_tasks_are_not_pulled_back(form):
     """Work grows with T alone, and not with its square."""
 
     def flops(num_tasks):
         def loss_fn(shared, heads, x):
             h = jnp.tanh(x @ shared)
-            return tuple(jnp.sum(jnp.tanh(h @ head) ** 2) for head in heads)
+            return form([jnp.sum(jnp.tanh(h @ head) ** 2) for head in heads])
 
         shapes = jnp.ones((4, 8)), [jnp.ones((8, 64))] * num_tasks, jnp.ones((16, 4))
         step = mtl.per_task_value_and_grad(loss_fn, mode="unroll")
