@@ -4,14 +4,13 @@ For every problem the plain sum, the best of a search over fixed weights, and on
 named here; it trains nothing, and leaves out a problem whose results are not stored.
 """
 
-import csv
 import re
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from examples.studies.harness.report import picture
 from examples.studies.harness.statistics import standard_error
@@ -21,7 +20,6 @@ RESULTS = ROOT / "examples" / "studies" / "results"
 OUT = ROOT / "docs" / "_static" / "evidence.svg"
 BARS = ("plain sum", "best of a search", "one run of balancing")
 COLORS = ("tab:gray", "tab:orange", "tab:blue")
-Line = Mapping[str, str]
 
 
 class Panel(NamedTuple):
@@ -33,7 +31,7 @@ class Panel(NamedTuple):
       file: below the results.
       rows: regular expressions for the names of the sum, of the search and of the method in the file, of
         which the last row with such a name counts: the largest search.
-      kept: which lines of the file count.
+      kept: which lines of the file count, as pandas reads it.
       name, value: the columns of a row's name and of the number; the mean of a seed's lines is its number.
       against: a row to compare with line by line, in percent; None takes the numbers as they are.
     """
@@ -42,7 +40,7 @@ class Panel(NamedTuple):
     label: str
     file: str
     rows: tuple[str, str, str]
-    kept: Callable[[Line], bool]
+    kept: str
     name: str
     value: str
     against: str | None = None
@@ -54,7 +52,7 @@ PANELS = (
         "error over a network per property (%)\nlower is better",
         "molecules/table.csv",
         ("sum", r"search, \d+ runs?", "scale_invariant"),
-        lambda line: True,
+        "seed >= 0",
         "arm",
         "test",
         against="each property alone",
@@ -64,9 +62,7 @@ PANELS = (
         "NDCG@10 of films rated 5",
         "compare/metrics.csv",
         ("sum", "searched weights", "imtl_g"),
-        lambda line: (
-            (line["part"], line["task"], line["metric"]) == ("test", "rated 5", "ndcg@10, all")
-        ),
+        "part == 'test' and task == 'rated 5' and metric == 'ndcg@10, all'",
         "method",
         "value",
     ),
@@ -76,7 +72,7 @@ PANELS = (
             "return",
             "reinforcement/returns.csv",
             ("sum", "searched weight of the critic", "imtl_g"),
-            lambda line, task=task: line["environment"] == task,
+            f"environment == {task!r}",
             "method",
             "return",
         )
@@ -87,32 +83,20 @@ PANELS = (
 
 def values_of(panel: Panel, results: Path) -> list[np.ndarray] | None:
     """The numbers of the three rows, one a seed; None if the file has not all of them."""
-    file = results / panel.file
-    if not file.exists():
+    if not (file := results / panel.file).exists():
         return None
-    found: dict[str, dict[str, list[float]]] = {}
-    with file.open(encoding="utf-8") as stream:
-        for line in filter(panel.kept, csv.DictReader(stream)):
-            by_seed = found.setdefault(line[panel.name], {})
-            by_seed.setdefault(line["seed"], []).append(float(line[panel.value]))
-    if panel.against is not None:
-        if panel.against not in found:
-            return None
-        base = found[panel.against]
-        found = {
-            name: {
-                seed: [100 * (x / y - 1) for x, y in zip(values, base[seed], strict=True)]
-                for seed, values in by_seed.items()
-            }
-            for name, by_seed in found.items()
-            if any(re.fullmatch(row, name) for row in panel.rows)
-        }
+    lines = pd.read_csv(file).query(panel.kept)
+    groups = lines.groupby(panel.name, sort=False)
+    by_name = {name: found.set_index("seed")[panel.value] for name, found in groups}
     means = []
     for row in panel.rows:
-        named = [name for name in found if re.fullmatch(row, name)]
-        if not named:
+        named = [values for name, values in by_name.items() if re.fullmatch(row, name)]
+        if not named or panel.against not in (None, *by_name):
             return None
-        means.append(np.array([np.mean(values) for values in found[named[-1]].values()]))
+        values = named[-1]
+        if panel.against is not None:
+            values = 100 * (values / by_name[panel.against].to_numpy() - 1)
+        means.append(values.groupby("seed").mean().to_numpy())
     return means
 
 

@@ -99,7 +99,6 @@ def test_every_command(folder, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(study, "RELAX_FACTORS", (0.5, 1.0))
     arguments = [name, "--data", str(folder), "--out", str(tmp_path), "--trials", "2"]
     assert command.main([*arguments, "--seeds", "2"]) == 0
-    assert not list((tmp_path / "unfinished").glob("*"))
     if name == "tune":
         assert capsys.readouterr().out.count("validation NDCG@10") == 2
         return
@@ -111,7 +110,8 @@ def test_every_command(folder, tmp_path, monkeypatch, capsys, name):
     else:
         assert "Nothing was searched." in table
     assert (tmp_path / f"{name}.csv").read_text().startswith("method,part,task,metric,seed")
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    if name in ("figure1", "figure3", "figure4"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     if name == "figure1":
         norms = json.loads((tmp_path / "figure1-norms.json").read_text())
         for values in norms.values():

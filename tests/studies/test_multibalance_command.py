@@ -19,8 +19,7 @@ TINY = [study.SUM, study.MULTIBALANCE]
 
 
 def run(tmp_path, *arguments):
-    given = [*arguments, "--quick", "--out", str(tmp_path), "--jobs", "1"]
-    assert command.main(given) == 0
+    assert command.main([*arguments, "--quick", "--out", str(tmp_path)]) == 0
     return tmp_path
 
 
@@ -77,8 +76,6 @@ def check_table(folder, name, labels):
     assert {row["method"] for row in rows} == set(labels)
     assert {row["task"] for row in rows} == {"CTR", "CVR", "Conv|imp"}
     assert {row["seed"] for row in rows} == {"0", "1"}
-    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((folder / "unfinished").glob("*"))
 
 
 @pytest.mark.slow
@@ -122,7 +119,6 @@ def test_table2(tmp_path):
     assert names == {"plain sum", "MultiBalance, representation", *others}
     assert len(rows) == 2 * len(names)
     assert "SYNTHETIC" in (tmp_path / "table2.md").read_text()
-    assert (tmp_path / "table2.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -387,9 +387,7 @@ def test_the_sum_is_the_same_in_all_places(trainer):
 def test_a_run_says_what_happened(trainer):
     choice = parse_choice("multibalance(place='representation')")
     seen = []
-    (run,) = trainer.train(
-        choice, [plan(trainer)], lambda epoch, value: seen.append(float(value[0]))
-    )
+    (run,) = trainer.train(choice, [plan(trainer)], lambda value: seen.append(float(value[0])))
     assert run.best_value == max(seen)
     assert seen[run.best_epoch - 1] == run.best_value and len(seen) == len(
         run.history["validation"]
@@ -423,41 +421,6 @@ def test_runs_of_a_seed_are_the_same_and_of_another_are_not(trainer):
     runs = trainer.train(choice, [plan(trainer), plan(trainer), plan(trainer, 1)], measure=False)
     one, same, other = (run.history["losses"] for run in runs)
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-
-
-class Stopped(Exception):
-    pass
-
-
-class Kept:
-    """An unfinished run in memory."""
-
-    def __init__(self):
-        self.saved = None
-
-    def restore(self, carry):
-        return (carry, []) if self.saved is None else self.saved
-
-    def save(self, carry, history):
-        self.saved = jax.tree.map(np.asarray, carry), list(history)
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_with_the_same_bits(trainer, monkeypatch):
-    monkeypatch.setattr("examples.studies.harness.trainer.SECONDS_BETWEEN_SAVES", 0.0)
-    choice, kept = parse_choice("multibalance(place='representation')"), Kept()
-    (whole,) = trainer.train(choice, [plan(trainer)], measure=False)
-
-    def stop(epoch, value):
-        if epoch == 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        trainer.train(choice, [plan(trainer)], stop, kept, measure=False)
-    assert len(kept.saved[1]) == 1
-    (run,) = trainer.train(choice, [plan(trainer)], unfinished=kept, measure=False)
-    for name, rows in whole.history.items():
-        assert np.array_equal(run.history[name], rows), name
 
 
 @pytest.mark.slow

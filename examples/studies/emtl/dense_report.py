@@ -8,7 +8,7 @@ import numpy as np
 
 from examples.studies.emtl.dense_metrics import DIRECTIONS, METRICS, SIGNS, TESTED, delta_m
 from examples.studies.emtl.scenes import CLASSES, Scenes
-from examples.studies.harness.report import Metric, bars, mean_cell, metrics_csv, picture, publish
+from examples.studies.harness.report import Metric, mean_cell, metrics_csv, picture, publish
 from examples.studies.harness.runs import Run
 
 Runs = Mapping[str, Sequence[Run]]  # by row; the first row is the base of delta-m
@@ -21,8 +21,6 @@ are compared by the mean logarithm of the losses of held-out images; nothing is 
 Methods on gradients stand on the shared parameters, the others on the losses.""".replace("\n", " ")
 BASE = "LS"
 LAST = ("delta-m ↓", f"less {BASE} ↓")
-# What a narrow terminal shows first: delta-m and one metric a task.
-FIRST = (*LAST, "mIoU ↑", "absolute error ↓", "mean angle ↓")
 
 
 def delta(runs: Runs) -> Metric:
@@ -61,16 +59,14 @@ def verdict(runs: Runs, deltas: Mapping[str, np.ndarray]) -> str:
 
 
 def write(runs: Runs, data: str, made: str, out: Path | None, scenes: Scenes | None = None) -> None:
-    """Print the table, and write table2.md, table2.csv, table2.png and a picture of rendered scenes."""
+    """Print the table, and write table2.md, table2.csv and a picture of rendered scenes."""
     title = f"EMTL, Table 2: segmentation, depth and surface normals; {data}"
     files = {"table2.csv": metrics_csv(runs, [*METRICS, delta(runs)])}
     deltas = {label: delta(runs).by_seed(row) for label, row in runs.items()}
     note = f"{verdict(runs, deltas)}\n\n{NOTE}\n\n{made}"
-    publish(out, "table2", lines_of(runs, deltas), title, note, files, first=FIRST)
-    if out is not None:
-        bars(out / "table2.png", deltas, "delta-m against STL in percent; to the left is better")
-        if scenes is not None:
-            _draw_scenes(scenes, out / "table2_scenes.png")
+    publish(out, "table2", lines_of(runs, deltas), title, note, files)
+    if out is not None and scenes is not None:
+        _draw_scenes(scenes, out / "table2_scenes.png")
 
 
 def _draw_scenes(scenes: Scenes, path: Path, number: int = 4) -> None:

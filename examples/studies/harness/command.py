@@ -5,21 +5,17 @@ import difflib
 import importlib
 import os
 import shlex
-import sqlite3
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from examples.studies.harness.errors import UserError
 
-LOCK = ".lock"
-PROBE_BYTES = 2**20  # more than the results of most commands take
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -121,21 +117,34 @@ class CommandLine:
         return run_command(self.name, lambda: self.parse(arguments), self.work)
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """What the command line asks for."""
-        shown = argparse.RawDescriptionHelpFormatter
+        """What the command line asks for, and the `line` itself.
+
+        Refuses whole numbers below 1, and a `--resume` with nothing to go on from.
+        """
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
         parser = OneLineParser(
             prog=f"python -m {self.name}",
             description=self.description,
-            formatter_class=shown,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=self.epilog,
         )
-        add_options(parser, self.options, self.own)
+        made = {parser: self.options}
         if self.commands:
             choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
             for name, command in self.commands.items():
-                made = choose.add_parser(name, help=command.text, description=command.text)
-                add_options(made, command.options, self.own)
-        options = read_options(parser, arguments)
+                of_command = choose.add_parser(name, help=command.text, description=command.text)
+                made[of_command] = command.options
+        for each, names in made.items():
+            for name in names.split():
+                how = {**OPTIONS.get(name, {}), **self.own.get(name, {})}
+                each.add_argument(f"--{name.replace('_', '-')}", **how)
+        options = parser.parse_args(arguments)
+        for name, value in vars(options).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        if getattr(options, "resume", False) and options.out is None:
+            raise UserError("--resume needs --out DIR, where the finished runs are kept")
+        options.line = f"{parser.prog} {shlex.join(arguments)}".strip()
         self.complete(options)
         return options
 
@@ -155,78 +164,12 @@ def study(
     return CommandLine(name, description, work, own=own or {}, commands=commands)
 
 
-def add_options(
-    parser: argparse.ArgumentParser, names: str, own: Mapping[str, dict[str, Any]]
-) -> None:
-    """Options by name, as `OPTIONS` and the program's own have them."""
-    for name in names.split():
-        how = {**OPTIONS.get(name, {}), **own.get(name, {})}
-        parser.add_argument(f"--{name.replace('_', '-')}", **how)
-
-
-def read_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """What the command line asks for, and the `line` itself.
-
-    Refuses whole numbers below 1, and a `--resume` with nothing to go on from.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(arguments)
-    for name, value in vars(options).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if getattr(options, "resume", False) and options.out is None:
-        raise UserError("--resume needs --out DIR, where the finished runs are kept")
-    options.line = f"{parser.prog} {shlex.join(arguments)}".strip()
-    return options
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder, and refuse it before any work is done where nothing can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(os.urandom(PROBE_BYTES))
-            probe.flush()
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder} ({error.strerror})") from None
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path` and rename: a reader sees the whole file or none, also after Ctrl-C."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.part")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def claimed(out: Path | None) -> Iterator[None]:
-    """Keep a folder of results for this program alone, as long as it runs.
-
-    The lock is that of SQLite on an empty file: it works on every system, and ends with the process
-    that holds it, however that ends.
-    """
-    if out is None:
-        yield
-        return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder")
-    check_writable(out)
-    with closing(sqlite3.connect(out / LOCK, timeout=0, isolation_level=None)) as lock:
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise UserError(f"--out {out}: cannot be locked ({error})") from None
-            raise UserError(
-                f"--out {out}: another program writes there; wait for its end, or choose another folder"
-            ) from None
-        yield
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def say_damaged(path: Path, error: Exception) -> None:
@@ -236,7 +179,7 @@ def say_damaged(path: Path, error: Exception) -> None:
 
 
 def run_command(program: str, parse: Callable[[], Any], work: Callable[[Any], object]) -> int:
-    """Parse the options and do the work, alone in the folder `options.out` where there is one.
+    """Parse the options and do the work; a folder `options.out` is made and written to before.
 
     Returns:
       0 on success, 2 when the user can mend what went wrong, 130 when the program was stopped.
@@ -244,56 +187,39 @@ def run_command(program: str, parse: Callable[[], Any], work: Callable[[Any], ob
     options = None
     try:
         options = parse()
-        with claimed(getattr(options, "out", None)):
-            work(options)
+        if (out := getattr(options, "out", None)) is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        work(options)
     except (UserError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = ""
-        if hasattr(options, "resume"):
-            hint = "; nothing is kept without --out"
-            if options.out is not None:
-                hint = "; add --resume to go on"
-        print(f"{program}: stopped{hint}", file=sys.stderr)
+        kept = hasattr(options, "resume") and options.out is not None
+        hint = "add --resume to go on" if kept else "nothing is kept"
+        print(f"{program}: stopped; {hint}", file=sys.stderr)
         return 130
     return 0
 
 
 def in_threads(
     work: Callable[[ItemT], ResultT],
-    items: Sequence[ItemT],
-    names: Sequence[str],
+    items: Iterable[ItemT],
     workers: int,
     stopping: threading.Event,
 ) -> list[ResultT]:
     """The results of all items, in order, with so many threads at work.
 
-    Ctrl-C or an error sets `stopping`, drops what has not begun, and says at once what else has to end:
-    `work` looks at `stopping` and raises.
+    Ctrl-C or an error drops what has not begun and sets `stopping`, at which `work` looks and raises.
     """
-
-    def guarded(item: ItemT) -> Any:
-        if stopping.is_set():
-            return None  # nobody waits for it
-        try:
-            return work(item)
-        except BaseException:
-            stopping.set()
-            raise
-
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(guarded, item) for item in items]
+        futures = [pool.submit(work, item) for item in items]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BaseException:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            under_way = [name for name, f in zip(names, futures, strict=True) if f.running()]
-            if under_way:
-                text = f"stopping: waiting for the part under way of {'; '.join(under_way)}"
-                print(text, file=sys.stderr, flush=True)
+            print("stopping: waiting for what is under way", file=sys.stderr, flush=True)
             raise
         return [future.result() for future in futures]

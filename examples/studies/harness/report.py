@@ -9,11 +9,13 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from examples.studies.harness.command import write_atomically
 from examples.studies.harness.runs import Run
@@ -151,19 +153,6 @@ def picture(
     plt.close(figure)
 
 
-def bars(path: Path, values: Mapping[str, np.ndarray], label: str) -> None:
-    """The mean of every row `[seeds]`, with the seeds as dots."""
-    with picture(path, figsize=(7, 0.35 * len(values) + 1.2)) as (_, grid):
-        axes = grid[0, 0]
-        for place, of_seeds in enumerate(values.values()):
-            axes.barh(place, of_seeds.mean(), color="tab:blue", alpha=0.6)
-            axes.plot(of_seeds, np.full(len(of_seeds), place), "k.", markersize=4)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"{label}; a dot is a seed")
-
-
 def curve(axes: Any, values: np.ndarray, label: str) -> None:
     """Draw values over the epochs 1, 2, ...; a single one is a point."""
     marker = "o" if len(values) == 1 else None
@@ -180,33 +169,39 @@ def publish(
     title: str,
     note: str = "",
     files: Mapping[str, str] | None = None,
-    **layout: Any,
+    *,
+    left: int = 1,
 ) -> None:
-    """Print a table, and write it to `out` as `NAME.md` beside other files; `layout` as of `show`."""
-    show(lines, title, note, **layout)
+    """Print a table, and write it to `out` as `NAME.md` beside other files.
+
+    Args:
+      out: a folder, or None.
+      name: of the file.
+      lines: the header and the rows.
+      title: above them.
+      note: below them; an empty line separates paragraphs.
+      files: further texts by the name of the file.
+      left: how many columns are aligned to the left.
+    """
+    page = markdown(lines, title, note, left=left)
+    if sys.stdout.isatty():
+        show(Console(markup=False, highlight=False), lines, title, note, left=left)
+    else:
+        print(page)
     if out is not None:
-        page = markdown(lines, title, note, left=layout.get("left", 1))
         for file, text in {f"{name}.md": page, **(files or {})}.items():
             write_atomically(out / file, text.encode())
 
 
-def show(
-    lines: Lines, title: str, note: str = "", *, first: Sequence[str] = (), left: int = 1
-) -> None:
-    """Print a table: all of it as Markdown, or on a terminal the columns that fit.
-
-    Args:
-      lines: the header and the rows.
-      title: above them.
-      note: below them; an empty line separates paragraphs.
-      first: the names of the columns that a narrow terminal shows first; the others follow from the left.
-      left: how many columns are aligned to the left.
-    """
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        print(for_terminal(lines, title, note, width, first=first, left=left))
-    else:
-        print(markdown(lines, title, note, left=left))
+def show(console: Console, lines: Lines, title: str, note: str, *, left: int = 1) -> None:
+    """Print a table that is as wide as the terminal at most."""
+    header, *rows = lines
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, note)
 
 
 def say(text: str) -> None:
@@ -229,39 +224,6 @@ def pipe_table(lines: Lines, *, left: int = 1) -> str:
     # The name of a task may hold a bar, which would end a cell.
     escaped = [[cell.replace("|", r"\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-
-
-def for_terminal(
-    lines: Lines, title: str, note: str, width: int, *, first: Sequence[str] = (), left: int = 1
-) -> str:
-    """The table with the columns that fit into a width, and the names of those that do not.
-
-    The label and one number always have a place. Names of columns and labels are broken.
-    """
-    header, *rows = lines
-    needed = [max(map(len, [*name.split(), *cells])) for name, *cells in zip(*lines, strict=True)]
-    chosen = {0: min(needed[0], max(18, width // 3))}
-    room = width - chosen[0]
-    for place in dict.fromkeys([*map(header.index, first), *range(1, len(header))]):
-        if len(chosen) < 2 or needed[place] + 2 <= room:
-            chosen[place] = needed[place]
-            room -= needed[place] + 2
-    chosen[0] = min(needed[0], chosen[0] + max(room, 0))
-    widths = sorted(chosen.items())
-
-    def broken(line: Sequence[str]) -> Iterator[str]:
-        cells = (textwrap.wrap(line[place], size) for place, size in widths)
-        for parts in zip_longest(*cells, fillvalue=""):
-            aligned = (f"{part:{'<' if place < left else '>'}{size}}"
-                       for part, (place, size) in zip(parts, widths, strict=True))  # fmt: skip
-            yield "  ".join(aligned).rstrip()
-
-    rule = "─" * (sum(chosen.values()) + 2 * (len(chosen) - 1))
-    body = [text for row in rows for text in broken(row)]
-    found = [_wrapped(title, width), rule, *broken(header), rule, *body, rule]
-    missing = ", ".join(name for place, name in enumerate(header) if place not in chosen)
-    more = f"Without {missing}: a wider terminal or a file shows all columns." if missing else ""
-    return "\n".join(found + [_wrapped(text, width) for text in (more, note) if text])
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ from rich import progress
 from rich.console import Console
 
 import mtl_optax as mtl
-from examples.studies.harness.checkpoints import UnfinishedRun
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.command import in_threads, say_damaged
 from examples.studies.harness.runs import Plan, Run, load_run, store_run
-
-UNFINISHED = "unfinished"  # the folder under --out with the trainings that were stopped
 
 
 def progress_bars() -> progress.Progress:
@@ -63,81 +59,53 @@ class Runner:
     out: Path | None = None
     resume: bool = False
     workers: int = 2
-    _stopping: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        if self.out is not None and not self.resume:
-            shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
 
     def train(self, jobs: Sequence[Job]) -> list[list[Run]]:
         """The runs of every job, in order."""
         for job in jobs:
             self.trainer.check(job.choice, job.plans[0].setting)
-        epochs = self.trainer.epochs
         stored = [[self._stored(job, plan) for plan in job.plans] for job in jobs]
+        missing, stopping = sum(runs.count(None) for runs in stored), threading.Event()
         with progress_bars() as bars:
-            total = sum(len(job.plans) for job in jobs) * epochs
-            whole = bars.add_task("all", total=total, note="epochs")
+            bar = bars.add_task("", total=missing * self.trainer.epochs, note="")
+
+            def advance(epochs: int, **shown: str) -> None:
+                if stopping.is_set():
+                    raise KeyboardInterrupt
+                bars.update(bar, advance=epochs, **shown)
 
             def work(place: int) -> list[Run]:
-                job = jobs[place]
-                size = len(job.plans) * epochs
-                bar = bars.add_task(job.choice.label, total=size, note="compiling")
+                return self._train(jobs[place], stored[place], advance)
 
-                def advance(count: int, value: float) -> None:
-                    bars.update(bar, advance=count, note=f"validation {value:.4f}")
-                    bars.update(whole, advance=count)
+            return in_threads(work, range(len(jobs)), self.workers, stopping)
 
-                runs = self._train(job, stored[place], advance)
-                bars.remove_task(bar)
-                return runs
+    def _train(self, job: Job, stored: list[Run | None], advance: Callable[..., None]) -> list[Run]:
+        """What is not stored, plan by plan, so that each is kept when it is done, or all together."""
 
-            labels = [job.choice.label for job in jobs]
-            return in_threads(work, range(len(jobs)), labels, self.workers, self._stopping)
+        def on_epoch(values: np.ndarray) -> None:
+            shown = f"validation {values.mean():.4f}"
+            advance(len(values), description=job.choice.label, note=shown)
 
-    def _train(
-        self, job: Job, stored: list[Run | None], advance: Callable[[int, float], None]
-    ) -> list[Run]:
-        """Plan by plan, so that each can be stored when it is done, or all together."""
-        finished = {place: run for place, run in enumerate(stored) if run is not None}
-        for run in finished.values():
-            advance(self.trainer.epochs, run.best_value)
-        missing = [place for place in range(len(job.plans)) if place not in finished]
+        missing = [plan for plan, run in zip(job.plans, stored, strict=True) if run is None]
         size = max(1, len(missing)) if self.trainer.side_by_side else 1
+        trained: list[Run] = []
         for start in range(0, len(missing), size):
-            group = missing[start : start + size]
-            finished |= zip(group, self._train_group(job, group, advance), strict=True)
-        return [finished[place] for place in range(len(job.plans))]
-
-    def _train_group(
-        self, job: Job, group: list[int], advance: Callable[[int, float], None]
-    ) -> list[Run]:
-        plans = [job.plans[place] for place in group]
-        done = 0
-
-        def on_epoch(epoch: int, values: np.ndarray) -> None:
-            nonlocal done
-            if self._stopping.is_set():
-                raise KeyboardInterrupt
-            advance((epoch - done) * len(plans), float(values.mean()))
-            done = epoch
-
-        settings = [self._settings(job, plan) for plan in plans]
-        unfinished = self.out and UnfinishedRun(self.out / UNFINISHED, {"runs": settings})
-        runs = self.trainer.train(job.choice, plans, on_epoch, unfinished, measure=job.measure)
-        if unfinished:
-            for run, plan in zip(runs, plans, strict=True):
-                store_run(run, self._path(job, plan), self._settings(job, plan))
-            unfinished.remove()
-        advance((self.trainer.epochs - done) * len(plans), runs[0].best_value)
-        return runs
+            plans = missing[start : start + size]
+            runs = self.trainer.train(job.choice, plans, on_epoch, measure=job.measure)
+            # Of early stopping: what is left of the epochs.
+            advance(len(runs) * (self.trainer.epochs - len(runs[0].history["validation"])))
+            if self.out is not None:
+                for plan, run in zip(plans, runs, strict=True):
+                    store_run(run, self._path(job, plan), self._settings(job, plan))
+            trained += runs
+        made = iter(trained)
+        return [next(made) if run is None else run for run in stored]
 
     def _stored(self, job: Job, plan: Plan) -> Run | None:
-        if self.out is None or not self.resume:
+        if not self.resume or not (path := self._path(job, plan)).exists():
             return None
-        path = self._path(job, plan)
         try:
-            return load_run(path, self._settings(job, plan))
+            return load_run(path)
         except Exception as error:
             say_damaged(path, error)
             return None
@@ -149,11 +117,11 @@ class Runner:
             "seed": plan.seed, "measure": job.measure, "learning_rate": float(rate),
             "weight_decay": float(decay), "knobs": {k: np.asarray(v).tolist() for k, v in knobs.items()},
         }  # fmt: skip
-        # As it reads back.
-        return json.loads(json.dumps({**versions(), **self.fingerprint, **about}))
+        return {**versions(), **self.fingerprint, **about}
 
     def _path(self, job: Job, plan: Plan) -> Path:
+        """Its name holds a digest of all that the run depends on."""
         assert self.out is not None
         digest = hashlib.sha256(json.dumps(self._settings(job, plan), sort_keys=True).encode())
         name = "".join(c if c.isalnum() else "-" for c in job.choice.label)
-        return self.out / "runs" / f"{name}-{plan.seed}-{digest.hexdigest()[:8]}.npz"
+        return self.out / "runs" / f"{name}-{plan.seed}-{digest.hexdigest()[:16]}.npz"

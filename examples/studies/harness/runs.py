@@ -65,20 +65,20 @@ class Run:
 PARTS = ("validation", "test", "history")
 
 
-def store_run(run: Run, path: Path, fingerprint: dict[str, Any]) -> None:
+def store_run(run: Run, path: Path, settings: dict[str, Any]) -> None:
     """Keep a finished run, whole or not at all, with what it was trained with."""
     about = dict(vars(run))
     arrays = {
         f"{part}/{name}": values for part in PARTS for name, values in about.pop(part).items()
     }
     stream = io.BytesIO()
-    text = json.dumps({"fingerprint": fingerprint, **about})
+    text = json.dumps({"settings": settings, **about})
     np.savez_compressed(stream, about=text, **arrays)
     write_atomically(path, stream.getvalue())
 
 
-def load_run(path: Path, fingerprint: dict[str, Any]) -> Run | None:
-    """A stored run, or None where there is none that was trained in the same way.
+def load_run(path: Path) -> Run:
+    """A stored run.
 
     On the main thread only: numpy parses the header of an array with `ast.literal_eval`, which fails at
     random in threads of Python 3.11.
@@ -86,15 +86,12 @@ def load_run(path: Path, fingerprint: dict[str, Any]) -> Run | None:
     Raises:
       Exception: of any class for a damaged file, as zip, zlib, numpy and json all read from it.
     """
-    if not path.exists():
-        return None
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # numpy does not look at checksums
             raise zipfile.BadZipFile(f"{damaged} is damaged")
     with np.load(path) as stored:
         about = json.loads(str(stored["about"]))
-        if about.pop("fingerprint") != fingerprint:
-            return None
+        del about["settings"]
         parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
         for name in stored.files:
             part, _, rest = name.partition("/")

@@ -14,7 +14,6 @@ from examples.studies.harness.steps import Step
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
-    on_round: Callable[[int], None] = lambda done: None,
     warm_up: int = 3,
 ) -> dict[str, list[float]]:
     """Seconds of each call, one of each in every round; compiled and warmed up before."""
@@ -22,12 +21,11 @@ def interleaved(
         for _ in range(warm_up):
             jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
+    for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
-        on_round(number + 1)
     return seconds
 
 

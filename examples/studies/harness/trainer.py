@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.studies.harness.checkpoints import UnfinishedRun
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Plan, Run, Setting
 from examples.studies.harness.steps import Batch, Params, State, Step
 
-SECONDS_BETWEEN_SAVES = 30.0
 VALIDATION, TEST = 1, 2
 # Pytrees whose structure the study knows: what stays on the device, and what a step reads of an epoch.
 Data: TypeAlias = Any
@@ -29,50 +27,16 @@ Slots: TypeAlias = Any
 Measured = dict[str, np.ndarray]
 
 
-class Carry(NamedTuple):
-    """All that goes from epoch to epoch, with a first axis of runs.
+class Program(NamedTuple):
+    """The compiled functions of one choice.
 
     Attributes:
-      params, state: of the training.
-      best: the parameters that are kept, which have the best validation value so far or are the last.
-      value, epoch: of `best`.
+      start: `(None, params, setting)` to the state of the step.
+      steps: `(data, params, state, slots, setting)` to the next parameters and state, and a record.
     """
 
-    params: Params
-    state: State
-    best: Params
-    value: np.ndarray
-    epoch: np.ndarray
-
-
-class Program:
-    """The compiled programs of one choice."""
-
-    def __init__(self, trainer: "Trainer", choice: Choice):
-        self._trainer, self._choice = trainer, choice
-        self.start = trainer.compiled(self._start)
-        self.steps = trainer.compiled(self._steps, donate_argnums=(1, 2))
-
-    def _start(self, common: None, params: Params, setting: Setting) -> State:
-        del common
-        # Copied, since some states begin with arrays that they share, and all are given away later.
-        return jax.tree.map(jnp.copy, self._trainer.make_step(self._choice, setting).init(params))
-
-    def _steps(
-        self, data: Data, params: Params, state: State, slots: Slots, setting: Setting
-    ) -> Any:
-        """Some steps, and their record: means, or with `every_step` a row each."""
-        trainer = self._trainer
-        step = trainer.make_step(self._choice, setting)
-
-        def one(carry: Any, slot: Slots) -> Any:
-            params, state, losses, weights = step.update(*carry, trainer.batch(data, slot))
-            return (params, state), trainer.recorded(losses, weights, state)
-
-        (params, state), record = jax.lax.scan(one, (params, state), slots)
-        if not trainer.every_step:
-            record = jax.tree.map(lambda rows: rows.mean(axis=0), record)
-        return params, state, record
+    start: Callable[..., State]
+    steps: Callable[..., tuple[Params, State, dict[str, jax.Array]]]
 
 
 class Trainer:
@@ -190,7 +154,26 @@ class Trainer:
 
     def make_program(self, choice: Choice) -> Any:
         """New programs."""
-        return Program(self, choice)
+
+        def start(_: None, params: Params, setting: Setting) -> State:
+            # Copied, since some states begin with arrays that they share, and all are given away later.
+            return jax.tree.map(jnp.copy, self.make_step(choice, setting).init(params))
+
+        def steps(
+            data: Data, params: Params, state: State, slots: Slots, setting: Setting
+        ) -> tuple[Params, State, Any]:
+            step = self.make_step(choice, setting)
+
+            def one(carry: Any, slot: Slots) -> Any:
+                params, state, losses, weights = step.update(*carry, self.batch(data, slot))
+                return (params, state), self.recorded(losses, weights, state)
+
+            (params, state), record = jax.lax.scan(one, (params, state), slots)
+            if not self.every_step:
+                record = jax.tree.map(lambda rows: rows.mean(axis=0), record)
+            return params, state, record
+
+        return Program(self.compiled(start), self.compiled(steps, donate_argnums=(1, 2)))
 
     def initial(self, seeds: np.ndarray) -> Params:
         """The parameters of runs that have not begun."""
@@ -204,16 +187,14 @@ class Trainer:
         self,
         choice: Choice,
         plans: list[Plan],
-        on_epoch: Callable[[int, np.ndarray], None] = lambda epoch, values: None,
-        unfinished: UnfinishedRun | None = None,
+        on_epoch: Callable[[np.ndarray], None] = lambda values: None,
         *,
         measure: bool = True,
     ) -> list[Run]:
         """Train every plan.
 
-        `on_epoch(epochs done, validation values [plans])` is called after each epoch. Every random number
-        comes from the seed and the epoch, so that a run which goes on from the epoch that `unfinished`
-        holds ends with the bits of one that was never stopped. `measure=False` leaves the test set alone.
+        `on_epoch(validation values [plans])` is called after each epoch. Every random number comes from the
+        seed and the epoch. `measure=False` leaves the test set alone.
         """
         if not self.side_by_side and len(plans) > 1:
             runs = [self.train(choice, [plan], on_epoch, measure=measure) for plan in plans]
@@ -222,26 +203,33 @@ class Trainer:
         seeds = np.array([plan.seed for plan in plans], np.int32)
         params = self.initial(seeds)
         state, best = program.start(None, params, setting), jax.tree.map(jnp.copy, params)
-        never = np.full(len(plans), -np.inf), np.zeros(len(plans), int)
-        carry, history = Carry(params, state, best, *never), list[dict[str, np.ndarray]]()
-        if unfinished:
-            carry, history = unfinished.restore(carry)
-        seconds: list[float] = []
-        saved = time.perf_counter()
-        while (epoch := len(history)) < self.epochs and not self._out_of_patience(carry, epoch):
-            began = time.perf_counter()
-            carry, record = self._epoch(program, carry, seeds, setting, epoch + 1)
+        best_value, best_epoch = np.full(len(plans), -np.inf), np.zeros(len(plans), int)
+        patience, history, seconds = self.config.patience, [], []
+        for epoch in range(1, self.epochs + 1):
+            began, records = time.perf_counter(), []
+            for part in self._parts(epoch, seeds):
+                params, state, found = program.steps(self.data, params, state, part, setting)
+                records.append(found)
+            record = jax.tree.map(lambda *entries: sum(entries) / len(entries), *records)
+            record |= self._probe((self.data, jnp.asarray(epoch)), params, seeds)
+            value = np.asarray(self.validate(params), float)
+            better = np.ones(len(plans), bool)
+            if patience is not None:
+                # A run that ran out of patience stays as it is while others go on beside it.
+                better = (value > best_value) & (epoch - best_epoch <= patience)
+            best = jax.block_until_ready(self._choose(None, better, params, best))
+            best_value = np.where(better, value, best_value)
+            best_epoch = np.where(better, epoch, best_epoch)
+            history.append(jax.tree.map(np.asarray, {**record, "validation": np.float32(value)}))
             seconds.append(time.perf_counter() - began)
-            history.append(record)
-            on_epoch(epoch + 1, record["validation"])
-            if unfinished and time.perf_counter() >= saved + SECONDS_BETWEEN_SAVES:
-                saved = time.perf_counter()
-                unfinished.save(carry, history)
+            on_epoch(history[-1]["validation"])
+            if patience is not None and np.all(epoch - best_epoch >= patience):
+                break
         # The first epoch may compile: the others stand for it.
-        usual = float(np.mean(seconds[1:] or seconds or [0.0])) * len(history) / len(plans)
-        results = self.results(carry.best) if measure else [({}, {}) for _ in plans]
+        usual = float(np.mean(seconds[1:] or seconds)) * len(history) / len(plans)
+        results = self.results(best) if measure else [({}, {}) for _ in plans]
         return [
-            Run(choice.label, plan.seed, *found, int(carry.epoch[row]), usual,
+            Run(choice.label, plan.seed, *found, int(best_epoch[row]), usual,
                 {name: np.stack([of_epoch[name][row] for of_epoch in history]) for name in history[0]})
             for row, (plan, found) in enumerate(zip(plans, results, strict=True))
         ]  # fmt: skip
@@ -250,30 +238,6 @@ class Trainer:
         slots = self.slots(epoch, seeds)
         parts = jax.tree.leaves(slots)[0].shape[1]
         return [jax.tree.map(lambda slot, k=k: slot[:, k], slots) for k in range(parts)]
-
-    def _epoch(
-        self, program: Any, carry: Carry, seeds: np.ndarray, setting: Setting, epoch: int
-    ) -> tuple[Carry, dict[str, np.ndarray]]:
-        """Train an epoch; the record has a first axis of runs."""
-        params, state, records = carry.params, carry.state, []
-        for part in self._parts(epoch, seeds):
-            params, state, found = program.steps(self.data, params, state, part, setting)
-            records.append(found)
-        record = jax.tree.map(lambda *entries: sum(entries) / len(entries), *records)
-        record |= self._probe((self.data, jnp.asarray(epoch)), params, seeds)
-        value, patience = np.asarray(self.validate(params), float), self.config.patience
-        better = np.ones(len(value), bool)
-        if patience is not None:
-            # A run that ran out of patience stays as it is while others go on beside it.
-            better = (value > carry.value) & (epoch - carry.epoch <= patience)
-        best = self._choose(None, better, params, carry.best)
-        kept = np.where(better, value, carry.value), np.where(better, epoch, carry.epoch)
-        record = jax.tree.map(np.asarray, {**record, "validation": np.float32(value)})
-        return Carry(params, state, jax.block_until_ready(best), *kept), record
-
-    def _out_of_patience(self, carry: Carry, epoch: int) -> bool:
-        patience = self.config.patience
-        return patience is not None and bool(np.all(epoch - carry.epoch >= patience))
 
     def step_calls(self, choices: list[Choice]) -> dict[str, Callable[[], Any]]:
         """For a clock: for every choice the first part of an epoch, of one run."""

@@ -4,8 +4,8 @@
     python -m examples.studies.metabalance table2 --data ml-100k --out results
     python -m examples.studies.metabalance figure3 --data synthetic-ijcai --scale 1/64
 
-Each command prints a table and writes a CSV file, a Markdown table and a picture to `--out`; `--resume`
-goes on from there.
+Each command prints a table and writes it as Markdown and CSV to `--out`, a figure with its picture;
+`--resume` goes on from there.
 """
 
 import sys

@@ -13,7 +13,7 @@ import numpy as np
 from examples.studies.harness import report as harness_report
 from examples.studies.harness import search
 from examples.studies.harness.command import given
-from examples.studies.harness.report import Row, bars, curve, metrics_csv, picture, publish, say
+from examples.studies.harness.report import Row, curve, metrics_csv, picture, publish, say
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, log_uniform, tuning_note, uniform
@@ -170,12 +170,6 @@ class Study:
         shown = report.metric(self.dataset.tasks[0])
         return {label: 100 * shown.by_seed(entry.runs) for label, entry in rows.items()}
 
-    def draw_bars(self, rows: Mapping[str, Row]) -> None:
-        """NDCG@10 of every row."""
-        if self.options.out is not None:
-            label = f"test NDCG@10 of {self.target!r} (%)"
-            bars(self.options.out / f"{self.name}.png", self.ndcg(rows), label)
-
     def draw(self, lines: int = 1, columns: int = 1, **options: Any) -> Any:
         """A picture beside the table, where `--out` was given."""
         out = self.options.out
@@ -222,7 +216,6 @@ def table(options: argparse.Namespace) -> None:
     if options.command == "table2":
         note += f" {improvement(rows, study.target)}"
     study.show({**study.reference_rows(), **rows}, note, VANILLA.label)
-    study.draw_bars(rows)
 
 
 table1 = table2 = table3 = table4 = table
@@ -302,4 +295,3 @@ def figure5(options: argparse.Namespace) -> None:
         rows |= found
         notes.append(study.tuning_note(plans, name))
     study.show(rows, " ".join(notes), f"{VANILLA.label}, adam")
-    study.draw_bars(rows)

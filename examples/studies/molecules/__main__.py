@@ -153,7 +153,7 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
             except (TooSlow, jax.errors.JaxRuntimeError) as error:  # or out of memory
                 print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
 
-        in_threads(of_arm, names, names, options.jobs, stopping)
+        in_threads(of_arm, names, options.jobs, stopping)
 
 
 def show(options: argparse.Namespace, store: Store) -> None:

@@ -4,9 +4,9 @@
     python -m examples.studies.multibalance table3 --data ../data/hillstrom --seeds 5 --out results
     python -m examples.studies.multibalance table2 --rounds 20
 
-Each command prints a table and writes CSV, Markdown and a picture to `--out`; `--resume` goes on from the
-finished runs there. --data: a folder that holds Hillstrom's or the census file, or train and test files in
-the form of AliExpress or Ali-CCP; or `synthetic`, a generated log of `--size` impressions.
+Each command prints a table and writes it as Markdown and CSV to `--out`, figure2 with a picture; `--resume`
+goes on from the finished runs there. --data: a folder that holds Hillstrom's or the census file, or train
+and test files in the form of AliExpress or Ali-CCP; or `synthetic`, a made log of `--size` impressions.
 """
 
 import sys
@@ -20,7 +20,7 @@ COMMANDS = {
     "table2": Command(
         "speed",
         "the speed of training with the representation balanced, or the parameters of a module",
-        "data size batch rounds jobs out quick",
+        "size batch rounds out quick",
     ),
     "table3": Command(
         "study", "gains in normalized entropy, all methods on the representation", TRAINED

@@ -21,7 +21,7 @@ import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
 from examples.studies.harness.choices import parse_choice
-from examples.studies.harness.report import bars, csv_of, publish
+from examples.studies.harness.report import csv_of, publish
 from examples.studies.harness.steps import Parameters, Step, make_step, one_optimizer
 from examples.studies.harness.timing import Training, interleaved, machine, ratio
 from examples.studies.ranking.data import Dataset, Examples, Task
@@ -71,10 +71,8 @@ def trainings(dataset: Dataset, batch: int, model: Mapping[str, Any]) -> dict[st
     }
     for label, factory in METHODS.items():
         for module in MODULES:
-            if module in params.shared:  # without numbers there is no module for them
-                method = factory(network.num_tasks)
-                step = on_module(network, method, module, optax.chain(scaler, descent))
-                steps[f"{label}, {module}"] = step
+            method, adam = factory(network.num_tasks), optax.chain(scaler, descent)
+            steps[f"{label}, {module}"] = on_module(network, method, module, adam)
     return {label: Training(step, params, examples) for label, step in steps.items()}
 
 
@@ -116,23 +114,12 @@ HEADER = (
 def table2(options: argparse.Namespace) -> None:
     """Measure, print and write the table."""
     batch = options.batch or (32 if options.quick else 2048)
-    if options.data == "synthetic":
-        rows = options.size or (500 if options.quick else sum(ALI_CCP))
-        dataset = random_data(rows, batch)
-    else:
-        from examples.studies.ranking.sources import load
-
-        dataset = load(options.data)
-    batch = min(batch, dataset.train.size)
+    dataset = random_data(options.size or (500 if options.quick else sum(ALI_CCP)), batch)
     model = QUICK_MODEL if options.quick else MODEL
     print(f"{dataset.name}: compiling the steps", file=sys.stderr, flush=True)
     made = trainings(dataset, batch, model)
     rounds = options.rounds or (2 if options.quick else 15)
-
-    def on_round(done: int) -> None:
-        print(f"round {done} of {rounds}", file=sys.stderr, flush=True)
-
-    seconds = interleaved(made, rounds, on_round)
+    seconds = interleaved(made, rounds)
     lines = [HEADER]
     for name, training in made.items():
         times = ratio(seconds, name, BASE)
@@ -157,6 +144,3 @@ def table2(options: argparse.Namespace) -> None:
              for number, value in enumerate(taken))  # fmt: skip
     files = {"table2.csv": csv_of(("what is balanced", "round", "seconds"), cells)}
     publish(options.out, "table2", lines, TITLE, note, files)
-    if options.out is not None:
-        slower = {name: np.divide(taken, seconds[BASE]) for name, taken in seconds.items()}
-        bars(options.out / "table2.png", slower, "time of a step over the plain sum's, by round")

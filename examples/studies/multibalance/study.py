@@ -127,21 +127,9 @@ class Study:
             said = (f"{name} NE {ne:.4f} AUC {auc:.4f}" for name, (ne, auc) in truth.items())
             text += f" The true probabilities have: {', '.join(said)}."
         text += f" {note} {self.setup()}\n\nMade by `{self.options.line}`."
-        out, name = self.options.out, self.options.command
+        name = self.options.command
         files = {f"{name}.csv": report.metrics_csv(rows, all_metrics(self.tasks))}
-        report.publish(out, name, lines, self.title, text, files, first=("average NE gain",))
-        if out is None:
-            return
-        size, path = (2.1 * len(columns) + 1.8, 0.3 * len(gains) + 1.1), out / f"{name}.png"
-        with report.picture(path, 1, len(columns), figsize=size, sharey=True) as (figure, grid):
-            for place, (axes, column) in enumerate(zip(grid[0], columns, strict=True)):
-                found = [entry[place] for entry in gains.values()]
-                errors = np.nan_to_num([difference.error for difference in found])
-                axes.barh(list(gains), [d.mean for d in found], xerr=errors, alpha=0.7)
-                axes.axvline(0, color="black", linewidth=0.8)
-                axes.set_title(column, fontsize=9)
-            grid[0, 0].invert_yaxis()
-            figure.supxlabel(f"NE gain (× 100) over the {SUM.label}", fontsize=9)
+        report.publish(self.options.out, name, lines, self.title, text, files)
 
     def setup(self) -> str:
         """How every row is trained."""

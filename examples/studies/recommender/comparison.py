@@ -128,8 +128,7 @@ def compare(options: argparse.Namespace) -> None:
         "metrics.csv": metrics_csv(runs, report.metrics(dataset.tasks)),
         "settings.json": json.dumps(about, indent=1) + "\n",
     }
-    first, *others = (report.title(c) for c in columns if not c.name.endswith("new"))
-    publish(out, "table", lines, title, note, files, first=(first, "step", "runs", *others))
+    publish(out, "table", lines, title, note, files)
     if out is not None:
         report.draw(rows, dataset.tasks, out / "picture.png")
         say(f"table.md, {', '.join(files)} and picture.png are in {out}")

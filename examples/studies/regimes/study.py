@@ -218,8 +218,7 @@ class Study:
                 for start in range(0, len(missing), size)
                 if (start == 0) == first
             ]
-            names = [group[0].arm for group in groups]
-            in_threads(self._train_group, groups, names, self.options.jobs, self._stopping)
+            in_threads(self._train_group, groups, self.options.jobs, self._stopping)
 
     def _train_group(self, group: list[Trial]) -> None:
         if time.monotonic() > self._until:

@@ -8,8 +8,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from examples.ppo_actor_critic import TASKS, CartPole, train
-from examples.studies.harness.command import CommandLine, one_of, write_atomically
+from examples.studies.harness.command import CommandLine, write_atomically
 from examples.studies.harness.report import OVER_SEEDS, csv_of, mean_cell, publish
 from examples.studies.harness.statistics import compare
 from examples.studies.reinforcement.acrobot import Acrobot
@@ -38,26 +39,8 @@ METHODS: dict[str, Callable[[Any], mtl.Method]] = {
 }
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHTS = (1.0, 0.1, 0.01, 0.001)
-OPTIONS = {
-    "environments": {
-        "nargs": "+",
-        "choices": list(ENVIRONMENTS),
-        "default": list(ENVIRONMENTS),
-        "metavar": "ENVIRONMENT",
-        "help": ", ".join(ENVIRONMENTS),
-    },
-    "methods": {
-        "nargs": "+",
-        "type": one_of("method", list(METHODS)),
-        "default": list(METHODS),
-        "metavar": "METHOD",
-        "help": "; ".join(METHODS),
-    },
-    "seeds": {"default": 8},
-    "tuning_seeds": {"type": int, "default": 4, "help": "seeds of each setting (default 4)"},
-    "updates": {"type": int, "default": 60, "help": "of 1024 steps of the environment each"},
-    "quick": {"help": "two updates of two seeds"},
-}
+UPDATES, TUNING_SEEDS = 60, 4  # updates of 1024 steps; seeds of each setting of the tuning
+OPTIONS = {"seeds": {"default": 8}, "quick": {"help": "two updates of two seeds"}}
 
 
 class Arm(NamedTuple):
@@ -70,29 +53,23 @@ class Arm(NamedTuple):
     seconds: float
 
 
-def complete(options: argparse.Namespace) -> None:
-    """What a quick run is."""
-    if options.quick:
-        options.updates = options.seeds = options.tuning_seeds = 2
-
-
-def arm(name: str, env: Any, options: argparse.Namespace) -> Arm:
+def arm(name: str, env: Any, updates: int, tuning_seeds: int, seeds: int) -> Arm:
     """Tune a row on seeds of its own, and measure it on others."""
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, None, None))
     @partial(jax.vmap, in_axes=(None, 0, 0))
     def late(key: jax.Array, rate: jax.Array, weight: jax.Array) -> jax.Array:
-        returns, _ = train(METHODS[name](weight), key, rate, options.updates, env)
-        return jnp.nanmean(returns[-max(options.updates // 5, 1) :])
+        returns, _ = train(METHODS[name](weight), key, rate, updates, env)
+        return jnp.nanmean(returns[-max(updates // 5, 1) :])
 
     started = time.perf_counter()
     weights = WEIGHTS if name == SEARCHED else WEIGHTS[:1]
     settings = np.array([(rate, weight) for weight in weights for rate in RATES])
-    keys = jax.random.split(jax.random.key(1), options.tuning_seeds)
+    keys = jax.random.split(jax.random.key(1), tuning_seeds)
     found = np.asarray(late(keys, *settings.T))
     best = settings[[np.argmax(np.nan_to_num(found.mean(axis=0), nan=-np.inf))]]
-    keys = jax.random.split(jax.random.key(0), options.seeds)
+    keys = jax.random.split(jax.random.key(0), seeds)
     returns = np.asarray(late(keys, *best.T))[:, 0]
     rate, weight = best[0].tolist()
     seconds = time.perf_counter() - started
@@ -101,24 +78,17 @@ def arm(name: str, env: Any, options: argparse.Namespace) -> Arm:
 
 def work(options: argparse.Namespace) -> None:
     """Train everything, print the table and write the files."""
-    found: dict[str, dict[str, Arm]] = {name: {} for name in options.environments}
-    jobs = [(env, name) for env in options.environments for name in options.methods]
-    asked = {name: getattr(options, name) for name in ("seeds", "tuning_seeds", "updates")}
-    for env, name in track(jobs, "arms", transient=True):
-        stored = None
-        if options.out is not None:
-            stored = options.out / "runs" / f"{env}-{list(METHODS).index(name)}.json"
-        if (
-            options.resume
-            and stored.exists()
-            and (old := json.loads(stored.read_text()))[0] == asked
-        ):
-            found[env][name] = Arm(**old[1])
+    sizes = (2, 2, 2) if options.quick else (UPDATES, TUNING_SEEDS, options.seeds)
+    found: dict[str, dict[str, Arm]] = {env: {} for env in ENVIRONMENTS}
+    for env, name in track(list(product(ENVIRONMENTS, METHODS)), "arms", transient=True):
+        path = options.out and options.out / "runs" / f"{env}-{list(METHODS).index(name)}.json"
+        stored = json.loads(path.read_text()) if options.resume and path.exists() else None
+        if stored and stored[0] == list(sizes):
+            found[env][name] = Arm(*stored[1])
             continue
-        found[env][name] = arm(name, ENVIRONMENTS[env], options)
-        if stored is not None:
-            text = json.dumps([asked, found[env][name]._asdict()])
-            write_atomically(stored, text.encode())
+        found[env][name] = arm(name, ENVIRONMENTS[env], *sizes)
+        if path:
+            write_atomically(path, json.dumps([sizes, found[env][name]]).encode())
     rows = (
         (env, name, seed, value, each.rate, each.weight)
         for env, arms in found.items()
@@ -126,17 +96,26 @@ def work(options: argparse.Namespace) -> None:
         for seed, value in enumerate(each.returns)
     )
     header = ("environment", "method", "seed", "return", "learning_rate", "critic_weight")
-    title = f"PPO: return in the last fifth of {options.updates} updates of 1024 steps"
+    title = f"PPO: return in the last fifth of {sizes[0]} updates of 1024 steps"
+    rates, weights = (", ".join(f"{value:g}" for value in values) for values in (RATES, WEIGHTS))
+    advice = "\n\n".join(map(look, ENVIRONMENTS))
+    note = (
+        f"Mean ± standard error over {sizes[2]} seeds. {OVER_SEEDS} over methods, against {BASE}. "
+        f"Settings: the best mean of {sizes[1]} other seeds, of the learning rates {rates}, and for "
+        f"{SEARCHED} also of {weights} times the critic's loss. The entropy belongs to the actor's loss "
+        "but in the row that makes it a task. runs: for one environment, those of the tuning among them."
+        f"\n\n{advice}\n\nMade by `{options.line}`."
+    )
     files = {"returns.csv": csv_of(header, rows)}
-    publish(options.out, "table", lines_of(found, options.methods), title, note(options), files)
+    publish(options.out, "table", lines_of(found), title, note, files)
 
 
-def lines_of(found: dict[str, dict[str, Arm]], names: Sequence[str]) -> list[tuple[str, ...]]:
+def lines_of(found: Mapping[str, Mapping[str, Arm]]) -> list[tuple[str, ...]]:
     """The header and the rows: mean return, standard error, the mark of significance, the settings."""
-    columns: list[list[str]] = []
+    columns = [["method", *METHODS]]
     for env, arms in found.items():
         returns = {name: np.array([each.returns]) for name, each in arms.items()}
-        against = compare(returns, BASE) if BASE in returns else {}
+        against = compare(returns, BASE)
         cells, settings = [env], ["learning rate"]
         for name, each in arms.items():
             p_value = against[name][0].p_value if name in against else 1.0
@@ -144,23 +123,8 @@ def lines_of(found: dict[str, dict[str, Arm]], names: Sequence[str]) -> list[tup
             weight = f", critic times {each.weight:g}" if name == SEARCHED else ""
             settings.append(f"{each.rate:g}{weight}")
         columns += [cells, settings]
-    arms = next(iter(found.values()))
-    runs = ["runs", *(str(each.runs) for each in arms.values())]
-    return list(zip(["method", *names], *columns, runs, strict=True))
-
-
-def note(options: argparse.Namespace) -> str:
-    """What the numbers are."""
-    rates, weights = (", ".join(f"{value:g}" for value in values) for values in (RATES, WEIGHTS))
-    searched = f", and for {SEARCHED} also of {weights} times the critic's loss"
-    advice = "\n\n".join(map(look, options.environments))
-    return (
-        f"Mean ± standard error over {options.seeds} seeds. {OVER_SEEDS} over methods, against {BASE}. "
-        f"Settings: the best mean of {options.tuning_seeds} other seeds, of the learning rates {rates}"
-        f"{searched if SEARCHED in options.methods else ''}. The entropy belongs to the actor's loss but "
-        "in the row that makes it a task. runs: for one environment, those of the tuning among them."
-        f"\n\n{advice}\n\nMade by `{options.line}`."
-    )
+    runs = ["runs", *(str(each.runs) for each in next(iter(found.values())).values())]
+    return list(zip(*columns, runs, strict=True))
 
 
 def look(name: str) -> str:
@@ -173,12 +137,7 @@ def look(name: str) -> str:
 
 
 main = CommandLine(
-    "examples.studies.reinforcement",
-    __doc__,
-    work,
-    f"{' '.join(OPTIONS)} out resume",
-    OPTIONS,
-    complete,
+    "examples.studies.reinforcement", __doc__, work, "seeds out resume quick", OPTIONS
 )
 
 if __name__ == "__main__":
