@@ -81,8 +81,8 @@ def movielens(path: Path | None) -> np.ndarray:
         except OSError:  # a wheel of the package index has the same file
             member = "recbole/dataset_example/ml-100k/ml-100k.inter"
             with tempfile.TemporaryDirectory() as folder:
-                pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder]
-                subprocess.run([*pip, "recbole==1.2.1"], check=True)
+                pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+                subprocess.run([*pip, "--dest", folder, "recbole==1.2.1"], check=True)
                 archive = next(Path(folder).glob("*.whl")).read_bytes()
         lines = zipfile.ZipFile(io.BytesIO(archive)).read(member).decode().splitlines()
         rows = sorted([int(float(x)) for x in line.split()] for line in lines if line[0].isdigit())

@@ -3,9 +3,12 @@
 import ast
 import gzip
 import importlib
+import io
 import re
 import warnings
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +188,39 @@ def test_ratings_are_read_from_a_file(tmp_path):
     file.write_text("1\t242\t3\t881250949\n2\t302\t5\t891717742\n")
     rows = load("retrieval_and_rating").movielens(file)
     assert rows.tolist() == [[1, 242, 3, 881250949], [2, 302, 5, 891717742]]
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_ratings_are_fetched_once_from_either_source_and_checked(tmp_path, monkeypatch, reached):
+    module = load("retrieval_and_rating")
+    lines = "2\t1\t5\t7\n1\t2\t3\t9\n"
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    with zipfile.ZipFile(tmp_path / "archive.whl", "w") as archive:
+        archive.writestr("ml-100k/u.data", lines)
+        archive.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", header + lines)
+    content, fetched = (tmp_path / "archive.whl").read_bytes(), []
+
+    def open_url(*_, **__):
+        fetched.append("url")
+        if not reached:
+            raise OSError
+        return io.BytesIO(content)
+
+    def download(command, check):
+        fetched.append("wheel")
+        folder = command[command.index("--dest") + 1]
+        Path(folder, "archive.whl").write_bytes(content)
+
+    monkeypatch.setenv("MTL_OPTAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module.urllib.request, "urlopen", open_url)
+    monkeypatch.setattr(module.subprocess, "run", download)
+    with pytest.raises(SystemExit, match="not MovieLens-100K"):
+        module.movielens(None)
+    digest = SimpleNamespace(hexdigest=lambda: "0fccc4b62e2f6aa246014ac7b8946c15")
+    monkeypatch.setattr(module.hashlib, "sha256", lambda text: digest)
+    for _ in range(2):
+        assert module.movielens(None).tolist() == [[1, 2, 3, 9], [2, 1, 5, 7]]
+    assert fetched == (["url"] if reached else ["url", "wheel"]) * 2
 
 
 def test_molecules_are_read_from_a_wheel(tmp_path):

@@ -20,11 +20,10 @@ from examples.studies.harness import steps
 from examples.studies.harness.choices import known_methods, parse_choice
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.runs import Plan, Run
-from examples.studies.harness.statistics import expected_best, holm, paired_difference
+from examples.studies.harness.statistics import best_of, expected_best, holm, paired_difference
 from examples.studies.harness.steps import make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender import evaluation, report, sources
-from examples.studies.recommender import network as network_module
 from examples.studies.recommender.data import (
     PAPER_SPLIT,
     RANKING,
@@ -37,7 +36,7 @@ from examples.studies.recommender.data import (
     make_dataset,
 )
 from examples.studies.recommender.evaluation import COLUMNS, METRICS
-from examples.studies.recommender.network import Batch, Network, NetworkConfig
+from examples.studies.recommender.network import Batch, Network, NetworkConfig, sampled_softmax
 from examples.studies.recommender.pairs import pair_table
 from examples.studies.recommender.training import TrainConfig, Trainer, popularity
 
@@ -207,7 +206,7 @@ def test_a_softmax_is_over_a_pair_and_its_own_negatives():
     mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     first, third = (np.exp([1.0, 0.1]), np.exp([3.0, 0.6]))
     expected = -np.mean([np.log(found[0] / found.sum()) for found in (first, third)])
-    loss, gradient = jax.value_and_grad(network_module.sampled_softmax)(scores, labels, mask, 2)
+    loss, gradient = jax.value_and_grad(sampled_softmax)(scores, labels, mask, 2)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_array_equal(gradient != 0, [1, 0, 1, 1, 0, 0, 0, 0, 1])
 
@@ -442,6 +441,7 @@ def test_the_expected_best_of_some_runs_is_the_mean_over_all_choices_of_them():
         np.mean([max(chosen) for chosen in combinations(values, drawn)]) for drawn in (1, 2, 3, 4)
     ]
     np.testing.assert_allclose(expected_best(values), expected)
+    np.testing.assert_allclose(best_of(2, np.eye(3)), [0, 1 / 3, 2 / 3])
 
 
 # --- choices ------------------------------------------------------------------------------------
@@ -597,72 +597,6 @@ def test_towers_get_the_sum_of_losses_unless_the_method_weighs_them(trainer, par
     np.testing.assert_allclose(weighed, weights[:, None] * plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_distinct_rows_are_read_where_they_stand(batch, params):
-    rows, read = network_module.distinct_rows(params.shared.tables, batch)
-    # More pairs than users, and fewer distinct users than rows: the rest is filled.
-    assert len(np.unique(batch.users)) < len(rows[0]) == USERS < len(batch.users)
-    np.testing.assert_array_equal(rows[0][read.rows[0]], batch.users)
-    np.testing.assert_array_equal(rows[1][read.rows[1]], batch.items)
-    np.testing.assert_array_equal(read.items, batch.items)  # the towers' biases are not reduced
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    ["metabalance(blocks='leaf')", "gradnorm", "metabalance(blocks='all')", "mgda"],
-)
-def test_distinct_rows_give_the_update_of_whole_tables(trainer, params, batch, monkeypatch, method):
-    step = step_of(method, trainer.network)
-    assert network_module.reads_all(params.shared.tables, batch)  # these tables are small
-    monkeypatch.setattr(network_module, "reads_all", lambda *_: False)
-
-    @jax.jit
-    def both(params, batch):
-        few = one_step(step, params, batch)
-        monkeypatch.setattr(network_module, "keeps_rows", lambda *_: True)
-        return few, one_step(step, params, batch)
-
-    few, whole = both(params, batch)
-    tree_allclose(few, whole, rtol=1e-5, atol=1e-6)
-
-
-def test_gradients_that_are_kept_are_of_whole_tables(params):
-    adam = optax.scale_by_adam()
-    keeps = {
-        name: network_module.keeps_rows(parse_choice(name).method(3, adam, {}), params.shared)
-        for name in ("metabalance", "mgda", "moco", "adatask", "db_mtl")
-    }
-    assert keeps == {"metabalance": False, "mgda": False, "moco": True, "adatask": True,
-                     "db_mtl": True}  # fmt: skip
-
-
-@pytest.mark.slow
-def test_memory_of_a_step_does_not_grow_with_the_vocabulary_by_task(monkeypatch):
-    tasks = (Task("a"), Task("b"), Task("c"), Task("d"))
-
-    def used(method: str, items: int) -> int:
-        network = Network(50, items, tasks, np.zeros((4, items)), TINY.network)
-        step = step_of(method, network)
-
-        def arguments():
-            ids, mask = jnp.zeros(32, int), jnp.ones((4, 32))
-            batch = Batch(ids, ids, mask, mask, jax.random.key(0), (ids, ids))
-            params = network.init(jax.random.key(0))
-            return params, step.init(params), batch
-
-        compiled = jax.jit(step.update).lower(*jax.eval_shape(arguments)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    def more_than_the_sum(items: int) -> int:
-        return used("metabalance(relax_factor=1)", items) - used("sum", items)
-
-    table = 20_000 * TINY.network.embedding * 4
-    assert more_than_the_sum(20_000) - more_than_the_sum(1_000) < table / 2
-    monkeypatch.setattr(network_module, "keeps_rows", lambda *_: True)
-    assert used("metabalance(relax_factor=1)", 20_000) > 4 * table  # whole tables: one per task
-
-
 def test_options_that_a_method_does_not_have(trainer):
     with pytest.raises(UserError, match=r"--method mgda\(magic=1\): .*magic"):
         step_of("mgda(magic=1)", trainer.network)
@@ -685,7 +619,6 @@ def test_a_batch_has_the_labels_and_masks_of_its_pairs(units_trainer):
     np.testing.assert_array_equal(np.stack([users, items], 1)[:50], trainer.data.pairs[chosen])
     np.testing.assert_array_equal(users[50:], np.repeat(users[:50], 3))
     np.testing.assert_array_equal(batch.labels, values[users, items].T)
-    np.testing.assert_array_equal(batch.rows, [users, items])
     is_known = known[users, items]
     assert 10 < is_known[50:].sum() < 140  # some drawn pairs are in the training set
     for task in (0, 1):

@@ -16,7 +16,6 @@ from rich.progress import track
 
 from examples.studies.benchmarks import methods, peers, places
 from examples.studies.benchmarks.report import TITLE, Row, lines_of
-from examples.studies.benchmarks.vocabulary import vocabulary
 from examples.studies.harness.command import CommandLine
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import publish
@@ -26,7 +25,6 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
     "map": places.map_memory,
-    "vocabulary": vocabulary,
     "updates": methods.updates,
     "solvers": methods.solvers,
     "compile": methods.compile_times,

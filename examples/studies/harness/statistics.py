@@ -80,11 +80,16 @@ def compare(values: Mapping[str, np.ndarray], baseline: str) -> dict[str, list[D
     }
 
 
+def best_of(count: int, values: np.ndarray) -> np.ndarray:
+    """The best of `count` runs, in the mean over all choices from `values` `[runs, ...]`, the best last."""
+    ways = [comb(rank, count - 1) for rank in range(len(values))]
+    return np.tensordot(ways, values, 1) / comb(len(values), count)
+
+
 def expected_best(values: np.ndarray) -> np.ndarray:
     """The expected best of 1, 2, ... runs that are drawn from the `values` `[runs]` of a search."""
-    ordered, runs = np.sort(values), len(values)
-    of_rank = [[comb(rank, drawn) for rank in range(runs)] for drawn in range(runs)]
-    return np.array(of_rank) @ ordered / [comb(runs, drawn + 1) for drawn in range(runs)]
+    ordered = np.sort(values)
+    return np.array([best_of(count, ordered) for count in range(1, len(values) + 1)])
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

@@ -30,7 +30,6 @@ Batch: TypeAlias = Any
 Params: TypeAlias = Any
 Representation: TypeAlias = Any
 State: TypeAlias = Any
-Widen = Callable[[Params], Params]
 Optimizer: TypeAlias = optax.GradientTransformation
 
 
@@ -96,10 +95,6 @@ class Network:
     ) -> tuple[jax.Array, ...]:
         """The T losses with one representation for all towers."""
         return self.losses(heads, (representation,) * self.num_tasks, batch)
-
-    def narrowed(self, method: Any, shared: Params, batch: Batch) -> tuple[Params, Batch, Widen]:
-        """What the batch reads of `shared`, the batch that reads it there, and the gradients' way back."""
-        return shared, batch, lambda grads: grads
 
 
 @dataclass(frozen=True)
@@ -203,10 +198,10 @@ def on_parameters(
 
     def update(params: Parameters, state: State, batch: Batch) -> Any:
         method_state, shared_state, head_state = state
-        read, batch, widen = network.narrowed(method, params.shared, batch)
-        losses, (shared_grads, head_grads) = value_and_grad(read, params.heads, batch)
-        combined, method_state = method.update(shared_grads, method_state, read, losses=losses)
-        combined = widen(combined)
+        losses, (shared_grads, head_grads) = value_and_grad(params.shared, params.heads, batch)
+        combined, method_state = method.update(
+            shared_grads, method_state, params.shared, losses=losses
+        )
         weights = mtl.head_weights(method_state)
         if weighs_heads:
             head_grads = network.weigh_heads(head_grads, weights)

@@ -16,7 +16,6 @@ random search on the validation set chose, and its row counts what the search co
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,12 +29,12 @@ from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods,
 from examples.studies.harness.command import CommandLine, nearest, unknown
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import Row, metrics_csv, publish, reference, row, say
-from examples.studies.harness.runner import Job, Runner, versions
+from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import tune
 from examples.studies.harness.statistics import expected_best, paired_difference
 from examples.studies.harness.timing import interleaved, ratio
-from examples.studies.harness.trainer import TEST, VALIDATION
+from examples.studies.harness.trainer import TEST
 from examples.studies.recommender import report
 from examples.studies.recommender.data import Dataset, Split, make_dataset
 from examples.studies.recommender.evaluation import rank_by_item_scores
@@ -108,7 +107,7 @@ def compare(options: argparse.Namespace) -> None:
     started, out = time.perf_counter(), options.out
     dataset = make_dataset(load_log(options.data, options.target, options.tasks), Split())
     say(dataset.describe())
-    trainer = Trainer(dataset, options.train, probe_norms=out is not None)
+    trainer = Trainer(dataset, options.train)
     runner = Runner(trainer, trainer.fingerprint, out, options.resume)
     if options.tune:
         return tune(runner, GRID, "NDCG@10")
@@ -118,20 +117,14 @@ def compare(options: argparse.Namespace) -> None:
     lines = report.lines_of(rows, columns, report.differences(rows, SUM, target))
     title = f"{dataset.name} ({options.tasks})" if options.data == "movielens" else dataset.name
     caption = report.caption(columns, options.seeds, SUM if SUM in rows else None)
-    how = f"{caption} {settings(options, search)}"
-    note = "\n\n".join(
-        filter(None, (how, verdict(rows, target), worth(rows, search), look(trainer)))
-    )
+    said = [f"{caption} {settings(options, search)}", look(trainer), f"Made by `{options.line}`."]
+    if search is not None:
+        said.insert(1, against_search(rows, search, target))
     runs = {label: entry.runs for label, entry in rows.items()}
-    about = {**versions(), **trainer.fingerprint, "seeds": options.seeds}
-    files = {
-        "metrics.csv": metrics_csv(runs, report.metrics(dataset.tasks)),
-        "settings.json": json.dumps(about, indent=1) + "\n",
-    }
-    publish(out, "table", lines, title, note, files)
+    files = {"metrics.csv": metrics_csv(runs, report.metrics(dataset.tasks))}
+    publish(out, "table", lines, title, "\n\n".join(said), files)
     if out is not None:
         report.draw(rows, dataset.tasks, out / "picture.png")
-        say(f"table.md, {', '.join(files)} and picture.png are in {out}")
     print(f"total {time.perf_counter() - started:.0f} s")
     return None
 
@@ -189,12 +182,9 @@ def rows_of(
 ) -> dict[str, Row]:
     """The rows of the table: those that train nothing, then the trained ones as they were asked for."""
     rows = {"popularity": popular(trainer.dataset), "untrained": untrained(trainer, options.seeds)}
-    labels = [name for name in options.method if name in trained]
-    steps = step_times(trainer, labels)
-    for label in labels:
-        runs = trained[label]
-        if label == SINGLE:
-            runs = of_target(runs, trainer.dataset)
+    steps = step_times(trainer, list(trained))
+    for label in filter(trained.get, options.method):
+        runs = of_target(trained[label], trainer.dataset) if label == SINGLE else trained[label]
         searched = search.runs if search is not None and label == SEARCHED else ()
         rows[label] = row(runs, searched)._replace(step=steps.get(label))
     return rows
@@ -217,40 +207,32 @@ def step_times(trainer: Trainer, labels: Sequence[str]) -> dict[str, float]:
 
 def popular(dataset: Dataset) -> Row:
     """The floor: everybody gets the items with the most training positives of the task."""
-    found: dict[int, dict[str, np.ndarray]] = {VALIDATION: {}, TEST: {}}
+    found = {}
     for place in dataset.ranking_tasks:
         counts = popularity(dataset, place)[None]
-        for part, metrics in found.items():
-            metrics[dataset.tasks[place].name] = rank_by_item_scores(
-                dataset, lambda users, counts=counts: counts.repeat(len(users), 0), place, part
-            )
-    return reference("popularity", *found.values())
+        scores = lambda users, counts=counts: counts.repeat(len(users), 0)  # noqa: E731
+        found[dataset.tasks[place].name] = rank_by_item_scores(dataset, scores, place)
+    return reference("popularity", {}, found)
 
 
 def untrained(trainer: Trainer, seeds: int) -> Row:
     """Networks as they begin."""
     runs = []
     for seed in range(seeds):
-        params = trainer.initial(np.array([seed]))
-        (validation,), (test,) = (trainer.measure(params, part) for part in (VALIDATION, TEST))
-        runs.append(Run("untrained", seed, validation, test, 0, 0.0, {}))
+        (test,) = trainer.measure(trainer.initial(np.array([seed])), TEST)
+        runs.append(Run("untrained", seed, {}, test, 0, 0.0, {}))
     return Row(runs, 0, 0.0)
 
 
 def settings(options: argparse.Namespace, search: Search | None) -> str:
     """How every row was trained."""
-    train = options.train
     text = (
-        f"Every row: {train.optimizer}, learning rate {train.learning_rate:g}, decay of the embeddings "
-        f"{train.weight_decay:g} (the best for {SUM} on the validation set of MovieLens-100K with --tasks "
-        f"units, see --tune; nothing was searched for any other row), at most {train.epochs} epochs of all "
-        f"training pairs in batches of {train.batch_pairs} with {train.negatives} random items each, "
-        f"patience {train.patience}, the epoch with the best validation NDCG@10 of "
-        f"{train.validation_users or 'all'} users. {SINGLE}: the target's loss alone. {SUM}: weights of 1. "
-        "Methods have their defaults, and the place of their paper where place= is not written."
+        f"Every row is trained with `{options.train}`; learning rate and decay are the best of --tune "
+        f"for {SUM} with --tasks units, and nothing was searched for any other row. {SINGLE}: the "
+        f"target's loss alone. {SUM}: weights of 1. {STANDARDISED}: the sum with each squared error "
+        "divided by its labels' variance. Methods have their defaults, and the place of their paper "
+        "where place= is not written."
     )
-    if STANDARDISED in options.method:
-        text += f" {STANDARDISED}: the sum with each squared error divided by its labels' variance."
     if search is not None:
         weights = ", ".join(f"{weight:.2g}" for weight in search.weights)
         low, high = (10.0**power for power in SEARCH_POWERS)
@@ -262,41 +244,23 @@ def settings(options: argparse.Namespace, search: Search | None) -> str:
     return text
 
 
-def balanced(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows that a balancing method trained."""
-    others = *FIXED, SUM, SINGLE
-    return {k: entry for k, entry in rows.items() if entry.trainings and k not in others}
-
-
-def verdict(rows: Mapping[str, Row], target: str) -> str:
-    """The answer in words: which methods reached the searched weights."""
-    if SEARCHED not in rows:
-        return ""
+def against_search(rows: Mapping[str, Row], search: Search, target: str) -> str:
+    """Which methods reached the searched weights, and how many runs of the search do as well as one."""
     base = report.of_users(rows[SEARCHED], target)[0]
-    said: dict[str, list[str]] = {"Reached by one run of": [], "Not reached by": []}
-    yes, no = said.values()
-    for label, entry in balanced(rows).items():
-        found = paired_difference(report.of_users(entry, target)[0], base)
-        (yes if found.mean >= -found.error else no).append(label)
-    return (
-        f"A row reaches the {SEARCHED} ({rows[SEARCHED].trainings} runs) where its mean test NDCG@10 of "
-        f"{target!r} is at most one standard error of the paired difference lower; this is no test of "
-        "equality."
-    ) + "".join(f" {verb}: {', '.join(names)}." for verb, names in said.items() if names)
-
-
-def worth(rows: Mapping[str, Row], search: Search | None) -> str:
-    """How many runs of the search are expected to find what one run of each method reached."""
-    if search is None:
-        return ""
     best = expected_best(np.array([run.best_value for run in search.runs]))
     said = []
-    for label, entry in balanced(rows).items():
-        reached = np.mean([run.best_value for run in entry.runs])
-        needed = int(np.searchsorted(best, reached)) + 1
-        said.append(f"{label} {needed if needed <= len(best) else f'more than {len(best)}'}")
-    start = "Runs of the search whose best validation NDCG@10 is expected to reach that of one run"
-    return f"{start}: {', '.join(said)}." if said else ""
+    for label, entry in rows.items():
+        if entry.trainings and label not in (*FIXED, SUM, SINGLE):
+            found = paired_difference(report.of_users(entry, target)[0], base)
+            reached = "yes" if found.mean >= -found.error else "no"
+            needed = np.searchsorted(best, np.mean([run.best_value for run in entry.runs])) + 1
+            worth = needed if needed <= len(best) else f"more than {len(best)}"
+            said.append(f"{label}: {reached}, {worth}")
+    return (
+        f"Does one run reach the {SEARCHED}, with a mean test NDCG@10 of {target!r} at most one standard "
+        "error of the paired difference lower (no test of equality)? And how many runs of the search are "
+        f"expected to reach its validation NDCG@10? {'; '.join(said)}."
+    )
 
 
 def look(trainer: Trainer) -> str:
@@ -319,10 +283,11 @@ def look(trainer: Trainer) -> str:
     products = np.asarray(state.rule_state.products).sum(axis=0)
     norms = np.sqrt(np.diagonal(products))
     # By name, since the target is first here and tasks with names are sorted.
-    by_name = lambda values: dict(zip(names, values, strict=True))  # noqa: E731
     names = [task.name for task in trainer.dataset.tasks]
-    cosines = by_name(map(by_name, products / norms / norms[:, None]))
-    advice = mtl.advise({"norms": by_name(norms), "cosines": cosines}, target=names[0])
+    cosines = products / norms / norms[:, None]
+    found = {"norms": norms, "cosines": [dict(zip(names, row, strict=True)) for row in cosines]}
+    by_name = {name: dict(zip(names, values, strict=True)) for name, values in found.items()}
+    advice = mtl.advise(by_name, target=names[0])
     return f"The first {int(state.balance_count)} steps of the plain sum. {advice}"
 
 

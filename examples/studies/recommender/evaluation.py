@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +25,14 @@ PAIRS_AT_ONCE_ELSEWHERE = 2**20
 SCORES_AT_ONCE = 2**23  # that NumPy computes
 
 
-class Tables(NamedTuple):
-    """The pairs of the three sets, on the device."""
-
-    train: PairTable
-    validation: PairTable
-    test: PairTable
+Tables = tuple[PairTable, PairTable, PairTable]  # training, validation and test set
 
 
 def pair_tables(dataset: Dataset) -> Tables:
     """The three sets as tables that are searched on the device."""
     parts = (dataset.train, dataset.validation, dataset.test)
-    return Tables(*(pair_table(part, dataset.num_users) for part in parts))
+    train, validation, test = (pair_table(part, dataset.num_users) for part in parts)
+    return train, validation, test
 
 
 def ranking_metrics(scores: jax.Array, hidden: jax.Array, relevant: jax.Array) -> jax.Array:

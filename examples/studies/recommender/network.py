@@ -1,7 +1,7 @@
 """MetaBalance's multi-task recommender (Figure 6) in Flax NNX: a shared bottom, one tower per task."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ class Batch(NamedTuple):
       users, items: `[N]`.
       labels, mask: `[T, N]`; a pair without mask does not count in the task's loss.
       key: for dropout.
-      rows: where users and items `[N]` stand in the tables that are read: the ids, for whole tables.
     """
 
     users: jax.Array
@@ -45,11 +44,10 @@ class Batch(NamedTuple):
     labels: jax.Array
     mask: jax.Array
     key: jax.Array
-    rows: tuple[jax.Array, jax.Array]
 
 
 class Tables(NamedTuple):
-    """Embeddings of users and items, or those rows of them that a batch needs."""
+    """Embeddings of users and items."""
 
     user: jax.Array
     item: jax.Array
@@ -141,7 +139,7 @@ class Network(steps.Network):
 
     def encode(self, shared: Shared, batch: Batch) -> jax.Array:
         """The representation `[N, width]` of a training batch."""
-        user, item = (table[rows] for table, rows in zip(shared.tables, batch.rows, strict=True))
+        user, item = shared.tables.user[batch.users], shared.tables.item[batch.items]
         return nnx.merge(self._bottom, shared.bottom)(user, item, batch.key)
 
     def losses(
@@ -171,25 +169,6 @@ class Network(steps.Network):
         """The gradients of the towers, which are stacked along the tasks, times their weights."""
         return jax.vmap(optax.tree.scale)(weights, head_grads)
 
-    def narrowed(self, method: Any, shared: Shared, batch: Batch) -> tuple[Any, Any, steps.Widen]:
-        """The rows of the tables that the batch reads: `[T, rows, size]`, whatever the vocabulary.
-
-        A method that keeps gradients from step to step needs those of whole tables, and small tables are
-        read whole.
-        """
-        tables = shared.tables
-        if keeps_rows(method, shared) or reads_all(tables, batch):
-            return super().narrowed(method, shared, batch)
-        rows, batch = distinct_rows(tables, batch)
-
-        def widen(grads: Shared) -> Shared:
-            parts = zip(tables, rows, grads.tables, strict=True)
-            whole = (jnp.zeros_like(table).at[row].add(grad) for table, row, grad in parts)
-            return grads._replace(tables=Tables(*whole))
-
-        read = shared._replace(tables=Tables(*map(jnp.take, tables, rows, (0, 0))))
-        return read, batch, widen
-
     def predict(
         self, params: Parameters, task: int | jax.Array, users: jax.Array, items: jax.Array
     ) -> jax.Array:
@@ -214,29 +193,3 @@ def sampled_softmax(
     drawn = jnp.where(is_negative, scores[pairs:], -jnp.inf).reshape(pairs, negatives)
     each = jax.nn.logsumexp(jnp.concatenate([own, drawn], axis=1), axis=1) - own[:, 0]
     return jnp.sum(each * is_positive) / jnp.maximum(jnp.sum(is_positive), 1)
-
-
-def distinct_rows(tables: Tables, batch: Batch) -> tuple[tuple[jax.Array, ...], Batch]:
-    """The rows of the two tables that a batch reads, each once, and the batch that reads them there.
-
-    The number of rows is fixed by the batch; where there are fewer, the first of them fills the rest, to
-    which no pair points.
-    """
-    found = [
-        jnp.unique(ids, return_inverse=True, size=min(len(ids), len(table)))
-        for ids, table in zip((batch.users, batch.items), tables, strict=True)
-    ]
-    rows, places = zip(*found, strict=True)
-    return rows, batch._replace(rows=places)
-
-
-def reads_all(tables: Tables, batch: Batch) -> bool:
-    """Whether the tables are hardly larger than the batch: to find the distinct rows would save nothing."""
-    return all(len(table) <= 4 * len(batch.users) for table in tables)
-
-
-def keeps_rows(method: Any, shared: Shared) -> bool:
-    """Whether the method's state has an array of a table's size."""
-    tables = {table.shape for table in shared.tables}
-    state = jax.eval_shape(method.init, shared)
-    return any(leaf.shape[-2:] in tables for leaf in jax.tree.leaves(state))

@@ -1,4 +1,4 @@
-"""The comparison's columns, the test over seeds and users, and the picture of norms and weights."""
+"""The comparison's columns, the test over seeds and users, and the picture of weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,6 @@ from examples.studies.harness.report import MARKED, Metric, Row, curve, mean_cel
 from examples.studies.harness.statistics import Difference, compare
 from examples.studies.recommender.data import REGRESSION, Task
 from examples.studies.recommender.evaluation import COLUMNS, PROTOCOLS
-from examples.studies.recommender.training import PARTS
 
 HEADLINE = "ndcg@10"
 EFFORT = ("step", "runs", "seconds")
@@ -97,28 +96,21 @@ def caption(columns: Sequence[Metric], seeds: int, baseline: str | None) -> str:
 
 
 def draw(rows: Mapping[str, Row], tasks: Sequence[Task], path: Path) -> None:
-    """Gradient norms and, below them, task weights over training, for every method."""
+    """The weights of the tasks over training, for every method."""
     # The first seed: an average would hide the movement.
-    histories = {label: row.runs[0].history for label, row in rows.items() if row.trainings}
-    shown = {"weights": "weight of the task"}
-    if any("norms" in history for history in histories.values()):
-        shown = {"norms": f"gradient norm,\n{PARTS[0]}", **shown}
-    columns = min(5, len(histories))
-    lines = -(-len(histories) // columns) * len(shown)
+    weights = {name: row.runs[0].history["weights"] for name, row in rows.items() if row.trainings}
+    columns = min(5, len(weights))
+    lines = -(-len(weights) // columns)
     size = (2.4 * columns + 1, 1.9 * lines)
     with picture(path, lines, columns, dpi=70, figsize=size, sharex=True) as (figure, grid):
-        for place, (label, history) in enumerate(histories.items()):
-            line, column = divmod(place, columns)
-            panels = grid[line * len(shown) : (line + 1) * len(shown), column]
-            panels[0].set_title(label.replace("(", "\n(", 1), fontsize=8)
-            panels[-1].set_xlabel("epoch", fontsize=8)
-            for axes, (name, text) in zip(panels, shown.items(), strict=True):
-                values = history[name][..., 0] if name == "norms" else history[name]
-                for task, of_task in zip(tasks, values.T, strict=True):
-                    # A weight of 0 has no place on a logarithmic axis.
-                    curve(axes, np.where(of_task > 0, of_task, np.nan), task.name)
-                axes.set(yscale="log", ylim=(1e-6, 1e4))
-                axes.set_ylabel("" if column else text, fontsize=8)
-        for axes in grid.ravel():
+        for axes, (label, values) in zip(grid.flat, weights.items(), strict=False):
+            for task, of_task in zip(tasks, values.T, strict=True):
+                # A weight of 0 has no place on a logarithmic axis.
+                curve(axes, np.where(of_task > 0, of_task, np.nan), task.name)
+            axes.set(yscale="log", ylim=(1e-6, 1e4))
+            axes.set_title(label.replace("(", "\n(", 1), fontsize=8)
+        for axes in grid.flat:
             axes.set_visible(bool(axes.lines))
+        figure.supxlabel("epoch", fontsize=8)
+        figure.supylabel("weight of the task", fontsize=8)
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)

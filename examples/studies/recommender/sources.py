@@ -1,5 +1,7 @@
 """Where behaviours come from: MovieLens-100K, a folder of CSV files, or a generator."""
 
+import subprocess
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from examples import retrieval_and_rating
 from examples.studies.harness.errors import UserError
 from examples.studies.recommender.data import REGRESSION, Interactions, Log, Task, behaviours
-from examples.studies.recommender.download import WAYS_OUT, movielens_ratings
 
+WAYS_OUT = "use --data synthetic, or --data PATH with a folder of behaviours"
 # MovieLens as tasks, and their values from stars and days since the user's first rating `[N]`.
 MOVIELENS: dict[str, tuple[Sequence[Task], Callable[..., Sequence[np.ndarray]]]] = {
     # Two rankings and two numbers, in the units of its file.
@@ -44,6 +47,23 @@ def load_log(data: str, target: str | None = None, tasks: str = "units") -> Log:
     return movielens(tasks) if data == "movielens" else synthetic()
 
 
+def movielens_ratings() -> np.ndarray:
+    """Rows `user, item, stars, seconds` of MovieLens-100K, from the cache or a first download."""
+    try:
+        ratings = retrieval_and_rating.movielens(None)
+        if len(ratings) != 100_000:
+            raise ValueError("ml-100k.csv in the cache is cut short: remove it")
+    except (
+        OSError,
+        ValueError,
+        subprocess.SubprocessError,
+        zipfile.BadZipFile,
+        SystemExit,
+    ) as error:
+        raise UserError(f"MovieLens-100K is not available: {error}; {WAYS_OUT}") from None
+    return ratings
+
+
 def movielens(tasks: str) -> Log:
     """MovieLens-100K with the tasks of a key of `MOVIELENS`."""
     ratings = movielens_ratings()
@@ -61,38 +81,27 @@ def folder(path: Path, target: str, auxiliaries: Sequence[str] | None = None) ->
 
     `auxiliaries` names the other behaviours that are read; without it, all.
     """
-    if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder (nor is it 'movielens' or 'synthetic')")
-    files = {
-        file.name.removesuffix(suffix): file
-        for suffix in (".csv", ".csv.gz")
-        for file in sorted(path.glob(f"*{suffix}"))
-    }
+    files = {file.name.removesuffix(".gz")[:-4]: file for file in path.glob("*.csv*")}
     names = [target, *(auxiliaries or sorted(set(files) - {target}))]
     if missing := [name for name in names if name not in files]:
-        found = ", ".join(sorted(files)) or "no CSV file"
+        found = ", ".join(sorted(files)) or "no such folder or no CSV file"
         raise UserError(
             f"--data {path}: no {missing[0]}.csv[.gz] (found: {found}); name the target by "
             f"--target, or {WAYS_OUT}"
         )
-    tables = [_read_pairs(files[name]) for name in names]
+    how = {"usecols": ["user", "item"], "dtype": str, "keep_default_na": False, "na_values": ""}
+    try:
+        tables = {name: pd.read_csv(files[name], **how) for name in names}
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(f"{path} cannot be read as CSV files ({error}); {WAYS_OUT}") from None
     rows = pd.concat(tables)
+    if rows.isna().any(axis=None):
+        raise UserError(f"{path}: a row has no user or no item")
     users, user_ids = pd.factorize(rows["user"], sort=True)
     items, item_ids = pd.factorize(rows["item"], sort=True)
-    parts = np.split(np.stack([users, items], axis=1), np.cumsum(list(map(len, tables)))[:-1])
-    return behaviours(path.name, len(user_ids), len(item_ids), dict(zip(names, parts, strict=True)))
-
-
-def _read_pairs(path: Path) -> pd.DataFrame:
-    """The columns `user` and `item` of a CSV file, as strings."""
-    columns = ["user", "item"]
-    try:
-        pairs = pd.read_csv(path, usecols=columns, dtype=str, keep_default_na=False, na_values="")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{path} cannot be read as CSV ({error}); {WAYS_OUT}") from None
-    if pairs.isna().any(axis=None):
-        raise UserError(f"{path}: a row has no user or no item")
-    return pairs
+    pairs, of_row = np.stack([users, items], axis=1), rows.index.get_level_values(0)
+    by_name = {name: pairs[of_row == name] for name in names}
+    return behaviours(path.name, len(user_ids), len(item_ids), by_name)
 
 
 def synthetic(num_users: int = 400, num_items: int = 300, rank: int = 6, seed: int = 0) -> Log:

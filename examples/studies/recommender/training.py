@@ -80,7 +80,7 @@ class Trainer(trainer.Trainer):
         users = np.random.default_rng(0).permutation(held_out_users(dataset, 0, VALIDATION))
         self._validation_users = np.sort(users[: config.validation_users])
         self._rank = self.compiled(self._metrics_of_users)
-        self._errors = self.compiled(self._squared_errors)
+        self._predict = self.compiled(lambda common, params: self.network.predict(params, *common))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -116,14 +116,14 @@ class Trainer(trainer.Trainer):
         pairs, drawn = data.pairs[chosen], self.config.negatives
         users = jnp.repeat(pairs[:, 0], drawn)
         items = jax.random.randint(sample_key, users.shape, 0, self.dataset.num_items)
-        values, known = data.tables.train.find(users, items)
+        values, known = data.tables[0].find(users, items)
         values = jnp.concatenate([data.values[chosen], values]).T
         is_drawn = jnp.arange(values.shape[1])[None] >= len(chosen)
         is_known = jnp.concatenate([jnp.ones(len(chosen), bool), known])[None]
         squared = jnp.array([task.kind == REGRESSION for task in self.dataset.tasks])[:, None]
         mask = jnp.where(squared, is_known, (values > 0) | (is_drawn & ~is_known))
         ids = jnp.concatenate([pairs[:, 0], users]), jnp.concatenate([pairs[:, 1], items])
-        return Batch(*ids, values, mask.astype(jnp.float32), dropout_key, ids)
+        return Batch(*ids, values, mask.astype(jnp.float32), dropout_key)
 
     def norms(self, data: _Data, params: Parameters, key: jax.Array) -> jax.Array:
         """The gradient norms `[T, parts]` of each task on the parts of the shared bottom, on one batch.
@@ -167,12 +167,6 @@ class Trainer(trainer.Trainer):
         predict = partial(self.network.predict, params, task)
         return rank_users(predict, data.tables, self.dataset.num_items, users, task, part)
 
-    def _squared_errors(self, common: Any, params: Parameters) -> jax.Array:
-        """The squared errors `[N]` of a regression's held-out pairs."""
-        pairs, numbers, task = common
-        predicted = self.network.predict(params, task, pairs[:, 0], pairs[:, 1])
-        return optax.squared_error(predicted, numbers)
-
     def measure(
         self, params: Parameters, part: int, tasks: Sequence[str] | None = None
     ) -> list[dict[str, np.ndarray]]:
@@ -186,8 +180,8 @@ class Trainer(trainer.Trainer):
             if tasks is not None and task.name not in tasks:
                 continue
             if task.kind == REGRESSION:
-                common = jnp.asarray(held_out.pairs), jnp.asarray(held_out.values[:, place]), place
-                found[task.name] = np.asarray(self._errors(common, params))
+                predicted = np.asarray(self._predict((place, *held_out.pairs.T), params))
+                found[task.name] = (predicted - held_out.values[:, place]) ** 2
                 continue
             users = held_out_users(self.dataset, place, part)
             if not len(users):
