@@ -36,7 +36,7 @@ def predict():
 
     @jax.jit
     def predict(molecules):
-        batch = data.Split(jnp.asarray(molecules), None)
+        batch = data.Molecules(jnp.asarray(molecules), None)
         return network.predict(params.heads, network.encode(params.shared, batch))
 
     return predict
@@ -48,7 +48,7 @@ def file(tmp_path):
     path = tmp_path / "atoms.npz"
     x = made(240)
     y = (x[..., 0] > 1).sum(1)[:, None] + 0.1 * rng.normal(size=(240, NUM_TASKS))
-    path.write_bytes(data.packed(data.Molecules(x, y, np.arange(240), 240)))
+    np.savez(path, **data.Molecules(x, y)._asdict())
     return path
 
 
@@ -92,7 +92,9 @@ def test_padding_does_not_change_the_output(predict):
 @pytest.mark.parametrize("arm", [SUM, "scale_invariant", "inverse_norm, representation"])
 def test_steps_of_an_arm_reduce_the_losses(arm):
     network = Messages(batch=16)
-    batch = data.Split(jnp.asarray(made(16)), jax.random.normal(jax.random.key(1), (16, NUM_TASKS)))
+    batch = data.Molecules(
+        jnp.asarray(made(16)), jax.random.normal(jax.random.key(1), (16, NUM_TASKS))
+    )
     params = network.init(jax.random.key(0), inputs=4)
     step = step_of(ARMS[arm], network, 3e-3, np.ones(NUM_TASKS, np.float32), 100)
 
@@ -113,22 +115,23 @@ def test_steps_of_an_arm_reduce_the_losses(arm):
 @pytest.mark.slow
 def test_errors_are_measured_over_all_molecules_in_pieces(monkeypatch):
     config = Config(batch=8, network=data.MESSAGES)
-    part = data.Split(made(10), np.random.default_rng(0).normal(size=(10, NUM_TASKS)))
+    part = data.Molecules(made(10), np.random.default_rng(0).normal(size=(10, NUM_TASKS)))
     network = Messages(config.batch)
     params = network.init(jax.random.key(0), inputs=4)
     found = network.predict(params.heads, network.encode(params.shared, part))
     expected = np.abs(found - part.properties).mean(axis=0)
     monkeypatch.setattr(training, "MEASURED", 4)
-    carry = jax.tree.map(lambda leaf: leaf[None, None, None], (params, ()))
-    measured = Programs(SUM, config, 4).measure(carry, jax.tree.map(lambda a: a[None], part))
-    np.testing.assert_allclose(measured[0, 0, 0], expected, rtol=1e-4)
+    carry = jax.tree.map(lambda leaf: leaf[None, None], (params, ()))
+    data_of_splits = jax.tree.map(lambda array: jnp.stack([0 * array, array]), part)
+    measured = Programs(SUM, config, 4).measure(carry, data_of_splits, np.array([1]))
+    np.testing.assert_allclose(measured[0, 0], expected, rtol=1e-4)
 
 
 # --- files and the command --------------------------------------------------------------------------
 
 
 def test_atoms_are_padded_to_the_largest_molecule():
-    found = data.padded(np.array([3, 0]), np.array([[0.0, 0, 0], [0.9, 0, 0.1]]))
+    found = data.atoms("['O','H']", "[[0.,0.,0.],[0.9,0.,1.*^-1]]")
     assert found.shape == (29, 4)
     np.testing.assert_allclose(found[:2], [[4, 0, 0, 0], [1, 0.9, 0, 0.1]])
     assert not found[2:].any()

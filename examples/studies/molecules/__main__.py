@@ -6,8 +6,8 @@ download. With --all: every arm, and a search over 64 weightings.
 
 With --network messages: the same for a network that passes messages between the atoms. On a CPU it has
 4,000 molecules and 1,500 steps, and a search over 4 weightings: 20 networks, those for each property alone
-among them, at 3 learning rates, are 60 runs of 30 to 45 seconds of processor time. On an accelerator,
-and with --large, it has 100,000 molecules and 50,000 steps.
+among them, at 3 learning rates, are 60 runs of 30 to 45 seconds of processor time. On an accelerator it has
+100,000 molecules and 50,000 steps.
 
 Every arm is trained with the same learning rates, of which the validation molecules choose.
 """
@@ -21,22 +21,15 @@ from typing import Any
 
 import jax
 
-from examples.studies.harness.command import CommandLine, in_threads, one_of, write_atomically
+from examples.studies.harness.command import CommandLine, in_threads, one_of
 from examples.studies.harness.errors import UserError
-from examples.studies.harness.report import csv_of, publish
+from examples.studies.harness.report import publish
 from examples.studies.harness.runner import progress_bars
-from examples.studies.harness.timing import cores, machine, step_times
+from examples.studies.harness.timing import cores
 from examples.studies.molecules import report
 from examples.studies.molecules.arms import ALONE, ARMS, SEARCH, SUM
-from examples.studies.molecules.data import HISTOGRAMS, load, of_splits, packed
-from examples.studies.molecules.training import (
-    NETWORKS,
-    Config,
-    Store,
-    TooSlow,
-    Trainer,
-    config_of,
-)
+from examples.studies.molecules.data import HISTOGRAMS, load
+from examples.studies.molecules.training import NETWORKS, Config, Store, Trainer, config_of
 
 DEFAULT = (
     SEARCH, SUM, "scale_invariant", "uncertainty", "nash_mtl, representation",
@@ -45,25 +38,21 @@ DEFAULT = (
 QUICK: dict[str, Any] = {
     "steps": 20, "chunk": 10, "batch": 16, "sizes": (100, 50, 50), "rates": (1e-3, 1e-2), "searched": 4,
 }  # fmt: skip
-TIMES = "time.csv"
 OPTIONS = {
-    "data": {"type": Path, "help": "a wheel of qm9pack, or a file that --pack wrote"},
+    "data": {
+        "type": Path,
+        "help": "a wheel of qm9pack, or a file of the cache from another machine",
+    },
     "seeds": {"default": 1, "help": "splits, each with a start of its own (default %(default)s)"},
     "network": {
         "choices": tuple(NETWORKS),
         "default": HISTOGRAMS,
-        "help": "what reads the molecules (default %(default)s)",
+        "help": "what reads the molecules",
     },
-    "large": {"action": "store_true", "help": "messages: the accelerator's size on a CPU"},
     "steps": {"help": f"training steps (default {Config.steps}; above for messages)"},
-    "search": {
-        "type": int,
-        "metavar": "N",
-        "help": "weightings of a search (8, for messages 4; with --all 64)",
-    },
+    "search": {"type": int, "help": "weightings of a search (8, for messages 4; with --all 64)"},
     "arms": {"nargs": "+", "type": one_of("arm", list(ARMS)), "metavar": "ARM"},
     "all": {"action": "store_true", "help": "all arms"},
-    "limit": {"type": float, "metavar": "SECONDS", "help": "leave out what would take longer"},
     "jobs": {"default": min(2, cores())},
     "part": {
         "type": int,
@@ -72,19 +61,13 @@ OPTIONS = {
         "help": "only train, and of N parts of the runs only the I-th, beside other programs",
     },
     "table": {"action": "store_true", "help": "the table of the finished runs in --out"},
-    "time": {"action": "store_true", "help": "only measure the time of a step, in turns"},
-    "pack": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "only write the molecules of the splits, for --data where there is no network",
-    },
 }
 
 
 def complete(options: argparse.Namespace) -> None:
     """The configuration and the arms."""
     few = 8 if options.network == HISTOGRAMS else 4
-    config = config_of(options.network, options.large or jax.default_backend() != "cpu")
+    config = config_of(options.network, large=jax.default_backend() != "cpu")
     config = replace(
         config,
         steps=options.steps or config.steps,
@@ -113,18 +96,11 @@ def work(options: argparse.Namespace) -> None:
     if options.table:
         show(options, Store(options.out, config, resume=True, version=None))
         return
-    molecules = load(options.data, config.network)
-    if options.pack is not None:
-        small = of_splits(molecules, config.sizes, options.seeds)
-        write_atomically(options.pack, packed(small))
-        print(f"{options.pack}: {len(small.rows)} molecules of {options.seeds} splits")
-    elif options.time:
-        measure_times(options, Trainer(molecules, replace(config, chunk=50), 1))
-    else:
-        store = Store(options.out, config, options.resume)
-        train(options, store, Trainer(molecules, config, options.seeds, options.limit))
-        if options.part is None:
-            show(options, store)
+    trainer = Trainer(load(options.data, config.network), config, options.seeds)
+    store = Store(options.out, config, options.resume)
+    train(options, store, trainer)
+    if options.part is None:
+        show(options, store)
 
 
 def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
@@ -132,10 +108,11 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
     config, stopping = options.config, threading.Event()
     done = {(result.arm, result.seed, result.rate) for result in store.results}
     part, parts = options.part or (1, 1)
-    pairs = [(seed, rate) for seed in range(options.seeds) for rate in config.rates][
-        part - 1 :: parts
-    ]
-    missing = {name: [p for p in pairs if (name, *p) not in done] for name in options.names}
+    pairs = [(seed, rate) for seed in range(options.seeds) for rate in config.rates]
+    missing = {
+        name: [pair for pair in pairs[part - 1 :: parts] if (name, *pair) not in done]
+        for name in options.names
+    }
     names = [name for name, left in missing.items() if left]
     with progress_bars() as bars:
         trainings = sum(map(len, missing.values()))
@@ -147,11 +124,8 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
                     raise KeyboardInterrupt
                 bars.update(whole, advance=steps, description=name)
 
-            try:
-                for result in trainer.run(name, missing[name], advanced):
-                    store.add(result)
-            except (TooSlow, jax.errors.JaxRuntimeError) as error:  # or out of memory
-                print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
+            for result in trainer.run(name, missing[name], advanced):
+                store.add(result)
 
         in_threads(of_arm, names, options.jobs, stopping)
 
@@ -159,43 +133,17 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
 def show(options: argparse.Namespace, store: Store) -> None:
     """Print the table and write it."""
     config, out = options.config, options.out
-    if options.table:
-        options.names = sorted({result.arm for result in store.results})
     rows = report.rows_of(store.results, options.seeds, config.rates, options.alone)
     summary = report.summarise(rows)
-    times = {}
-    if out is not None and (out / TIMES).exists():
-        cells = [line.rsplit(",", 2) for line in (out / TIMES).read_text().splitlines()[1:]]
-        times = {name.strip('"'): float(share) for name, _, share in cells}
     title = f"QM9: {len(report.PROPERTIES)} properties, {config.sizes[0]:,} training molecules"
     if config.network != HISTOGRAMS:
         title += f", network of {config.network}"
     shown = report.caption(summary, len(config.rates), options.seeds)
     note = f"{report.verdict(summary)}\n\n{shown}\n\nMade by `{options.line}` with `{config}`."
     files = {"table.csv": report.csv_lines(rows)}
-    publish(out, "table", report.lines_of(summary, times), title, note, files)
+    publish(out, "table", report.lines_of(summary), title, note, files)
     if out is not None:
         report.draw(summary, out / "runs.png")
-
-
-def measure_times(options: argparse.Namespace, trainer: Trainer) -> None:
-    """The time of a step of every arm of one network, in turns."""
-    names = [name for name in options.names if ARMS[name].weights in (None, "sum")]
-    names = [SUM, *(name for name in names if name != SUM)]
-    calls = {name: trainer.one_call(name) for name in names}
-    rows = step_times(calls, trainer.config.chunk, SUM, 2 if options.quick else 9)
-    lines = [
-        ("arm", "ms a step", "to the sum's"),
-        *((n, f"{t:.3f}", f"{r:.2f}") for n, t, r in rows),
-    ]
-    title = (
-        f"QM9: milliseconds a step of {trainer.config.network} on {machine()}, all arms in turns"
-    )
-    note = (
-        f"Medians over rounds, of the times and of each round's ratio.\n\nMade by `{options.line}`."
-    )
-    files = {TIMES: csv_of(("arm", "ms", "to_sum"), rows)}
-    publish(options.out, "time", lines, title, note, files)
 
 
 main = CommandLine(

@@ -1,6 +1,7 @@
 """The rows of the table: fixed weights, alone or in a search, and the library's methods in three places."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.choices import (
+    LOSSES,
+    PARAMETERS,
+    REPRESENTATION,
+    Choice,
+    parse_choice,
+)
 from examples.studies.harness.steps import Network, Parameters, Step, make_step, one_optimizer
 from examples.studies.molecules.data import PROPERTIES
 
@@ -21,12 +28,12 @@ class Arm(NamedTuple):
     """A row: one method, or several fixed weightings beside one another.
 
     Attributes:
-      method: as `parse_choice` reads it; None for fixed weights.
+      method: and where it stands; None for fixed weights.
       weights: "alone" (a network for each property), "sum" or "search"; None for a method.
       log: whether the logarithm of the weighted sum is minimised, whose scale follows the losses.
     """
 
-    method: str | None = None
+    method: Choice | None = None
     weights: str | None = None
     log: bool = False
 
@@ -71,19 +78,12 @@ ON_PARAMETERS = (
 )  # fmt: skip
 
 
-def _placed(choice: str, place: str) -> Arm:
-    name, bracket, options = choice.partition("(")
-    options = options.removesuffix(")")
-    comma = ", " if bracket else ""
-    return Arm(f"{name}({options}{comma}place={place!r})")
-
-
+PLACES = {LOSSES: ON_LOSSES, REPRESENTATION: ON_GRADIENTS, PARAMETERS: ON_GRADIENTS + ON_PARAMETERS}
 METHODS = {
-    **{choice: Arm(choice) for choice in ON_LOSSES},
-    **{f"{choice}, {place}": _placed(choice, place)
-       for place in ("representation", "parameters") for choice in ON_GRADIENTS},
-    **{f"{choice}, parameters": _placed(choice, "parameters") for choice in ON_PARAMETERS},
-}  # fmt: skip
+    text if place == LOSSES else f"{text}, {place}": Arm(replace(parse_choice(text), place=place))
+    for place, texts in PLACES.items()
+    for text in texts
+}
 ARMS = {**FIXED, **METHODS}
 
 
@@ -123,16 +123,12 @@ class Shared(Network):
 
     def losses(self, heads, copies, batch):
         """See the base class."""
-        predictions = jnp.stack(
-            [copy @ w + b for copy, w, b in zip(copies, heads["w"], heads["b"], strict=True)], 1
-        )
-        return tuple(jnp.mean((predictions - batch.properties) ** 2, axis=0))
+        parts = zip(copies, heads["w"], heads["b"], strict=True)
+        return squared(jnp.stack([copy @ w + b for copy, w, b in parts], 1), batch)
 
     def decode(self, heads, representation, batch):
         """See the base class."""
-        return tuple(
-            jnp.mean((self.predict(heads, representation) - batch.properties) ** 2, axis=0)
-        )
+        return squared(self.predict(heads, representation), batch)
 
     def weigh_heads(self, head_grads, weights):
         """See the base class."""
@@ -144,6 +140,11 @@ class Shared(Network):
         return representation @ heads["w"].T + heads["b"][None]
 
 
+def squared(predictions: jax.Array, batch: Any) -> tuple[jax.Array, ...]:
+    """The T losses."""
+    return tuple(jnp.mean((predictions - batch.properties) ** 2, axis=0))
+
+
 def step_of(arm: Arm, network: Network, rate: jax.Array, weights: jax.Array, steps: int) -> Step:
     """The step of an arm: Adam, whose rate falls to 0 along a cosine."""
     scaler = optax.scale_by_adam()
@@ -151,7 +152,7 @@ def step_of(arm: Arm, network: Network, rate: jax.Array, weights: jax.Array, ste
         lambda count: rate * optax.cosine_decay_schedule(1.0, steps)(count)
     )
     if arm.method is not None:
-        return make_step(parse_choice(arm.method), network, scaler, descent, {})
+        return make_step(arm.method, network, scaler, descent, {})
 
     def value_and_grad(params, state, batch):
         def objective(params):

@@ -8,11 +8,14 @@ sums over atoms do not depend on their order.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from examples.studies.molecules.arms import WIDTH, Shared
-from examples.studies.molecules.data import CENTRES, ELEMENTS, SPACING
+from examples.studies.molecules.data import ELEMENTS
 
+CENTRES = np.linspace(0.8, 7.0, 20)  # of the Gaussians, in angstrom
+SPACING = CENTRES[1] - CENTRES[0]
 TYPICAL = 18  # atoms of a molecule, about the mean
 FEATURES = WIDTH // 2
 LAYERS = 2

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import mtl_optax as mtl
 from examples.studies.harness.command import say_damaged
 from examples.studies.molecules.arms import ARMS, Shared, step_of
-from examples.studies.molecules.data import HISTOGRAMS, MESSAGES, Molecules, Split, split
+from examples.studies.molecules.data import HISTOGRAMS, MESSAGES, Molecules, split
 from examples.studies.molecules.messages import Messages
 
 NETWORKS = {HISTOGRAMS: Shared, MESSAGES: Messages}
@@ -68,10 +68,6 @@ class Result(NamedTuple):
     validation: np.ndarray
     test: np.ndarray
     seconds: float
-
-
-class TooSlow(Exception):
-    """An arm would take longer than is allowed."""
 
 
 class Store:
@@ -131,7 +127,10 @@ def read(path: Path, about: dict[str, Any]) -> Iterator[Result]:
 
 
 class Programs:
-    """The compiled programs of an arm, over axes of splits, learning rates and weightings `[S, R, K]`."""
+    """The compiled programs of an arm, over axes of runs and weightings `[R, K]`.
+
+    A run is a split, by its seed, and a learning rate; the data have a first axis of splits.
+    """
 
     def __init__(self, name: str, config: Config, inputs: int):
         arm, network = ARMS[name], NETWORKS[config.network](config.batch)
@@ -142,46 +141,38 @@ class Programs:
             return jax.tree.map(jnp.copy, (params, state))  # some states begin with shared arrays
 
         def advance(
-            carry: Any, data: Split, seed: Any, rate: Any, weights: Any, begin: jax.Array
+            carry: Any, data: Molecules, seed: Any, rate: Any, weights: Any, begin: jax.Array
         ) -> Any:
             step = step_of(arm, network, rate, weights, config.steps)
             key = jax.random.fold_in(jax.random.key(seed), 1)
 
             def one(carry: Any, number: jax.Array) -> Any:
-                shape, molecules = (config.batch,), len(data.properties)
+                shape, molecules = (config.batch,), data.properties.shape[1]
                 rows = jax.random.randint(jax.random.fold_in(key, number), shape, 0, molecules)
-                batch = jax.tree.map(lambda part: part[rows], data)
+                batch = jax.tree.map(lambda part: part[seed, rows], data)
                 params, state, *_ = step.update(*carry, batch)
                 return (params, state), None
 
             return jax.lax.scan(one, carry, begin + jnp.arange(config.chunk))[0]
 
-        def measure(carry: Any, part: Split) -> jax.Array:
+        def measure(carry: Any, data: Molecules, seed: jax.Array) -> jax.Array:
             params, _ = carry
 
-            def errors(molecule: Split) -> jax.Array:
+            def errors(molecule: Molecules) -> jax.Array:
                 one = jax.tree.map(lambda array: array[None], molecule)
                 found = network.predict(params.heads, network.encode(params.shared, one))
                 return jnp.abs(found[0] - molecule.properties)
 
+            part = jax.tree.map(lambda part: part[seed], data)
             return jnp.mean(jax.lax.map(errors, part, batch_size=MEASURED), axis=0)
 
-        self.start = _over(start, (0, None, 0), (None, 0, None), (None, None, 0))
-        self.advance = _over(
-            advance,
-            (0, 0, 0, None, 0, None),
-            (0, None, None, 0, None, None),
-            (0, None, None, None, 0, None),
-            donate_argnums=0,
-        )
-        self.measure = _over(measure, (0, 0), (0, None), (0, None))
+        def over(function: Callable[..., Any], runs: Any, weightings: Any) -> Callable[..., Any]:
+            return jax.vmap(jax.vmap(function, weightings), runs)
 
-
-def _over(function: Callable[..., Any], *axes: Any, **options: Any) -> Callable[..., Any]:
-    """The function over the axes of splits, rates and weightings."""
-    for axis in reversed(axes):
-        function = jax.vmap(function, axis)
-    return jax.jit(function, **options)
+        self.start = jax.jit(over(start, (0, 0, 0), (None, None, 0)))
+        axes = (0, None, 0, 0, 0, None), (0, None, None, None, 0, None)
+        self.advance = jax.jit(over(advance, *axes), donate_argnums=0)
+        self.measure = jax.jit(over(measure, (0, None, 0), (0, None, None)))
 
 
 class Trainer:
@@ -191,27 +182,12 @@ class Trainer:
     one split and one rate.
     """
 
-    def __init__(
-        self, molecules: Molecules, config: Config, seeds: int, limit: float | None = None
-    ):
-        self.config, self.limit = config, limit
+    def __init__(self, molecules: Molecules, config: Config, seeds: int):
+        self.config = config
         parts = [split(molecules, config.sizes, seed) for seed in range(seeds)]
-        stacked = [
-            Split(*map(np.stack, zip(*of_part, strict=True)))
-            for of_part in zip(*parts, strict=True)
-        ]
+        stacked = jax.tree.map(lambda *of_part: np.stack(of_part), *parts)
         self.train, self.validation, self.test = jax.device_put(stacked)
         self.side_by_side = NETWORKS[config.network].small and jax.default_backend() != "cpu"
-
-    def groups(
-        self, missing: Sequence[tuple[int, float]]
-    ) -> Iterable[tuple[list[int], list[float]]]:
-        """Splits and rates that go side by side."""
-        if not missing:
-            return []
-        if self.side_by_side:
-            return [tuple(sorted(set(part)) for part in zip(*missing, strict=True))]
-        return [([seed], [rate]) for seed, rate in missing]
 
     def run(
         self,
@@ -220,56 +196,21 @@ class Trainer:
         advanced: Callable[[int], None] = lambda steps: None,
     ) -> Iterator[Result]:
         """The results of an arm for splits and rates; `advanced` is told how many steps were done."""
-        programs = Programs(name, self.config, self.train.descriptors.shape[-1])
-        for seeds, rates in self.groups(missing):
+        arm, config = ARMS[name], self.config
+        programs = Programs(name, config, self.train.descriptors.shape[-1])
+        for group in [missing] if self.side_by_side else [[run] for run in missing]:
             begun = time.perf_counter()
-            carry = None
-            for done in self._train(programs, name, seeds, rates):
-                carry = done
-                advanced(len(seeds) * len(rates) * self.config.chunk)
+            seeds, rates = map(np.array, zip(*group, strict=True))
+            weights = np.stack([arm.weightings(config.searched, seed) for seed, _ in group])
+            settings = seeds, rates.astype(np.float32), weights
+            carry = programs.start(*settings)
+            for begin in range(0, config.steps, config.chunk):
+                carry = jax.block_until_ready(programs.advance(carry, self.train, *settings, begin))
+                advanced(len(group) * config.chunk)
             validation, test = (
-                np.asarray(programs.measure(carry, _take(part, seeds)))
+                np.asarray(programs.measure(carry, part, seeds))
                 for part in (self.validation, self.test)
             )
-            seconds = (time.perf_counter() - begun) / (len(seeds) * len(rates))
-            for (i, seed), (j, rate) in (
-                (s, r) for s in enumerate(seeds) for r in enumerate(rates)
-            ):
-                yield Result(name, seed, rate, validation[i, j], test[i, j], seconds)
-
-    def one_call(self, name: str) -> Callable[[], Any]:
-        """For a clock: some steps of one network of an arm."""
-        programs = Programs(name, self.config, self.train.descriptors.shape[-1])
-        seed, rate = np.zeros(1, int), np.array(self.config.rates[:1], np.float32)
-        settings = seed, rate, ARMS[name].weightings(1, 0)[None]
-        data, carry = _take(self.train, [0]), programs.start(*settings)
-
-        def call() -> Any:
-            nonlocal carry
-            carry = programs.advance(carry, data, *settings, 0)
-            return carry
-
-        return call
-
-    def _train(
-        self, programs: Programs, name: str, seeds: list[int], rates: list[float]
-    ) -> Iterator[Any]:
-        """The carry after every call of the program."""
-        arm, config = ARMS[name], self.config
-        weights = np.stack([arm.weightings(config.searched, seed) for seed in seeds])
-        settings = np.array(seeds), np.array(rates, np.float32), weights
-        data = _take(self.train, seeds)
-        carry = programs.start(*settings)
-        limit = np.inf if self.limit is None else self.limit
-        for begin in range(0, config.steps, config.chunk):
-            begun = time.perf_counter()
-            carry = jax.block_until_ready(programs.advance(carry, data, *settings, begin))
-            left = (config.steps - begin) / config.chunk - 1
-            seconds = (time.perf_counter() - begun) * left
-            if begin and seconds > limit:  # the first call compiles
-                raise TooSlow(f"it would take {seconds:.0f} s more")
-            yield carry
-
-
-def _take(part: Split, seeds: list[int]) -> Split:
-    return jax.tree.map(lambda array: array[np.array(seeds)], part)
+            seconds = (time.perf_counter() - begun) / len(group)
+            for run, *errors in zip(group, validation, test, strict=True):
+                yield Result(name, *run, *errors, seconds)
