@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.studies.harness.command import CommandLine, one_of
-from examples.studies.harness.report import csv_of, picture, publish
+from examples.studies.harness.report import Metric, metrics_csv, picture, publish
 from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.timing import cores, step_times
@@ -30,14 +30,13 @@ TIMED = (
     BASE, "inverse_norm, slow average", "inverse_norm, slow average, one gradient",
     "inverse_norm, kept weights", "conflict_free", "conflict_free, one gradient",
 )  # fmt: skip
-SETTINGS = ("steps", "seeds", "interior", "width", "depth", "learning_rate")  # of `Config`
+SETTINGS = ("steps", "seeds", "interior", "width", "depth")  # of `Config`
 OPTIONS = {
-    name: {"type": type(value), "default": value, "help": "default %(default)s"}
+    name: {"type": int, "default": value, "help": "default %(default)s"}
     for name, value in vars(Config()).items() if name in SETTINGS
 } | {
     "problems": {"nargs": "+", "choices": list(PROBLEMS), "default": list(PROBLEMS)},
     "methods": {"nargs": "+", "type": one_of("method", ["all", *ROWS]), "metavar": "METHOD"},
-    "jobs": {"default": min(2, cores())},
     "quick": {"help": "a few steps of tiny networks"},
     "time": {"action": "store_true", "help": "only measure the time of a step, in turns"},
 }  # fmt: skip
@@ -45,11 +44,13 @@ EPILOG = (
     f"Methods: {'; '.join(ROWS)}. Without --methods helmholtz has all of them, and the other problems "
     f"have: {'; '.join(SHORT)}."
 )
-LEGEND = """Slow average: `ema_decay=0.999`. Kept weights: computed on every 100th step, one backward pass
-in between, as jaxpi does. One gradient: one loss a step, with `remember`. Residual attention: one weight
-for each of the points of a fixed pool; the losses are added. NTK traces: estimated on every 100th step.
-
-Step times are those of the moment: another load of the machine changes them. `--time` measures in turns."""
+LEGEND = (
+    "Slow average: `ema_decay=0.999`. Kept weights: computed on every 100th step, one backward pass in "
+    "between, as jaxpi does. One gradient: one loss a step, with `remember`. Residual attention: one "
+    "weight for each of the points of a fixed pool; the losses are added. NTK traces: estimated on every "
+    "100th step."
+)
+L2 = Metric(ERROR, ERROR, float)
 Runs = Mapping[str, Sequence[Run]]  # by row
 
 
@@ -73,71 +74,47 @@ def compare(problem: str, options: argparse.Namespace) -> None:
     names = names or (["all"] if problem == "helmholtz" else list(SHORT))
     names = list(ROWS) if names == ["all"] else names
     trainer = Trainer(PROBLEMS[problem], config)
-    runner = Runner(trainer, trainer.fingerprint, out, options.resume, options.jobs)
+    runner = Runner(trainer, trainer.fingerprint, out, options.resume, min(2, cores()))
     plans = [Plan(seed, trainer.default_setting()) for seed in range(config.seeds)]
     found = runner.train([Job(choose(name), plans) for name in names])
     runs = dict(zip(names, found, strict=True))
     title = f"{problem}: relative L2 error after {config.steps} steps, {config.seeds} seeds"
-    note = f"{verdict(problem, runs)}\n\n{LEGEND}\n\nMade by `{options.line}` with `{config}`."
-    rows = ([problem, name, run.seed, errors_of([run])[0], step_ms([run], config)]
-            for name, row in runs.items() for run in row)  # fmt: skip
-    header = ("problem", "method", "seed", "relative_l2_error", "ms_per_step")
-    files = {f"{problem}.csv": csv_of(header, rows)}
-    publish(out, problem, lines_of(runs, config), title, note, files)
+    note = f"{LEGEND}\n\nMade by `{options.line}` with `{config}`."
+    files = {f"{problem}.csv": metrics_csv(runs, [L2])}
+    publish(out, problem, lines_of(runs), title, note, files)
     if out is not None:
         draw(trainer, runs, out / f"{problem}.png")
 
 
-def errors_of(runs: Sequence[Run]) -> np.ndarray:
-    """The relative L2 errors `[seeds]`."""
-    return np.array([run.test[ERROR] for run in runs])
-
-
-def step_ms(runs: Sequence[Run], config: Config) -> float:
-    """Milliseconds a step."""
-    return 1e3 * float(np.median([run.seconds for run in runs])) / config.steps
-
-
-def lines_of(runs: Runs, config: Config) -> list[tuple[str, ...]]:
-    """The header and the rows of a problem's table: relative L2 errors, and the time of a step."""
-    lines = [("method", "median", "best", "worst", "ms a step", "to the sum's")]
-    for name, row in runs.items():
-        errors, time = errors_of(row), step_ms(row, config)
-        to_sum = f"{time / step_ms(runs[BASE], config):.2f}" if BASE in runs else "-"
-        cells = (f"{error:.4f}" for error in (np.median(errors), errors.min(), errors.max()))
-        lines.append((name, *cells, f"{time:.2f}", to_sum))
+def lines_of(runs: Runs) -> list[tuple[str, ...]]:
+    """The header and the rows of a problem's table: relative L2 errors."""
+    lines = [("method", "median", "best", "worst", "sum / median")]
+    errors = {name: L2.by_seed(row) for name, row in runs.items()}
+    for name, values in errors.items():
+        shown = np.median(values), values.min(), values.max()
+        less = f"{np.median(errors[BASE]) / np.median(values):.1f}" if BASE in errors else "-"
+        lines.append((name, *(f"{error:.4f}" for error in shown), less))
     return lines
-
-
-def verdict(problem: str, runs: Runs) -> str:
-    """The best row beside the plain sum."""
-    errors = {name: float(np.median(errors_of(row))) for name, row in runs.items()}
-    best = min(errors, key=errors.__getitem__)
-    line = f"{problem}: the smallest median error is that of {best}, {errors[best]:.4f}"
-    if BASE in errors and best != BASE:
-        line += f", {errors[BASE] / errors[best]:.1f} times below the plain sum's"
-    return line + "."
 
 
 def draw(trainer: Trainer, runs: Runs, path: Path) -> None:
     """The exact solution, the error of the plain sum and of the best method, and its weights."""
-    best = min(runs, key=lambda name: float(np.median(errors_of(runs[name]))))
-    panels = [("exact solution", trainer.exact)]
-    panels += [
-        (f"error: {name}", runs[name][0].test[FIELD] - trainer.exact)
+    best = min(runs, key=lambda name: float(np.median(L2.by_seed(runs[name]))))
+    panels = {"exact solution": trainer.exact} | {
+        f"error: {name}": runs[name][0].test[FIELD] - trainer.exact
         for name in (BASE, best)
         if name in runs
-    ]
+    }
     problem, grid = trainer.problem, trainer.config.grid
     extent = (problem.low[1], problem.high[1], problem.low[0], problem.high[0])
     with picture(path, 1, 4, dpi=90, figsize=(16, 3.6)) as (figure, (axes,)):
-        for axis, (title, field) in zip(axes, panels, strict=False):
+        for axis, (title, field) in zip(axes, panels.items(), strict=False):
             limit = np.abs(field).max()
             shown = {"origin": "lower", "aspect": "auto", "cmap": "RdBu", "extent": extent}
             image = axis.imshow(field.reshape(grid, grid), vmin=-limit, vmax=limit, **shown)
             axis.set(title=title, xlabel="second coordinate", ylabel="first coordinate")
             figure.colorbar(image, ax=axis)
-        plot_weights(runs[best][0].history["weights"], task_names=trainer.names, ax=axes[3])
+        plot_weights(runs[best][0].history["weights"], task_names=problem.terms, ax=axes[3])
         steps = f"training, in {trainer.config.chunk} steps"
         axes[3].set(title="its weights", xlabel=steps, yscale="log")
 

@@ -1,6 +1,6 @@
 """Three partial differential equations with known solutions, as residuals of a network u(x, y)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +17,7 @@ class Problem:
 
     Attributes:
       name: for the table.
+      terms: the names of the residuals.
       low, high: corners of the rectangle; for problems in time the second coordinate is the time.
       residuals: `(u, points of the interior [n, 2], points of the boundary [4, m, 2])` to the residuals
         of the equation and of the conditions on the boundary.
@@ -24,6 +25,7 @@ class Problem:
     """
 
     name: str
+    terms: tuple[str, ...]
     low: tuple[float, float]
     high: tuple[float, float]
     residuals: Callable[[Network, jax.Array, jax.Array], Residuals]
@@ -54,9 +56,9 @@ class Problem:
         low, high = self._corners(points)
         return 2 * (points - low) / (high - low) - 1
 
-    def _corners(self, points: jax.Array) -> tuple[jax.Array, jax.Array]:
-        low, high = (jnp.asarray(corner, points.dtype) for corner in (self.low, self.high))
-        return jnp.broadcast_to(low, points.shape), jnp.broadcast_to(high, points.shape)
+    def _corners(self, points: jax.Array) -> Iterator[jax.Array]:
+        corners = (jnp.asarray(corner, points.dtype) for corner in (self.low, self.high))
+        return (jnp.broadcast_to(corner, points.shape) for corner in corners)
 
     def grid(self, size: int) -> np.ndarray:
         """A regular grid `[size * size, 2]` over the rectangle."""
@@ -64,13 +66,7 @@ class Problem:
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def _slope(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """U and its derivative along one axis, `[n]` each."""
-    along = jnp.zeros_like(points).at[:, axis].set(1)
-    return jax.jvp(u, (points,), (along,))
-
-
-def _curvature(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _derivatives(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     """U and its first and second derivatives along one axis, `[n]` each.
 
     Forward over forward: on a CPU an eighth of the time of `jax.hessian` at every point.
@@ -82,42 +78,29 @@ def _curvature(u: Network, points: jax.Array, axis: int) -> tuple[jax.Array, jax
     return value, first, second
 
 
-# Helmholtz: u_xx + u_yy + u = q with u = sin(pi x) sin(4 pi y), 0 on the boundary.
-
-_WAVES = (1.0, 4.0)
-
-
-def _helmholtz_solution(points: np.ndarray) -> np.ndarray:
-    a, b = _WAVES
-    return np.sin(a * np.pi * points[:, 0]) * np.sin(b * np.pi * points[:, 1])
+# --- u_xx + u_yy + u = q with u = sin(pi x) sin(4 pi y), 0 on the boundary
 
 
 def _helmholtz(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
-    a, b = (wave * jnp.pi for wave in _WAVES)
-    value, _, u_xx = _curvature(u, interior, 0)
-    *_, u_yy = _curvature(u, interior, 1)
+    a, b = jnp.pi, 4 * jnp.pi
+    value, _, u_xx = _derivatives(u, interior, 0)
+    *_, u_yy = _derivatives(u, interior, 1)
     source = (1 - a**2 - b**2) * jnp.sin(a * interior[:, 0]) * jnp.sin(b * interior[:, 1])
     return {"boundary": u(boundary.reshape(-1, 2)), "equation": u_xx + u_yy + value - source}
 
 
-# Burgers: u_t + u u_x = nu u_xx with u(x, 0) = -sin(pi x); the Cole-Hopf transformation gives u.
+def _helmholtz_solution(points: np.ndarray) -> np.ndarray:
+    return np.sin(np.pi * points[:, 0]) * np.sin(4 * np.pi * points[:, 1])
+
+
+# --- u_t + u u_x = nu u_xx with u(x, 0) = -sin(pi x)
 
 _VISCOSITY = 0.01 / np.pi
 
 
-def _burgers_solution(points: np.ndarray) -> np.ndarray:
-    # Gauss-Hermite quadrature of the two integrals of the transformation.
-    nodes, weights = np.polynomial.hermite.hermgauss(100)
-    x, t = points[:, :1], points[:, 1:]
-    shifted = x - np.sqrt(4 * _VISCOSITY * t) * nodes
-    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * _VISCOSITY)
-    kernel = weights * np.exp(exponent - exponent.max(axis=1, keepdims=True))
-    return -(kernel * np.sin(np.pi * shifted)).sum(1) / kernel.sum(1)
-
-
 def _burgers(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
-    value, u_x, u_xx = _curvature(u, interior, 0)
-    _, u_t = _slope(u, interior, 1)
+    value, u_x, u_xx = _derivatives(u, interior, 0)
+    _, u_t, _ = _derivatives(u, interior, 1)
     start = boundary[2]
     return {
         "boundary": u(boundary[:2].reshape(-1, 2)),
@@ -126,18 +109,24 @@ def _burgers(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
     }
 
 
-# Stiff advection: u_t + c u_x = 0, periodic in x, with u(x, 0) = sin(x).
+def _burgers_solution(points: np.ndarray) -> np.ndarray:
+    """The Cole-Hopf transformation, its two integrals by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite.hermgauss(100)
+    x, t = points[:, :1], points[:, 1:]
+    shifted = x - np.sqrt(4 * _VISCOSITY * t) * nodes
+    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * _VISCOSITY)
+    kernel = weights * np.exp(exponent - exponent.max(axis=1, keepdims=True))
+    return -(kernel * np.sin(np.pi * shifted)).sum(1) / kernel.sum(1)
+
+
+# --- stiff: u_t + c u_x = 0, periodic in x, with u(x, 0) = sin(x)
 
 _SPEED = 10.0
 
 
-def _advection_solution(points: np.ndarray) -> np.ndarray:
-    return np.sin(points[:, 0] - _SPEED * points[:, 1])
-
-
 def _advection(u: Network, interior: jax.Array, boundary: jax.Array) -> Residuals:
-    _, u_x = _slope(u, interior, 0)
-    _, u_t = _slope(u, interior, 1)
+    _, u_x, _ = _derivatives(u, interior, 0)
+    _, u_t, _ = _derivatives(u, interior, 1)
     left, start = boundary[0], boundary[2]
     right = left + jnp.array([[2 * jnp.pi, 0.0]])
     return {
@@ -147,11 +136,17 @@ def _advection(u: Network, interior: jax.Array, boundary: jax.Array) -> Residual
     }
 
 
+def _advection_solution(points: np.ndarray) -> np.ndarray:
+    return np.sin(points[:, 0] - _SPEED * points[:, 1])
+
+
+BOUNDARY = ("boundary", "equation")
+IN_TIME = (*BOUNDARY, "initial")
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem("helmholtz", (-1.0, -1.0), (1.0, 1.0), _helmholtz, _helmholtz_solution),
-        Problem("burgers", (-1.0, 0.0), (1.0, 1.0), _burgers, _burgers_solution),
-        Problem("advection", (0.0, 0.0), (2 * np.pi, 1.0), _advection, _advection_solution),
+        Problem("helmholtz", BOUNDARY, (-1, -1), (1, 1), _helmholtz, _helmholtz_solution),
+        Problem("burgers", IN_TIME, (-1, 0), (1, 1), _burgers, _burgers_solution),
+        Problem("advection", IN_TIME, (0, 0), (2 * np.pi, 1), _advection, _advection_solution),
     )
 }

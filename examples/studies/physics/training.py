@@ -223,9 +223,6 @@ class Trainer(trainer.Trainer):
     def __init__(self, problem: Problem, config: Config):
         super().__init__()
         self.problem, self.config = problem, config
-        u = lambda points: points[..., 0]  # noqa: E731  any function has residuals of these names
-        draw = partial(problem.draw, jax.random.key(0), 1, 1)
-        self.names = tuple(sorted(jax.eval_shape(lambda: problem.residuals(u, *draw()))))
         self.points = problem.grid(config.grid)
         self.exact = problem.solution(self.points)
         self._solve = jax.jit(lambda params, points: network(problem, params)(points))
@@ -242,7 +239,7 @@ class Trainer(trainer.Trainer):
     def make_step(self, choice: Choice, setting: Setting) -> Step:
         """The step of the row that the choice names; the batch is its number and its points."""
         (make, place), config = ROWS[choice.label], self.config
-        init_state, direction = place(self.problem, make(self.names), config)
+        init_state, direction = place(self.problem, make(self.problem.terms), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
         def update(params: Params, state: State, batch: Any) -> Any:
