@@ -17,6 +17,7 @@ from examples.studies.emtl import figure1, tables
 from examples.studies.emtl.__main__ import main
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Plan, Run, Setting
+from examples.studies.harness.trainer import Trainer
 from examples.studies.ranking.data import BINARY, Dataset
 from examples.studies.ranking.synthetic import LogConfig, synthetic
 
@@ -132,6 +133,7 @@ class FakeTrainer:
     """Trains nothing: its metrics are numbers that the choice, the seed and the tasks determine."""
 
     side_by_side = False
+    fingerprint = Trainer.fingerprint
     trained: tuple[tuple[str, int], ...] = ()
 
     def __init__(self, dataset: Dataset, make_model: Any, config: Any):

@@ -183,49 +183,6 @@ def _fresh(shapes: nnx.State, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-class Program:
-    """One row: the method and Adam, on gradients that the same program computes for every row.
-
-    To compile that program takes a minute, and the rest of a row a second. So every row computes the
-    gradients of the tasks one by one, also where those of the weighted sum of losses would do: the
-    gradient of a weighted sum is the weighted sum of these.
-    """
-
-    def __init__(self, trainer: "DenseTrainer", choice: Choice):
-        config, self._grads = trainer.config, trainer.grads
-
-        def optimizers(setting: Setting) -> tuple[Any, optax.GradientTransformation]:
-            halved = {max(1, config.steps // 2): 0.5}
-            schedule = optax.piecewise_constant_schedule(setting.learning_rate, halved)
-            method = choice.method(len(TASKS), optax.identity(), setting.knobs)
-            return method, optax.adam(schedule)
-
-        def start(_: None, params: Parameters, setting: Setting) -> Any:
-            method, adam = optimizers(setting)
-            return method.init(params.shared), adam.init(params)
-
-        def update(_: None, params: Parameters, state: Any, found: Any, setting: Setting) -> Any:
-            (method, adam), (losses, (shared, heads)) = optimizers(setting), found
-            shared, method_state = method.update(shared, state[0], params.shared, losses=losses)
-            weights = mtl.head_weights(method_state)
-            if method.needs <= {"losses"} or choice.name in WEIGHS_HEADS:
-                heads = tuple(weights[t] * head for t, head in enumerate(heads))
-            updates, adam_state = adam.update(Parameters(shared, heads), state[1], params)
-            record = {"losses": losses, "weights": weights}
-            return optax.apply_updates(params, updates), (method_state, adam_state), record
-
-        self.start, self._update = trainer.compiled(start), trainer.compiled(update)
-
-    def steps(self, data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
-        """One step after the other: to compile a loop of them would take a minute for every row."""
-        records = []
-        for step in range(slots[0].shape[1]):
-            found = self._grads(data, params, tuple(part[:, step] for part in slots))
-            params, state, record = self._update(None, params, state, found, setting)
-            records.append(record)
-        return params, state, jax.tree.map(lambda *each: sum(each) / len(each), *records)
-
-
 def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
     """Some scenes `[N]` with left and right exchanged, and with them the x of their normals."""
 
@@ -269,9 +226,46 @@ class DenseTrainer(trainer.Trainer):
         train = {**asdict(self.config), "seeds": None, "trials": None, "separate": self.separate}
         return {"train": train, "data": found.hexdigest()}
 
-    def make_program(self, choice: Choice) -> Program:
-        """See the base class."""
-        return Program(self, choice)
+    def make_program(self, choice: Choice) -> trainer.Program:
+        """The method and Adam, on gradients that the same program computes for every row.
+
+        To compile that program takes a minute, and the rest of a row a second. So every row computes the
+        gradients of the tasks one by one, also where those of the weighted sum of losses would do: the
+        gradient of a weighted sum is the weighted sum of these. To compile a loop of the steps would take a
+        minute for every row too.
+        """
+        halved = {max(1, self.config.steps // 2): 0.5}
+
+        def optimizers(setting: Setting) -> tuple[Any, optax.GradientTransformation]:
+            schedule = optax.piecewise_constant_schedule(setting.learning_rate, halved)
+            method = choice.method(len(TASKS), optax.identity(), setting.knobs)
+            return method, optax.adam(schedule)
+
+        def start(_: None, params: Parameters, setting: Setting) -> Any:
+            method, adam = optimizers(setting)
+            return method.init(params.shared), adam.init(params)
+
+        def update(_: None, params: Parameters, state: Any, found: Any, setting: Setting) -> Any:
+            (method, adam), (losses, (shared, heads)) = optimizers(setting), found
+            shared, method_state = method.update(shared, state[0], params.shared, losses=losses)
+            weights = mtl.head_weights(method_state)
+            if method.needs <= {"losses"} or choice.name in WEIGHS_HEADS:
+                heads = tuple(weights[t] * head for t, head in enumerate(heads))
+            updates, adam_state = adam.update(Parameters(shared, heads), state[1], params)
+            record = {"losses": losses, "weights": weights}
+            return optax.apply_updates(params, updates), (method_state, adam_state), record
+
+        compiled = self.compiled(update)
+
+        def steps(data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
+            records = []
+            for step in range(slots[0].shape[1]):
+                found = self.grads(data, params, tuple(part[:, step] for part in slots))
+                params, state, record = compiled(None, params, state, found, setting)
+                records.append(record)
+            return params, state, jax.tree.map(lambda *each: sum(each) / len(each), *records)
+
+        return trainer.Program(self.compiled(start), steps)
 
     def check(self, choice: Choice, setting: Setting) -> None:
         """Nothing that a user could choose wrongly."""

@@ -16,20 +16,15 @@ from examples.studies.harness.report import Metric
 
 TESTED = "metrics"  # what a run calls the numbers of `measure`
 ANGLES = (11.25, 22.5, 30.0)
-# The columns of the table, 1 where higher is better.
-DIRECTIONS = {
-    "segmentation: mIoU": 1,
-    "segmentation: pixel accuracy": 1,
-    "depth: absolute error": -1,
-    "depth: relative error": -1,
-    "normals: mean angle": -1,
-    "normals: median angle": -1,
-    **{f"normals: within {angle:g}": 1 for angle in ANGLES},
-}
-SIGNS = np.array([*DIRECTIONS.values()])
+# The columns of the table; an arrow says what is better.
+NAMES = (
+    "mIoU ↑", "pixel accuracy ↑", "absolute error ↓", "relative error ↓", "mean angle ↓",
+    "median angle ↓", *(f"within {angle:g} ↑" for angle in ANGLES),
+)  # fmt: skip
+SIGNS = np.array([1 if name.endswith("↑") else -1 for name in NAMES])
 METRICS = [
-    Metric(TESTED, name, itemgetter(place), digits=4 if name.startswith("depth") else 2)
-    for place, name in enumerate(DIRECTIONS)
+    Metric(TESTED, name, itemgetter(place), digits=4 if "error" in name else 2)
+    for place, name in enumerate(NAMES)
 ]
 
 

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import track
 
 import mtl_optax as mtl
 from examples.models.toy import SCALE, STARTS, losses, pareto_front
@@ -66,7 +64,6 @@ def paths(choice: str, steps: int, shift: Any = 0.0, knobs: Any = None) -> jax.A
     """The positions `[5, kept + 1, 2]`; `shift` is added to the unscaled losses."""
     method = parse_choice(choice).method(2, optax.identity(), knobs or {})
     tx = optax.chain(method, optax.adam(LEARNING_RATE))
-    kept = min(KEPT, steps)
 
     def loss_fn(position: jax.Array) -> jax.Array:
         return (losses(position) + shift) * jnp.array(SCALE)
@@ -75,14 +72,11 @@ def paths(choice: str, steps: int, shift: Any = 0.0, knobs: Any = None) -> jax.A
         position, state = carry
         values, grads = mtl.per_task_value_and_grad(loss_fn)(position)
         update, state = tx.update(grads, state, position, losses=values)
-        return (optax.apply_updates(position, update), state), None
+        return (optax.apply_updates(position, update), state), position
 
     def run(start: jax.Array) -> jax.Array:
-        def stretch(carry: Any, _: None) -> Any:
-            return jax.lax.scan(step, carry, length=-(-steps // kept))[0], carry[0]
-
-        (last, _), visited = jax.lax.scan(stretch, (start, tx.init(start)), length=kept)
-        return jnp.concatenate([visited, last[None]])
+        (last, _), visited = jax.lax.scan(step, (start, tx.init(start)), length=steps)
+        return jnp.concatenate([visited[:: max(1, steps // KEPT)], last[None]])
 
     return jax.vmap(run)(jnp.asarray(STARTS))
 
@@ -123,10 +117,8 @@ def lines_of_emtl(steps: int, front: np.ndarray) -> list[tuple[str, ...]]:
 
 def draw(positions: dict[str, jax.Array], front: np.ndarray, path: Path) -> None:
     """One panel a method: the five paths in the plane of the scaled losses, over the Pareto front."""
-    columns = min(4, len(positions))
-    lines = -(-len(positions) // columns)
-    size, shared = (2.7 * columns, 2.7 * lines + 0.3), {"sharex": True, "sharey": True}
-    with picture(path, lines, columns, dpi=90, figsize=size, **shared) as (figure, grid):
+    size, shared = (10.8, 5.7), {"sharex": True, "sharey": True}
+    with picture(path, 2, 4, dpi=90, figsize=size, **shared) as (figure, grid):
         for axes, (name, found) in zip(grid.flat, positions.items(), strict=False):
             visited = np.asarray(jax.vmap(jax.vmap(losses))(found)) * SCALE
             paths_of = {f"start {k}": values for k, values in enumerate(visited, 1)}
@@ -142,10 +134,7 @@ def figure1(options: argparse.Namespace) -> None:
     """Run the command."""
     steps = options.steps or (200 if options.quick else STEPS)
     front = pareto_front()
-    positions = {
-        name: jax.block_until_ready(paths(choice, steps))
-        for name, choice in track(ROWS.items(), "paths", console=Console(stderr=True))
-    }
+    positions = {name: paths(choice, steps) for name, choice in ROWS.items()}
     found = {name: ends_of(visited, front) for name, visited in positions.items()}
     rows = (
         [name, start, *place, *values, *rest]
@@ -169,9 +158,7 @@ def _note(steps: int, front: np.ndarray) -> str:
         "library's defaults for every method. Cells: the two losses at the end of a path, unscaled; each "
         f"has its optimum at -20. On the front: of five starts, those that end less than {NEAR:g} from "
         "it in the plane of these losses. At the best mean: those whose mean loss ends less than "
-        f"{NEAR:g} above {front.mean(axis=1).min():.2f}, the best; the paper says "
-        "that EMTL gets there from all five. A second table: EMTL over the paper's grids, with MGDA on "
-        "unit gradients (the library's default) and on raw ones. The losses are "
-        "negative near the front; a constant that makes them positive changes no gradient, but EMTL's "
-        "weights depend on the losses."
+        f"{NEAR:g} above {front.mean(axis=1).min():.2f}, the best; the paper says that EMTL gets there "
+        "from all five. The losses are negative near the front: a constant that makes them positive, in "
+        "the second table, changes no gradient, but EMTL's weights depend on the losses."
     )

@@ -8,7 +8,7 @@ Coordinates of the camera: x to the right, y downwards, z forwards. Depth is z, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -115,19 +115,16 @@ class Cylinder(NamedTuple):
         return Hits(distance, normals, np.full(len(rays), CYLINDER), places)
 
 
-class Window(NamedTuple):
-    """A rectangle on a wall: `side` is one of `SIDES`, and the rest says where on it."""
-
-    side: tuple[int, int]
-    center: tuple[float, float]
-    half: tuple[float, float]
-
-
 class Room(NamedTuple):
-    """The inside of a box from `-half` to `half` in x and z and from 0 to `2 half` in y, with windows."""
+    """The inside of a box from `-half` to `half` in x and z and from 0 to `2 half` in y, with windows.
+
+    Attributes:
+      half: half its sizes.
+      windows: rectangles: one of `SIDES`, and the center and half the sizes on it.
+    """
 
     half: np.ndarray
-    windows: tuple[Window, ...]
+    windows: tuple[Any, ...]
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> Hits:
         """Where each ray leaves the box: the first of the three pairs of planes that it leaves."""
@@ -220,11 +217,11 @@ def synthetic_scenes(number: int, height: int, width: int, seed: int) -> Scenes:
     return Scenes(*(np.stack(column).astype(kind) for column, kind in columns))
 
 
-def _draw_window(rng: np.random.Generator, half: np.ndarray) -> Window:
+def _draw_window(rng: np.random.Generator, half: np.ndarray) -> Any:
     side = SIDES[rng.integers(3)]
     size = rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.6)
     room = half[2 - side[0]] - size[0]
-    return Window(side, (rng.uniform(-room, room), rng.uniform(0.0, 0.4)), size)
+    return (side, (rng.uniform(-room, room), rng.uniform(0.0, 0.4)), size)
 
 
 def _draw_thing(rng: np.random.Generator, half: np.ndarray) -> Sequence[Ball | Box | Cylinder]:

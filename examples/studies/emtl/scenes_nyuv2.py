@@ -40,10 +40,9 @@ def _read_split(folder: Path) -> Scenes:
     shape, found = scenes.labels.shape, [part.shape for part in scenes]
     if len(shape) != 3 or found != [(*shape, 3), shape, (*shape, 1), (*shape, 3)]:
         raise UserError(
-            f"{folder}: image, depth and normal must be (height, width, channels) with the label's height "
-            f"and width; found {found} for {', '.join(PARTS)}"
+            f"{folder}: {', '.join(PARTS)} must have one height and width and the channels last; "
+            f"found {found}"
         )
-    low, high = scenes.labels.min(), scenes.labels.max()
-    if low < -1 or high >= NUM_CLASSES:
-        raise UserError(f"{folder}: labels must be -1 to {NUM_CLASSES - 1}; found {low} to {high}")
+    if scenes.labels.min() < -1 or scenes.labels.max() >= NUM_CLASSES:
+        raise UserError(f"{folder}: labels must be -1 to {NUM_CLASSES - 1}")
     return scenes

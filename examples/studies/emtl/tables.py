@@ -11,11 +11,10 @@ validation set, where the paper takes the best average AUC: that has no meaning 
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from examples.models.dcn_v2 import DCNv2
@@ -112,8 +111,8 @@ class Study:
         """The best of the trials of every entry, over all seeds."""
         config = self.config
         trainer = Trainer(dataset, backbones(config)[network], config.train)
-        about = {**asdict(config), "seeds": None, "trials": None}
-        about = {"config": about, "network": network, "data": dataset.digest()}
+        about = {"sizes": (config.embedding, config.expert), "network": network}
+        about |= trainer.fingerprint
         runner = Runner(trainer, about, self.options.out, self.options.resume)
         found = tuned(runner, entries, config.trials, config.seeds)
         self.chosen |= {f"{network}, {row.entry.label}": row.plan for row in found}
@@ -154,15 +153,13 @@ class Study:
         if truth is not None:
             best = reference("truth", {}, truth).runs
             lines.append(("truth", *(column.cell(best) for column in columns), "-", "-"))
-        options, config, train = self.options, self.config, self.config.train
+        options, config = self.options, self.config
         note = (
             f"{self.dataset.describe()}. Test set, mean ± standard error over {config.seeds} seeds; "
             f"{OVER_SEEDS}. Gain: what is better than the network's plain sum, relative to it, mean over "
-            f"the tasks. {text} AdamW, batches of {train.batch}, at most {train.epochs} epochs, early "
-            f"stopping by the mean of normalized losses on the validation set with patience "
-            f"{train.patience}. Embeddings of width {config.embedding}, experts of width "
-            f"{config.expert}. {machine()}, jax {jax.__version__}."
-            f"\n\n{tuning_note(config.trials, self.chosen)}\n\nMade by `{options.line}`."
+            f"the tasks. {text} AdamW, with early stopping by the mean of normalized losses on the "
+            f"validation set.\n\n{tuning_note(config.trials, self.chosen)}\n\nMade by `{options.line}` "
+            f"on {machine()} with `{config}`."
         )
         title = f"EMTL, {options.command.replace('table', 'Table ')}: {self.dataset.name}"
         runs = {f"{net}, {label}": r for net, found in rows.items() for label, r in found.items()}
