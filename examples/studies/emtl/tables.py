@@ -21,15 +21,9 @@ from examples.models.dcn_v2 import DCNv2
 from examples.models.mmoe import MMoE
 from examples.models.ple import PLE
 from examples.studies.emtl.rows import BANDIT, emtl_rows
+from examples.studies.harness import report
 from examples.studies.harness.command import given
-from examples.studies.harness.report import (
-    OVER_SEEDS,
-    Metric,
-    gain_cell,
-    metrics_csv,
-    publish,
-    reference,
-)
+from examples.studies.harness.report import Metric
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, tuned, tuning_note
@@ -146,25 +140,27 @@ class Study:
                 against = compare(gains, SUM)
             for label, runs in found.items():
                 cells = (column.cell(runs) for column in columns)
-                gained = gain_cell(against[label][0]) if label in against else "-"
+                gained = report.gain_cell(against[label][0]) if label in against else "-"
                 best = f"{np.mean([run.best_epoch for run in runs]):.1f}"
                 lines.append((f"{network}, {label}", *cells, gained, best))
         truth = of_truth(self.dataset)
         if truth is not None:
-            best = reference("truth", {}, truth).runs
+            best = report.reference("truth", {}, truth).runs
             lines.append(("truth", *(column.cell(best) for column in columns), "-", "-"))
         options, config = self.options, self.config
         note = (
             f"{self.dataset.describe()}. Test set, mean ± standard error over {config.seeds} seeds; "
-            f"{OVER_SEEDS}. Gain: what is better than the network's plain sum, relative to it, mean over "
-            f"the tasks. {text} AdamW, with early stopping by the mean of normalized losses on the "
+            f"{report.OVER_SEEDS}. Gain: what is better than the network's plain sum, relative to it, mean "
+            f"over the tasks. {text} AdamW, with early stopping by the mean of normalized losses on the "
             f"validation set.\n\n{tuning_note(config.trials, self.chosen)}\n\nMade by `{options.line}` "
             f"on {machine()} with `{config}`."
         )
         title = f"EMTL, {options.command.replace('table', 'Table ')}: {self.dataset.name}"
         runs = {f"{net}, {label}": r for net, found in rows.items() for label, r in found.items()}
-        files = {f"{options.command}.csv": metrics_csv(runs, all_metrics(self.dataset.tasks))}
-        publish(options.out, options.command, lines, title, note, files)
+        files = {
+            f"{options.command}.csv": report.metrics_csv(runs, all_metrics(self.dataset.tasks))
+        }
+        report.publish(options.out, options.command, lines, title, note, files)
 
 
 def paper_metric(task: Task) -> Metric:

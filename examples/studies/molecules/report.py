@@ -12,17 +12,8 @@ from scipy.stats import rankdata
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import MARKED, csv_of, mark, picture
 from examples.studies.harness.statistics import Difference, best_of, compare, standard_error
-from examples.studies.molecules.arms import (
-    ALONE,
-    LOG_ALONE,
-    LOG_SEARCH,
-    LOG_SUM,
-    METHODS,
-    NUM_TASKS,
-    PLACES,
-    SEARCH,
-    SUM,
-)
+from examples.studies.molecules import arms
+from examples.studies.molecules.arms import ALONE, METHODS, NUM_TASKS, SUM
 from examples.studies.molecules.data import PROPERTIES
 from examples.studies.molecules.training import Result
 
@@ -58,7 +49,7 @@ def tuned(name: str, results: Sequence[Result], alone: np.ndarray | None) -> np.
     errors = np.array([(result.validation, result.test) for result in results])  # [R, 2, K, T]
     # A training that diverged is the worst.
     validation = errors[:, 0] = np.where(np.isfinite(errors[:, 0]), errors[:, 0], np.inf)
-    if name in (ALONE, LOG_ALONE):
+    if name in (ALONE, arms.LOG_ALONE):
         own = np.diagonal(errors, axis1=2, axis2=3)  # [R, 2, T]
         best = np.diagonal(validation, axis1=1, axis2=2).argmin(axis=0)
         return own[best, :, np.arange(NUM_TASKS)].T[None]
@@ -90,10 +81,10 @@ def rows_of(
     rows = {ALONE: alone}
     for name, by_seed in complete.items():
         errors = [tuned(name, by_seed[seed], alone.validation[seed]) for seed in range(seeds)]
-        if name in (SEARCH, LOG_SEARCH):
+        if name in (arms.SEARCH, arms.LOG_SEARCH):
             rows |= {searched(name, n): _row(errors, n) for n in sizes(len(errors[0]))}
         else:
-            rows[name] = _row(errors, NUM_TASKS if name == LOG_ALONE else 1)
+            rows[name] = _row(errors, NUM_TASKS if name == arms.LOG_ALONE else 1)
     return rows
 
 
@@ -110,7 +101,7 @@ def sizes(count: int) -> list[int]:
 def searched(name: str, runs: int) -> str:
     """The label of a search with so many runs."""
     label = f"search, {runs} run{'s' * (runs != 1)}"
-    return label if name == SEARCH else f"{label}, log of the sum"
+    return label if name == arms.SEARCH else f"{label}, log of the sum"
 
 
 def stored(seeds: int) -> Row | None:
@@ -156,7 +147,7 @@ def summarise(rows: Mapping[str, Row]) -> Summary:
     """All numbers of the table."""
     alone = rows[ALONE].test
     gains = {name: delta_m(row.test, alone) for name, row in rows.items()}
-    fixed = [name for name in (ALONE, LOG_ALONE, SUM, LOG_SUM) if name in rows]
+    fixed = [name for name in (ALONE, arms.LOG_ALONE, SUM, arms.LOG_SUM) if name in rows]
     methods = sorted(set(METHODS) & set(rows), key=lambda name: gains[name].mean())
     order = [*fixed, *curve(rows), *curve(rows, log=True), *methods]
     places = rankdata(np.nan_to_num([rows[name].test for name in order], nan=np.inf), axis=0)
@@ -237,10 +228,10 @@ def draw(summary: Summary, path: Path) -> None:
     series = [
         ("search over fixed weights", curve(rows), "o-", 1.0),
         ("search, log of the sum", curve(rows, log=True), "o-", 1.0),
-        *((name, [name], "s", 1.0) for name in (ALONE, LOG_ALONE, SUM, LOG_SUM) if name in rows),
+        *((name, [name], "s", 1.0) for name in (ALONE, arms.LOG_ALONE, SUM, arms.LOG_SUM) if name in rows),
         *((f"one run of a method on the {place}",
            [name for name in methods if METHODS[name].method.place == place], "_", shift)
-          for place, shift in zip(PLACES, (1.0, 1.1, 1.2), strict=True)),
+          for place, shift in zip(arms.PLACES, (1.0, 1.1, 1.2), strict=True)),
     ]  # fmt: skip
     with picture(path, dpi=100, figsize=(8, 6)) as (_, ((axes,),)):
         for label, names, form, shift in filter(itemgetter(1), series):
