@@ -235,12 +235,12 @@ def draw(summary: Summary, path: Path) -> None:
     ]  # fmt: skip
     with picture(path, dpi=100, figsize=(8, 6)) as (_, ((axes,),)):
         for label, names, form, shift in filter(itemgetter(1), series):
-            found = (
-                (shift * rows[n].runs, gains[n].mean(), standard_error(gains[n])) for n in names
-            )
-            axes.errorbar(*zip(*found, strict=True), fmt=form, label=label)
+            runs, means = [shift * rows[n].runs for n in names], [gains[n].mean() for n in names]
+            errors = None if form == "_" else [standard_error(gains[n]) for n in names]
+            axes.errorbar(runs, means, errors, fmt=form, markersize=8, label=label)
         # A method that fails would flatten the rest of the picture.
-        axes.set_ylim(top=1 + 1.3 * max(gains[name].mean() for name in rows if name not in METHODS))
+        top = max(gains[name].mean() for name in rows if name not in METHODS)
+        axes.set_ylim(min(gain.mean() for gain in gains.values()) - 10, 1.3 * top + 1)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xscale="log", xlabel="networks trained (each at all learning rates)",
                  ylabel="delta-m in % (lower is better)")  # fmt: skip

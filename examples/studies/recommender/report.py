@@ -101,16 +101,15 @@ def draw(rows: Mapping[str, Row], tasks: Sequence[Task], path: Path) -> None:
     weights = {name: row.runs[0].history["weights"] for name, row in rows.items() if row.trainings}
     columns = min(5, len(weights))
     lines = -(-len(weights) // columns)
-    size = (2.4 * columns + 1, 1.9 * lines)
+    size = (2.4 * columns + 1, 1.9 * lines + 0.5)
     with picture(path, lines, columns, dpi=70, figsize=size, sharex=True) as (figure, grid):
         for axes, (label, values) in zip(grid.flat, weights.items(), strict=False):
             for task, of_task in zip(tasks, values.T, strict=True):
                 # A weight of 0 has no place on a logarithmic axis.
                 curve(axes, np.where(of_task > 0, of_task, np.nan), task.name)
-            axes.set(yscale="log", ylim=(1e-6, 1e4))
+            axes.set(xlabel="epoch", yscale="log", ylim=(1e-6, 1e4))
             axes.set_title(label.replace("(", "\n(", 1), fontsize=8)
         for axes in grid.flat:
             axes.set_visible(bool(axes.lines))
-        figure.supxlabel("epoch", fontsize=8)
         figure.supylabel("weight of the task", fontsize=8)
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
