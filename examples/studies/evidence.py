@@ -95,8 +95,8 @@ def values_of(panel: Panel, results: Path) -> list[np.ndarray] | None:
             return None
         values = named[-1]
         if panel.against is not None:
-            values = 100 * (values / by_name[panel.against].to_numpy() - 1)
-        means.append(values.groupby("seed").mean().to_numpy())
+            values = 100 * (values / np.asarray(by_name[panel.against]) - 1)
+        means.append(np.asarray(values.groupby("seed").mean()))
     return means
 
 
