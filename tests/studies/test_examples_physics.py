@@ -152,19 +152,16 @@ def test_bad_arguments(arguments, shown, capsys):
 
 
 def test_ctrl_c_ends_the_other_trainings_with_their_chunk(monkeypatch, capsys):
-    chunks = []
-
     def train(self, choice, plans, on_epoch, *_, **__):
         if choice.label == "upgrad":
             raise KeyboardInterrupt
         while True:
-            chunks.append(choice.label)
             on_epoch(np.zeros(1))
 
     monkeypatch.setattr(training.Trainer, "train", train)
+    monkeypatch.setattr(command, "cores", lambda: 2)  # on one core it would wait for the first
     methods = ["plain sum", "upgrad", "mgda"]
     assert main(["--problems", "helmholtz", "--methods", *methods]) == 130
-    assert "mgda" not in chunks
     assert capsys.readouterr().err.endswith("stopped; nothing is kept\n")
 
 
