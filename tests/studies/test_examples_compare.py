@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import threading
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 import mtl_optax as mtl
 from examples.studies.harness import command, report, runner
-from examples.studies.harness.runs import Run
+from examples.studies.harness.runs import Run, load_run
 from examples.studies.recommender import comparison as compare
 from examples.studies.recommender import sources
 from examples.studies.recommender.data import REGRESSION, Interactions
@@ -253,13 +252,9 @@ def test_a_damaged_run_is_trained_again(trained, tmp_path, capsys):
     assert run(*arguments) == 0
     (stored,) = (tmp_path / "runs").iterdir()
     whole = stored.read_bytes()
-    with zipfile.ZipFile(stored) as archive:
-        arrays = {name: archive.read(name) for name in archive.namelist()}
-    name = next(name for name in arrays if name != "about.npy")
-    start = whole.index(name.encode()) + len(name) + 60  # in the compressed numbers
-    wrong_numbers = whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :]
-    wrong_header = zip_of(**arrays | {name: arrays[name].replace(b"{'descr'", b"{'descr(")})
-    for damaged in (b"", b"no archive", whole[: len(whole) // 2], wrong_numbers, wrong_header):
+    middle = len(whole) // 2
+    wrong_number = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for damaged in (b"", b"no run", whole[:middle], wrong_number):
         stored.write_bytes(damaged)
         trained.clear()
         capsys.readouterr()
@@ -270,22 +265,6 @@ def test_a_damaged_run_is_trained_again(trained, tmp_path, capsys):
         trained.clear()
         assert run(*arguments) == 0
         assert trained == []
-
-
-def test_stored_runs_are_read_on_the_main_thread(trained, monkeypatch, tmp_path):
-    """The parser of Python 3.11 that numpy reads headers with is not safe in several threads."""
-    load, threads = runner.load_run, []
-
-    def noted(*arguments):
-        threads.append(threading.current_thread())
-        return load(*arguments)
-
-    monkeypatch.setattr(runner, "load_run", noted)
-    arguments = ["--method", "sum", "mgda", "--seeds", "2", "--out", str(tmp_path)]
-    assert run(*arguments) == 0
-    assert run(*arguments, "--resume") == 0
-    assert threads == [threading.main_thread()] * 4
-    assert len(trained) == 4
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -376,11 +355,9 @@ def test_a_stopped_command_goes_on_from_its_last_run_bit_for_bit(tmp_path, monke
             patch.setattr(Trainer, "train", stopping)
             return run(*arguments, train=three_epochs), epochs
 
-    def stored(out: str) -> list[dict[str, bytes]]:
-        return [
-            {name: np.load(file)[name].tobytes() for name in np.load(file).files if name != "about"}
-            for file in sorted((tmp_path / out / "runs").glob("*.npz"))
-        ]
+    def stored(out: str) -> list[dict[str, object]]:
+        runs = map(vars, map(load_run, sorted((tmp_path / out / "runs").iterdir())))
+        return [jax.tree.map(lambda x: np.asarray(x).tobytes(), {**r, "seconds": 0}) for r in runs]
 
     assert command("whole") == (0, [0, 0, 0, 1, 1, 1])
     assert command("stopped", stop=5) == (130, [0, 0, 0, 1, 1])

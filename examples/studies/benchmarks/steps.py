@@ -83,7 +83,7 @@ def step_of(
         case "fork":
             return harness.on_representation(method, network, optimizer)
         case "split":
-            return harness.on_parameters(method, network, Parameters(optimizer, optimizer))
+            return harness.on_parameters(method, network, optimizer)
         case "per_task":
             init = lambda params: method.init(params.shared)  # noqa: E731
             return harness.one_optimizer(per_task, init, optimizer)

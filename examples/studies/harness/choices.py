@@ -100,8 +100,7 @@ def parse_choice(text: str) -> Choice:
     go to the method's factory. The method that `base=` asks for is a string: `emtl(base="mgda")`.
     """
     place, parts = None, []
-    for part in _split_chain(text):
-        name, options = _read_call(part, text)
+    for name, options in _read_chain(text):
         if name not in known_methods():
             raise UserError(unknown("method", name, known_methods()))
         place = options.pop("place", place)
@@ -113,25 +112,26 @@ def parse_choice(text: str) -> Choice:
     return Choice(text, tuple(parts), place)
 
 
-def _split_chain(text: str) -> list[ast.expr]:
+def _read_chain(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The names and options, from the first method to the last."""
+    usage = UserError(f"--method {text}: write name or name(option=value)")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise UserError(f"--method {text}: write name or name(option=value)") from None
-    parts = []
+        raise usage from None
+    calls: list[ast.expr] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-        parts.append(tree.right)
+        calls.insert(0, tree.right)
         tree = tree.left
-    return [tree, *reversed(parts)]
-
-
-def _read_call(part: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
-    call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
-    named = all(keyword.arg for keyword in call.keywords)
-    if not isinstance(call.func, ast.Name) or call.args or not named:
-        raise UserError(f"--method {text}: write name or name(option=value)")
-    try:
-        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (ValueError, TypeError):
-        raise UserError(f"--method {text}: an option's value must be a literal") from None
-    return call.func.id, options
+    found = []
+    for part in (tree, *calls):
+        call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
+        named = all(keyword.arg for keyword in call.keywords)
+        if not isinstance(call.func, ast.Name) or call.args or not named:
+            raise usage
+        try:
+            options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        except (ValueError, TypeError):
+            raise UserError(f"--method {text}: an option's value must be a literal") from None
+        found.append((call.func.id, options))
+    return found

@@ -112,11 +112,9 @@ def mark(p_value: float) -> str:
 
 def csv_of(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A CSV file, its numbers with six digits."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    for cells in rows:
-        writer.writerow([f"{c:.6g}" if isinstance(c, (float, np.floating)) else c for c in cells])
+    stream, real = io.StringIO(), (float, np.floating)
+    cells = ([f"{cell:.6g}" if isinstance(cell, real) else cell for cell in row] for row in rows)
+    csv.writer(stream, lineterminator="\n").writerows([header, *cells])
     return stream.getvalue()
 
 

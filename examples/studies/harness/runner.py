@@ -1,7 +1,6 @@
 """Trains the jobs of a table, two at a time on a CPU, with a progress bar and files to go on from."""
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,11 +91,11 @@ class Runner:
         for start in range(0, len(missing), size):
             plans = missing[start : start + size]
             runs = self.trainer.train(job.choice, plans, on_epoch, measure=job.measure)
-            # Of early stopping: what is left of the epochs.
-            advance(len(runs) * (self.trainer.epochs - len(runs[0].history["validation"])))
             if self.out is not None:
                 for plan, run in zip(plans, runs, strict=True):
-                    store_run(run, self._path(job, plan), self._settings(job, plan))
+                    store_run(run, self._path(job, plan))
+            # Of early stopping: what is left of the epochs.
+            advance(len(runs) * (self.trainer.epochs - len(runs[0].history["validation"])))
             trained += runs
         made = iter(trained)
         return [next(made) if run is None else run for run in stored]
@@ -110,18 +109,13 @@ class Runner:
             say_damaged(path, error)
             return None
 
-    def _settings(self, job: Job, plan: Plan) -> dict[str, Any]:
-        (rate, decay, knobs), choice = plan.setting, job.choice
-        about = {
-            "choice": choice.label, "parts": repr(choice.parts), "place": choice.place,
-            "seed": plan.seed, "measure": job.measure, "learning_rate": float(rate),
-            "weight_decay": float(decay), "knobs": {k: np.asarray(v).tolist() for k, v in knobs.items()},
-        }  # fmt: skip
-        return {**versions(), **self.fingerprint, **about}
-
     def _path(self, job: Job, plan: Plan) -> Path:
-        """Its name holds a digest of all that the run depends on."""
+        """Where a run is kept; the name holds a digest of all that the run depends on."""
         assert self.out is not None
-        digest = hashlib.sha256(json.dumps(self._settings(job, plan), sort_keys=True).encode())
-        name = "".join(c if c.isalnum() else "-" for c in job.choice.label)
-        return self.out / "runs" / f"{name}-{plan.seed}-{digest.hexdigest()[:16]}.npz"
+        (rate, decay, knobs), choice = plan.setting, job.choice
+        options = {name: np.asarray(value).tolist() for name, value in knobs.items()}
+        made = versions(), self.fingerprint, choice, plan.seed, job.measure
+        settings = repr((*made, float(rate), float(decay), options))
+        digest = hashlib.sha256(settings.encode()).hexdigest()
+        name = "".join(c if c.isalnum() else "-" for c in choice.label)
+        return self.out / "runs" / f"{name}-{plan.seed}-{digest[:16]}.msgpack"

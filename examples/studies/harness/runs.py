@@ -1,14 +1,13 @@
 """What a training is asked for, what it leaves, and how that is kept on disk."""
 
-import io
-import json
-import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import serialization
 
 from examples.studies.harness.command import write_atomically
 
@@ -62,39 +61,15 @@ class Run:
         return float(self.history["validation"][self.best_epoch - 1])
 
 
-PARTS = ("validation", "test", "history")
-
-
-def store_run(run: Run, path: Path, settings: dict[str, Any]) -> None:
-    """Keep a finished run, whole or not at all, with what it was trained with."""
-    about = dict(vars(run))
-    arrays = {
-        f"{part}/{name}": values for part in PARTS for name, values in about.pop(part).items()
-    }
-    stream = io.BytesIO()
-    text = json.dumps({"settings": settings, **about})
-    np.savez_compressed(stream, about=text, **arrays)
-    write_atomically(path, stream.getvalue())
+def store_run(run: Run, path: Path) -> None:
+    """Keep a finished run, whole or not at all."""
+    write_atomically(path, zlib.compress(serialization.msgpack_serialize(vars(run))))
 
 
 def load_run(path: Path) -> Run:
     """A stored run.
 
-    On the main thread only: numpy parses the header of an array with `ast.literal_eval`, which fails at
-    random in threads of Python 3.11.
-
     Raises:
-      Exception: of any class for a damaged file, as zip, zlib, numpy and json all read from it.
+      Exception: of any class for a damaged file, as zlib and msgpack both read from it.
     """
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # numpy does not look at checksums
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-    with np.load(path) as stored:
-        about = json.loads(str(stored["about"]))
-        del about["settings"]
-        parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
-        for name in stored.files:
-            part, _, rest = name.partition("/")
-            if part in parts:
-                parts[part][rest] = stored[name]
-        return Run(**about, **parts)
+    return Run(**serialization.msgpack_restore(zlib.decompress(path.read_bytes())))

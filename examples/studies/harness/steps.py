@@ -6,6 +6,7 @@ the gradient of the plain sum of losses, unless the method or its paper weighs t
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -42,18 +43,17 @@ def decayed(setting: Setting, tables: Collection[str], steps: int | None = None)
       steps: the rate falls to 0 along a cosine over so many; None leaves it as it is.
     """
 
-    def is_table(params: Params) -> Any:
-        def named(path: Any, leaf: Any) -> bool:
-            return any(getattr(k, "key", getattr(k, "name", None)) in tables for k in path)
-
-        return jax.tree_util.tree_map_with_path(named, params)
+    def is_table(path: Any, leaf: Any) -> bool:
+        return any(getattr(k, "key", getattr(k, "name", None)) in tables for k in path)
 
     rate = setting.learning_rate
     if steps is not None:
         falls = optax.cosine_decay_schedule(1.0, steps)
         rate = lambda count: setting.learning_rate * falls(count)  # noqa: E731
     return optax.chain(
-        optax.add_decayed_weights(setting.weight_decay, mask=is_table),
+        optax.add_decayed_weights(
+            setting.weight_decay, partial(jax.tree_util.tree_map_with_path, is_table)
+        ),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -134,8 +134,9 @@ def make_step(
         return on_losses(method, network, optimizer)
     if place == REPRESENTATION and not in_place_of_adam:
         return on_representation(method, network, optimizer)
-    optimizers = Parameters(descent if in_place_of_adam else optimizer, optimizer)
-    return on_parameters(method, network, optimizers, choice.name in WEIGHS_HEADS)
+    parts = {"shared": descent if in_place_of_adam else optimizer, "heads": optimizer}
+    optimizer = optax.partition(parts, Parameters("shared", "heads"))
+    return on_parameters(method, network, optimizer, choice.name in WEIGHS_HEADS)
 
 
 def on_losses(method: Any, network: Network, optimizer: Optimizer) -> Step:
@@ -165,6 +166,22 @@ def on_representation(method: Any, network: Network, optimizer: Optimizer) -> St
     return one_optimizer(value_and_grad, lambda _: method.init(network.representation), optimizer)
 
 
+def on_parameters(
+    method: Any, network: Network, optimizer: Optimizer, weighs_heads: bool = False
+) -> Step:
+    """One backward pass per task through the shared bottom."""
+    per_task = mtl.split_value_and_grad(network.encode, network.decode)
+
+    def value_and_grad(params: Parameters, state: State, batch: Batch) -> Any:
+        losses, (shared, heads) = per_task(params.shared, params.heads, batch)
+        combined, state = method.update(shared, state, params.shared, losses=losses)
+        if weighs_heads:
+            heads = network.weigh_heads(heads, mtl.head_weights(state))
+        return losses, (Parameters(combined, heads), state)
+
+    return one_optimizer(value_and_grad, lambda params: method.init(params.shared), optimizer)
+
+
 def one_optimizer(
     value_and_grad: Callable[[Params, State, Batch], Any],
     init_method: Callable[[Params], State],
@@ -182,34 +199,5 @@ def one_optimizer(
         params = optax.apply_updates(params, updates)
         weights = mtl.head_weights(method_state) if method_state else None
         return params, (method_state, opt_state), jnp.asarray(losses), weights
-
-    return Step(init, update)
-
-
-def on_parameters(
-    method: Any, network: Network, optimizers: Parameters, weighs_heads: bool = False
-) -> Step:
-    """One backward pass per task through the shared bottom."""
-    value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
-
-    def init(params: Parameters) -> State:
-        states = optimizers.shared.init(params.shared), optimizers.heads.init(params.heads)
-        return method.init(params.shared), *states
-
-    def update(params: Parameters, state: State, batch: Batch) -> Any:
-        method_state, shared_state, head_state = state
-        losses, (shared_grads, head_grads) = value_and_grad(params.shared, params.heads, batch)
-        combined, method_state = method.update(
-            shared_grads, method_state, params.shared, losses=losses
-        )
-        weights = mtl.head_weights(method_state)
-        if weighs_heads:
-            head_grads = network.weigh_heads(head_grads, weights)
-        shared_updates, shared_state = optimizers.shared.update(
-            combined, shared_state, params.shared
-        )
-        head_updates, head_state = optimizers.heads.update(head_grads, head_state, params.heads)
-        params = optax.apply_updates(params, Parameters(shared_updates, head_updates))
-        return params, (method_state, shared_state, head_state), jnp.stack(losses), weights
 
     return Step(init, update)

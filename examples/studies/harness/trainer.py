@@ -50,8 +50,6 @@ class Trainer:
       data: what stays on the device.
       dataset, network: of the study; only what it does not override reads them.
       every_step: whether the history has every step, or the mean of an epoch.
-      one_by_one: whether runs are trained alone on an accelerator too, as branches on a step's number ask:
-        `vmap` would take all of them.
     """
 
     config: Any
@@ -59,11 +57,10 @@ class Trainer:
     dataset: Any = None
     network: Any = None
     every_step = False
-    one_by_one = False
 
     def __init__(self) -> None:
         self._on_cpu = jax.default_backend() == "cpu"
-        self.side_by_side = not (self._on_cpu or self.one_by_one)
+        self.side_by_side = not self._on_cpu
         self._programs: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._init = self.compiled(lambda _, seed: self.init(jax.random.key(seed)))

@@ -165,11 +165,6 @@ class Study:
         title = f"{self.name}, {self.dataset.name}"
         publish(self.options.out, self.name, lines, title, text, files)
 
-    def ndcg(self, rows: Mapping[str, Row]) -> dict[str, np.ndarray]:
-        """NDCG@10 in per cent, `[seeds]`."""
-        shown = report.metric(self.dataset.tasks[0])
-        return {label: 100 * shown.by_seed(entry.runs) for label, entry in rows.items()}
-
     def draw(self, lines: int = 1, columns: int = 1, **options: Any) -> Any:
         """A picture beside the table, where `--out` was given."""
         out = self.options.out
@@ -262,9 +257,9 @@ def figure3(options: argparse.Namespace) -> None:
     """The relax factor, with nothing else searched."""
     study = Study(options)
     rows = study.untuned(relax_entries(RELAX_FACTORS))
-    plain, *others = study.ndcg(rows).values()
-    means = [values.mean() for values in others]
-    errors = list(map(standard_error, others))
+    shown = report.metric(study.dataset.tasks[0])
+    plain, *others = (100 * shown.by_seed(entry.runs) for entry in rows.values())
+    means, errors = [values.mean() for values in others], list(map(standard_error, others))
     with study.draw(figsize=(5, 3.4)) as (_, ((axes,),)):
         axes.errorbar(RELAX_FACTORS, means, errors, marker="o", capsize=3, label="MetaBalance")
         axes.axhline(plain.mean(), color="tab:orange", label=VANILLA.label)

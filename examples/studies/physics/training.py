@@ -218,10 +218,9 @@ def network(problem: Problem, params: Params) -> Network:
 class Trainer(trainer.Trainer):
     """Trains the rows on one problem; an epoch is `config.chunk` steps."""
 
-    one_by_one = True
-
     def __init__(self, problem: Problem, config: Config):
         super().__init__()
+        self.side_by_side = False  # `vmap` would take both branches on the number of a step
         self.problem, self.config = problem, config
         self.points = problem.grid(config.grid)
         self.exact = problem.solution(self.points)

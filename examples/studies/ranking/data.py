@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from examples.models.layers import Features, FeatureSpec
@@ -48,12 +49,7 @@ class Examples(NamedTuple):
 
     def where(self, rows: np.ndarray) -> "Examples":
         """The chosen rows."""
-        features = Features(*(column[rows] for column in self.features))
-        return Examples(features, self.labels[rows], self.mask[rows])
-
-    def of_tasks(self, places: Sequence[int]) -> "Examples":
-        """The same rows with some of the labels."""
-        return self._replace(labels=self.labels[:, places], mask=self.mask[:, places])
+        return jax.tree.map(lambda column: column[rows], self)
 
 
 @dataclass(frozen=True)
@@ -80,27 +76,23 @@ class Dataset:
     def only(self, names: Sequence[str]) -> "Dataset":
         """The same data with some of the tasks, in the order of `names`."""
         known = [task.name for task in self.tasks]
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise UserError(
-                f"{self.name}: no task {', '.join(unknown)}; choose from {', '.join(known)}"
-            )
+        if unknown := ", ".join(sorted(set(names) - set(known))):
+            raise UserError(f"{self.name}: no task {unknown}; choose from {', '.join(known)}")
         places = [known.index(name) for name in names]
-        return replace(
-            self,
-            tasks=tuple(self.tasks[place] for place in places),
-            train=self.train.of_tasks(places),
-            validation=self.validation.of_tasks(places),
-            test=self.test.of_tasks(places),
-            truth=None if self.truth is None else self.truth[:, places],
-        )
+        parts = {
+            name: (part := getattr(self, name))._replace(
+                labels=part.labels[:, places], mask=part.mask[:, places]
+            )
+            for name in ("train", "validation", "test")
+        }
+        truth = None if self.truth is None else self.truth[:, places]
+        return replace(self, tasks=tuple(map(self.tasks.__getitem__, places)), truth=truth, **parts)
 
     def digest(self) -> str:
         """A number that changes with anything in the data."""
         found = hashlib.sha256(repr((self.name, self.features, self.tasks)).encode())
-        for part in (self.train, self.validation, self.test):
-            for array in (*part.features, part.labels, part.mask):
-                found.update(np.ascontiguousarray(array).tobytes())
+        for array in jax.tree.leaves((self.train, self.validation, self.test)):
+            found.update(np.ascontiguousarray(array))
         return found.hexdigest()
 
     def describe(self) -> str:

@@ -3,7 +3,7 @@
 Nothing is downloaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from examples.studies.ranking.data import Dataset, Task, make_examples, split_ro
 from examples.studies.ranking.synthetic import LogConfig, synthetic
 
 CLICK, CONVERSION, CONVERSION_OF_CLICK = "CTR", "Conv|imp", "CVR"
-FUNNEL = (CLICK, CONVERSION_OF_CLICK, CONVERSION)
+Labels = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of a task, and for which rows it counts
 CENSUS_NUMBERS = (
     "age", "wage_per_hour", "capital_gains", "capital_losses", "stock_dividends", "num_emp",
     "weeks_worked",
@@ -47,7 +47,7 @@ def hillstrom(path: Path) -> Dataset:
     table = _read(path, ("history", "visit", "conversion"))
     columns = ["history_segment", "zip_code", "channel", "segment", "mens", "womens", "newbie"]
     numbers, funnel = table[["recency", "history"]], table[["visit", "conversion"]]
-    return _funnel("hillstrom", numbers, _words(table[columns]), funnel)
+    return _dataset("hillstrom", numbers, _words(table[columns]), _funnel(funnel))
 
 
 def census(path: Path) -> Dataset:
@@ -59,9 +59,9 @@ def census(path: Path) -> Dataset:
     left = table.columns.difference([*CENSUS_NUMBERS, *CENSUS_LEFT_OUT], sort=False)
     rich = table["income_50k"].astype(str).str.startswith("50000+").to_numpy()
     single = (table["marital_stat"] == "Never married").to_numpy()
-    tasks, counts = (Task("income > 50K"), Task("never married")), np.ones(len(table))
-    numbers, categories = table[list(CENSUS_NUMBERS)], _words(table[left])
-    return _dataset("census income", numbers, categories, tasks, (rich, single), (counts, counts))
+    counts = np.ones(len(table))
+    labels = {"income > 50K": (rich, counts), "never married": (single, counts)}
+    return _dataset("census income", table[list(CENSUS_NUMBERS)], _words(table[left]), labels)
 
 
 def impressions(folder: Path) -> Dataset:
@@ -72,57 +72,54 @@ def impressions(folder: Path) -> Dataset:
     numbers; search_id is left out; all others are categories.
     """
     words = {"train": ["train"], "validation": ["val", "dev"], "test": ["test"]}
-    files = {
-        part: next((p for name in names for p in sorted(folder.glob(f"*{name}*.csv*"))), None)
+    tables = {
+        part: _read(files[0], ("click",))
         for part, names in words.items()
+        if (files := [file for name in names for file in sorted(folder.glob(f"*{name}*.csv*"))])
     }
-    if files["train"] is None or files["test"] is None:
+    if not {"train", "test"} <= set(tables):
         raise UserError(f"--data {folder}: no CSV files with train and test in their names")
-    tables = {part: _read(path, ("click",)) for part, path in files.items() if path is not None}
-    table = pd.concat(tables.values(), ignore_index=True)
+    table = pd.concat(tables)
     label = next((name for name in ("conversion", "purchase") if name in table), None)
     if label is None:
-        raise UserError(f"{files['train']}: no column conversion or purchase")
-    ends = np.cumsum([len(part) for part in tables.values()])
-    rows = dict(zip(tables, np.split(np.arange(len(table)), ends[:-1]), strict=True))
+        raise UserError(f"--data {folder}: no column conversion or purchase")
+    of_part = table.index.get_level_values(0)
+    rows = {part: np.flatnonzero(of_part == part) for part in tables}
     if "validation" not in rows:
         rows["validation"], rows["train"] = split_rows(len(rows["train"]), (0.1,))
     left = table.columns.difference(["search_id", "click", label], sort=False)
     numbers = [name for name in left if name.startswith("numerical")]
     categories = table[left.difference(numbers, sort=False)]
+    labels = _funnel(table[["click", label]])
     parts = [rows[part] for part in words]
-    name = folder.resolve().name
-    return _funnel(name, table[numbers], categories, table[["click", label]], parts)
+    return _dataset(folder.resolve().name, table[numbers], categories, labels, parts)
 
 
-def _funnel(
-    name: str,
-    numbers: pd.DataFrame,
-    categories: pd.DataFrame,
-    funnel: pd.DataFrame,
-    rows: Sequence[np.ndarray] | None = None,
-) -> Dataset:
+def _funnel(funnel: pd.DataFrame) -> Labels:
     """The tasks of clicks and purchases, which are the columns of `funnel`."""
     click, bought = funnel.to_numpy(np.float32).T
-    labels, masks = (click, bought, bought), (np.ones_like(click), click, np.ones_like(click))
-    return _dataset(name, numbers, categories, tuple(map(Task, FUNNEL)), labels, masks, rows)
+    every = np.ones_like(click)
+    return {
+        CLICK: (click, every),
+        CONVERSION_OF_CLICK: (bought, click),
+        CONVERSION: (bought, every),
+    }
 
 
 def _dataset(
     name: str,
     numbers: pd.DataFrame,
     categories: pd.DataFrame,
-    tasks: tuple[Task, ...],
-    labels: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
+    labels: Labels,
     rows: Sequence[np.ndarray] | None = None,
 ) -> Dataset:
     """A dataset of the rows for training, validation and test: by default 60, 20 and 20 % at random."""
     rows = split_rows(len(numbers), SHARES) if rows is None else rows
     numerical = numbers.to_numpy(np.float64).T
     categorical = [column.to_numpy() for _, column in categories.items()]
-    examples, features = make_examples(numerical, categorical, labels, masks, rows[0])
-    return Dataset(name, features, tasks, *(examples.where(chosen) for chosen in rows))
+    values, masks = zip(*labels.values(), strict=True)
+    examples, features = make_examples(numerical, categorical, values, masks, rows[0])
+    return Dataset(name, features, tuple(map(Task, labels)), *map(examples.where, rows))
 
 
 def _words(table: pd.DataFrame) -> pd.DataFrame:

@@ -91,7 +91,7 @@ class Trainer(trainer.Trainer):
 
     def validate(self, params: Any) -> np.ndarray:
         """See `value`."""
-        return np.array([self.value(one) for one in trainer.each_run(params)])
+        return np.array(list(map(self.value, trainer.each_run(params))))
 
     def results(self, params: Any) -> list[Any]:
         """Both sets, all tasks."""
