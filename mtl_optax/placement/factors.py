@@ -29,33 +29,59 @@ _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Factors(NamedTuple):
-    """The gradients of B examples with respect to one leaf: in each of L layers, a sum over P positions.
+    """An array `[B, ...]` of B gradients, each a sum over P positions: `left[b].T @ right[b]`.
 
     Attributes:
-      left: `[L, B, P, M]`; for a table, the numbers of its rows, integers `[L, B, P]`; M stands for no row.
-      right: `[L, B, P, N]`.
-      shape: the shape `[L, M, N]`, in which each of L, M and N may be several axes.
-      order: the transposition from `shape` to the shape of the leaf.
-      dtype: that of the leaf.
+      left: `[B, P, M]`; for a table, the numbers of its rows, integers `[B, P]`; M stands for no row.
+      right: `[B, P, N]`.
+      rows: the shape that is flattened to M.
+      columns: the shape that is flattened to N.
+      order: the transposition of `[*rows, *columns]` to the shape of a gradient.
     """
 
     left: jax.Array
     right: jax.Array
-    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
     order: tuple[int, ...]
-    dtype: DType
 
     @property
     def is_table(self) -> bool:
         """Whether `left` is one-hot."""
-        return self.left.ndim == 3
+        return self.left.ndim == 2
 
     @property
     def num_rows(self) -> int:
-        """M, or 0 for a table without columns."""
+        """M."""
+        return math.prod(self.rows)
+
+    def transposed(self, permutation: Sequence[int]) -> Factors | None:
+        """The factors of the array with its axes permuted; None if the examples are not in front."""
+        if permutation[0] != 0:
+            return None
+        return self._replace(order=tuple(self.order[axis - 1] for axis in permutation[1:]))
+
+    def plus(self, other: Factors) -> Factors | None:
+        """The factors of the sum, with the positions of both; None if the layouts differ."""
+        if self.is_table != other.is_table:  # the table is used as a kernel elsewhere
+            return self._with_one_hot().plus(other._with_one_hot())
+        for same in (other,) if other.is_table else (other, other._swapped()):
+            if same[2:] == self[2:]:
+                left = jnp.concatenate([self.left, same.left], 1)
+                return self._replace(left=left, right=jnp.concatenate([self.right, same.right], 1))
+        return None
+
+    def _swapped(self) -> Factors:
+        """The factors of the same array, with `left` and `right` exchanged."""
+        m, n = len(self.rows), len(self.columns)
+        order = tuple(axis + n if axis < m else axis - m for axis in self.order)
+        return Factors(self.right, self.left, self.columns, self.rows, order)
+
+    def _with_one_hot(self) -> Factors:
+        """The factors of the same array, which is no table."""
         if not self.is_table:
-            return self.left.shape[3]
-        return math.prod(self.shape) // max(1, self.right.shape[0] * self.right.shape[3])
+            return self
+        return self._replace(left=jax.nn.one_hot(self.left, self.num_rows, dtype=self.right.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +96,8 @@ class ExampleGradients:
 
     Example:
 
-      >>> left, right = jnp.ones((1, 2, 1, 3)), jnp.array([[[[1.]], [[2.]]]])
-      >>> kernel = Factors(left, right, (3, 1), (0, 1), jnp.float32)
-      >>> gradients = ExampleGradients([kernel], None)
+      >>> left, right = jnp.ones((2, 1, 3)), jnp.array([[[1.]], [[2.]]])
+      >>> gradients = ExampleGradients([Factors(left, right, (3,), (1,), (0, 1))], None)
       >>> gradients.squared_norms([True]).tolist()
       [3.0, 12.0]
       >>> gradients.gram_matrix([True], jnp.float32).tolist()
@@ -88,9 +113,9 @@ class ExampleGradients:
 
         def of_leaf(leaf: Factors) -> jax.Array:
             def of_example(left: jax.Array, right: jax.Array) -> jax.Array:
-                return _gram(leaf._replace(left=left[:, None], right=right[:, None]), dtype)[0, 0]
+                return _gram(leaf._replace(left=left[None], right=right[None]), dtype)[0, 0]
 
-            return jax.vmap(of_example, 1)(leaf.left, leaf.right)
+            return jax.vmap(of_example)(leaf.left, leaf.right)
 
         return self._sum(of_leaf, chosen)
 
@@ -114,32 +139,32 @@ class ExampleGradients:
 
         Example:
 
-          >>> left, right = jnp.ones((1, 2, 1, 3)), jnp.array([[[[1.]], [[jnp.nan]]]])
-          >>> kernel = Factors(left, right, (3, 1), (0, 1), jnp.float32)
-          >>> gradients, both = ExampleGradients([kernel], None), jnp.array([True, True])
+          >>> left, right = jnp.ones((2, 1, 3)), jnp.array([[[1.]], [[jnp.nan]]])
+          >>> gradients = ExampleGradients([Factors(left, right, (3,), (1,), (0, 1))], None)
+          >>> both = jnp.array([True, True])
           >>> total, active = gradients.weighted_sum(jnp.full(2, 5.0), both, [True])
           >>> total[0].tolist(), active.tolist()
           ([[5.0], [5.0], [5.0]], [True, False])
         """
         leaves = [leaf for leaf, here in zip(self.factors, chosen, strict=True) if here]
         for x in [] if finite else [x for leaf in leaves for x in (leaf.left, leaf.right)]:
-            active &= jnp.all(jnp.isfinite(x), axis=(0, *range(2, x.ndim)))
-        keep, weight = (x.reshape(1, -1, 1, 1) for x in (active, weights))
+            active &= jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+        keep, weight = (x.reshape(-1, 1, 1) for x in (active, weights))
 
         def of_leaf(leaf: Factors) -> jax.Array:
             """One product over the positions of all examples."""
-            layers, examples, positions, columns = leaf.right.shape
-            right = task_tree.narrow(jnp.where(keep, leaf.right, 0) * weight, leaf.right.dtype)
-            right = right.reshape(layers, examples * positions, columns)
+            (examples, positions, columns), dtype = leaf.right.shape, leaf.right.dtype
+            right = task_tree.narrow(jnp.where(keep, leaf.right, 0) * weight, dtype)
+            right = right.reshape(examples * positions, columns)
             wide = task_tree.statistics_dtype(right)
             if leaf.is_table:
-                table = jnp.zeros((layers, leaf.num_rows, columns), wide)
-                add = jax.vmap(lambda table, row, x: table.at[row].add(x, mode="drop"))
-                total = add(table, leaf.left.reshape(right.shape[:2]), right.astype(wide))
+                table = jnp.zeros((leaf.num_rows, columns), wide)
+                total = table.at[leaf.left.ravel()].add(right.astype(wide), mode="drop")
             else:
-                left = jnp.where(keep, leaf.left, 0).reshape(*right.shape[:2], leaf.num_rows)
-                total = jnp.einsum("lpm,lpn->lmn", left, right, preferred_element_type=wide)
-            return task_tree.narrow(total.reshape(leaf.shape).transpose(leaf.order), leaf.dtype)
+                left = jnp.where(keep, leaf.left, 0).reshape(len(right), leaf.num_rows)
+                total = jnp.einsum("pm,pn->mn", left, right, preferred_element_type=wide)
+            total = total.reshape(*leaf.rows, *leaf.columns).transpose(leaf.order)
+            return task_tree.narrow(total, dtype)
 
         return [of_leaf(leaf) for leaf in leaves], active
 
@@ -149,35 +174,28 @@ class ExampleGradients:
 
 
 def _gram(leaf: Factors, dtype: DType) -> jax.Array:
-    """The Gram matrix of the gradients with respect to one leaf, the sum of those of its layers."""
-    _, examples, positions, columns = leaf.right.shape
-    rows = leaf.num_rows
+    """The Gram matrix of the gradients with respect to one leaf."""
+    examples, positions, columns = leaf.right.shape
+    rows, left, right = leaf.num_rows, leaf.left, leaf.right.astype(dtype)
+    pairs = examples * positions**2
 
-    def by_positions(left: jax.Array, right: jax.Array) -> jax.Array:
-        """Multiplies products of positions, for as many examples at once as fit the size of `right`."""
+    def by_positions(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Multiplies the products of positions of one example and all others."""
+        if leaf.is_table:
+            same = mine[0][None, :, None] == left[:, None]
+        else:
+            same = _product("pm,cqm->cpq", mine[0], left)
+        return jnp.sum(same * _product("pn,cqn->cpq", mine[1], right), axis=(1, 2))
 
-        def row(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
-            if leaf.is_table:
-                same = mine[0][None, :, None] == left[:, None]
-            else:
-                same = _product("pm,cqm->cpq", mine[0], left)
-            return jnp.sum(same * _product("pn,cqn->cpq", mine[1], right), axis=(1, 2))
+    def by_tables(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Reads the gradient of one example in the rows that the other examples look up."""
+        table = jnp.zeros((rows, columns), dtype).at[mine[0]].add(mine[1], mode="drop")
+        return jnp.sum(table.at[left].get(mode="fill", fill_value=0) * right, axis=(1, 2))
 
-        return lax.map(row, (left, right), batch_size=max(1, columns // max(1, positions)))
-
-    def by_tables(left: jax.Array, right: jax.Array) -> jax.Array:
-        """Reads the gradient of one example at a time in the rows that the other examples look up."""
-
-        def row(mine: tuple[jax.Array, jax.Array]) -> jax.Array:
-            table = jnp.zeros((rows, columns), dtype).at[mine[0]].add(mine[1], mode="drop")
-            return jnp.sum(table.at[left].get(mode="fill", fill_value=0) * right, axis=(1, 2))
-
-        return lax.map(row, (left, right))
-
-    def by_rows(left: jax.Array, right: jax.Array) -> jax.Array:
+    def by_rows() -> jax.Array:
         """Multiplies some rows of all gradients at a time, as many as have the size of `right`."""
-        left = jnp.pad(left, ((0, 0), (0, 0), (0, -rows % positions)))
-        parts = jnp.moveaxis(left.reshape(examples, positions, -1, positions), 2, 0)
+        padded = jnp.pad(left, ((0, 0), (0, 0), (0, -rows % positions)))
+        parts = jnp.moveaxis(padded.reshape(examples, positions, -1, positions), 2, 0)
 
         def add(total: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
             return total + row_products(_product("bpm,bpn->bmn", part, right)), None
@@ -185,12 +203,15 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
         return lax.scan(add, jnp.zeros((examples, examples), dtype), parts)[0]
 
     # The way with fewer multiplications is chosen; factors that both ways share are left out.
-    pairs = examples * positions**2
     if leaf.is_table:
         # For the norm of one example, a table costs more than it saves.
-        few, left = examples == 1 or pairs <= rows + examples * positions, leaf.left
+        few = examples == 1 or pairs <= rows + examples * positions
     else:
-        few = pairs * (rows + columns) <= (examples + positions) * rows * columns
-        left = leaf.left.astype(dtype)
-    of_layer = by_positions if few else by_tables if leaf.is_table else by_rows
-    return lax.map(lambda layer: of_layer(*layer), (left, leaf.right.astype(dtype))).sum(axis=0)
+        few, left = (
+            pairs * (rows + columns) <= (examples + positions) * rows * columns,
+            left.astype(dtype),
+        )
+    if few:
+        # For as many examples at once as fit the size of `right`.
+        return lax.map(by_positions, (left, right), batch_size=max(1, columns // max(1, positions)))
+    return lax.map(by_tables, (left, right)) if leaf.is_table else by_rows()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mtl_optax.core.validation import where
 from mtl_optax.placement.factors import Factors
 from mtl_optax.placement.loss_vector import split_result
-from mtl_optax.placement.marked_program import Marked, Product, evaluate
+from mtl_optax.placement.marked_program import Marked, evaluate
 
 Aux = TypeVar("Aux")
 Params = TypeVar("Params")
@@ -111,31 +111,21 @@ def gradients_in_factors(
       >>> x = jnp.ones((8, 3, 2))  # 8 examples, 3 positions
       >>> losses, _, (factors,) = gradients_in_factors(loss_fn, jnp.ones((2, 5)), x)
       >>> factors.left.shape, factors.right.shape
-      ((1, 8, 3, 5), (1, 8, 3, 2))
+      ((8, 3, 5), (8, 3, 2))
     """
     per_example = jax.vmap(jax.value_and_grad(loss_fn, has_aux=True), (None, 0))
     program, shapes = jax.make_jaxpr(per_example, return_shape=True)(params, batch)
     inputs = [Marked(value) for value in jax.tree.leaves((params, batch))]
-    results = evaluate(program.jaxpr, program.consts, inputs)
+    results = evaluate(program, inputs)
     (losses, aux), grads = jax.tree.structure(shapes).unflatten([x.value for x in results])
     first = len(results) - len(jax.tree.leaves(grads))
-    return losses, aux, [_factors(*result) for result in results[first:]]
+    factors = [x.mark if isinstance(x.mark, Factors) else _held(x.value) for x in results[first:]]
+    return losses, aux, factors
 
 
-def _factors(gradients: jax.Array, mark: object) -> Factors:
-    """The factors of the gradients `[B, *shape]` with respect to a leaf.
-
-    Gradients that are no product are stored as they are, with 1 as the other factor.
-    """
+def _held(gradients: jax.Array) -> Factors:
+    """Gradients `[B, *shape]` as they are, with 1 as the other factor."""
     examples, *shape = gradients.shape
-    if not isinstance(mark, Product) or mark.order[0] >= len(mark.batch):
-        right = gradients.reshape(1, examples, 1, math.prod(shape))
-        left = jnp.ones((*right.shape[:3], 1), right.dtype)
-        return Factors(left, right, tuple(shape), tuple(range(len(shape))), gradients.dtype)
-    here, last = mark.order[0], len(mark.batch) - 1
-    layers = mark.batch[:here] + mark.batch[here + 1 :]
-    left, right = (jnp.moveaxis(x, here, last) for x in (mark.left, mark.right))
-    left, right = (x.reshape(math.prod(layers), *x.shape[last:]) for x in (left, right))
-    order = tuple(axis - (axis > here) for axis in mark.order[1:])
-    shape = (*layers, *mark.rows, *mark.columns)
-    return Factors(left, right, shape, order, gradients.dtype)
+    left = jnp.ones((examples, 1, 1), gradients.dtype)
+    right = gradients.reshape(examples, 1, math.prod(shape))
+    return Factors(left, right, (), tuple(shape), tuple(range(len(shape))))
