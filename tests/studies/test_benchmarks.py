@@ -6,19 +6,19 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sampling import sampled
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import clients, growth, hlo, methods, peers, places, ways
+from examples.studies.benchmarks import clients, hlo, methods, peers, places, ways
 from examples.studies.benchmarks.__main__ import SECTIONS, main
 from examples.studies.benchmarks.problems import TINY, Problem, encode, initial
-from examples.studies.benchmarks.report import Row, curves_of, draw
+from examples.studies.benchmarks.report import Row
 from examples.studies.benchmarks.steps import steps
 
 ROOT = Path(__file__).resolve().parents[2]
+TRANSFORMER = Problem(tables=1, width=128, dense=0, bottom=(), head=())
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
         [
             places.step_times,
             places.savings,
+            places.products_memory,
             places.map_memory,
             methods.updates,
             methods.solvers,
@@ -43,11 +44,11 @@ def test_each_section_measures_something(section):
 
 
 @pytest.mark.slow
-def test_the_table_of_all_sections_is_written(tmp_path, capsys):
+def test_the_table_of_each_section_is_written(tmp_path, capsys):
     assert main(["--quick", "--only", "map", "solvers", "--out", str(tmp_path)]) == 0
-    table = (tmp_path / "table.md").read_text()
-    assert capsys.readouterr().out == table + "\n"
-    assert "| map memory |" in table
+    tables = [(tmp_path / f"{name}.md").read_text() for name in ("map", "solvers")]
+    assert capsys.readouterr().out == "".join(f"{table}\n" for table in tables)
+    assert "| map memory |" in tables[0]
 
 
 @pytest.mark.slow
@@ -61,6 +62,27 @@ def test_clients_are_measured_where_they_are_installed(tmp_path, monkeypatch, ca
     assert "| here | flax " in table and "not here" not in table
 
 
+MEMORY = {
+    "dense": Problem(tables=0, dense=128, bottom=(128,) * 4, head=(), batch=16),
+    "transformer": TRANSFORMER._replace(rows=512, batch=2, blocks=2, length=8),
+    "tables": Problem(tables=6, rows=2000, dense=0, bottom=(32,), head=(), batch=64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("network", MEMORY)
+def test_products_add_at_most_the_parameters_and_the_largest_leaf(network, as_array):
+    beyond, sizes = places.beyond_plain(MEMORY[network], 16, as_array)
+    assert beyond <= sum(sizes) + max(sizes)
+
+
+@pytest.mark.slow
+def test_products_of_a_dense_network_add_half_the_parameters():
+    beyond, sizes = places.beyond_plain(MEMORY["dense"], 16, as_array=True)
+    assert beyond <= 0.5 * sum(sizes)
+
+
 def test_peers_are_measured_where_they_are_installed():
     if not peers.installed():
         assert main(["--quick", "--only", "peers"]) == 2
@@ -69,7 +91,7 @@ def test_peers_are_measured_where_they_are_installed():
 
 
 def losses_in_training(method, places, count=6):
-    made = steps(TINY["recsys"], 2, places, method)
+    made = steps(TINY["tables"], 2, places, method)
     return {name: np.stack([step()[0] for _ in range(count)]) for name, step in made.items()}
 
 
@@ -103,7 +125,7 @@ def test_verdict_compares_with_the_target():
 
 @pytest.mark.slow
 def test_a_transformer_represents_each_text_alone():
-    problem = Problem(tables=1, rows=9, width=128, dense=0, bottom=(), blocks=2, length=4, batch=3)
+    problem = TRANSFORMER._replace(rows=9, blocks=2, length=4, batch=3)
     params, batch = initial(problem, 1)
     h = encode(params.shared, batch)
     assert h.shape == (3, problem.representation)
@@ -145,16 +167,6 @@ def test_an_unknown_row_is_refused(capsys):
     for row in ("dens:2", "dense", "dense:0"):
         assert ways.main(["--rows", row]) == 2
         assert f"'{row}' is not NAME:T" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_growth_draws_its_points(tmp_path):
-    open_before = plt.get_fignums()
-    points = list(growth.measure(quick=True))
-    assert {point.place for point in points} == {"fork", "split"}
-    draw(tmp_path / "growth.png", curves_of(points), "size", "MiB")
-    assert (tmp_path / "growth.png").stat().st_size > 0
-    assert plt.get_fignums() == open_before
 
 
 def test_the_page_shows_the_stored_tables():

@@ -22,7 +22,6 @@ PROGRAMS = [
     "studies.physics.__main__",
     "studies.benchmarks.__main__",
     "studies.benchmarks.clients",
-    "studies.benchmarks.growth",
     "studies.benchmarks.tpu",
     "studies.benchmarks.ways",
 ]

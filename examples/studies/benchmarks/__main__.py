@@ -1,10 +1,11 @@
-"""Measures time and memory of the library on this machine and prints one table.
+"""Measures time and memory of the library on this machine.
 
     python -m examples.studies.benchmarks [--quick] [--only SECTION ...] [--peers] [--out FOLDER]
 
-Ratios are medians over rounds in which what is compared runs in turns, times are medians of rounds, and
-memory and floating-point operations are what XLA says of the compiled program.
-`python -m examples.studies.benchmarks.growth`, `.tpu` and `.ways` have tables of their own.
+A section is a table of its own, printed and written as soon as it is measured. Ratios are medians over
+rounds in which what is compared runs in turns, times are medians of rounds, and memory and floating-point
+operations are what XLA says of the compiled program.
+`python -m examples.studies.benchmarks.tpu`, `.ways` and `.clients` measure the rest.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from examples.studies.benchmarks import methods, peers, places
-from examples.studies.benchmarks.report import TITLE, Row, lines_of
+from examples.studies.benchmarks.report import Row, lines_of
 from examples.studies.harness.command import CommandLine
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import publish
@@ -24,6 +25,7 @@ from examples.studies.harness.timing import machine
 SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
+    "products": places.products_memory,
     "map": places.map_memory,
     "updates": methods.updates,
     "solvers": methods.solvers,
@@ -46,13 +48,10 @@ def complete(options: argparse.Namespace) -> None:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Measures the chosen sections, prints the table and writes it."""
-    rows: list[Row] = []
+    """Measures the chosen sections, prints their tables and writes them."""
     for name in track(options.only, "measuring", console=Console(stderr=True), transient=True):
-        rows += SECTIONS[name](options.quick)
-    order = list(dict.fromkeys(row.section for row in rows))
-    rows.sort(key=lambda row: order.index(row.section))
-    publish(options.out, "table", lines_of(rows), f"{TITLE}, on {machine()}", left=2)
+        rows = SECTIONS[name](options.quick)
+        publish(options.out, name, lines_of(rows), f"{name}, on {machine()}", left=2)
 
 
 main = CommandLine(

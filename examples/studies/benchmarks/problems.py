@@ -49,9 +49,22 @@ class Problem(NamedTuple):
 
 RECSYS = Problem()
 DENSE = Problem(tables=0, dense=512, bottom=(512, 512, 512))
+# Small batches, so that the gradients are what memory holds.
+_TRANSFORMER = Problem(tables=1, dense=0, bottom=(), head=())
+SMALL = {
+    "dense": Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128),
+    "transformer": _TRANSFORMER._replace(rows=4096, width=512, batch=4, blocks=4, length=32),
+    "tables": Problem(tables=12, rows=20_000, dense=0, bottom=(256, 64), head=(), batch=1024),
+}
+LARGE = {
+    "dense": Problem(tables=0, dense=4096, bottom=(4096,) * 4, head=(), batch=512),
+    "transformer": _TRANSFORMER._replace(rows=32_768, width=1024, batch=2, blocks=6, length=256),
+    "tables": Problem(rows=100_000, dense=0, bottom=(1024, 512, 256), head=(), batch=8192),
+}
 TINY = {
-    "recsys": Problem(tables=2, rows=10, width=2, dense=3, bottom=(8, 4), head=(4,), batch=16),
     "dense": Problem(tables=0, dense=8, bottom=(8, 4), head=(4,), batch=16),
+    "transformer": _TRANSFORMER._replace(rows=10, width=HEAD_WIDTH, batch=4, blocks=1, length=3),
+    "tables": Problem(tables=2, rows=10, width=2, dense=3, bottom=(8, 4), head=(4,), batch=16),
 }
 
 

@@ -40,7 +40,7 @@ class Row(NamedTuple):
         return self.section, self.case, f"{self.value:.3f} {self.unit}", target, self.verdict
 
 
-TITLE, HEADER = "mtl_optax: time and memory", ("section", "case", "measured", "target", "met")
+HEADER = ("measured", "case", "result", "target", "met")
 
 
 def lines_of(rows: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -26,34 +26,13 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.peers import installed, training_steps
-from examples.studies.benchmarks.problems import HEAD_WIDTH, TINY, Problem, initial
+from examples.studies.benchmarks.problems import LARGE, SMALL, TINY, Problem, initial
 from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import training_step
 from examples.studies.harness.command import CommandLine, write_atomically
 from examples.studies.harness.report import publish
 from examples.studies.harness.timing import Training, cores, interleaved, machine, ratio
 
-# Small batches, so that the gradients are what memory holds.
-_DENSE = Problem(tables=0, dense=512, bottom=(512,) * 4, head=(), batch=128)
-_TRANSFORMER = Problem(tables=1, dense=0, bottom=(), head=())
-_SMALL = {
-    "dense": _DENSE,
-    "transformer": _TRANSFORMER._replace(rows=4096, width=512, batch=4, blocks=4, length=32),
-    "tables": Problem(tables=12, rows=20_000, dense=0, bottom=(256, 64), head=(), batch=1024),
-    "examples": _DENSE,
-}
-_LARGE = {
-    "dense": _DENSE._replace(dense=4096, bottom=(4096,) * 4, batch=512),
-    "transformer": _TRANSFORMER._replace(rows=32_768, width=1024, batch=2, blocks=6, length=256),
-    "tables": Problem(rows=100_000, dense=0, bottom=(1024, 512, 256), head=(), batch=8192),
-    "examples": _DENSE._replace(dense=2048, bottom=(2048,) * 4),
-}
-_TINY = {
-    "dense": TINY["dense"],
-    "transformer": _TRANSFORMER._replace(rows=10, width=HEAD_WIDTH, batch=4, blocks=1, length=3),
-    "tables": TINY["recsys"],
-    "examples": TINY["dense"],
-}
 _NUMBERS = {
     "dense": (2, 4, 8, 16, 64),
     "transformer": (2, 4, 8, 16),
@@ -114,8 +93,9 @@ def ways(
 def measure(row: tuple[str, int], options: argparse.Namespace) -> list[Point]:
     """The points of one row."""
     network, number = row
-    sizes = _TINY if options.quick else _LARGE if options.large else _SMALL
-    problem, by_example = sizes[network], network == "examples"
+    sizes = TINY if options.quick else LARGE if options.large else SMALL
+    by_example = network == "examples"
+    problem = sizes["dense" if by_example else network]
     made = ways(network, number, problem, options.ways, options.large or number > _MANY)
     calls: dict[str, Callable[[], Any]] = dict(made)
     if installed() and network in ("dense", "examples"):
