@@ -54,7 +54,7 @@ def go4align(
       **options: see `MethodOptions`.
 
     Returns:
-      A `Method` with the state `GO4AlignState`. `update` needs `losses=`. Cost: O(T^2 K).
+      A `Method` with the state `GO4AlignState`. `update` needs `losses=`. Cost: O(T^3).
 
     Raises:
       ValueError: if a number is outside its range.
