@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import Geometry, product, uniform_weights
-from mtl_optax.solvers.loops import varying_like
+from mtl_optax.solvers.loops import repeat
 from mtl_optax.solvers.nonnegative import (
     masked_inverse_factor,
     nonnegative_least_squares,
@@ -34,8 +33,6 @@ class _Search(NamedTuple):
     low: jax.Array  # bracket of the level
     high: jax.Array
     passive: jax.Array  # bool [T]: tasks whose progress equals the last level
-    step: jax.Array
-    done: jax.Array
 
 
 def conflict_averse_weights(geometry: Geometry, c: jax.typing.ArrayLike = 0.4) -> jax.Array:
@@ -101,7 +98,7 @@ def _search(ball: _Ball) -> _Search:
     limits = jnp.finfo(cosine.dtype)
     resolution = 4 * limits.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
 
-    def step(state: _Search) -> _Search:
+    def step(state: _Search) -> tuple[_Search, jax.Array]:
         wanted = state.level * ratio - slack
         amounts = nonnegative_least_squares(cosine, wanted, usable)
         above = jnp.sum(amounts * wanted) > radius * radius
@@ -110,17 +107,8 @@ def _search(ball: _Ball) -> _Search:
         root, _, _ = _on_support(ball, amounts > 0)
         level = jnp.where((root >= low) & (root <= high), root, (low + high) / 2)
         done = (jnp.abs(level - state.level) <= resolution) | (high - low <= resolution)
-        return _Search(level, low, high, amounts > 0, state.step + 1, done)
+        return _Search(level, low, high, amounts > 0), done
 
-    start = _Search(
-        level=jnp.where(radius > 0, high, 0),
-        low=low,
-        high=high,
-        passive=jnp.zeros_like(usable),
-        step=jnp.asarray(0, jnp.int32),
-        done=~(radius > 0),
-    )
-    most_steps = limits.nmant + 8 + usable.shape[0]
-    return lax.while_loop(
-        lambda state: ~state.done & (state.step < most_steps), step, varying_like(cosine, start)
-    )
+    start = _Search(jnp.where(radius > 0, high, 0), low, high, jnp.zeros_like(usable))
+    end, _ = repeat(step, start, cosine, limits.nmant + 8 + usable.shape[0], ~(radius > 0))
+    return end

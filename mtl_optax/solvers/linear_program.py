@@ -6,18 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
-from mtl_optax.solvers.loops import varying_like
+from mtl_optax.solvers.loops import repeat
 
 
 class _Tableau(NamedTuple):
     table: jax.Array  # one row per constraint, then the costs; columns x, slack variables, values
     basis: jax.Array  # the variable whose value each row holds
-    step: jax.Array
     feasible: jax.Array
-    done: jax.Array
 
 
 def _pivot(state: _Tableau, row: jax.Array, column: jax.Array) -> _Tableau:
@@ -29,7 +26,6 @@ def _pivot(state: _Tableau, row: jax.Array, column: jax.Array) -> _Tableau:
     return state._replace(
         table=jnp.where(index[:, None] == row, solved[None, :], rest),
         basis=jnp.where(index[:-1] == row, column, state.basis),
-        step=state.step + 1,
     )
 
 
@@ -58,15 +54,13 @@ def maximize_on_simplex(
     start = _Tableau(
         table=table,
         basis=variables - 1 + jnp.arange(rows + 1, dtype=jnp.int32),
-        step=jnp.asarray(0, jnp.int32),
         feasible=jnp.asarray(True),
-        done=jnp.asarray(False),
     )
     best = jnp.argmax(safe_divide(gain, size, -jnp.inf)).astype(jnp.int32)
     start = _pivot(start, jnp.asarray(0, jnp.int32), best)
     rounding = 32 * jnp.finfo(dtype).eps
 
-    def step(state: _Tableau) -> _Tableau:
+    def step(state: _Tableau) -> tuple[_Tableau, jax.Array]:
         values = state.table[:-1, -1]
         row = jnp.argmin(values).astype(jnp.int32)
         violated = values[row] < -rounding * jnp.max(jnp.abs(values))
@@ -77,11 +71,9 @@ def maximize_on_simplex(
         moves = violated & jnp.any(usable)
         moved = _pivot(state, row, column)
         state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, state)
-        return state._replace(feasible=~violated | jnp.any(usable), done=~moves)
+        return state._replace(feasible=~violated | jnp.any(usable)), ~moves
 
-    limit = 8 * (rows + variables)
-    start = varying_like(matrix, start)
-    end = lax.while_loop(lambda state: ~state.done & (state.step < limit), step, start)
+    end, done = repeat(step, start, matrix, 8 * (rows + variables))
     held = end.basis[None, :] == jnp.arange(variables, dtype=jnp.int32)[:, None]
     x = jnp.sum(jnp.where(held, end.table[None, :-1, -1], 0), axis=1)
-    return jnp.maximum(x, 0), end.done & end.feasible
+    return jnp.maximum(x, 0), done & end.feasible

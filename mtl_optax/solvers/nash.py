@@ -10,7 +10,7 @@ from jax import lax
 
 from mtl_optax.solvers.arithmetic import mean_active
 from mtl_optax.solvers.cosine import Geometry, product
-from mtl_optax.solvers.loops import varying_like
+from mtl_optax.solvers.loops import repeat
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nonnegative import (
     factored_solve,
@@ -25,9 +25,7 @@ LONGEST_STEP = 2.0  # largest change of log v in one iteration
 
 class _Newton(NamedTuple):
     log_amounts: jax.Array  # log v, [T]
-    step: jax.Array
     stationary: jax.Array  # there is no common descent direction, hence no root
-    converged: jax.Array  # the equation holds to rounding
     close: jax.Array  # the equation holds to about half of the digits
 
 
@@ -63,13 +61,14 @@ def fair_weights(
     magnitude = jnp.abs(cosine)
     eye = jnp.eye(size, dtype=bool)
 
-    def step(state: _Newton) -> _Newton:
+    def step(state: _Newton) -> tuple[_Newton, jax.Array]:
         v = jnp.where(usable, jnp.exp(state.log_amounts), 0)
         goal = jnp.where(usable, jnp.exp(log_c + (1 - inverse_alpha) * state.log_amounts), 0)
         reached = v * product(cosine, v)
         terms = v * product(magnitude, v)
         stationary = jnp.sum(reached) <= 16 * size * eps * jnp.sum(terms)
         gap = jnp.abs(goal - reached)
+        # To rounding.
         converged = jnp.all(gap <= 4 * eps * (goal + terms))
         close = jnp.all(gap <= float(eps) ** 0.5 * goal + 64 * eps * terms)
         curvature = jnp.where(usable, inverse_alpha * goal + ridge(size, dtype) * v * v, 1)
@@ -81,19 +80,15 @@ def fair_weights(
         longest = jnp.max(jnp.abs(change))
         change = change * jnp.minimum(1, LONGEST_STEP / jnp.maximum(longest, LONGEST_STEP))
         change = jnp.where(stationary | ~jnp.isfinite(longest), 0, change)
-        return _Newton(state.log_amounts + change, state.step + 1, stationary, converged, close)
+        moved = _Newton(state.log_amounts + change, stationary, close)
+        return moved, stationary | converged
 
     start = _Newton(
         log_amounts=log_c / (1 + inverse_alpha),
-        step=jnp.asarray(0, jnp.int32),
         stationary=jnp.any(geometry.active & ~usable) | ~jnp.any(usable),
-        converged=jnp.asarray(False),
         close=jnp.asarray(False),
     )
-    start = varying_like(cosine, start)
-    end = lax.while_loop(
-        lambda state: ~state.stationary & ~state.converged & (state.step < LIMIT), step, start
-    )
+    end, _ = repeat(step, start, cosine, LIMIT, start.stationary)
     log_scale = centre * (inverse_alpha - 1) / (inverse_alpha + 1)
     roots = jnp.where(usable, jnp.exp(end.log_amounts + log_scale - log_norms), 0)
     solved = ~end.stationary & end.close & jnp.all(jnp.isfinite(roots))

@@ -10,7 +10,7 @@ from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import product
-from mtl_optax.solvers.loops import varying_like
+from mtl_optax.solvers.loops import repeat
 
 REFINEMENTS = 2  # steps of iterative refinement after a solve
 
@@ -97,21 +97,24 @@ class _Pivoting(NamedTuple):
     solution: jax.Array  # [T], on the passive set of the last step
     fewest: jax.Array  # smallest number of violated conditions so far
     patience: jax.Array  # full exchanges still allowed without progress
-    step: jax.Array
-    done: jax.Array
 
 
-def _pivot(unit: jax.Array, target: jax.Array, usable: jax.Array) -> _Pivoting:
+def _pivot(
+    unit: jax.Array, target: jax.Array, usable: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Block principal pivoting: exchanges every variable whose sign condition is violated.
 
     All violated variables change sides as long as their number decreases. After three exchanges without
     progress only the last violated variable does (Murty's rule, which cannot cycle).
+
+    Returns:
+      The passive set, the solution on it, and whether it is the solution of the problem.
     """
     size = target.shape[0]
     index = jnp.arange(size, dtype=jnp.int32)
     tolerance = 8 * jnp.finfo(target.dtype).eps
 
-    def step(state: _Pivoting) -> _Pivoting:
+    def step(state: _Pivoting) -> tuple[_Pivoting, jax.Array]:
         inverse = masked_inverse_factor(unit, state.passive)
         solution = factored_solve(inverse, jnp.where(state.passive, target, 0))
         slope = product(unit, solution) - target
@@ -123,34 +126,22 @@ def _pivot(unit: jax.Array, target: jax.Array, usable: jax.Array) -> _Pivoting:
         progress = count < state.fewest
         last = index == jnp.max(jnp.where(violated, index, -1))
         moved = jnp.where(progress | (state.patience > 0), violated, last)
-        return _Pivoting(
+        new = _Pivoting(
             passive=state.passive ^ moved,
             solution=solution,
             fewest=jnp.minimum(count, state.fewest),
             patience=jnp.where(progress, 3, jnp.maximum(state.patience - 1, 0)),
-            step=state.step + 1,
-            done=count == 0,
         )
+        return new, count == 0
 
     start = _Pivoting(
         passive=target > 0,
         solution=jnp.zeros_like(target),
         fewest=jnp.asarray(size + 1, jnp.int32),
         patience=jnp.asarray(3, jnp.int32),
-        step=jnp.asarray(0, jnp.int32),
-        done=jnp.asarray(False),
     )
-    limit = 20 + size // 2
-    return lax.while_loop(
-        lambda state: ~state.done & (state.step < limit), step, varying_like(unit, start)
-    )
-
-
-class _Descent(NamedTuple):
-    passive: jax.Array  # bool [T]
-    point: jax.Array  # [T], nonnegative
-    step: jax.Array
-    done: jax.Array
+    end, done = repeat(step, start, unit, 20 + size // 2)
+    return end.passive, end.solution, done
 
 
 def _descend(
@@ -159,7 +150,7 @@ def _descend(
     start: tuple[jax.Array, jax.Array],
     candidates: jax.Array,
     shift: jax.typing.ArrayLike,
-    skip: jax.Array,
+    skip: jax.typing.ArrayLike = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Active-set method of Lawson and Hanson: one variable at a time, with a decreasing objective.
 
@@ -180,21 +171,19 @@ def _descend(
     size, dtype = target.shape[0], target.dtype
     index = jnp.arange(size, dtype=jnp.int32)
 
-    def step(state: _Descent) -> _Descent:
-        inverse = masked_inverse_factor(unit, state.passive)
-        goal = refined_solve(unit, inverse, target, state.passive, shift)
-        blocked = state.passive & (goal <= 0)
+    def step(
+        state: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        passive, point = state
+        inverse = masked_inverse_factor(unit, passive)
+        goal = refined_solve(unit, inverse, target, passive, shift)
+        blocked = passive & (goal <= 0)
         # The share of the step to `goal` after which each blocked variable is 0.
-        shares = safe_divide(
-            state.point,
-            state.point - goal,
-            jnp.where(blocked, 0, jnp.inf),
-            where=blocked & (state.point > goal),
-        )
+        otherwise = jnp.where(blocked, 0, jnp.inf)
+        shares = safe_divide(point, point - goal, otherwise, where=blocked & (point > goal))
         share = jnp.minimum(jnp.min(shares), 1)
-        kept = state.passive & ~(blocked & (shares <= share))
-        point = jnp.maximum(state.point + share * (goal - state.point), 0)
-        point = jnp.where(kept, point, 0)
+        kept = passive & ~(blocked & (shares <= share))
+        point = jnp.where(kept, jnp.maximum(point + share * (goal - point), 0), 0)
 
         # Only at the optimum of the passive set may another variable enter: the steepest one.
         slope = jnp.where(candidates & ~kept, product(unit, point) - target, jnp.inf)
@@ -202,11 +191,10 @@ def _descend(
         settled = ~jnp.any(blocked)
         optimal = slope[steepest] >= -8 * jnp.finfo(dtype).eps * (1 + jnp.max(point))
         enters = settled & ~optimal & (index == steepest)
-        return _Descent(kept | enters, point, state.step + 1, settled & optimal)
+        return (kept | enters, point), settled & optimal
 
-    first = varying_like(unit, _Descent(*start, jnp.asarray(0, jnp.int32), skip))
-    end = lax.while_loop(lambda state: ~state.done & (state.step < 8 * size), step, first)
-    return end.passive, end.point
+    end, _ = repeat(step, start, unit, 8 * size, skip)
+    return end
 
 
 def nonnegative_least_squares(
@@ -238,13 +226,11 @@ def nonnegative_least_squares(
     largest = jnp.max(jnp.abs(target))
     target = safe_divide(target, largest)
 
-    pivoted = _pivot(unit, target, usable)
-    passive = pivoted.done & pivoted.passive
-    found = passive, jnp.where(passive, jnp.maximum(pivoted.solution, 0), 0)
+    passive, solution, solved = _pivot(unit, target, usable)
+    passive = passive & solved
+    found = passive, jnp.where(passive, jnp.maximum(solution, 0), 0)
     # The ridge makes every solution unique; without it rounding could let variables enter for ever.
-    found = _descend(unit, target, found, usable, ridge(size, dtype), pivoted.done)
+    found = _descend(unit, target, found, usable, ridge(size, dtype), solved)
     # Without the ridge, refinement is unconstrained in the null space, and variables may become negative.
-    _, point = _descend(
-        unit, target, found, jnp.zeros_like(usable), 0, jnp.zeros_like(pivoted.done)
-    )
+    _, point = _descend(unit, target, found, jnp.zeros_like(usable), 0)
     return point * scale * largest
