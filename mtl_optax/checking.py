@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection
@@ -11,7 +10,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr
 
 from mtl_optax.core.method import Method
 from mtl_optax.core.state import BalanceState, states_in
@@ -120,11 +118,16 @@ def check(
     if gradients is None:
         gradients = _with_tasks(gradients_like(like), axis.number)
     gradients = _arrays_of_variables(_shapes(gradients))
-    update = _update_of(tx, {"losses": _losses(axis), **extra_args})
+    extra_args = {"losses": _losses(axis), **extra_args}
+    arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
+    others = {name: value for name, value in extra_args.items() if name not in arrays}
+    update = functools.partial(_update, tx, others)
+    trace = jax.make_jaxpr(update, return_shape=True)
     try:
-        program, updates, following = update.trace(gradients, state, like)
+        program, (updates, following) = trace(gradients, state, like, arrays)
     except Exception as error:
-        without_losses = functools.partial(update.without_losses().trace, gradients, state, like)
+        fewer = {name: value for name, value in arrays.items() if name != "losses"}
+        without_losses = functools.partial(trace, gradients, state, like, fewer)
         variables = jax.tree.structure(like) != jax.tree.structure(given)
         about = _about_update(error, state, without_losses, variables)
         raise ValueError(about) from error
@@ -132,8 +135,8 @@ def check(
     _check_state(state, following, axis.number)
     # `optax.monitor` has no entries before its first step.
     if jax.tree.structure(state) != jax.tree.structure(following):
-        _check_structure(following, update.trace(gradients, following, like)[2])
-    _refuse(fault_before_methods(tx.init, update, like, gradients, update.arrays, axis.number))
+        _check_structure(following, trace(gradients, following, like, arrays)[1][1])
+    _refuse(fault_before_methods(tx.init, update, like, gradients, arrays, axis.number))
     of_tasks = f"{axis.number} tasks"
     if axis.names is not None:
         of_tasks = f"tasks {', '.join(map(repr, axis.names))} in this order"
@@ -143,49 +146,19 @@ def check(
 # --- what is checked ---------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Update:
-    """The update of an optimizer with its extra arguments.
-
-    Attributes:
-      function: `update` of the optimizer.
-      arrays: the extra arguments that are arrays or their shapes, which are traced.
-      others: the other extra arguments, such as functions and Python numbers.
-    """
-
-    function: Callable[..., tuple[optax.Updates, optax.OptState]]
-    arrays: dict[str, object]
-    others: dict[str, object]
-
-    def __call__(
-        self,
-        gradients: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params,
-        arrays: dict[str, object],
-    ) -> tuple[optax.Updates, optax.OptState]:
-        # A state that is broadcast over the tasks is reported by `check`, with its path.
-        with jax.numpy_rank_promotion("allow"):
-            return self.function(gradients, state, params, **arrays, **self.others)
-
-    def trace(
-        self, gradients: optax.Updates, state: optax.OptState, params: optax.Params
-    ) -> tuple[ClosedJaxpr, optax.Updates, optax.OptState]:
-        """Returns the program, and the shapes of the updates and of the new state."""
-        trace = jax.make_jaxpr(self.__call__, return_shape=True)
-        program, (updates, state) = trace(gradients, state, params, self.arrays)
-        return program, updates, state
-
-    def without_losses(self) -> _Update:
-        """Returns the update without the extra argument `losses`."""
-        kept = {name: value for name, value in self.arrays.items() if name != "losses"}
-        return dataclasses.replace(self, arrays=kept)
-
-
-def _update_of(tx: optax.GradientTransformation, extra_args: dict[str, object]) -> _Update:
-    arrays = {name: value for name, value in extra_args.items() if _has_shapes(value)}
-    others = {name: value for name, value in extra_args.items() if name not in arrays}
-    return _Update(optax.with_extra_args_support(tx).update, arrays, others)
+def _update(
+    tx: optax.GradientTransformation,
+    others: dict[str, object],
+    gradients: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    arrays: dict[str, object],
+) -> tuple[optax.Updates, optax.OptState]:
+    """Calls `update` with the extra arguments that are arrays, which are traced, and with the others."""
+    # A state that is broadcast over the tasks is reported by `check`, with its path.
+    with jax.numpy_rank_promotion("allow"):
+        update = optax.with_extra_args_support(tx).update
+        return update(gradients, state, params, **arrays, **others)
 
 
 def _first_state(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:

@@ -78,9 +78,8 @@ def fault_before_methods(
 
     try:
         gradients = jax.tree.map(with_tasks, gradients, trained)
-        with jax.numpy_rank_promotion("allow"):
-            trace = jax.make_jaxpr(lambda g, p, extra: update(g, init(p), p, extra))
-            program = trace(gradients, params, extra_args)
+        trace = jax.make_jaxpr(lambda g, p, extra: update(g, init(p), p, extra))
+        program = trace(gradients, params, extra_args)
         reach = jax.jit(
             lambda *trees: _what_reaches_methods(program, jax.tree.leaves((*trees, extra_args)))
         )
