@@ -37,24 +37,10 @@ from mtl_optax.core.method import (
     flat_options,
 )
 from mtl_optax.core.rule import StepInputs, UpdateRule, WeightRule
-from mtl_optax.core.state import (
-    BalanceState,
-    check_fields,
-    check_state,
-    first_state,
-    next_count,
-)
+from mtl_optax.core.state import BalanceState, check_fields, check_state, first_state, next_count
 from mtl_optax.core.task_tree import Blocks, Measured
 from mtl_optax.core.types import Active, Losses
-from mtl_optax.core.validation import (
-    Tasks,
-    check_axis_name,
-    check_blocks,
-    check_bool,
-    check_integer,
-    names_of,
-    read_tasks,
-)
+from mtl_optax.core.validation import Tasks
 
 _Result = TypeVar("_Result")
 
@@ -94,7 +80,7 @@ def from_rule(
     arguments = flat_options(dict(given))
     origin = Origin(functools.partial(from_rule, name, rule=rule), arguments, {"rule": rule})
     options = _read_options(name, rule, arguments)
-    pipeline = Pipeline(name, read_tasks(name, tasks), rule, options, origin)
+    pipeline = Pipeline(name, validation.read_tasks(name, tasks), rule, options, origin)
     return Method(pipeline.init, pipeline.update)
 
 
@@ -161,7 +147,7 @@ class Pipeline(Definition):
             dtype = state.weights.dtype
             vector = validation.read_losses(self.name, losses, self.tasks, dtype, extra_args)
         elif isinstance(losses, Mapping):  # the losses of other tasks are refused
-            names_of(self.name, "losses", losses, self.tasks)
+            validation.names_of(self.name, "losses", losses, self.tasks)
         present = validation.read_active(self.name, active, self.tasks)
         inputs = StepInputs(
             present=present,
@@ -362,12 +348,12 @@ def _read_options(name: str, rule: WeightRule | UpdateRule, given: dict[str, obj
             f"{name}: a rule of type {type(rule).__name__} cannot need {sorted(needs)}."
         )
     options = Options()._replace(**given)
-    check_blocks(name, options.blocks)
-    check_bool(name, "reduce", options.reduce)
-    check_integer(name, "update_every", options.update_every, 1)
+    validation.check_blocks(name, options.blocks)
+    validation.check_bool(name, "reduce", options.reduce)
+    validation.check_integer(name, "update_every", options.update_every, 1)
     if options.freeze_after is not None:
-        check_integer(name, "freeze_after", options.freeze_after, 1)
-    check_axis_name(name, options.axis_name)
+        validation.check_integer(name, "freeze_after", options.freeze_after, 1)
+    validation.check_axis_name(name, options.axis_name)
     return options
 
 
