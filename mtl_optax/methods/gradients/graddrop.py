@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Seed, factory
-from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over
+from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over, without_task_axis
 from mtl_optax.core.types import AxisName, Number
 from mtl_optax.core.validation import read_tasks, task_numbers
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
@@ -84,64 +85,59 @@ def graddrop(
     def apply(
         inputs: StepInputs, state: optax.OptState
     ) -> tuple[optax.Updates, jax.Array, optax.OptState]:
-        leaves, treedef = jax.tree.flatten(inputs.updates)
-        noise = _noise_leaves(inputs.extra["noise"], leaves, treedef, step_key(seed, inputs))
-        leaks = jnp.asarray(leak, inputs.dtype)
-        masked = [_mask(leaf, uniform, leaks) for leaf, uniform in zip(leaves, noise, strict=True)]
-        update = [jnp.sum(leaf, axis=0) for leaf in masked]
-        kept, whole = (sum_over(_l1_norms(part, inputs), axis_name) for part in (masked, leaves))
-        return jax.tree.unflatten(treedef, update), safe_divide(kept, whole, 1), state
+        shapes = without_task_axis(inputs.updates)
+        noise = _noise(inputs.extra["noise"], shapes, step_key(seed, inputs))
+        mask = functools.partial(_mask, jnp.asarray(leak, inputs.dtype))
+        masked = jax.tree.map(mask, inputs.updates, noise)
+        kept, whole = (
+            sum_over(_l1_norms(part, inputs), axis_name) for part in (masked, inputs.updates)
+        )
+        update = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), masked)
+        return update, safe_divide(kept, whole, 1), state
 
     rule = UpdateRule(frozenset({"gradients"}), apply, extra=("noise",))
     return from_rule("graddrop", axis, rule, axis_name=axis_name)
 
 
-def _mask(leaf: jax.Array, uniform: jax.Array, leaks: jax.Array) -> jax.Array:
+def _mask(leaks: jax.Array, leaf: jax.Array, uniform: jax.Array) -> jax.Array:
     """Returns the masked gradients `[T, *shape]` of one leaf, at least in float32."""
     wide = leaf.astype(statistics_dtype(leaf))
     total, mass = jnp.sum(wide, axis=0), jnp.sum(jnp.abs(wide), axis=0)
     positive = 0.5 * (1 + safe_divide(total, mass))  # the probability of the positive sign
-    uniform = jnp.broadcast_to(uniform.astype(positive.dtype), positive.shape)
+    uniform = jnp.broadcast_to(jnp.asarray(uniform, positive.dtype), positive.shape)
     kept = ((wide > 0) & (positive > uniform)[None]) | ((wide < 0) & (positive < uniform)[None])
     share = along_tasks(leaks.astype(wide.dtype), wide.ndim)
     return jnp.where(kept, wide, share * wide)
 
 
-def _l1_norms(leaves: list[jax.Array], inputs: StepInputs) -> jax.Array:
+def _l1_norms(updates: optax.Updates, inputs: StepInputs) -> jax.Array:
     """Returns the L1 norm of each task, `[T]`."""
     total = jnp.zeros(inputs.active.shape, inputs.dtype)
-    for leaf in leaves:
+    for leaf in jax.tree.leaves(updates):
         axes = tuple(range(1, leaf.ndim))
         total = total + jnp.sum(jnp.abs(leaf.astype(inputs.dtype)), axis=axes)
     return total
 
 
-def _noise_leaves(
-    noise: optax.Params | None,
-    leaves: list[jax.Array],
-    treedef: object,
-    key: jax.Array,
-) -> list[jax.Array]:
-    """Returns one array of uniform numbers per leaf: `noise`, or random numbers in at least float32."""
-    if noise is None:
-        keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
-        return [
-            jax.random.uniform(key, leaf.shape[1:], statistics_dtype(leaf))
-            for key, leaf in zip(keys, leaves, strict=True)
+def _noise(given: optax.Params | None, shapes: optax.Params, key: jax.Array) -> optax.Params:
+    """Returns uniform numbers like the parameters: `given`, or random numbers in at least float32."""
+    leaves, structure = jax.tree.flatten(shapes)
+    if given is None:
+        draws = [
+            jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, statistics_dtype(leaf))
+            for number, leaf in enumerate(leaves)
         ]
-    if jax.tree.structure(noise) != treedef:
+        return structure.unflatten(draws)
+    if jax.tree.structure(given) != structure:
         raise ValueError(
-            f"graddrop: noise must have the structure of the parameters, {treedef}; found "
-            f"{jax.tree.structure(noise)}."
+            f"graddrop: noise must have the structure of the parameters, {structure}; found "
+            f"{jax.tree.structure(given)}."
         )
-    given = [jnp.asarray(uniform) for uniform in jax.tree.leaves(noise)]
-    for uniform, leaf in zip(given, leaves, strict=True):
-        shape = leaf.shape[1:]
-        if uniform.ndim != len(shape) or any(
-            found not in (1, size) for found, size in zip(uniform.shape, shape, strict=True)
-        ):
+    for found, leaf in zip(map(jnp.shape, jax.tree.leaves(given)), leaves, strict=True):
+        fits = [one in (1, size) for one, size in zip(found, leaf.shape, strict=False)]
+        if len(found) != leaf.ndim or not all(fits):
             raise ValueError(
-                f"graddrop: a leaf of noise has shape {uniform.shape}; it must have the shape of the "
-                f"parameter, {shape}, or size 1 along some axes."
+                f"graddrop: a leaf of noise has shape {found}; it must have the shape of the parameter, "
+                f"{leaf.shape}, or size 1 along some axes."
             )
     return given
