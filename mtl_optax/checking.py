@@ -182,9 +182,7 @@ def _refuse(fault: str | None) -> None:
 
 
 def _tasks_of(
-    tx: optax.GradientTransformation,
-    state: optax.OptState,
-    tasks: int | Collection[str] | None,
+    tx: optax.GradientTransformation, state: optax.OptState, tasks: int | Collection[str] | None
 ) -> Tasks:
     """Returns the tasks, and raises if a method in the optimizer is made for another number."""
     known = tx.tasks if isinstance(tx, Method) else None
@@ -282,10 +280,7 @@ def _about_init(error: Exception, tx: optax.GradientTransformation, params: opta
 
 
 def _about_update(
-    error: Exception,
-    state: optax.OptState,
-    without_losses: Callable[[], object],
-    variables: bool,
+    error: Exception, state: optax.OptState, without_losses: Callable[[], object], variables: bool
 ) -> str:
     around = _stands_around(state)
     if around:

@@ -60,6 +60,5 @@ def train(
         return jnp.where(chosen, new, old)
 
     return TrainedState(
-        jnp.where(moves, moved, state.values),
-        jax.tree.map(keep, optimizer_state, state.optimizer),
+        jnp.where(moves, moved, state.values), jax.tree.map(keep, optimizer_state, state.optimizer)
     )

@@ -19,12 +19,7 @@ from mtl_optax.core.types import Active, AxisName, DType, Label, Losses, Number,
 
 
 def check_integer(
-    name: str,
-    what: str,
-    value: object,
-    low: int,
-    high: float = math.inf,
-    alternative: str = "",
+    name: str, what: str, value: object, low: int, high: float = math.inf, alternative: str = ""
 ) -> None:
     """Raises if `value` is not a static integer in a closed range; `alternative` is for the message."""
     bounds = f">= {low}" if high == math.inf else f"from {low} to {high}"
@@ -386,11 +381,7 @@ def _remedy(wrong: list[tuple[tuple[int, ...], tuple[int, ...]]], num_tasks: int
 
 
 def read_losses(
-    name: str,
-    losses: Losses | None,
-    tasks: Tasks,
-    dtype: DType,
-    extra_args: Mapping[str, object],
+    name: str, losses: Losses | None, tasks: Tasks, dtype: DType, extra_args: Mapping[str, object]
 ) -> jax.Array:
     """Returns the losses as an array `[T]`, and raises if there are none."""
     if losses is not None:

@@ -68,10 +68,7 @@ def mean_active(values: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def move_average(
-    average: jax.Array,
-    new: jax.typing.ArrayLike,
-    decay: jax.typing.ArrayLike,
-    moves: jax.Array,
+    average: jax.Array, new: jax.typing.ArrayLike, decay: jax.typing.ArrayLike, moves: jax.Array
 ) -> jax.Array:
     """One step of an exponential moving average; averages that do not move stay as they are.
 

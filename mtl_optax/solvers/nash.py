@@ -12,12 +12,7 @@ from mtl_optax.solvers.arithmetic import mean_active
 from mtl_optax.solvers.cosine import Geometry, product
 from mtl_optax.solvers.loops import repeat
 from mtl_optax.solvers.min_norm import min_norm_weights
-from mtl_optax.solvers.nonnegative import (
-    factored_solve,
-    inverse_factor,
-    ridge,
-    semidefinite,
-)
+from mtl_optax.solvers.nonnegative import factored_solve, inverse_factor, ridge, semidefinite
 
 LIMIT = 60  # iterations at most
 LONGEST_STEP = 2.0  # largest change of log v in one iteration

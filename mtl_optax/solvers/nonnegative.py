@@ -171,9 +171,7 @@ def _descend(
     size, dtype = target.shape[0], target.dtype
     index = jnp.arange(size, dtype=jnp.int32)
 
-    def step(
-        state: tuple[jax.Array, jax.Array],
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         passive, point = state
         inverse = masked_inverse_factor(unit, passive)
         goal = refined_solve(unit, inverse, target, passive, shift)

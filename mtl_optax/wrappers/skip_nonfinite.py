@@ -52,10 +52,7 @@ def skip_nonfinite(
         return SkipNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32))
 
     def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: object,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, SkipNonfiniteState]:
         result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         losses, active = (_vector(extra_args.get(name)) for name in ("losses", "active"))
