@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mtl_optax.core.types import DType
@@ -82,11 +81,3 @@ def row_products(stack: jax.Array) -> jax.Array:
         preferred_element_type=stack.dtype,
         out_sharding=sharding.update(spec=jax.P(None, None)) if sharded else None,
     )
-
-
-def pair_index(num_tasks: int) -> np.ndarray:
-    """Returns the index of each matrix entry's pair in `combinations_with_replacement`."""
-    index = np.zeros((num_tasks, num_tasks), np.int32)
-    upper = np.triu_indices(num_tasks)
-    index[upper] = np.arange(len(upper[0]))
-    return np.maximum(index, index.T)

@@ -59,9 +59,30 @@ def test_odd_shapes_scalars_empties_and_blocks(num_tasks):
     _check(_random(SHAPES, num_tasks), (0, 1, 0, 3, 1, 3, 0), 5)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """As on a machine with one device, where a CPU reads large leaves in pieces."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 @pytest.mark.parametrize("num_tasks", sampled([1, 3, 6, 17], [3, 17]))
 def test_large_leaves_with_a_remainder(num_tasks):
     _check(_random([(_LARGE + 77,), (9,)], num_tasks), (0, 0), 1)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pieces_of_large_leaves_on_one_device(dtype):
+    shapes = [(2 * _LARGE + 77,), (64, 8192), (9,)]
+    assert _check(_random(shapes, 6, dtype), (0, 1, 0), 2).dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("one_device")
+def test_pieces_are_read_in_place():
+    leaf = jax.ShapeDtypeStruct((6, 4 * _LARGE), jnp.float32)
+    compiled = jax.jit(lambda x: gram_matrices([x], (0,), 1)).lower(leaf).compile()
+    assert "while" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
 @pytest.mark.parametrize(
