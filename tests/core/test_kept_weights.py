@@ -161,8 +161,9 @@ def test_a_task_that_is_not_finite_on_a_kept_step_is_left_out_and_counted(name):
 def test_frozen_weights_are_those_of_the_last_step_before():
     grads = jax.random.normal(jax.random.key(0), (9, 3, 5))
     params, losses = jnp.zeros(5), jnp.array([1.0, 2.0, 3.0])
-    _, moving = run(mtl.mgda(3, update_every=2), grads, params, losses)
-    updates, frozen = run(mtl.mgda(3, update_every=2, freeze_after=4), grads, params, losses)
+    make = functools.partial(mtl.grad_similarity, 3, mode="weighted", update_every=2)
+    _, moving = run(make(), grads, params, losses)
+    updates, frozen = run(make(freeze_after=4), grads, params, losses)
     np.testing.assert_array_equal(frozen.weights[:4], moving.weights[:4])
     np.testing.assert_array_equal(frozen.weights[4:], jnp.stack([moving.weights[2]] * 5))
     assert (moving.weights[4:] != frozen.weights[4:]).any()
@@ -177,7 +178,7 @@ def test_frozen_weights_on_losses_and_on_a_fork():
         gradient, state = jax.grad(loss, has_aux=True)(1.0 + step, state)
     assert float(gradient) == 1.0  # the weights of the second step: 1 / 2 and 1 / 4
 
-    method = mtl.mgda(2, freeze_after=1)
+    method = mtl.grad_similarity(2, freeze_after=1)
     fn = mtl.fork_value_and_grad(
         lambda h, fork: [(a * s).sum() for a, s in zip(fork(h), (1.0, 5.0), strict=True)], method
     )

@@ -648,7 +648,8 @@ def test_the_remedy_for_it():
 
             return mtl.join(*wrap(block)(w, carrier, x))
 
-        return jax.grad(loss_fn, argnums=(0, 1))(w, mtl.fork_init(method, x @ w), x)
+        carrier = mtl.fork_init(method, x @ w)
+        return jax.jit(jax.grad(loss_fn, argnums=(0, 1)))(w, carrier, x)
 
     plain, inside = total(lambda f: f), total(jax.checkpoint)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), inside, plain)

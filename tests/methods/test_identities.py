@@ -146,9 +146,14 @@ def test_emtl_by_its_formula() -> None:
     rates = np.array([0.5 * 2 / 5, 0.5 * 1 / 1])
     p = np.exp(0.5 * rates) / np.exp(0.5 * rates).sum()
     units = np.array([[0.6, 0.8], [-0.6, 0.8]])
-    for epsilon in (0.0, 0.25):
+
+    @jax.jit
+    def update_of(epsilon: jax.Array) -> Any:
         tx = mtl.emtl(2, epsilon=epsilon)
-        update, _ = tx.update(gradients, tx.init(gradients[0]), losses=losses)
+        return tx.update(gradients, tx.init(gradients[0]), losses=losses)[0]
+
+    for epsilon in (0.0, 0.25):
+        update = update_of(jnp.asarray(epsilon))
         plain, own = gradients.sum(0) / 2, (p / 2) @ units
         expected = (epsilon * plain + (1 - epsilon) * own) / 2
         np.testing.assert_allclose(update, expected, rtol=1e-9)

@@ -71,14 +71,14 @@ def test_the_method_sees_averages_of_all_tasks(method, decay):
     """Written out: an average per task, corrected for its start, then the method on all of them."""
     inner = method(T)
     tx = mtl.remember(inner, decay=decay)
-    fn = mtl.one_task_value_and_grad(loss_fn, T)
+    fn, tx_update = jax.jit(mtl.one_task_value_and_grad(loss_fn, T)), jax.jit(tx.update)
     state, inner_state = tx.init(PARAMS), inner.init(PARAMS)
     means = jax.tree.map(lambda p: jnp.zeros((T, *p.shape)), PARAMS)
     counts, last = np.zeros(T), np.zeros(T)
     for step in range(7):
         x = X + 0.1 * step
         losses, (updates, active) = fn(step, PARAMS, x)
-        update, state = tx.update(updates, state, PARAMS, losses=losses, active=active)
+        update, state = tx_update(updates, state, PARAMS, losses=losses, active=active)
         t = step % T
         counts[t] += 1
         last[t] = losses[t]
