@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from examples.studies.harness.command import Command, study
-from examples.studies.regimes.regimes import REGIMES
 
 OPTIONS = {
     "data": {
@@ -21,12 +20,6 @@ OPTIONS = {
     },
     "seeds": {"default": 8, "help": "fresh seeds of every arm (default %(default)s)"},
     "curve_seeds": {"type": int, "default": 3, "help": "of the curves (default %(default)s)"},
-    "curves": {
-        "nargs": "+",
-        "choices": [regime.name for regime in REGIMES],
-        "metavar": "REGIME",
-        "help": "only the curves of these, at five weights, with the setting of the sum in c",
-    },
     "tuning_seeds": {"type": int, "default": 3, "help": "of each setting (default %(default)s)"},
     "side_by_side": {"type": int, "default": 27, "help": "runs of a program on an accelerator"},
     "minutes": {"type": float, "help": "train nothing new after so many"},
@@ -36,7 +29,7 @@ COMMANDS = {
     "run": Command(
         "study",
         "train everything and show it",
-        "data curves seeds curve_seeds tuning_seeds side_by_side minutes epochs jobs out resume",
+        "data seeds curve_seeds tuning_seeds side_by_side minutes epochs jobs out resume",
     ),
     "tables": Command("study", "the tables and pictures of stored rows", "rows out"),
 }

@@ -9,22 +9,20 @@ import numpy as np
 
 from examples.studies.recommender.data import Dataset
 
-CROSS_ENTROPY, SOFTMAX = 0.0, 1.0
+CROSS_ENTROPY, SOFTMAX = "cross-entropy", "softmax"
 NEGATIVES = 4.0  # for each positive, in expectation
 LEVELS = (0.0, 0.5, 1.0)  # the share of an auxiliary's pairs that is permuted
 
 
 class Knobs(NamedTuple):
-    """A regime as numbers, so that one program trains all of them.
+    """The numbers of a regime, so that one program trains all with the same kinds of losses.
 
     Attributes:
-      kinds: `[T]`, `SOFTMAX` or `CROSS_ENTROPY`.
       summed: 0 for a mean over the task's positives, 1 for their sum over `positives`.
       positives: of the target in a batch, so that its sum is about its mean.
       level: the place of the share in `LEVELS`.
     """
 
-    kinds: Any
     summed: Any
     positives: Any
     level: Any
@@ -43,16 +41,19 @@ class Regime:
 
     name: str
     text: str
-    target: float = CROSS_ENTROPY
-    auxiliary: float = CROSS_ENTROPY
+    target: str = CROSS_ENTROPY
+    auxiliary: str = CROSS_ENTROPY
     summed: bool = False
     permuted: float = 0.0
 
-    def knobs(self, num_tasks: int, positives_a_batch: float) -> Knobs:
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Of the target's loss and of the auxiliaries'."""
+        return self.target, self.auxiliary
+
+    def knobs(self, positives_a_batch: float) -> Knobs:
         """The numbers."""
-        kinds = np.array([self.target] + [self.auxiliary] * (num_tasks - 1))
-        level = float(LEVELS.index(self.permuted))
-        return Knobs(kinds, float(self.summed), positives_a_batch, level)
+        return Knobs(float(self.summed), positives_a_batch, float(LEVELS.index(self.permuted)))
 
 
 REGIMES = (
@@ -67,49 +68,51 @@ REGIMES = (
 
 
 def task_loss(
-    logits: jax.Array, known: jax.Array, labels: jax.Array, task: int, knobs: Knobs
+    logits: jax.Array, known: jax.Array, positive: jax.Array, kind: str, knobs: Knobs
 ) -> jax.Array:
-    """One task's loss on a batch of users.
+    """One task's loss on a batch of users, all `[B, I]`.
 
     The negatives of a user are the items that she never touched: a positive of another task only is
     neither a positive nor a negative. Cross-entropy has the expectation over random negatives, `NEGATIVES`
-    for each positive of the same user; the softmax of a positive is over itself and all negatives.
+    for each positive of the same user; the softmax is over a user's positives and negatives.
     """
-    positive = labels[task].astype(logits.dtype)
-    negative = 1 - jnp.maximum(known, positive)
-    number = positive.sum()
+    negative = (~known & ~positive).astype(logits.dtype)
+    positive = positive.astype(logits.dtype)
+    each_user = positive.sum(axis=1, keepdims=True)
+    number = each_user.sum()
 
-    def cross_entropy() -> jax.Array:
-        drawn = NEGATIVES * positive.sum(axis=1) / jnp.maximum(negative.sum(axis=1), 1)
-        softplus = jax.nn.softplus(logits)
-        each = positive * (softplus - logits) + drawn[:, None] * negative * softplus
-        return each.sum() / (1 + NEGATIVES)
-
-    def softmax() -> jax.Array:
-        others = jax.nn.logsumexp(logits, axis=1, keepdims=True, b=negative)
-        return (positive * (jnp.logaddexp(others, logits) - logits)).sum()
-
-    # A branch on a CPU; both under `vmap`, as on an accelerator.
-    total = jax.lax.cond(knobs.kinds[task] == SOFTMAX, softmax, cross_entropy)
+    if kind == SOFTMAX:
+        over = jax.nn.logsumexp(logits, axis=1, keepdims=True, b=positive + negative)
+        total = (each_user * over).sum() - (positive * logits).sum()
+    else:
+        drawn = NEGATIVES * each_user / jnp.maximum(negative.sum(axis=1, keepdims=True), 1)
+        each = (positive + drawn * negative) * jax.nn.softplus(logits) - positive * logits
+        total = each.sum() / (1 + NEGATIVES)
     mean = total / jnp.maximum(number, 1)
     return mean * (1 + knobs.summed * (number / knobs.positives - 1))
 
 
-def label_tables(dataset: Dataset, seed: int = 0) -> np.ndarray:
-    """The training positives, bool `[levels, T, U, I]`, with the auxiliaries' permuted at each of `LEVELS`.
+def label_codes(dataset: Dataset, seed: int = 0) -> np.ndarray:
+    """The training positives with the auxiliaries' permuted at each of `LEVELS`, uint16 `[U, I]`.
 
-    Permuted: the items of the chosen pairs in another order, so that users keep their number of pairs and
-    items their popularity (but for pairs that fall together). The target's are never permuted.
+    A pair has bit `level * T + task` if it is a positive of the task at that level; see `has`. Permuted:
+    the items of the chosen pairs in another order, so that users keep their number of pairs and items
+    their popularity (but for pairs that fall together). The target's are never permuted.
     """
-    generator = np.random.default_rng(seed)
-    shape = len(LEVELS), len(dataset.tasks), dataset.num_users, dataset.num_items
-    tables = np.zeros(shape, bool)
-    for task in range(len(dataset.tasks)):
+    generator, num_tasks = np.random.default_rng(seed), len(dataset.tasks)
+    codes = np.zeros((dataset.num_users, dataset.num_items), np.uint16)
+    for task in range(num_tasks):
         users, items = dataset.train.positives(task).T
         for level, share in enumerate(LEVELS):
             moved = items.copy()
             if task > 0:
                 chosen = generator.permutation(len(items))[: round(share * len(items))]
                 moved[chosen] = items[generator.permutation(chosen)]
-            tables[level, task, users, moved] = True
-    return tables
+            codes[users, moved] |= 1 << (level * num_tasks + task)
+    return codes
+
+
+def has(codes: Any, task: int, num_tasks: int, level: Any = 0) -> jax.Array:
+    """Which pairs of `label_codes` are positives of a task at a level, bool."""
+    bit = jnp.asarray(level * num_tasks + task, jnp.uint16)
+    return (codes >> bit) & 1 > 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.studies.harness.choices import SINGLE, SUM, Choice, parse_choice
+from examples.studies.harness.choices import SINGLE, SUM, parse_choice
 from examples.studies.harness.command import in_threads, write_atomically
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import say
@@ -21,12 +21,11 @@ from examples.studies.recommender.data import PAPER_SPLIT, Dataset, make_dataset
 from examples.studies.recommender.evaluation import COLUMNS, rank_by_item_scores
 from examples.studies.recommender.sources import folder, synthetic
 from examples.studies.regimes import report
-from examples.studies.regimes.regimes import REGIMES
+from examples.studies.regimes.regimes import REGIMES, Regime
 from examples.studies.regimes.training import TrainConfig, Trainer, sparse
 
-WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # one for all auxiliaries
-COARSE = (1.0, 0.0, 10.0, 0.1, 100.0)  # most important first
-RATES, DECAYS = (3e-3, 1e-2, 3e-2), (0.1, 1.0)
+WEIGHTS = (1.0, 0.0, 0.1, 10.0, 100.0, 0.3, 3.0)  # one for all auxiliaries, most important first
+RATES, DECAYS = (3e-3, 1e-3, 1e-2), (3.0, 0.3)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
 FIXED = "fixed weights"
@@ -124,7 +123,12 @@ class Study:
         config = TrainConfig()
         if options.epochs:
             config = TrainConfig(epochs=options.epochs, patience=options.epochs)
-        self.trainer = Trainer(self.dataset, config)
+        # A program for each pair of losses.
+        self.trainers = {
+            kinds: Trainer(self.dataset, config, kinds)
+            for kinds in dict.fromkeys(regime.kinds for regime in REGIMES)
+        }
+        self.trainer = next(iter(self.trainers.values()))
         self.tasks = len(self.dataset.tasks)
         about = {
             "fingerprint": self.trainer.fingerprint,
@@ -154,20 +158,10 @@ class Study:
         return [
             Trial("curve", regime.name, FIXED, seed, *self.best(SUM, regime.name),
                   (1.0, *[weight] * (self.tasks - 1)))
+            for weight in WEIGHTS
             for seed in range(self.options.curve_seeds)
             for regime in REGIMES
-            for weight in WEIGHTS
         ]  # fmt: skip
-
-    def coarse_curves(self) -> list[Trial]:
-        """The curves that were asked for at few weights, with the setting of the mixed regime's sum."""
-        setting = self.best(SUM, MIXED)
-        return [
-            Trial("curve", regime, FIXED, seed, *setting, (1.0, *[weight] * (self.tasks - 1)))
-            for regime in self.options.curves
-            for seed in range(self.options.curve_seeds)
-            for weight in COARSE
-        ]
 
     def arms(self, regimes: Sequence[str]) -> list[Trial]:
         """Every arm with its best setting, over fresh seeds."""
@@ -206,10 +200,11 @@ class Study:
     def train(self, trials: Iterable[Trial]) -> None:
         """Train what is missing; on an accelerator many runs of one program side by side."""
         size = self.options.side_by_side if self.trainer.side_by_side else 1
-        programs: dict[str, list[Trial]] = {}
+        programs: dict[Any, list[Trial]] = {}
         for trial in trials:
             if trial.key not in self.rows.found:
-                programs.setdefault(CHOICES[trial.arm][0], []).append(trial)
+                program = self._regime(trial).kinds, CHOICES[trial.arm][0]
+                programs.setdefault(program, []).append(trial)
         # The first runs of every program before the others, so that no two threads compile the same.
         for first in (True, False):
             groups = [
@@ -228,7 +223,8 @@ class Study:
         size = self.options.side_by_side if self.trainer.side_by_side else 1
         plans += plans[-1:] * (size - len(plans))  # of one shape, so that nothing compiles again
         try:
-            runs = self.trainer.train(self._choice(group[0]), plans)
+            trainer = self.trainers[self._regime(group[0]).kinds]
+            runs = trainer.train(parse_choice(CHOICES[group[0].arm][0]), plans)
         except Exception as error:  # the other groups are worth having
             print(f"failed: {group[0].arm}: {type(error).__name__}: {error}", file=sys.stderr)
             return
@@ -241,15 +237,14 @@ class Study:
             flush=True,
         )
 
-    def _choice(self, trial: Trial) -> Choice:
-        return parse_choice(CHOICES[trial.arm][0])
+    def _regime(self, trial: Trial) -> Regime:
+        return next(regime for regime in REGIMES if regime.name == trial.regime)
 
     def _setting(self, trial: Trial) -> Any:
         knobs = dict(CHOICES[trial.arm][1])
         if trial.weights:
             knobs["weights"] = np.array(trial.weights)
-        regime = next(regime for regime in REGIMES if regime.name == trial.regime)
-        return self.trainer.setting(regime, trial.rate, trial.decay, **knobs)
+        return self.trainer.setting(self._regime(trial), trial.rate, trial.decay, **knobs)
 
     def _row(self, trial: Trial, run: Run) -> dict[str, Any]:
         target = self.dataset.tasks[0].name
@@ -291,11 +286,6 @@ def run(options: argparse.Namespace) -> None:
     """Train everything, most important first, and show it."""
     study = Study(options)
     found = study.rows.found.values()
-    if options.curves:
-        study.train(study.tuning([SUM], [MIXED]))
-        study.train(study.coarse_curves())
-        report.show(found, study.rows.about["references"], METHODS, options.out)
-        return
     every = [regime.name for regime in REGIMES]
     sizes = {
         "tuning of the sum in every regime": len(study.tuning([SUM], every)),
@@ -307,14 +297,13 @@ def run(options: argparse.Namespace) -> None:
     for text, count in sizes.items():
         say(f"{text}: {count} runs")
     say(f"in all about {sum(sizes.values())} runs, of which {len(study.rows.found)} are stored")
-    # The arms of one regime at once, so that all programs compile side by side.
-    study.train([*study.tuning([SUM], every), *study.tuning((SINGLE, *METHODS), [MIXED])])
+    study.train(study.tuning([SUM], every))
     study.train(study.curves())
     say(report.admission(found, study.rows.about["references"]))
-    chosen = list(dict.fromkeys((*report.chosen_regimes(found), MIXED)))
-    study.train(study.tuning((SINGLE, *METHODS), chosen))
-    study.train(study.arms(chosen))
-    study.train(study.pool(chosen))
+    for regime in dict.fromkeys((MIXED, *report.chosen_regimes(found))):
+        study.train(study.tuning((SINGLE, *METHODS), [regime]))
+        study.train(study.arms([regime]))
+        study.train(study.pool([regime]))
     report.show(found, study.rows.about["references"], METHODS, options.out)
 
 

@@ -1,7 +1,7 @@
 """Training the item-item network: batches of users, all items scored, the target's validation NDCG@10."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from examples.studies.harness.steps import Parameters, Step, decayed, make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import Dataset
 from examples.studies.recommender.training import initial_biases
-from examples.studies.regimes.network import Batch, Network, Shared, predict
+from examples.studies.regimes.network import Network, Shared, item_vectors, predict
 from examples.studies.regimes.ranking import held_out, ndcg
-from examples.studies.regimes.regimes import Regime, label_tables
+from examples.studies.regimes.regimes import Knobs, Regime, label_codes
 
 TINY = 1e-12  # the logarithm of a weight of 0
 
@@ -27,56 +27,47 @@ TINY = 1e-12  # the logarithm of a weight of 0
 class TrainConfig:
     """How every run is trained; `learning_rate` and `weight_decay` are where the tuning starts."""
 
-    epochs: int = 20
-    patience: int | None = (
-        20  # the best epoch is kept, but none is left out: the rate falls to the end
-    )
+    epochs: int = 3
+    patience: int = 3  # the best epoch is kept, but none is left out: the rate falls to the end
     batch_users: int = 512
     embedding: int = 128
-    dropout: float = 0.3
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.3
-
-
-class _Data(NamedTuple):
-    """What stays on the device: who touched what, bool `[U, I]`, and `label_tables`."""
-
-    known: jax.Array
-    labels: jax.Array
+    learning_rate: float = 3e-3
+    weight_decay: float = 3.0
 
 
 class Trainer(trainer.Trainer):
-    """Trains choices on one dataset, each under the regime that is among its knobs."""
+    """Trains choices on one dataset, each under the regime that is among its knobs, with these losses."""
 
-    def __init__(self, dataset: Dataset, config: TrainConfig):
+    def __init__(self, dataset: Dataset, config: TrainConfig, kinds: tuple[str, str]):
         super().__init__()
-        self.dataset, self.config = dataset, config
-        labels = label_tables(dataset)
-        known = jnp.asarray(labels[0].any(axis=0))
-        self.data = _Data(known, jnp.asarray(labels))
+        self.dataset, self.config, self._kinds = dataset, config, kinds
+        codes = label_codes(dataset)
+        self.data = jnp.asarray(codes)
         self._held_out = {part: held_out(dataset, part) for part in (VALIDATION, TEST)}
         self.batch_users = min(config.batch_users, dataset.num_users)
         self.steps_per_epoch = -(-dataset.num_users // self.batch_users)
-        self._bias = initial_biases(dataset)
+        known = codes & (2 ** len(dataset.tasks) - 1) > 0
+        self._start = item_vectors(known, config.embedding), initial_biases(dataset)
         self._rank = self.compiled(self._ndcg_of_users)
 
     def setting(self, regime: Regime, rate: float, decay: float, **knobs: Any) -> Setting:
         """The setting of a run."""
         share = self.batch_users / self.dataset.num_users
         positives = len(self.dataset.train.positives(0)) * share
-        numbers = regime.knobs(len(self.dataset.tasks), positives)
-        return Setting(rate, decay, {"regime": numbers, **knobs})
+        return Setting(rate, decay, {"regime": regime.knobs(positives), **knobs})
 
-    def _network(self, knobs: Any = None) -> Network:
-        config = self.config
-        return Network(self._bias, config.embedding, self.batch_users, config.dropout, knobs)
+    def _network(self, knobs: Knobs | None = None) -> Network:
+        return Network(*self._start, self.batch_users, self._kinds, knobs)
 
     def init(self, key: jax.Array) -> Parameters:
         """See the base class."""
         return self._network().init(key)
 
     def make_step(self, choice: Choice, setting: Setting) -> Step:
-        """The step of a choice, which also gives the tasks' gradient norms on the shared parameters."""
+        """The step of a choice, which also gives the tasks' gradient norms on the shared parameters.
+
+        Of the first step of an epoch; elsewhere they are 0.
+        """
         knobs = dict(setting.knobs)
         network = self._network(knobs.pop("regime"))
         steps = self.config.epochs * self.steps_per_epoch
@@ -84,12 +75,16 @@ class Trainer(trainer.Trainer):
         step = make_step(choice, network, optax.scale_by_adam(), descent, knobs)
         value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
-        def update(params: Parameters, state: Any, batch: Batch) -> Any:
-            # XLA merges this with the same gradients of a method on the parameters.
-            _, (grads, _) = value_and_grad(params.shared, params.heads, batch)
-            norms = jax.vmap(optax.tree.norm)(grads)
-            params, state, losses, weights = step.update(params, state, batch)
-            return params, state, (losses, norms), weights
+        def norms(params: Parameters, codes: jax.Array) -> jax.Array:
+            _, (grads, _) = value_and_grad(params.shared, params.heads, codes)
+            return jax.vmap(optax.tree.norm)(grads)
+
+        def update(params: Parameters, state: Any, batch: tuple[jax.Array, jax.Array]) -> Any:
+            codes, first = batch
+            none = lambda *_: jnp.zeros(network.num_tasks)  # noqa: E731
+            measured = jax.lax.cond(first, norms, none, params, codes)
+            params, state, losses, weights = step.update(params, state, codes)
+            return params, state, (losses, measured), weights
 
         return Step(step.init, update)
 
@@ -97,21 +92,23 @@ class Trainer(trainer.Trainer):
         """The losses, and the logarithms of weights and norms over the target's, whose mean counts."""
         del state
         losses, norms = losses
-        found = {"log_weights": weights, "log_norms": norms}
-        relative = {name: jnp.log(jnp.maximum(v, TINY)) for name, v in found.items()}
-        return {"losses": losses, **{name: v[1:] - v[0] for name, v in relative.items()}}
+        weights, norms = (jnp.log(jnp.maximum(values, TINY)) for values in (weights, norms))
+        # The mean over an epoch's steps is that of the first, as all others are 0.
+        of_first = self.steps_per_epoch * (norms[1:] - norms[0])
+        return {"losses": losses, "log_weights": weights[1:] - weights[0], "log_norms": of_first}
 
-    def order(self, data: _Data, epoch: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """All users in random order `[1, steps, batch]`, a few of them twice, and a key for each step."""
-        order_key, steps_key = jax.random.split(jax.random.fold_in(key, epoch))
-        order = jax.random.permutation(order_key, self.dataset.num_users)
-        order = jnp.resize(order, (1, self.steps_per_epoch, self.batch_users))
-        return order, jax.random.split(steps_key, (1, self.steps_per_epoch))
+    def order(
+        self, data: jax.Array, epoch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """All users in random order `[1, steps, batch]`, a few of them twice, and which step is first."""
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), self.dataset.num_users)
+        first = jnp.arange(self.steps_per_epoch)[None] == 0
+        return jnp.resize(order, (1, self.steps_per_epoch, self.batch_users)), first
 
-    def batch(self, data: _Data, slot: tuple[jax.Array, jax.Array]) -> Batch:
-        """The chosen users."""
-        users, key = slot
-        return Batch(data.known[users].astype(jnp.float32), data.labels[:, :, users], key)
+    def batch(self, data: jax.Array, slot: tuple[jax.Array, jax.Array]) -> Any:
+        """The labels of the chosen users, and whether the step is the first of its epoch."""
+        users, first = slot
+        return data[users], first
 
     def validate(self, params: Parameters) -> np.ndarray:
         """The target's mean NDCG@10."""
@@ -125,11 +122,11 @@ class Trainer(trainer.Trainer):
 
     def ndcg(self, params: Parameters, part: int) -> np.ndarray:
         """The target's NDCG@10 `[runs, held-out users, 2]`, under both protocols."""
-        return np.asarray(self._rank((self.data.known, self._held_out[part]), params))
+        return np.asarray(self._rank((self.data, self._held_out[part]), params))
 
     def _ndcg_of_users(self, common: Any, params: Parameters) -> jax.Array:
-        known, pairs = common
-        return ndcg(predict(params, known[pairs.users].astype(jnp.float32), 0), pairs)
+        codes, pairs = common
+        return ndcg(predict(params, codes[pairs.users], 0), pairs)
 
 
 def sparse(values: np.ndarray) -> list[list[float]]:
