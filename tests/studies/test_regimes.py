@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from examples.studies.harness.choices import parse_choice
 from examples.studies.harness.errors import UserError
+from examples.studies.harness.runs import Plan
 from examples.studies.harness.steps import Parameters
 from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender.data import PAPER_SPLIT, make_dataset
@@ -16,18 +18,27 @@ from examples.studies.recommender.evaluation import COLUMNS, held_out_users, ran
 from examples.studies.recommender.sources import synthetic
 from examples.studies.regimes import report, study
 from examples.studies.regimes.__main__ import main
-from examples.studies.regimes.network import Batch, Heads, Network, Shared, predict
+from examples.studies.regimes.network import (
+    SCALE,
+    Heads,
+    Network,
+    Shared,
+    item_vectors,
+    predict,
+)
 from examples.studies.regimes.ranking import held_out, ndcg
 from examples.studies.regimes.regimes import (
+    CROSS_ENTROPY,
     LEVELS,
     NEGATIVES,
     REGIMES,
-    Knobs,
+    SOFTMAX,
     Regime,
-    label_tables,
+    has,
+    label_codes,
     task_loss,
 )
-from examples.studies.regimes.training import TrainConfig, dense, sparse
+from examples.studies.regimes.training import TrainConfig, Trainer, dense, sparse
 
 USERS, ITEMS, SIZE, TASKS = 5, 7, 3, 2
 REFERENCES = {"target": [0.02, 0.02], "all": [0.1, 0.1]}
@@ -47,7 +58,7 @@ def some_params(generator: np.random.Generator) -> Parameters:
 def some_known(generator: np.random.Generator) -> np.ndarray:
     known = generator.random((USERS, ITEMS)) < 0.4
     known[0] = False  # a user without history
-    return known.astype(np.float32)
+    return known
 
 
 # --- the network and the losses -----------------------------------------------------------------------
@@ -59,61 +70,80 @@ def test_a_score_is_the_sum_over_the_other_items_of_the_history(generator, task)
     read, scored = map(np.asarray, params.shared)
     expected = np.zeros((USERS, ITEMS))
     for user in range(USERS):
-        weight = 1 / np.sqrt(max(known[user].sum(), 1))
+        weight = SCALE / np.sqrt(max(known[user].sum(), 1))
         for item in range(ITEMS):
             others = [j for j in np.flatnonzero(known[user]) if j != item]
             vector = np.asarray(params.heads.scale[task]) * scored[item]
             expected[user, item] = weight * sum(read[j] @ vector for j in others)
     expected += np.asarray(params.heads.bias[task])
-    found = predict(params, jnp.asarray(known), task)
-    # float32, sums of a few products
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    # A pair of any task counts, but not its bits at the levels of permuted labels.
+    codes = np.where(known, generator.choice([1, 2, 3], known.shape), 0) | 8
+    found = predict(params, jnp.asarray(codes, jnp.uint16), task)
+    # float32, sums of a few products of numbers up to SCALE
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def knobs_of(regime: Regime) -> Knobs:
-    return regime.knobs(TASKS, 2.0)
+def test_item_vectors_are_those_whose_products_are_nearest_to_the_cosines(generator):
+    known = generator.random((40, 9)) < 0.4
+    cosines = known.T.astype(float) @ known
+    cosines /= np.sqrt(np.outer(np.diag(cosines), np.diag(cosines)))
+    values, vectors = np.linalg.eigh(cosines)
+    expected = (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T
+    found = item_vectors(known, 4)
+    np.testing.assert_allclose(found @ found.T, expected, atol=1e-5)  # float32
+    np.testing.assert_array_equal(found, item_vectors(known, 4))
+    assert np.isfinite(item_vectors(np.zeros((3, 5), bool), 2)).all()
+
+
+def loss(known, positive, kind: str, logits=None, summed: bool = False) -> jax.Array:
+    logits = jnp.zeros(known.shape) if logits is None else jnp.asarray(logits)
+    knobs = Regime("", "", summed=summed).knobs(2.0)
+    return task_loss(logits, jnp.asarray(known), jnp.asarray(positive), kind, knobs)
+
+
+def some_labels(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    known = some_known(generator)
+    positive = known & (generator.random(known.shape) < 0.6)
+    positive[1, np.flatnonzero(~known[1])[0]] = True  # a permuted pair was never touched
+    return known, positive, generator.normal(size=known.shape).astype(np.float32)
 
 
 def test_cross_entropy_is_the_expectation_over_drawn_negatives(generator):
-    known = some_known(generator)
-    logits = generator.normal(size=(USERS, ITEMS)).astype(np.float32)
-    labels = np.stack([known * (generator.random(known.shape) < 0.6)] * TASKS) > 0
-    knobs = knobs_of(Regime("", ""))
-    found = task_loss(jnp.asarray(logits), jnp.asarray(known), jnp.asarray(labels), 0, knobs)
-    total, number = 0.0, labels[0].sum()
+    known, positive, logits = some_labels(generator)
+    total = 0.0
     for user in range(USERS):
-        positives = np.flatnonzero(labels[0][user])
-        negatives = np.flatnonzero(known[user] == 0)
-        total += np.log1p(np.exp(-logits[user, positives])).sum()
-        drawn = np.log1p(np.exp(logits[user, negatives])).mean()
-        total += len(positives) * NEGATIVES * drawn
-    np.testing.assert_allclose(found, total / number / (1 + NEGATIVES), rtol=1e-5)
+        own = logits[user, positive[user]]
+        drawn = np.log1p(np.exp(logits[user, ~known[user] & ~positive[user]])).mean()
+        total += np.log1p(np.exp(-own)).sum() + len(own) * NEGATIVES * drawn
+    expected = total / positive.sum() / (1 + NEGATIVES)
+    np.testing.assert_allclose(loss(known, positive, CROSS_ENTROPY, logits), expected, rtol=1e-5)
 
 
-def test_softmax_ranks_a_positive_among_the_items_never_touched(generator):
-    known = some_known(generator)
-    logits = generator.normal(size=(USERS, ITEMS)).astype(np.float32)
-    labels = np.stack([known * (generator.random(known.shape) < 0.6)] * TASKS) > 0
-    knobs = knobs_of(Regime("", "", target=1.0))
-    found = task_loss(jnp.asarray(logits), jnp.asarray(known), jnp.asarray(labels), 0, knobs)
+def test_softmax_ranks_positives_among_the_items_never_touched(generator):
+    known, positive, logits = some_labels(generator)
     losses = []
-    for user, item in np.argwhere(labels[0]):
-        negatives = logits[user, known[user] == 0]
-        losses.append(-log_softmax([logits[user, item], *negatives])[0])
-    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    for user in range(USERS):
+        ranked = np.flatnonzero(positive[user] | ~known[user])
+        losses += [-log_softmax(logits[user, ranked])[positive[user, ranked]]]
+    expected = np.concatenate(losses).mean()
+    np.testing.assert_allclose(loss(known, positive, SOFTMAX, logits), expected, rtol=1e-5)
 
 
 def test_sums_count_every_positive_and_means_do_not(generator):
-    known, logits = some_known(generator), jnp.zeros((USERS, ITEMS))
-    labels = jnp.asarray(np.stack([known] * TASKS) > 0)
-    of = lambda regime: task_loss(logits, known, labels, 1, knobs_of(regime))  # noqa: E731
-    mean, total = of(Regime("", "")), of(Regime("", "", summed=True))
+    known = some_known(generator)
+    mean, total = (loss(known, known, CROSS_ENTROPY, summed=summed) for summed in (False, True))
     np.testing.assert_allclose(total / mean, known.sum() / 2.0, rtol=1e-6)
 
 
 def test_only_the_auxiliaries_labels_are_permuted():
     dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
-    tables = label_tables(dataset)
+    codes, num_tasks = label_codes(dataset), len(dataset.tasks)
+    tables = np.array(
+        [
+            [has(codes, task, num_tasks, level) for task in range(num_tasks)]
+            for level in range(len(LEVELS))
+        ]
+    )
     for task in range(len(dataset.tasks)):
         users, items = dataset.train.positives(task).T
         assert tables[0, task].sum() == len(users) and tables[0, task][users, items].all()
@@ -125,18 +155,32 @@ def test_only_the_auxiliaries_labels_are_permuted():
         assert (tables[2, 1].sum(axis=axis) <= tables[0, 1].sum(axis=axis)).all()
 
 
-def test_dropout_leaves_the_expected_score_and_the_regime_its_level(generator):
-    params, known = some_params(generator), some_known(generator)
-    labels = np.zeros((len(LEVELS), TASKS, USERS, ITEMS), bool)
-    labels[2] = known > 0  # at other levels, no task has a positive
-    batch = Batch(jnp.asarray(known), jnp.asarray(labels), jax.random.key(0))
-    zero_one = []
+def test_a_regime_reads_the_labels_of_its_level(generator):
+    codes = jnp.asarray(some_known(generator) * 0b110000, jnp.uint16)  # positives at level 2 alone
+    vectors, bias = generator.normal(size=(ITEMS, SIZE)), np.zeros((TASKS, ITEMS), np.float32)
+    found = []
     for permuted in (0.0, 1.0):
-        knobs = knobs_of(Regime("", "", permuted=permuted))
-        network = Network(np.zeros((TASKS, ITEMS), np.float32), SIZE, USERS, 0.0, knobs)
-        copies = (network.encode(params.shared, batch),) * TASKS
-        zero_one.append(np.array(network.losses(params.heads, copies, batch)))
-    assert (zero_one[0] == 0).all() and (zero_one[1] > 0).all()
+        knobs = Regime("", "", permuted=permuted).knobs(2.0)
+        network = Network(vectors, bias, USERS, (CROSS_ENTROPY, SOFTMAX), knobs)
+        params = network.init(jax.random.key(0))
+        copies = (network.encode(params.shared, codes),) * TASKS
+        found.append(np.array(network.losses(params.heads, copies, codes)))
+    assert (found[0] == 0).all() and (found[1] > 0).all()
+
+
+def test_norms_are_those_of_the_first_step_of_an_epoch():
+    dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
+    config = TrainConfig(epochs=1, patience=1, embedding=4, batch_users=20)
+    trainer = Trainer(dataset, config, REGIMES[2].kinds)
+    setting = trainer.setting(REGIMES[2], 1e-2, 0.0, weights=np.ones(3))
+    (run,) = trainer.train(parse_choice("fixed_weights"), [Plan(0, setting)])
+    (users, _), params = trainer.order(trainer.data, 1, jax.random.key(0)), trainer.init(None)
+    network = Network(*trainer._start, 20, REGIMES[2].kinds, setting.knobs["regime"])
+    codes = trainer.data[users[0, 0]]
+    rows = jax.jacrev(lambda shared: jnp.stack(network.decode(
+        params.heads, network.encode(shared, codes), codes)))(params.shared)  # fmt: skip
+    norms = np.sqrt(sum((np.asarray(leaf) ** 2).sum(axis=(1, 2)) for leaf in rows))
+    np.testing.assert_allclose(np.exp(run.history["log_norms"][0]), norms[1:] / norms[0], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -303,10 +347,6 @@ def test_a_whole_run_goes_on_and_its_rows_give_the_same_tables(tmp_path, monkeyp
     other = tmp_path / "other"
     assert main(["tables", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(other)]) == 0
     assert (other / "table.md").read_text() == table
-    assert main(["run", *few, "--curves", "c", "s", "--out", str(other)]) == 0
-    curves = [json.loads(line) for line in (other / "rows.jsonl").read_text().splitlines()[1:]]
-    found = [(row["regime"], row["weights"][1]) for row in curves if row["part"] == "curve"]
-    assert sorted(found) == sorted((name, w) for name in "cs" for w in study.COARSE)
     capsys.readouterr()
     assert main([*command[:-2], "--out", str(tmp_path), "--resume", "--minutes", "0.0001"]) == 0
     assert "runs" in capsys.readouterr().out

@@ -86,7 +86,8 @@ class Network(steps.Network):
             head = jax.tree.map(lambda leaf, task=task: leaf[task], heads)
             positive = has(batch, task, self.num_tasks, self._knobs.level)
             logits = scores(head, copy, weights)
-            found.append(task_loss(logits, weights > 0, positive, self._kinds[task], self._knobs))
+            loss = task_loss(logits, weights > 0, positive, self._kinds[task], self._knobs)
+            found.append(loss * self._knobs.unit if task > 0 else loss)
         return tuple(found)
 
     def weigh_heads(self, head_grads: Heads, weights: jax.Array) -> Heads:

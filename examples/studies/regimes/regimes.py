@@ -20,11 +20,13 @@ class Knobs(NamedTuple):
     Attributes:
       summed: 0 for a mean over the task's positives, 1 for their sum over `positives`.
       positives: of the target in a batch, so that its sum is about its mean.
+      unit: of the auxiliaries' losses.
       level: the place of the share in `LEVELS`.
     """
 
     summed: Any
     positives: Any
+    unit: Any
     level: Any
 
 
@@ -37,6 +39,7 @@ class Regime:
       target, auxiliary: the kind of the loss.
       summed: over all positives of the batch, in place of a mean.
       permuted: the share of the auxiliaries' pairs whose items are permuted.
+      unit: a factor of the auxiliaries' losses.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Regime:
     auxiliary: str = CROSS_ENTROPY
     summed: bool = False
     permuted: float = 0.0
+    unit: float = 1.0
 
     @property
     def kinds(self) -> tuple[str, str]:
@@ -53,7 +57,8 @@ class Regime:
 
     def knobs(self, positives_a_batch: float) -> Knobs:
         """The numbers."""
-        return Knobs(float(self.summed), positives_a_batch, float(LEVELS.index(self.permuted)))
+        level = float(LEVELS.index(self.permuted))
+        return Knobs(float(self.summed), positives_a_batch, self.unit, level)
 
 
 REGIMES = (
@@ -64,6 +69,15 @@ REGIMES = (
     Regime("s", "softmax, means", target=SOFTMAX, auxiliary=SOFTMAX),
     Regime("f50", "as s, half of the auxiliaries' labels permuted", SOFTMAX, SOFTMAX, permuted=0.5),
     Regime("f100", "as s, all of the auxiliaries' labels permuted", SOFTMAX, SOFTMAX, permuted=1.0),
+    Regime("e", "as c, auxiliaries in a unit 100 times smaller", SOFTMAX, unit=100.0),
+    Regime(
+        "ef",
+        "as f100, auxiliaries in a unit 100 times smaller",
+        SOFTMAX,
+        SOFTMAX,
+        permuted=1.0,
+        unit=100.0,
+    ),
 )
 
 

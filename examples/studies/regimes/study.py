@@ -24,7 +24,8 @@ from examples.studies.regimes import report
 from examples.studies.regimes.regimes import REGIMES, Regime
 from examples.studies.regimes.training import TrainConfig, Trainer, sparse
 
-WEIGHTS = (1.0, 0.0, 0.1, 10.0, 100.0, 0.3, 3.0)  # one for all auxiliaries, most important first
+# One for all auxiliaries, most important first.
+WEIGHTS = (1.0, 0.0, 0.1, 10.0, 100.0, 0.01, 0.3, 3.0)
 RATES, DECAYS = (3e-3, 1e-3, 1e-2), (3.0, 0.3)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
