@@ -21,15 +21,13 @@ OPTIONS = {
     "seeds": {"default": 8, "help": "fresh seeds of every arm (default %(default)s)"},
     "curve_seeds": {"type": int, "default": 3, "help": "of the curves (default %(default)s)"},
     "tuning_seeds": {"type": int, "default": 3, "help": "of each setting (default %(default)s)"},
-    "side_by_side": {"type": int, "default": 27, "help": "runs of a program on an accelerator"},
-    "minutes": {"type": float, "help": "train nothing new after so many"},
     "rows": {"type": Path, "nargs": "+", "required": True, "metavar": "FILE", "help": "rows.jsonl"},
 }
 COMMANDS = {
     "run": Command(
         "study",
         "train everything and show it",
-        "data seeds curve_seeds tuning_seeds side_by_side minutes epochs jobs out resume",
+        "data seeds curve_seeds tuning_seeds epochs jobs out resume",
     ),
     "tables": Command("study", "the tables and pictures of stored rows", "rows out"),
 }

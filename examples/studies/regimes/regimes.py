@@ -71,12 +71,7 @@ REGIMES = (
     Regime("f100", "as s, all of the auxiliaries' labels permuted", SOFTMAX, SOFTMAX, permuted=1.0),
     Regime("e", "as c, auxiliaries in a unit 100 times smaller", SOFTMAX, unit=100.0),
     Regime(
-        "ef",
-        "as f100, auxiliaries in a unit 100 times smaller",
-        SOFTMAX,
-        SOFTMAX,
-        permuted=1.0,
-        unit=100.0,
+        "ef", "as f100, in a unit 100 times smaller", SOFTMAX, SOFTMAX, permuted=1.0, unit=100.0
     ),
 )
 

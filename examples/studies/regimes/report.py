@@ -286,9 +286,6 @@ def arm_lines(found: Compared) -> list[tuple[str, ...]]:
     header = ("arm", "runs", *(f"NDCG@10, {p} items" for p in PROTOCOLS))
     lines = [(*header, "over sum", "over search", "weight", "rate, decay")]
 
-    def gain(of: Mapping[str, tuple[float, float]], label: str) -> str:
-        return f"{of[label][0]:+.1%}{mark(of[label][1])}" if label in of else "-"
-
     for label, runs in found.runs.items():
         ndcg = np.array([row["ndcg"] for row in runs.values()])
         trained = label.split()[1] if label.startswith("search") else "1"
@@ -297,44 +294,25 @@ def arm_lines(found: Compared) -> list[tuple[str, ...]]:
         setting = f"{first['rate']:g}, {first['decay']:g}"
         shown = "0" if label == SINGLE else f"{weight:.2g}"
         cells = [mean_cell(ndcg[:, place]) for place in range(len(PROTOCOLS))]
-        lines.append((label, trained, *cells, gain(found.over_sum, label),
-                      gain(found.over_search, label), shown, setting))  # fmt: skip
+        lines.append((label, trained, *cells, _gain(found.over_sum, label),
+                      _gain(found.over_search, label), shown, setting))  # fmt: skip
     return lines
 
 
-def verdict(rows: ROWS, regime: str, methods: Iterable[str]) -> str:
-    """What a weighting could win in a regime, what a search won, and what one run of a method won."""
-    curve, found = curve_of(rows, regime), compared(rows, regime)
-    assert curve is not None
-    at = f"{curve.weights[curve.best]:g}"
-    possible = curve.test[curve.best].mean() / curve.test[curve.one].mean() - 1
-    said = [f"Regime {regime}: the best common weight by validation is {at}, "
-            f"{possible:+.1%} over the sum in the test."]  # fmt: skip
-    chosen = [name for name in methods if name in found.runs]
-    search = _search(SEARCHES[-1])
-    if search in found.over_sum:
-        said.append(f"A search of {SEARCHES[-1]} runs won {_gain(found.over_sum[search])}.")
-    if chosen:
-        validation = {
-            name: np.mean([row["validation"] for row in found.runs[name].values()])
-            for name in chosen
-        }
-        best = max(validation, key=lambda name: validation[name])
-        gains = [found.over_sum[name][0] for name in chosen]
-        said.append(
-            f"One run of the methods won {min(gains):+.1%} to {max(gains):+.1%}; of {best}, which "
-            f"validation prefers, {_gain(found.over_sum[best])}."
-        )
-        if search in found.over_sum:
-            reached = [
-                n for n in chosen if found.over_search[n][0] >= 0 or found.over_search[n][1] >= 0.05
-            ]
-            said.append(f"Not worse than the search: {', '.join(reached) or 'none'}.")
-    return " ".join(said)
+def _gain(of: Mapping[str, tuple[float, float]], label: str) -> str:
+    return f"{of[label][0]:+.1%}{mark(of[label][1])}" if label in of else "-"
 
 
-def _gain(found: tuple[float, float]) -> str:
-    return f"{found[0]:+.1%} (p = {found[1]:.2g})"
+def gain_lines(found: Mapping[str, Compared], curves: Mapping[str, Curve]) -> list[tuple[str, ...]]:
+    """What every arm wins over the sum, with a column for each regime."""
+    labels = dict.fromkeys(label for regime in found.values() for label in regime.runs)
+    norms = (", ".join(f"{norm:.2g}" for norm in curves[name].norms) for name in found)
+    gains = (
+        (label, *(_gain(regime.over_sum, label) for regime in found.values()))
+        for label in labels
+        if label != SUM
+    )
+    return [("arm", *found), ("norms over the target's", *norms), *gains]
 
 
 def chance(rows: ROWS, draws: int = 20_000) -> str:
@@ -371,11 +349,9 @@ def chance(rows: ROWS, draws: int = 20_000) -> str:
 # --- everything ----------------------------------------------------------------------------------------
 
 
-def show(
-    rows: ROWS, references: Mapping[str, list[float]], methods: Iterable[str], out: Path | None
-) -> None:
+def show(rows: ROWS, references: Mapping[str, list[float]], out: Path | None) -> None:
     """Print the tables, and write them with the pictures and one line a run."""
-    rows, methods = list(rows), tuple(methods)
+    rows = list(rows)
     texts = {regime.name: regime.text for regime in REGIMES}
     pages = [admission(rows, references)]
     note = (
@@ -387,8 +363,13 @@ def show(
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
     pages.append(markdown(curve_lines(rows), "Curves", f"{note} {named}."))
     pages.append(law(rows))
-    for name in measured_regimes(rows):
-        seeds = len(arms_of(rows, name)[SUM])
+    found = {name: compared(rows, name) for name in measured_regimes(rows)}
+    if found:
+        note = f"Of the target's test NDCG@10, all items. {MARKED}: as in the tables that follow."
+        title = "What one run and a search win over the plain sum"
+        pages.append(markdown(gain_lines(found, curves_of(rows)), title, note))
+    for name, arms in found.items():
+        seeds = len(arms.runs[SUM])
         note = (
             f"{seeds} fresh seeds; every arm at the best of its settings by validation, the weightings of "
             f"a search at the sum's. {MARKED}: two-sided test over seeds and users, Holm-corrected over "
@@ -396,8 +377,7 @@ def show(
             "auxiliaries' weights over the target's in training."
         )
         title = f"Regime {name}: {texts[name]}"
-        pages += [markdown(arm_lines(compared(rows, name)), title, note)]
-        pages += [verdict(rows, name, methods)]
+        pages.append(markdown(arm_lines(arms), title, note))
     pages.append(chance(rows))
     for page in pages:
         print(page) if page.startswith("**") else say(page)

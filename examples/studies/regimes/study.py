@@ -46,6 +46,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "gradnorm": ("gradnorm", {}),
 }
 METHODS = tuple(CHOICES)[3:]
+SIDE_BY_SIDE = 27  # runs of a program on an accelerator
 ROWS = "rows.jsonl"
 
 
@@ -138,7 +139,6 @@ class Study:
             "references": references(self.dataset),
         }
         self.rows = Rows(options.out, about, options.resume)
-        self._until = time.monotonic() + 60 * (options.minutes or np.inf)
         self._stopping = threading.Event()
 
     # --- the plan -----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Study:
 
     def train(self, trials: Iterable[Trial]) -> None:
         """Train what is missing; on an accelerator many runs of one program side by side."""
-        size = self.options.side_by_side if self.trainer.side_by_side else 1
+        size = SIDE_BY_SIDE if self.trainer.side_by_side else 1
         programs: dict[Any, list[Trial]] = {}
         for trial in trials:
             if trial.key not in self.rows.found:
@@ -217,11 +217,9 @@ class Study:
             in_threads(self._train_group, groups, self.options.jobs, self._stopping)
 
     def _train_group(self, group: list[Trial]) -> None:
-        if time.monotonic() > self._until:
-            return
         began = time.monotonic()
         plans = [Plan(trial.seed, self._setting(trial)) for trial in group]
-        size = self.options.side_by_side if self.trainer.side_by_side else 1
+        size = SIDE_BY_SIDE if self.trainer.side_by_side else 1
         plans += plans[-1:] * (size - len(plans))  # of one shape, so that nothing compiles again
         try:
             trainer = self.trainers[self._regime(group[0]).kinds]
@@ -305,11 +303,11 @@ def run(options: argparse.Namespace) -> None:
         study.train(study.tuning((SINGLE, *METHODS), [regime]))
         study.train(study.arms([regime]))
         study.train(study.pool([regime]))
-    report.show(found, study.rows.about["references"], METHODS, options.out)
+    report.show(found, study.rows.about["references"], options.out)
 
 
 def tables(options: argparse.Namespace) -> None:
     """The tables and pictures of stored rows, which may come from another machine."""
     read = [read_rows(path) for path in options.rows]
     found = {key: row for _, rows in read for key, row in rows.items()}
-    report.show(found.values(), read[0][0]["references"], METHODS, options.out)
+    report.show(found.values(), read[0][0]["references"], options.out)

@@ -81,8 +81,8 @@ class Trainer(trainer.Trainer):
 
         def update(params: Parameters, state: Any, batch: tuple[jax.Array, jax.Array]) -> Any:
             codes, first = batch
-            none = lambda *_: jnp.zeros(network.num_tasks)  # noqa: E731
-            measured = jax.lax.cond(first, norms, none, params, codes)
+            none = jnp.zeros(network.num_tasks)
+            measured = jax.lax.cond(first, norms, lambda *_: none, params, codes)
             params, state, losses, weights = step.update(params, state, codes)
             return params, state, (losses, measured), weights
 
