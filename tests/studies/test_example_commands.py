@@ -3,6 +3,8 @@
 import importlib
 import io
 import os
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from examples.studies.harness import command
 from examples.studies.harness import report as tables
+from examples.studies.harness.errors import UserError
 
 PROGRAMS = [
     "compare",
@@ -101,6 +104,53 @@ def test_a_note_is_no_list(text, escaped):
 
 
 # --- the folder of results -------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from examples.studies.harness.command import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_program_is_refused_until_the_first_ends_however_it_ends(tmp_path, root, capsys):
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    options = SimpleNamespace(out=out)
+    ran: list[object] = []
+    for end in ("killed", "finished"):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert holder.stdout and holder.stdin and holder.stdout.readline() == "held\n"
+        assert command.run_command("program", lambda: options, ran.append) == 2
+        assert ran == []
+        error = capsys.readouterr().err
+        assert "another program writes there" in error and error.count("\n") == 1
+        if end == "killed":
+            holder.kill()
+        holder.communicate()
+        assert command.run_command("program", lambda: options, ran.append) == 0
+        assert ran == [options]
+        ran.clear()
+    assert [path.name for path in out.iterdir()] == [command.LOCK]
+
+
+def test_a_lock_is_left_when_the_work_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), command.claimed(tmp_path):
+        raise ZeroDivisionError
+    with (
+        command.claimed(tmp_path),
+        pytest.raises(UserError, match="another program"),
+        command.claimed(tmp_path),
+    ):
+        pytest.fail("claimed twice")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_before_any_work(tmp_path, capsys):

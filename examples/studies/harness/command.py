@@ -5,17 +5,20 @@ import difflib
 import importlib
 import os
 import shlex
+import sqlite3
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from examples.studies.harness.errors import UserError
 
+LOCK = ".lock"
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -172,6 +175,30 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
+@contextmanager
+def claimed(out: Path | None) -> Iterator[None]:
+    """Make a folder of results, and keep it for this program alone as long as it runs.
+
+    The lock is that of SQLite on an empty file: it works on every system, and ends with the process
+    that holds it, however that ends.
+    """
+    if out is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # refused before any work if nothing can be written
+    with closing(sqlite3.connect(out / LOCK, timeout=0, isolation_level=None)) as lock:
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise UserError(f"--out {out}: cannot be locked ({error})") from None
+            raise UserError(
+                f"--out {out}: another program writes there; wait for its end, or choose another folder"
+            ) from None
+        yield
+
+
 def say_damaged(path: Path, error: Exception) -> None:
     """Say that what is stored cannot be used."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -179,7 +206,7 @@ def say_damaged(path: Path, error: Exception) -> None:
 
 
 def run_command(program: str, parse: Callable[[], Any], work: Callable[[Any], object]) -> int:
-    """Parse the options and do the work; a folder `options.out` is made and written to before.
+    """Parse the options and do the work, alone in the folder `options.out` if there is one.
 
     Returns:
       0 on success, 2 when the user can mend what went wrong, 130 when the program was stopped.
@@ -187,10 +214,8 @@ def run_command(program: str, parse: Callable[[], Any], work: Callable[[Any], ob
     options = None
     try:
         options = parse()
-        if (out := getattr(options, "out", None)) is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-        work(options)
+        with claimed(getattr(options, "out", None)):
+            work(options)
     except (UserError, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
