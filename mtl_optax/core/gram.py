@@ -87,10 +87,9 @@ def _gram(leaf: Leaf, dtype: DType) -> jax.Array:
 
 def _stack_products(stack: jax.Array, dtype: DType) -> jax.Array:
     """Computes `row_products`, in pieces on a single CPU device."""
-    whole = lambda stack: row_products(stack.astype(dtype))  # noqa: E731
-    sharded = jax.device_count() > 1 or any(jax.typeof(stack).sharding.spec)
-    if size_of(stack) < _LARGE or sharded:
-        return whole(stack)
+
+    def whole(stack: jax.Array) -> jax.Array:
+        return row_products(stack.astype(dtype))
 
     def in_pieces(stack: jax.Array) -> jax.Array:
         rows = stack.reshape(stack.shape[0], -1)
@@ -101,6 +100,9 @@ def _stack_products(stack: jax.Array, dtype: DType) -> jax.Array:
 
         return lax.fori_loop(0, number, add, whole(rows[:, rows.shape[1] - rest :]))
 
+    sharded = jax.device_count() > 1 or any(jax.typeof(stack).sharding.spec)
+    if size_of(stack) < _LARGE or sharded:
+        return whole(stack)
     return lax.platform_dependent(stack, cpu=in_pieces, default=whole)
 
 

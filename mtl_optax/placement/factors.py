@@ -207,10 +207,8 @@ def _gram(leaf: Factors, dtype: DType) -> jax.Array:
         # For the norm of one example, a table costs more than it saves.
         few = examples == 1 or pairs <= rows + examples * positions
     else:
-        few, left = (
-            pairs * (rows + columns) <= (examples + positions) * rows * columns,
-            left.astype(dtype),
-        )
+        left = left.astype(dtype)
+        few = pairs * (rows + columns) <= (examples + positions) * rows * columns
     if few:
         # For as many examples at once as fit the size of `right`.
         return lax.map(by_positions, (left, right), batch_size=max(1, columns // max(1, positions)))
