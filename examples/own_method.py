@@ -49,7 +49,7 @@ def by_agreement(
     rule = mtl.WeightRule(
         needs=frozenset({"norms", "gram"}),
         weigh=weigh,
-        init=lambda dtype: jnp.zeros(len(names), dtype),
+        init=lambda num_tasks, dtype: jnp.zeros(num_tasks, dtype),
         target=index,
     )
     return mtl.from_rule("by_agreement", tasks, rule, **options)

@@ -27,7 +27,6 @@ class EarlyLossState(NamedTuple):
 
 
 def early_loss_rule(
-    num_tasks: int,
     warmup: int,
     window: int,
     score: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
@@ -38,7 +37,6 @@ def early_loss_rule(
     counts the steps at which it is present.
 
     Args:
-      num_tasks: T.
       warmup: steps before the mean is measured.
       window: steps over which the mean is taken, >= 1.
       score: `(sizes, early, usable) -> [T]`: the absolute losses, the absolute early means, and whether
@@ -48,7 +46,7 @@ def early_loss_rule(
       The rule.
     """
 
-    def init(dtype: DType) -> EarlyLossState:
+    def init(num_tasks: int, dtype: DType) -> EarlyLossState:
         return EarlyLossState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), jnp.int32))
 
     def weigh(inputs: StepInputs, state: EarlyLossState) -> tuple[jax.Array, EarlyLossState]:

@@ -14,13 +14,13 @@ def step_key(seed: int | jax.Array, inputs: StepInputs) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), inputs.step)
 
 
-def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | None:
+def given_gram(name: str, inputs: StepInputs) -> jax.Array | None:
     """Returns the extra argument `gram`, `[T, T]`, with 0 for inactive tasks; None if it is not given.
 
     Entry (s, t) is the inner product of the gradient of task s on one batch and that of task t on another
     batch. The matrix is therefore not symmetric in general, and its diagonal can be negative.
     """
-    gram = inputs.extra["gram"]
+    gram, num_tasks = inputs.extra["gram"], len(inputs.active)
     if gram is None:
         return None
     if np.shape(gram) != (num_tasks, num_tasks):
@@ -32,15 +32,13 @@ def given_gram(name: str, num_tasks: int, inputs: StepInputs) -> jax.Array | Non
     return jnp.where(both, jnp.asarray(gram), 0).astype(inputs.norms.dtype)
 
 
-def projection_order(
-    name: str, num_tasks: int, order: str, seed: int | jax.Array, inputs: StepInputs
-) -> jax.Array:
+def projection_order(name: str, order: str, seed: int | jax.Array, inputs: StepInputs) -> jax.Array:
     """Returns integers `[T, T]`: gradient i is projected on the other gradients in the order of row i.
 
     The extra argument `order` of `update`, if given, replaces the result. "cyclic" starts row i with task
     i + 1; "random" shuffles every row at every step. Row i also contains i, which the rules skip.
     """
-    given = inputs.extra["order"]
+    given, num_tasks = inputs.extra["order"], len(inputs.active)
     if given is not None:
         if np.shape(given) != (num_tasks, num_tasks) or not jnp.issubdtype(
             jnp.result_type(given), jnp.integer

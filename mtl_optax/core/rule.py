@@ -103,7 +103,7 @@ class WeightRule(NamedTuple):
       needs: the subset of {"losses", "norms", "gram"} that `weigh` reads.
       weigh: `(StepInputs, rule_state) -> (weights [T], rule_state)`; the weights multiply the raw
         gradients.
-      init: `dtype -> rule_state`, the initial state of one block, which contains only arrays.
+      init: `(num_tasks, dtype) -> rule_state`, the initial state of one block, which contains only arrays.
       extra: the names of extra arguments of `update` that `weigh` reads.
       average: a transformation of the gradients before `weigh`, or None.
       target: the index of the task that counts more than the others, or None; `Method.target` and `check`
@@ -114,7 +114,7 @@ class WeightRule(NamedTuple):
 
     needs: frozenset[str]
     weigh: Callable[[StepInputs, Any], tuple[jax.Array, optax.OptState]]
-    init: Callable[[DType], optax.OptState] = no_state
+    init: Callable[[int, DType], optax.OptState] = no_state
     extra: tuple[str, ...] = ()
     average: GradientAverage | None = None
     target: int | None = None

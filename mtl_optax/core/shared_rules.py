@@ -49,7 +49,7 @@ def min_norm_rule(normalize: str) -> WeightRule:
 def fair_rule(alpha: Number) -> WeightRule:
     """Returns the rule of alpha-fair weights; without a solution they are the min-norm weights."""
 
-    def init(dtype: DType) -> BargainingState:
+    def init(num_tasks: int, dtype: DType) -> BargainingState:
         return BargainingState(jnp.zeros((), jnp.int32))
 
     def weigh(inputs: StepInputs, state: BargainingState) -> tuple[jax.Array, BargainingState]:
@@ -61,10 +61,10 @@ def fair_rule(alpha: Number) -> WeightRule:
     return WeightRule(frozenset({"gram"}), weigh, init)
 
 
-def trained_scale_rule(optimizer: optax.GradientTransformation, num_tasks: int) -> WeightRule:
+def trained_scale_rule(optimizer: optax.GradientTransformation) -> WeightRule:
     """Returns the rule that trains one weight per task, until the weighted loss is 1."""
 
-    def init(dtype: DType) -> TrainedState:
+    def init(num_tasks: int, dtype: DType) -> TrainedState:
         return start(optimizer, jnp.zeros((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:

@@ -73,7 +73,7 @@ def first_state(
             num_blocks = task_tree.assign_blocks(params, blocks).count
         needs, one_block = rule.needs, (num_blocks,)
         rule_state = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (*one_block, *jnp.shape(x))), rule.init(dtype)
+            lambda x: jnp.broadcast_to(x, (*one_block, *jnp.shape(x))), rule.init(num_tasks, dtype)
         )
         if rule.average is not None:
             averages = rule.average.init(params, num_tasks, dtype)

@@ -29,7 +29,5 @@ def residual_attention(num_points: int, decay: float = 0.999, step: float = 0.01
         attention = jnp.where(inputs.active, moved, attention)
         return attention**2, attention
 
-    rule = mtl.WeightRule(
-        frozenset({"losses"}), weigh, lambda dtype: jnp.zeros((num_points,), dtype)
-    )
+    rule = mtl.WeightRule(frozenset({"losses"}), weigh, jnp.zeros)
     return mtl.from_rule("residual_attention", num_points, rule)

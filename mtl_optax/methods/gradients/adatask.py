@@ -11,7 +11,6 @@ import optax
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.wrappers.per_task import init_each, update_each
 
@@ -65,7 +64,6 @@ def adatask(
       Yang, Pan, Wang, Yu, Shen, Chen, Xiao, Jiang and Guo, AdaTask: A Task-Aware Adaptive Learning Rate
       Approach to Multi-Task Learning, 2023, https://arxiv.org/abs/2211.15055
     """
-    axis = read_tasks("adatask", tasks)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> optax.OptState:
         # Called inside `init_each`, which replaces shapes by arrays.
@@ -81,10 +79,10 @@ def adatask(
         steps, state = update_each(inner, _widen(inputs.updates), state, params, inputs.active, {})
         # The gradients of absent tasks are 0 here, and `update_each` passes them on unchanged.
         update = jax.tree.map(lambda step: jnp.sum(step, axis=0), steps)
-        return update, jnp.ones((axis.number,), inputs.dtype), state
+        return update, jnp.ones(inputs.active.shape, inputs.dtype), state
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
-    return from_rule("adatask", axis, rule, axis_name=axis_name)
+    return from_rule("adatask", tasks, rule, axis_name=axis_name)
 
 
 def _widen(tree: optax.Params) -> optax.Params:

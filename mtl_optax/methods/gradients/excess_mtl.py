@@ -13,7 +13,6 @@ import optax
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Nonnegative, NonnegativeInt, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import clip_finite, move_mean, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights, keep_log_shares, log_softmax
@@ -99,13 +98,12 @@ def excess_mtl(
       He, Zhou, Zhang, Yun, Xu, Zeng, Chilimbi and Zhao, Robust Multi-Task Learning with Excess Risks,
       2024, https://arxiv.org/abs/2402.02009
     """
-    axis = read_tasks("excess_mtl", tasks)
 
-    def init(dtype: DType) -> ExcessMTLState:
+    def init(num_tasks: int, dtype: DType) -> ExcessMTLState:
         return ExcessMTLState(
-            log_weights=jnp.full((axis.number,), -math.log(axis.number), dtype),
-            baseline=jnp.zeros((axis.number,), dtype),
-            num_steps=jnp.zeros((axis.number,), jnp.int32),
+            log_weights=jnp.full((num_tasks,), -math.log(num_tasks), dtype),
+            baseline=jnp.zeros((num_tasks,), dtype),
+            num_steps=jnp.zeros((num_tasks,), jnp.int32),
         )
 
     def scale_by_hessian(
@@ -136,7 +134,7 @@ def excess_mtl(
 
     scaled = GradientAverage(task_tree.per_task_zeros, scale_by_hessian, weighted=False)
     rule = WeightRule(frozenset({"norms"}), weigh, init, average=scaled)
-    return from_rule("excess_mtl", axis, rule, **options)
+    return from_rule("excess_mtl", tasks, rule, **options)
 
 
 def _add_square(total: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ import optax
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import AnyNumber, Decay, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.cosine import gram_product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -95,10 +94,9 @@ def moco(
       Fernando, Shen, Liu, Chaudhury, Murugesan and Chen, Mitigating Gradient Bias in Multi-objective
       Learning: A Provably Convergent Stochastic Approach, 2023, https://arxiv.org/abs/2210.12624
     """
-    axis = read_tasks("moco", tasks)
 
-    def init(dtype: DType) -> MoCoState:
-        return MoCoState(jnp.full((axis.number,), 1 / axis.number, dtype))
+    def init(num_tasks: int, dtype: DType) -> MoCoState:
+        return MoCoState(jnp.full((num_tasks,), 1 / num_tasks, dtype))
 
     def average(
         inputs: StepInputs, averages: optax.OptState
@@ -116,4 +114,4 @@ def moco(
 
     moving_average = GradientAverage(task_tree.per_task_zeros, average)
     rule = WeightRule(frozenset({"gram"}), weigh, init, average=moving_average)
-    return from_rule("moco", axis, rule, **options)
+    return from_rule("moco", tasks, rule, **options)

@@ -17,7 +17,6 @@ from mtl_optax.core.shared_rules import fair_rule
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights, largest_weight
@@ -113,7 +112,6 @@ def scale_by_pub(
       Yuan, Cai and Dong, A Parameter Update Balancing Algorithm for Multi-task Ranking Models in
       Recommendation Systems, 2024, https://arxiv.org/abs/2410.05806
     """
-    axis = read_tasks("scale_by_pub", tasks)
     bargain = fair_rule(1.0)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> PUBState:
@@ -121,7 +119,7 @@ def scale_by_pub(
             return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
         steps, weights = jnp.zeros((), jnp.int32), jnp.zeros((num_tasks,), dtype)
-        return PUBState(steps, weights, zeros(), zeros(), bargain.init(dtype))
+        return PUBState(steps, weights, zeros(), zeros(), bargain.init(num_tasks, dtype))
 
     def apply(inputs: StepInputs, state: PUBState) -> tuple[optax.Updates, jax.Array, PUBState]:
         active, dtype = inputs.active, inputs.dtype
@@ -160,7 +158,7 @@ def scale_by_pub(
         return _weighted_sum(updates, applied), weights, new
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
-    return from_rule("scale_by_pub", axis, rule, axis_name=axis_name)
+    return from_rule("scale_by_pub", tasks, rule, axis_name=axis_name)
 
 
 def _measured(inputs: StepInputs, updates: optax.Updates, axis_name: AxisName) -> StepInputs:

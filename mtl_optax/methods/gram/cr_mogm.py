@@ -88,10 +88,9 @@ def cr_mogm(
     axis = read_tasks("cr_mogm", tasks)
     inner = min_norm_rule("none") if base is None else rule_of("cr_mogm", base, axis.number)
 
-    def init(dtype: DType) -> CRMOGMState:
-        return CRMOGMState(
-            jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), bool), inner.init(dtype)
-        )
+    def init(num_tasks: int, dtype: DType) -> CRMOGMState:
+        smoothed, started = jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), bool)
+        return CRMOGMState(smoothed, started, inner.init(num_tasks, dtype))
 
     def weigh(inputs: StepInputs, state: CRMOGMState) -> tuple[jax.Array, CRMOGMState]:
         fresh, base_state = inner.weigh(inputs, state.base)

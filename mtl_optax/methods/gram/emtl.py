@@ -121,9 +121,9 @@ def emtl(
     axis = read_tasks("emtl", tasks)
     inner = min_norm_rule("l2") if base is None else rule_of("emtl", base, axis.number)
 
-    def init(dtype: DType) -> EMTLState:
-        log_p = jnp.full((axis.number,), -math.log(axis.number), dtype)
-        return EMTLState(log_p, inner.init(dtype))
+    def init(num_tasks: int, dtype: DType) -> EMTLState:
+        log_p = jnp.full((num_tasks,), -math.log(num_tasks), dtype)
+        return EMTLState(log_p, inner.init(num_tasks, dtype))
 
     def weigh(inputs: StepInputs, state: EMTLState) -> tuple[jax.Array, EMTLState]:
         active, dtype = inputs.active, inputs.dtype

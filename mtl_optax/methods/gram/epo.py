@@ -108,7 +108,7 @@ def epo(
     axis = read_tasks("epo", tasks)
     vector = task_numbers("epo", "preference", preference, axis, 0)
 
-    def init(dtype: DType) -> EPOState:
+    def init(num_tasks: int, dtype: DType) -> EPOState:
         return EPOState(jnp.zeros((), jnp.int32))
 
     def weigh(inputs: StepInputs, state: EPOState) -> tuple[jax.Array, EPOState]:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import Decay, Nonnegative, Seed, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.projections import add_in_order, projected_sum_weights
@@ -98,14 +97,13 @@ def grad_vaccine(
       Wang, Tsvetkov, Firat and Cao, Gradient Vaccine: Investigating and Improving Multi-task Optimization
       in Massively Multilingual Models, 2021, https://arxiv.org/abs/2010.05874
     """
-    axis = read_tasks("grad_vaccine", tasks)
 
-    def init(dtype: DType) -> GradVaccineState:
-        return GradVaccineState(jnp.zeros((axis.number, axis.number), dtype))
+    def init(num_tasks: int, dtype: DType) -> GradVaccineState:
+        return GradVaccineState(jnp.zeros((num_tasks, num_tasks), dtype))
 
     def weigh(inputs: StepInputs, state: GradVaccineState) -> tuple[jax.Array, GradVaccineState]:
         norms, active = inputs.norms, inputs.active
-        own, epsilon = jnp.arange(axis.number), jnp.asarray(eps, norms.dtype)
+        own, epsilon = jnp.arange(len(norms)), jnp.asarray(eps, norms.dtype)
 
         def rotate(
             component: jax.Array, others: jax.Array, memory: tuple[jax.Array, jax.Array]
@@ -122,13 +120,13 @@ def grad_vaccine(
             ema = ema.at[own, others].set(move_average(goal, c, ema_decay, moves))
             return amount, (jnp.sqrt(rest + (component + amount) ** 2), ema)
 
-        orders = projection_order("grad_vaccine", axis.number, order, seed, inputs)
+        orders = projection_order("grad_vaccine", order, seed, inputs)
         start = (norms > 0).astype(norms.dtype), state.similarity_ema
         added, (_, ema) = add_in_order(inputs.cosine, orders, rotate, start)
         return projected_sum_weights(added, norms), GradVaccineState(ema)
 
     needs = frozenset({"gram"})
-    return from_rule("grad_vaccine", axis, WeightRule(needs, weigh, init, ("order",)), **options)
+    return from_rule("grad_vaccine", tasks, WeightRule(needs, weigh, init, ("order",)), **options)
 
 
 def _cosine(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, Share, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, move_average, safe_divide
 from mtl_optax.solvers.spectral import pseudo_solve
@@ -94,10 +93,9 @@ def gradcraft(
       Bai, Zhang, Feng, Lu, Zang, Lei and Song, GradCraft: Elevating Multi-task Recommendations through
       Holistic Gradient Crafting, 2024, https://arxiv.org/abs/2407.19682
     """
-    axis = read_tasks("gradcraft", tasks)
 
-    def init(dtype: DType) -> GradCraftState:
-        return GradCraftState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> GradCraftState:
+        return GradCraftState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: GradCraftState) -> tuple[jax.Array, GradCraftState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype
@@ -112,7 +110,7 @@ def gradcraft(
         weights = safe_divide(balanced + jnp.sum(added, axis=0), norms)
         return weights / count_active(active, dtype), GradCraftState(ema, correction)
 
-    return from_rule("gradcraft", axis, WeightRule(frozenset({"gram"}), weigh, init), **options)
+    return from_rule("gradcraft", tasks, WeightRule(frozenset({"gram"}), weigh, init), **options)
 
 
 def _projections(cosine: jax.Array, margin: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ import optax
 
 from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.shared_rules import trained_scale_rule
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.equal_projection import equal_projection_weights
@@ -65,8 +64,7 @@ def imtl(
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    axis = read_tasks("imtl", tasks)
-    scales = trained_scale_rule(optimizer, axis.number)
+    scales = trained_scale_rule(optimizer)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         scale, state = scales.weigh(inputs, state)
@@ -77,4 +75,4 @@ def imtl(
         return equal_projection_weights(geometry) * scale, state
 
     rule = WeightRule(frozenset({"losses", "gram"}), weigh, scales.init)
-    return from_rule("imtl", axis, rule, **options)
+    return from_rule("imtl", tasks, rule, **options)

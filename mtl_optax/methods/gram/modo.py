@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.cosine import gram_product, product
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
@@ -85,15 +84,14 @@ def modo(
       Chen, Fernando, Ying and Chen, Three-Way Trade-Off in Multi-Objective Learning: Optimization,
       Generalization and Conflict-Avoidance, 2023, https://arxiv.org/abs/2305.20057
     """
-    axis = read_tasks("modo", tasks)
 
-    def init(dtype: DType) -> MoDoState:
-        return MoDoState(jnp.full((axis.number,), 1 / axis.number, dtype))
+    def init(num_tasks: int, dtype: DType) -> MoDoState:
+        return MoDoState(jnp.full((num_tasks,), 1 / num_tasks, dtype))
 
     def weigh(inputs: StepInputs, state: MoDoState) -> tuple[jax.Array, MoDoState]:
         dtype, active = inputs.norms.dtype, inputs.active
         old = renormalize(state.simplex_weights, active)
-        gram = given_gram("modo", axis.number, inputs)
+        gram = given_gram("modo", inputs)
         if gram is None:
             gradient = gram_product(inputs.cosine, inputs.norms, old)
         else:
@@ -103,4 +101,4 @@ def modo(
         return new, MoDoState(keep_shares(new, state.simplex_weights, active))
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))
-    return from_rule("modo", axis, rule, **options)
+    return from_rule("modo", tasks, rule, **options)

@@ -106,9 +106,9 @@ def multibalance(
     axis = read_tasks("multibalance", tasks)
     vector = task_numbers("multibalance", "prior", prior, axis, 0)
 
-    def init(dtype: DType) -> MultiBalanceState:
-        zeros = jnp.zeros((axis.number,), dtype)
-        return MultiBalanceState(zeros, zeros, jnp.full((axis.number,), 1 / axis.number, dtype))
+    def init(num_tasks: int, dtype: DType) -> MultiBalanceState:
+        zeros = jnp.zeros((num_tasks,), dtype)
+        return MultiBalanceState(zeros, zeros, jnp.full((num_tasks,), 1 / num_tasks, dtype))
 
     def weigh(inputs: StepInputs, state: MultiBalanceState) -> tuple[jax.Array, MultiBalanceState]:
         norms, active, dtype = inputs.norms, inputs.active, inputs.norms.dtype

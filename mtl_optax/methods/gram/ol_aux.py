@@ -114,8 +114,8 @@ def ol_aux(
     axis = read_tasks("ol_aux", tasks)
     index = find_target("ol_aux", target, axis)
 
-    def init(dtype: DType) -> OLAuxState:
-        return OLAuxState(jnp.ones((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> OLAuxState:
+        return OLAuxState(jnp.ones((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: OLAuxState) -> tuple[jax.Array, OLAuxState]:
         weights = state.task_weights

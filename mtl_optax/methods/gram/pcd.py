@@ -98,8 +98,8 @@ def pcd(
     index = find_target("pcd", target, axis)
     tau = task_numbers("pcd", "tau", tau, axis, 0, 1, or_one=True)
 
-    def init(dtype: DType) -> PCDState:
-        zeros = jnp.zeros((axis.number,), dtype)
+    def init(num_tasks: int, dtype: DType) -> PCDState:
+        zeros = jnp.zeros((num_tasks,), dtype)
         return PCDState(zeros, zeros, jnp.zeros((), jnp.int32))
 
     def weigh(inputs: StepInputs, state: PCDState) -> tuple[jax.Array, PCDState]:

@@ -11,7 +11,6 @@ import optax
 
 from mtl_optax.core.extra_args import projection_order
 from mtl_optax.core.factory import Seed, factory
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.projections import add_in_order, projected_sum_weights
 
@@ -73,10 +72,9 @@ def pcgrad(
       Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, 2020,
       https://arxiv.org/abs/2001.06782
     """
-    axis = read_tasks("pcgrad", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        orders = projection_order("pcgrad", axis.number, order, seed, inputs)
+        orders = projection_order("pcgrad", order, seed, inputs)
 
         def remove_conflict(
             component: jax.Array, others: jax.Array, memory: tuple[()]
@@ -87,4 +85,4 @@ def pcgrad(
         return projected_sum_weights(added, inputs.norms), state
 
     rule = WeightRule(frozenset({"gram"}), weigh, extra=("order",))
-    return from_rule("pcgrad", axis, rule, **options)
+    return from_rule("pcgrad", tasks, rule, **options)

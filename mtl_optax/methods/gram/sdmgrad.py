@@ -13,7 +13,6 @@ from jax import lax
 from mtl_optax.core.extra_args import given_gram
 from mtl_optax.core.factory import Nonnegative, NonnegativeInt, Share, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, safe_divide
 from mtl_optax.solvers.cosine import product, uniform_weights
@@ -98,14 +97,13 @@ def sdmgrad(
       Xiao, Ban and Ji, Direction-oriented Multi-objective Learning: Simple and Provable Stochastic
       Algorithms, 2023, https://arxiv.org/abs/2305.18409
     """
-    axis = read_tasks("sdmgrad", tasks)
 
-    def init(dtype: DType) -> SDMGradState:
-        return SDMGradState(jnp.full((axis.number,), 1 / axis.number, dtype))
+    def init(num_tasks: int, dtype: DType) -> SDMGradState:
+        return SDMGradState(jnp.full((num_tasks,), 1 / num_tasks, dtype))
 
     def weigh(inputs: StepInputs, state: SDMGradState) -> tuple[jax.Array, SDMGradState]:
         dtype, active = inputs.norms.dtype, inputs.active
-        gram = given_gram("sdmgrad", axis.number, inputs)
+        gram = given_gram("sdmgrad", inputs)
         if gram is None:
             matrix = dataclasses.replace(inputs, norms=_over_mean(inputs.norms, active)).gram
         else:
@@ -128,7 +126,7 @@ def sdmgrad(
         return (new + share * uniform) / (1 + share), SDMGradState(kept)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, ("gram",))
-    return from_rule("sdmgrad", axis, rule, **options)
+    return from_rule("sdmgrad", tasks, rule, **options)
 
 
 def _over_mean(norms: jax.Array, active: jax.Array) -> jax.Array:

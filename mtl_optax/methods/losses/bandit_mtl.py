@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
@@ -85,10 +84,9 @@ def bandit_mtl(
       Mao, Wang, Liu, Lin and Hu, BanditMTL: Bandit-based Multi-task Learning for Text Classification,
       2021, https://aclanthology.org/2021.acl-long.428
     """
-    axis = read_tasks("bandit_mtl", tasks)
 
-    def init(dtype: DType) -> BanditMTLState:
-        return BanditMTLState(jnp.full((axis.number,), -math.log(axis.number), dtype))
+    def init(num_tasks: int, dtype: DType) -> BanditMTLState:
+        return BanditMTLState(jnp.full((num_tasks,), -math.log(num_tasks), dtype))
 
     def weigh(inputs: StepInputs, state: BanditMTLState) -> tuple[jax.Array, BanditMTLState]:
         active = inputs.active
@@ -96,4 +94,4 @@ def bandit_mtl(
         log_p = kl_ball_mirror_step(state.log_p, step_size * inputs.losses, kl_radius, active)
         return weights, BanditMTLState(keep_log_shares(log_p, state.log_p, active))
 
-    return from_rule("bandit_mtl", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("bandit_mtl", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Positive, PositiveInt, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, move_mean
 from mtl_optax.solvers.log_weights import loss_ratio, softmax
@@ -88,10 +87,9 @@ def dwa(
       Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, 2019,
       https://arxiv.org/abs/1803.10704
     """
-    axis = read_tasks("dwa", tasks)
 
-    def init(dtype: DType) -> DWAState:
-        zeros, counts = jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), jnp.int32)
+    def init(num_tasks: int, dtype: DType) -> DWAState:
+        zeros, counts = jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), jnp.int32)
         return DWAState(zeros, counts, zeros, zeros, counts)
 
     def weigh(inputs: StepInputs, state: DWAState) -> tuple[jax.Array, DWAState]:
@@ -112,4 +110,4 @@ def dwa(
             windows=jnp.minimum(state.windows + full.astype(jnp.int32), 2),
         )
 
-    return from_rule("dwa", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("dwa", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -110,9 +110,9 @@ def famo(
     min_losses = task_numbers("famo", "min_losses", min_losses, axis, or_one=True)
     optimizer = optax.adam(weight_lr)
 
-    def init(dtype: DType) -> FAMOState:
-        zeros = jnp.zeros((axis.number,), dtype)
-        return FAMOState(start(optimizer, zeros), zeros, jnp.full((axis.number,), -2, jnp.int32))
+    def init(num_tasks: int, dtype: DType) -> FAMOState:
+        zeros = jnp.zeros((num_tasks,), dtype)
+        return FAMOState(start(optimizer, zeros), zeros, jnp.full((num_tasks,), -2, jnp.int32))
 
     def log_excess(losses: jax.Array) -> jax.Array:
         low = jnp.asarray(min_losses, losses.dtype)

@@ -84,8 +84,8 @@ def go4align(
     axis = read_tasks("go4align", tasks)
     check_integer("go4align", "num_groups", num_groups, 1, axis.number)
 
-    def init(dtype: DType) -> GO4AlignState:
-        return GO4AlignState(jnp.full((axis.number,), -math.log(axis.number), dtype))
+    def init(num_tasks: int, dtype: DType) -> GO4AlignState:
+        return GO4AlignState(jnp.full((num_tasks,), -math.log(num_tasks), dtype))
 
     def weigh(inputs: StepInputs, state: GO4AlignState) -> tuple[jax.Array, GO4AlignState]:
         active, losses = inputs.active, inputs.losses

@@ -9,7 +9,6 @@ import jax
 
 from mtl_optax.core.early_losses import early_loss_rule
 from mtl_optax.core.factory import NonnegativeInt, PositiveInt, factory
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
@@ -69,10 +68,8 @@ def igb(
       Dai, Fei and Lu, Improvable Gap Balancing for Multi-Task Learning, 2023,
       https://arxiv.org/abs/2307.15429
     """
-    axis = read_tasks("igb", tasks)
 
     def score(sizes: jax.Array, base: jax.Array, nonzero: jax.Array) -> jax.Array:
         return clip_weights(safe_divide(sizes, base, 1, where=nonzero))
 
-    rule = early_loss_rule(axis.number, warmup_steps, base_steps, score)
-    return from_rule("igb", axis, rule, **options)
+    return from_rule("igb", tasks, early_loss_rule(warmup_steps, base_steps, score), **options)

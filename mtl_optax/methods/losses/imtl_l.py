@@ -9,7 +9,6 @@ import optax
 
 from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.shared_rules import trained_scale_rule
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
@@ -57,6 +56,4 @@ def imtl_l(
       Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, Towards Impartial Multi-task Learning, 2021,
       https://openreview.net/forum?id=IMPnRXEWpvr
     """
-    axis = read_tasks("imtl_l", tasks)
-    rule = trained_scale_rule(optimizer, axis.number)
-    return from_rule("imtl_l", axis, rule, **options)
+    return from_rule("imtl_l", tasks, trained_scale_rule(optimizer), **options)

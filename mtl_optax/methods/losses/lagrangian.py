@@ -91,8 +91,8 @@ def lagrangian(
     axis = read_tasks("lagrangian", tasks)
     limit, constrained = _read_limits(limits, axis)
 
-    def init(dtype: DType) -> LagrangianState:
-        return LagrangianState(jnp.zeros((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> LagrangianState:
+        return LagrangianState(jnp.zeros((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: LagrangianState) -> tuple[jax.Array, LagrangianState]:
         dtype = state.multipliers.dtype

@@ -13,7 +13,6 @@ import optax
 from mtl_optax.core.factory import Nonnegative, Transformation, factory
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
@@ -75,10 +74,9 @@ def ldc_mtl(
       Xiao, Dong, Zou and Ji, LDC-MTL: Balancing Multi-Task Learning through Scalable Loss Discrepancy
       Control, 2025, https://arxiv.org/abs/2502.08585
     """
-    axis = read_tasks("ldc_mtl", tasks)
 
-    def init(dtype: DType) -> TrainedState:
-        return start(optimizer, jnp.ones((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> TrainedState:
+        return start(optimizer, jnp.ones((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:
         losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
@@ -94,4 +92,4 @@ def ldc_mtl(
         bound = math.log(largest_weight(dtype))
         return weights, train(optimizer, state, gradient, active, -bound, bound)
 
-    return from_rule("ldc_mtl", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("ldc_mtl", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

@@ -81,8 +81,8 @@ def ntk(
     """
     axis = read_tasks("ntk", tasks)
 
-    def init(dtype: DType) -> NTKState:
-        return NTKState(jnp.ones((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> NTKState:
+        return NTKState(jnp.ones((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: NTKState) -> tuple[jax.Array, NTKState]:
         given, dtype = inputs.extra["traces"], state.weight_ema.dtype

@@ -12,7 +12,6 @@ import numpy as np
 from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Decay, Positive, Seed, Share, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active
 from mtl_optax.solvers.log_weights import loss_ratio, softmax
@@ -92,12 +91,11 @@ def relobralo(
       Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning, 2021,
       https://arxiv.org/abs/2110.09813
     """
-    axis = read_tasks("relobralo", tasks)
 
-    def init(dtype: DType) -> ReLoBRaLoState:
-        zeros = jnp.zeros((axis.number,), dtype)
-        count = jnp.zeros((axis.number,), jnp.int32)
-        return ReLoBRaLoState(jnp.ones((axis.number,), dtype), zeros, zeros, count)
+    def init(num_tasks: int, dtype: DType) -> ReLoBRaLoState:
+        zeros = jnp.zeros((num_tasks,), dtype)
+        count = jnp.zeros((num_tasks,), jnp.int32)
+        return ReLoBRaLoState(jnp.ones((num_tasks,), dtype), zeros, zeros, count)
 
     def weigh(inputs: StepInputs, state: ReLoBRaLoState) -> tuple[jax.Array, ReLoBRaLoState]:
         losses, active, dtype = inputs.losses, inputs.active, inputs.losses.dtype
@@ -121,7 +119,7 @@ def relobralo(
         )
 
     rule = WeightRule(frozenset({"losses"}), weigh, init, extra=("noise",))
-    return from_rule("relobralo", axis, rule, **options)
+    return from_rule("relobralo", tasks, rule, **options)
 
 
 def _draw(inputs: StepInputs, seed: int | jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import AnyNumber, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.log_weights import clip_weights, softmax
@@ -85,10 +84,9 @@ def softadapt(
       Heydari, Thompson and Mehmood, SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks
       with Multi-Part Loss Functions, 2019, https://arxiv.org/abs/1912.12355
     """
-    axis = read_tasks("softadapt", tasks)
 
-    def init(dtype: DType) -> SoftAdaptState:
-        return SoftAdaptState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), bool))
+    def init(num_tasks: int, dtype: DType) -> SoftAdaptState:
+        return SoftAdaptState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), bool))
 
     def weigh(inputs: StepInputs, state: SoftAdaptState) -> tuple[jax.Array, SoftAdaptState]:
         losses, active = inputs.losses, inputs.active
@@ -108,4 +106,4 @@ def softadapt(
         kept = jnp.where(active, losses, state.last_losses)
         return softmax(logits, counted), SoftAdaptState(kept, state.started | active)
 
-    return from_rule("softadapt", axis, WeightRule(frozenset({"losses"}), weigh, init), **options)
+    return from_rule("softadapt", tasks, WeightRule(frozenset({"losses"}), weigh, init), **options)

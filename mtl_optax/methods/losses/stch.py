@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.early_losses import early_loss_rule
 from mtl_optax.core.factory import NonnegativeInt, Positive, PositiveInt, factory
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, from_rule
 
 
@@ -72,10 +71,8 @@ def stch(
       Lin, Zhang, Yang, Liu, Wang and Zhang, Smooth Tchebycheff Scalarization for Multi-Objective
       Optimization, 2024, https://arxiv.org/abs/2402.19078
     """
-    axis = read_tasks("stch", tasks)
 
     def score(sizes: jax.Array, nadir: jax.Array, _: jax.Array) -> jax.Array:
         return (jnp.log(sizes) - jnp.log(nadir)) / jnp.asarray(mu, sizes.dtype)
 
-    rule = early_loss_rule(axis.number, warmup_steps, nadir_steps, score)
-    return from_rule("stch", axis, rule, **options)
+    return from_rule("stch", tasks, early_loss_rule(warmup_steps, nadir_steps, score), **options)

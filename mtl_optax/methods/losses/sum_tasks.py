@@ -11,7 +11,6 @@ import optax
 
 from mtl_optax.core.factory import Flag, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
 MEASURED_STEPS = 100
@@ -60,13 +59,12 @@ def sum_tasks(
     References:
       Caruana, Multitask Learning, 1997, https://doi.org/10.1023/A:1007379606734
     """
-    axis = read_tasks("sum_tasks", tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
-        return jnp.ones((axis.number,)), state
+        return jnp.ones(inputs.active.shape), state
 
-    def init(dtype: DType) -> MeasuredState:
-        zeros = jnp.zeros((axis.number, axis.number), dtype)
+    def init(num_tasks: int, dtype: DType) -> MeasuredState:
+        zeros = jnp.zeros((num_tasks, num_tasks), dtype)
         return MeasuredState(zeros, zeros)
 
     def observe(inputs: StepInputs, state: MeasuredState) -> tuple[jax.Array, MeasuredState]:
@@ -74,9 +72,9 @@ def sum_tasks(
         count = state.count + both
         share = both / jnp.maximum(count, 1)  # of this step in the mean
         products = (1 - share) * state.products + share * inputs.gram
-        return jnp.ones((axis.number,)), MeasuredState(products, count)
+        return jnp.ones(inputs.active.shape), MeasuredState(products, count)
 
     if not measure:
-        return from_rule("sum_tasks", axis, WeightRule(frozenset(), weigh), **options)
+        return from_rule("sum_tasks", tasks, WeightRule(frozenset(), weigh), **options)
     options = {"blocks": "leaf", **options}
-    return from_rule("sum_tasks", axis, WeightRule(frozenset({"gram"}), observe, init), **options)
+    return from_rule("sum_tasks", tasks, WeightRule(frozenset({"gram"}), observe, init), **options)

@@ -89,7 +89,7 @@ def uncertainty(
         )
     factor = 0.5 if form.startswith("half") else 1.0
 
-    def init_state(dtype: DType) -> TrainedState:
+    def init_state(num_tasks: int, dtype: DType) -> TrainedState:
         return start(optimizer, jnp.asarray(init, dtype))
 
     def weigh(inputs: StepInputs, state: TrainedState) -> tuple[jax.Array, TrainedState]:

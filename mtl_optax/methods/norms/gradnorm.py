@@ -13,7 +13,6 @@ from mtl_optax.core.factory import Nonnegative, Transformation, factory
 from mtl_optax.core.state import next_count
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight, loss_ratio
@@ -96,13 +95,12 @@ def gradnorm(
       Chen, Badrinarayanan, Lee and Rabinovich, GradNorm: Gradient Normalization for Adaptive Loss
       Balancing in Deep Multitask Networks, 2018, https://arxiv.org/abs/1711.02257
     """
-    axis = read_tasks("gradnorm", tasks)
 
-    def init(dtype: DType) -> GradNormState:
+    def init(num_tasks: int, dtype: DType) -> GradNormState:
         return GradNormState(
-            trained_weights=start(optimizer, jnp.ones((axis.number,), dtype)),
-            first_losses=jnp.zeros((axis.number,), dtype),
-            started=jnp.zeros((axis.number,), bool),
+            trained_weights=start(optimizer, jnp.ones((num_tasks,), dtype)),
+            first_losses=jnp.zeros((num_tasks,), dtype),
+            started=jnp.zeros((num_tasks,), bool),
             fallback_count=jnp.zeros((), jnp.int32),
         )
 
@@ -133,4 +131,4 @@ def gradnorm(
         return jnp.sign(norms - target) * inputs.norms
 
     rule = WeightRule(frozenset({"losses", "norms"}), weigh, init)
-    return from_rule("gradnorm", axis, rule, **options)
+    return from_rule("gradnorm", tasks, rule, **options)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import mean_active, move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
@@ -90,10 +89,9 @@ def inverse_norm(
       Wang, Sankaran, Wang and Perdikaris, An Expert's Guide to Training Physics-Informed Neural Networks,
       2023, https://arxiv.org/abs/2308.08468
     """
-    axis = read_tasks("inverse_norm", tasks)
 
-    def init(dtype: DType) -> InverseNormState:
-        return InverseNormState(jnp.ones((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> InverseNormState:
+        return InverseNormState(jnp.ones((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: InverseNormState) -> tuple[jax.Array, InverseNormState]:
         norms, dtype = inputs.norms, inputs.norms.dtype
@@ -109,4 +107,6 @@ def inverse_norm(
         weights = move_average(state.weight_ema, fresh, ema_decay, inputs.active & nonzero)
         return weights, InverseNormState(weights)
 
-    return from_rule("inverse_norm", axis, WeightRule(frozenset({"norms"}), weigh, init), **options)
+    return from_rule(
+        "inverse_norm", tasks, WeightRule(frozenset({"norms"}), weigh, init), **options
+    )

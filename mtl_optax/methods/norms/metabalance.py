@@ -109,8 +109,8 @@ def metabalance(
     axis = read_tasks("metabalance", tasks)
     index = find_target("metabalance", target, axis)
 
-    def init(dtype: DType) -> MetaBalanceState:
-        return MetaBalanceState(jnp.zeros((axis.number,), dtype), jnp.zeros((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> MetaBalanceState:
+        return MetaBalanceState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
 
     def average(
         inputs: StepInputs, state: MetaBalanceState

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import NonnegativeInt, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import read_tasks
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 
@@ -79,10 +78,9 @@ def rotograd_scale(
       Javaloy and Valera, RotoGrad: Gradient Homogenization in Multitask Learning, 2022,
       https://arxiv.org/abs/2103.02631
     """
-    axis = read_tasks("rotograd_scale", tasks)
 
-    def init(dtype: DType) -> RotoGradState:
-        return RotoGradState(jnp.zeros((axis.number,), dtype))
+    def init(num_tasks: int, dtype: DType) -> RotoGradState:
+        return RotoGradState(jnp.zeros((num_tasks,), dtype))
 
     def weigh(inputs: StepInputs, state: RotoGradState) -> tuple[jax.Array, RotoGradState]:
         norms = inputs.norms
@@ -95,4 +93,4 @@ def rotograd_scale(
         return safe_divide(common, norms), RotoGradState(initial)
 
     rule = WeightRule(frozenset({"norms"}), weigh, init)
-    return from_rule("rotograd_scale", axis, rule, **options)
+    return from_rule("rotograd_scale", tasks, rule, **options)
