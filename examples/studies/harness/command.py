@@ -77,11 +77,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Command(NamedTuple):
     """A command of a study: a function of its own name in a module, which is imported when it is asked for.
 
-    `options` are names of `OPTIONS` and of the study's own.
+    `options` are names of `OPTIONS` and of the study's own. What it does stands in the study's description.
     """
 
     module: str
-    text: str
     options: str
 
 
@@ -135,8 +134,7 @@ class CommandLine:
         if self.commands:
             choose = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
             for name, command in self.commands.items():
-                of_command = choose.add_parser(name, help=command.text, description=command.text)
-                made[of_command] = command.options
+                made[choose.add_parser(name)] = command.options
         for each, names in made.items():
             for name in names.split():
                 how = {**OPTIONS.get(name, {}), **self.own.get(name, {})}

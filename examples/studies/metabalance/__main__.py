@@ -1,5 +1,16 @@
 """MetaBalance's study (He et al., 2022, sections 5 and A) on data of your own.
 
+    data      sizes, and the rows that train nothing
+    tune      the optimizer's settings for the plain sum
+    table1    strategies
+    table2    all methods
+    table3    chains
+    table4    no moving average
+    figure1   gradient magnitudes by task and layer, as in the paper's Figures 1 and 2
+    figure3   relax factors
+    figure4   training loss
+    figure5   optimizers
+
     python -m examples.studies.metabalance data --data ../data/tmall
     python -m examples.studies.metabalance table2 --data ml-100k --out results
     python -m examples.studies.metabalance figure3 --data synthetic-ijcai --scale 1/64
@@ -25,20 +36,11 @@ OPTIONS = {
     "trials": {"default": 8},
     "batch_pairs": {"type": int, "help": "pairs of a step"},
 }
-TEXTS = {
-    "data": "sizes, and the rows that train nothing",
-    "tune": "the optimizer's settings for the plain sum",
-    "table1": "strategies",
-    "table2": "all methods",
-    "table3": "chains",
-    "table4": "no moving average",
-    "figure1": "gradient magnitudes by task and layer, as in the paper's Figures 1 and 2",
-    "figure3": "relax factors",
-    "figure4": "training loss",
-    "figure5": "optimizers",
-}
-NAMES = f"{' '.join(OPTIONS)} epochs out resume"
-COMMANDS = {name: Command("study", text, NAMES) for name, text in TEXTS.items()}
+TABLES, FIGURES = "table1 table2 table3 table4", "figure1 figure3 figure4 figure5"
+COMMANDS = dict.fromkeys(
+    f"data tune {TABLES} {FIGURES}".split(),
+    Command("study", f"{' '.join(OPTIONS)} epochs out resume"),
+)
 
 
 main = study("examples.studies.metabalance", __doc__, COMMANDS, OPTIONS)

@@ -12,8 +12,8 @@ applied to what the users' had left. Not checked here: the raw files were not at
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,7 @@ from examples.studies.harness.errors import UserError
 from examples.studies.recommender.data import Log, behaviours
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """What a raw file looks like, and what is left of it.
 
     Attributes:
@@ -32,38 +31,29 @@ class Format:
       header: the number of the line that is a header, if one is.
       columns: all of the file, in its order; "user", "item" and "behaviour" are read.
       names: the log's name of each behaviour of the file, the target first; None for one that is dropped.
-      least_items, least_users: a user stays with at least so many different items bought, an item with at
-        least so many different buyers.
+      least_items: a user stays with at least so many different items bought.
     """
 
     name: str
     first: str
     header: int | None
-    columns: tuple[str, ...]
+    columns: str
     names: Mapping[str, str | None]
     least_items: int
-    least_users: int
 
 
+LEAST_USERS = 10  # an item stays with at least so many different buyers
 USERBEHAVIOR = Format(
-    name="UserBehavior-2017",
-    first=r"\d+,\d+,\d+,(pv|buy|cart|fav),[^,]*",
-    header=None,
-    columns=("user", "item", "category", "behaviour", "time"),
-    names={"buy": "buy", "cart": "cart", "fav": "fav", "pv": "view"},
-    least_items=10,
-    least_users=10,
-)
+    "UserBehavior-2017", r"\d+,\d+,\d+,(pv|buy|cart|fav),[^,]*", None,
+    "user item category behaviour time",
+    {"buy": "buy", "cart": "cart", "fav": "fav", "pv": "view"}, 10,
+)  # fmt: skip
+# Add-to-cart is dropped, as in the paper: 1,693 rows are left of it.
 IJCAI = Format(
-    name="IJCAI-2015",
-    first="user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type",
-    header=0,
-    columns=("user", "item", "category", "seller", "brand", "time", "behaviour"),
-    # Add-to-cart is dropped, as in the paper: 1,693 rows are left of it.
-    names={"2": "buy", "1": None, "3": "fav", "0": "view"},
-    least_items=20,
-    least_users=10,
-)
+    "IJCAI-2015", "user_id,item_id,cat_id,seller_id,brand_id,time_stamp,action_type", 0,
+    "user item category seller brand time behaviour",
+    {"2": "buy", "1": None, "3": "fav", "0": "view"}, 20,
+)  # fmt: skip
 
 
 def read_raw(path: Path) -> Log:
@@ -84,7 +74,7 @@ def _read(path: Path) -> Log:
         )
     dtypes = {"user": np.int32, "item": np.int32, "behaviour": "category"}
     log = pd.read_csv(
-        path, names=list(form.columns), header=form.header, usecols=list(dtypes), dtype=dtypes,
+        path, names=form.columns.split(), header=form.header, usecols=list(dtypes), dtype=dtypes,
         keep_default_na=False,
     )  # fmt: skip
     log["behaviour"] = log["behaviour"].cat.rename_categories(str)  # pandas reads digits as numbers
@@ -93,21 +83,16 @@ def _read(path: Path) -> Log:
             f"{path}: {form.name} has the behaviours {', '.join(form.names)}, not "
             f"{', '.join(map(repr, unknown))}"
         )
-    target = next(iter(form.names))
-    bought = log[log["behaviour"] == target].drop_duplicates()
-    users, items = (
-        np.flatnonzero(np.bincount(bought[column]) >= least)
-        for column, least in (("user", form.least_items), ("item", form.least_users))
-    )
+    bought = log[log["behaviour"] == next(iter(form.names))].drop_duplicates()
+    users = np.flatnonzero(np.bincount(bought["user"]) >= form.least_items)
+    items = np.flatnonzero(np.bincount(bought["item"]) >= LEAST_USERS)
     if not len(users) or not len(items):
         raise UserError(
-            f"{path}: no user with {form.least_items} items bought or no item with "
-            f"{form.least_users} buyers is left"
+            f"{path}: no user with {form.least_items} items bought or no item with {LEAST_USERS} buyers "
+            "is left"
         )
     log = log[log["user"].isin(users) & log["item"].isin(items)].drop_duplicates()
     places = np.searchsorted(users, log["user"]), np.searchsorted(items, log["item"])
-    pairs = np.stack(places, axis=1)
-    of_behaviour = {
-        ours: pairs[log["behaviour"] == theirs] for theirs, ours in form.names.items() if ours
-    }
-    return behaviours(form.name, len(users), len(items), of_behaviour)
+    kinds, pairs = log["behaviour"], np.stack(places, axis=1)
+    by_name = {ours: pairs[kinds == theirs] for theirs, ours in form.names.items() if ours}
+    return behaviours(form.name, len(users), len(items), by_name)

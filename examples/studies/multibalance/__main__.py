@@ -1,5 +1,11 @@
 """MultiBalance's experiments (He et al., 2024, section 5) on data of your own.
 
+    tune      the optimizer's settings for the plain sum
+    table2    the speed of training with the representation balanced, or the parameters of a module
+    table3    gains in normalized entropy, all methods on the representation
+    table4    the learning rate of MultiBalance's weights
+    figure2   gradient magnitudes and weights over the steps
+
     python -m examples.studies.multibalance table3 --data synthetic --out results
     python -m examples.studies.multibalance table3 --data ../data/hillstrom --seeds 5 --out results
     python -m examples.studies.multibalance table2 --rounds 20
@@ -13,20 +19,10 @@ import sys
 
 from examples.studies.harness.command import Command, study
 
-TRAINED = "data size seeds trials epochs batch mean_over jobs out resume quick"
-# The speed alone needs neither rich nor pandas.
+TRAINED = Command("study", "data size seeds trials epochs batch mean_over jobs out resume quick")
 COMMANDS = {
-    "tune": Command("study", "the optimizer's settings for the plain sum", TRAINED),
-    "table2": Command(
-        "speed",
-        "the speed of training with the representation balanced, or the parameters of a module",
-        "size batch rounds out quick",
-    ),
-    "table3": Command(
-        "study", "gains in normalized entropy, all methods on the representation", TRAINED
-    ),
-    "table4": Command("study", "the learning rate of MultiBalance's weights", TRAINED),
-    "figure2": Command("study", "gradient magnitudes and weights over the steps", TRAINED),
+    "table2": Command("speed", "size batch rounds out quick"),
+    **dict.fromkeys(("tune", "table3", "table4", "figure2"), TRAINED),
 }
 OPTIONS = {
     "data": {"default": "synthetic", "help": "see above (default: synthetic)"},

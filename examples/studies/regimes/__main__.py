@@ -24,12 +24,8 @@ OPTIONS = {
     "rows": {"type": Path, "nargs": "+", "required": True, "metavar": "FILE", "help": "rows.jsonl"},
 }
 COMMANDS = {
-    "run": Command(
-        "study",
-        "train everything and show it",
-        "data seeds curve_seeds tuning_seeds epochs jobs out resume",
-    ),
-    "tables": Command("study", "the tables and pictures of stored rows", "rows out"),
+    "run": Command("study", "data seeds curve_seeds tuning_seeds epochs jobs out resume"),
+    "tables": Command("study", "rows out"),
 }
 
 
