@@ -16,9 +16,10 @@ from examples.models import toy
 from examples.studies.emtl import figure1, tables
 from examples.studies.emtl.__main__ import main
 from examples.studies.harness.choices import Choice
+from examples.studies.harness.data import BINARY
 from examples.studies.harness.runs import Plan, Run, Setting
 from examples.studies.harness.trainer import Trainer
-from examples.studies.ranking.data import BINARY, Dataset
+from examples.studies.ranking.data import Dataset
 from examples.studies.ranking.synthetic import LogConfig, synthetic
 
 

@@ -13,10 +13,11 @@ import pytest
 
 import mtl_optax as mtl
 from examples.studies.harness import command, report, runner
+from examples.studies.harness.data import REGRESSION
 from examples.studies.harness.runs import Run, load_run
 from examples.studies.recommender import comparison as compare
 from examples.studies.recommender import sources
-from examples.studies.recommender.data import REGRESSION, Interactions
+from examples.studies.recommender.data import Interactions
 from examples.studies.recommender.evaluation import COLUMNS, held_out_users
 from examples.studies.recommender.network import NetworkConfig
 from examples.studies.recommender.training import TrainConfig, Trainer

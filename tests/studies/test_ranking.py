@@ -18,13 +18,14 @@ from examples.models.mmoe import MMoE
 from examples.models.shared_bottom import SharedBottom
 from examples.studies.harness import report
 from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.data import REGRESSION, Task
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.runner import Job, Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.statistics import compare, paired_difference
 from examples.studies.multibalance.study import gains_of
 from examples.studies.ranking import sources, synthetic
-from examples.studies.ranking.data import REGRESSION, Task, encode, split_rows, standardise
+from examples.studies.ranking.data import encode, split_rows, standardise
 from examples.studies.ranking.metrics import (
     all_metrics,
     auc,

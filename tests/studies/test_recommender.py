@@ -18,6 +18,7 @@ import mtl_optax as mtl
 from examples.studies.harness import report as tables
 from examples.studies.harness import steps
 from examples.studies.harness.choices import known_methods, parse_choice
+from examples.studies.harness.data import BINARY, REGRESSION, Task
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.statistics import best_of, expected_best, holm, paired_difference
@@ -26,12 +27,9 @@ from examples.studies.harness.trainer import TEST, VALIDATION
 from examples.studies.recommender import evaluation, report, sources
 from examples.studies.recommender.data import (
     PAPER_SPLIT,
-    RANKING,
-    REGRESSION,
     Dataset,
     Interactions,
     Split,
-    Task,
     behaviours,
     make_dataset,
 )
@@ -180,7 +178,7 @@ RATINGS = [[2, 1, 5, 10 * DAY], [1, 2, 3, 99], [1, 1, 4, 99 + DAY // 2], [2, 2, 
 def test_movielens_in_units(monkeypatch):
     monkeypatch.setattr(sources, "movielens_ratings", lambda: np.array(RATINGS).astype(np.int64))
     log = sources.load_log("movielens", tasks="units")
-    assert [task.kind for task in log.tasks] == [RANKING, RANKING, REGRESSION, REGRESSION]
+    assert [task.kind for task in log.tasks] == [BINARY, BINARY, REGRESSION, REGRESSION]
     np.testing.assert_array_equal(log.interactions.pairs, [[0, 0], [0, 1], [1, 0], [1, 1]])
     # rated 5, rated, stars, days since the user's first rating
     expected = [[0, 1, 4, 0.5], [0, 1, 3, 0], [1, 1, 5, 0], [0, 1, 1, 2.5]]
@@ -191,7 +189,7 @@ def test_movielens_retrieval(monkeypatch):
     monkeypatch.setattr(sources, "movielens_ratings", lambda: np.array(RATINGS).astype(np.int64))
     log = sources.load_log("movielens", tasks="retrieval")
     assert [(task.kind, task.softmax) for task in log.tasks] == [
-        (RANKING, True),
+        (BINARY, True),
         (REGRESSION, False),
     ]
     np.testing.assert_allclose(

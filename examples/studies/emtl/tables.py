@@ -23,13 +23,14 @@ from examples.models.ple import PLE
 from examples.studies.emtl.rows import BANDIT, emtl_rows
 from examples.studies.harness import report
 from examples.studies.harness.command import given
+from examples.studies.harness.data import BINARY, Task
 from examples.studies.harness.report import Metric
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run
 from examples.studies.harness.search import Entry, tuned, tuning_note
 from examples.studies.harness.statistics import compare
 from examples.studies.harness.timing import machine
-from examples.studies.ranking.data import BINARY, Dataset, Task
+from examples.studies.ranking.data import Dataset
 from examples.studies.ranking.metrics import all_metrics, metric, of_truth
 from examples.studies.ranking.network import MakeModel
 from examples.studies.ranking.sources import CLICK, CONVERSION, load

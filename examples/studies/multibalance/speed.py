@@ -21,10 +21,11 @@ import mtl_optax as mtl
 from examples.models.dcn_v2 import DCNv2
 from examples.models.layers import Features, FeatureSpec
 from examples.studies.harness.choices import parse_choice
+from examples.studies.harness.data import Task
 from examples.studies.harness.report import csv_of, publish
 from examples.studies.harness.steps import Parameters, Step, make_step, one_optimizer
 from examples.studies.harness.timing import Training, interleaved, machine, ratio
-from examples.studies.ranking.data import Dataset, Examples, Task
+from examples.studies.ranking.data import Dataset, Examples
 from examples.studies.ranking.network import Network
 
 BASE = "plain sum"

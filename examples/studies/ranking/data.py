@@ -1,6 +1,5 @@
 """Examples with features and one label a task, and the training, validation and test sets of them."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,24 +8,8 @@ import jax
 import numpy as np
 
 from examples.models.layers import Features, FeatureSpec
+from examples.studies.harness.data import REGRESSION, Task, digest
 from examples.studies.harness.errors import UserError
-
-BINARY, REGRESSION = "binary", "regression"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One label of an example.
-
-    Attributes:
-      name: for tables.
-      kind: `BINARY` (cross-entropy of a logit) or `REGRESSION` (squared error).
-      unit: of a regression's number.
-    """
-
-    name: str
-    kind: str = BINARY
-    unit: str = ""
 
 
 class Examples(NamedTuple):
@@ -90,10 +73,8 @@ class Dataset:
 
     def digest(self) -> str:
         """A number that changes with anything in the data."""
-        found = hashlib.sha256(repr((self.name, self.features, self.tasks)).encode())
-        for array in jax.tree.leaves((self.train, self.validation, self.test)):
-            found.update(np.ascontiguousarray(array))
-        return found.hexdigest()
+        about = self.name, self.features, self.tasks
+        return digest(about, (self.train, self.validation, self.test))
 
     def describe(self) -> str:
         """Sizes and rates in a few words."""

@@ -5,10 +5,11 @@ from operator import itemgetter
 
 import numpy as np
 
+from examples.studies.harness.data import BINARY, REGRESSION, Task
 from examples.studies.harness.report import Metric
-from examples.studies.ranking.data import BINARY, Dataset, Examples, Task
+from examples.studies.ranking.data import Dataset, Examples
 
-METRICS = {BINARY: ("NE", "AUC"), "regression": ("RMSE", "MAE")}
+METRICS = {BINARY: ("NE", "AUC"), REGRESSION: ("RMSE", "MAE")}
 
 
 def normalized_entropy(labels: np.ndarray, logits: np.ndarray) -> float:

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from examples.models.layers import Features, TabularModel, head_task, is_head
 from examples.studies.harness import steps
+from examples.studies.harness.data import BINARY
 from examples.studies.harness.steps import Parameters
-from examples.studies.ranking.data import BINARY, Dataset, Examples
+from examples.studies.ranking.data import Dataset, Examples
 
 # The loss of a conversion rate: a mean over the clicks of a batch, or their sum over the batch's size.
 COUNTED, BATCH = "counted", "batch"
@@ -69,12 +69,7 @@ class Network(steps.Network):
         for place, (task, copy) in enumerate(zip(self._tasks, copies, strict=True)):
             found = model.head(place, copy, batch.features) + self._starts[place]
             labels, mask = batch.labels[:, place], batch.mask[:, place]
-            if task.kind == BINARY:
-                each = optax.sigmoid_binary_cross_entropy(found, labels)
-            else:
-                each = optax.squared_error(found, labels)
-            count = len(labels) if self._over_batch else jnp.maximum(jnp.sum(mask), 1)
-            losses.append(jnp.sum(each * mask) / count)
+            losses.append(task.loss(found, labels, mask, len(labels) if self._over_batch else None))
         return tuple(losses)
 
     def weigh_heads(self, head_grads: Any, weights: jax.Array) -> Any:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from examples.studies.harness.data import Task
 from examples.studies.harness.errors import UserError
-from examples.studies.ranking.data import Dataset, Task, make_examples, split_rows
+from examples.studies.ranking.data import Dataset, make_examples, split_rows
 from examples.studies.ranking.synthetic import LogConfig, synthetic
 
 CLICK, CONVERSION, CONVERSION_OF_CLICK = "CTR", "Conv|imp", "CVR"

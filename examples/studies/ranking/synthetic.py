@@ -15,7 +15,8 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit, ndtr
 
 from examples.models.layers import Features, FeatureSpec
-from examples.studies.ranking.data import REGRESSION, Dataset, Examples, Task, split_rows
+from examples.studies.harness.data import REGRESSION, Task
+from examples.studies.ranking.data import Dataset, Examples, split_rows
 
 TASKS = (
     Task("CTR"),

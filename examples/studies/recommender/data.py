@@ -1,30 +1,13 @@
 """Who did what with which item, and the training, validation and test sets made of it."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from examples.studies.harness.data import BINARY, REGRESSION, Task, digest
 from examples.studies.harness.errors import UserError
-
-RANKING, REGRESSION = "ranking", "regression"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One label of a (user, item) pair.
-
-    Attributes:
-      name: for tables.
-      kind: `RANKING` (positive or not; cross-entropy) or `REGRESSION` (a number; squared error).
-      softmax: whether the loss of a ranking is a softmax over a pair and the items drawn with it.
-    """
-
-    name: str
-    kind: str = RANKING
-    softmax: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +16,8 @@ class Interactions:
 
     Attributes:
       pairs: `[P, 2]` int32, users and items, sorted by user, then by item.
-      values: `[P, T]` float32. Ranking: 1 where the pair is a positive, else 0. Regression: the number.
+      values: `[P, T]` float32. Ranking, a binary task: 1 where the pair is a positive, else 0.
+        Regression: the number.
     """
 
     pairs: np.ndarray
@@ -77,7 +61,7 @@ class Dataset:
     @property
     def ranking_tasks(self) -> list[int]:
         """The places of the ranking tasks; the target's is 0."""
-        return [place for place, task in enumerate(self.tasks) if task.kind == RANKING]
+        return [place for place, task in enumerate(self.tasks) if task.kind == BINARY]
 
     @property
     def regression_tasks(self) -> list[int]:
@@ -86,11 +70,8 @@ class Dataset:
 
     def digest(self) -> str:
         """A number that changes with anything in the data."""
-        found = hashlib.sha256(repr((self.name, self.tasks)).encode())
-        for part in (self.train, self.validation, self.test):
-            found.update(part.pairs.tobytes())
-            found.update(part.values.tobytes())
-        return found.hexdigest()
+        parts = map(vars, (self.train, self.validation, self.test))
+        return digest((self.name, self.tasks), list(parts))
 
     def describe(self) -> str:
         """Sizes in a few words."""

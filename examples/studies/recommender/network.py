@@ -11,8 +11,8 @@ from flax import nnx
 
 from examples.models.layers import KERNEL_INIT, TABLE_INIT, Perceptron
 from examples.studies.harness import steps
+from examples.studies.harness.data import Task
 from examples.studies.harness.steps import Parameters
-from examples.studies.recommender.data import REGRESSION, Task
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,8 @@ class Network(steps.Network):
             labels, mask = batch.labels[place], batch.mask[place]
             if task.softmax:
                 losses.append(sampled_softmax(found, labels, mask, self.negatives))
-                continue
-            if task.kind == REGRESSION:
-                each = optax.squared_error(found, labels)
             else:
-                each = optax.sigmoid_binary_cross_entropy(found, labels)
-            losses.append(jnp.sum(each * mask) / jnp.maximum(jnp.sum(mask), 1))
+                losses.append(task.loss(found, labels, mask))
         return tuple(losses)
 
     def weigh_heads(self, head_grads: nnx.State, weights: jax.Array) -> nnx.State:

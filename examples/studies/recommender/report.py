@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.studies.harness.data import REGRESSION, Task
 from examples.studies.harness.report import MARKED, Metric, Row, curve, mean_cell, picture
 from examples.studies.harness.statistics import Difference, compare
-from examples.studies.recommender.data import REGRESSION, Task
 from examples.studies.recommender.evaluation import COLUMNS, PROTOCOLS
 
 HEADLINE = "ndcg@10"

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from examples import retrieval_and_rating
+from examples.studies.harness.data import REGRESSION, Task
 from examples.studies.harness.errors import UserError
-from examples.studies.recommender.data import REGRESSION, Interactions, Log, Task, behaviours
+from examples.studies.recommender.data import Interactions, Log, behaviours
 
 WAYS_OUT = "use --data synthetic, or --data PATH with a folder of behaviours"
 # MovieLens as tasks, and their values from stars and days since the user's first rating `[N]`.

@@ -13,10 +13,11 @@ import optax
 import mtl_optax as mtl
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import Choice
+from examples.studies.harness.data import REGRESSION
 from examples.studies.harness.runs import Setting
 from examples.studies.harness.steps import Parameters, Step, decayed, make_step
 from examples.studies.harness.trainer import TEST, VALIDATION
-from examples.studies.recommender.data import REGRESSION, Dataset
+from examples.studies.recommender.data import Dataset
 from examples.studies.recommender.evaluation import (
     COLUMNS,
     Tables,
