@@ -196,15 +196,13 @@ class Trainer:
         if not self.side_by_side and len(plans) > 1:
             runs = [self.train(choice, [plan], on_epoch, measure=measure) for plan in plans]
             return [run for found in runs for run in found]
-        program, setting = self.program(choice, plans[0].setting), _stacked(plans)
-        seeds = np.array([plan.seed for plan in plans], np.int32)
-        params = self.initial(seeds)
-        state, best = program.start(None, params, setting), jax.tree.map(jnp.copy, params)
+        program, setting, params, state = self.begin(choice, plans)
+        seeds, best = _seeds(plans), jax.tree.map(jnp.copy, params)
         best_value, best_epoch = np.full(len(plans), -np.inf), np.zeros(len(plans), int)
         patience, history, seconds = self.config.patience, [], []
         for epoch in range(1, self.epochs + 1):
             began, records = time.perf_counter(), []
-            for part in self._parts(epoch, seeds):
+            for part in self.epoch_parts(epoch, seeds):
                 params, state, found = program.steps(self.data, params, state, part, setting)
                 records.append(found)
             record = jax.tree.map(lambda *entries: sum(entries) / len(entries), *records)
@@ -231,20 +229,25 @@ class Trainer:
             for row, (plan, found) in enumerate(zip(plans, results, strict=True))
         ]  # fmt: skip
 
-    def _parts(self, epoch: int, seeds: np.ndarray) -> list[Slots]:
+    def begin(self, choice: Choice, plans: list[Plan]) -> tuple[Program, Setting, Params, State]:
+        """The programs of a choice, and the settings, parameters and states of runs that have not begun."""
+        program, setting = self.program(choice, plans[0].setting), _stacked(plans)
+        params = self.initial(_seeds(plans))
+        return program, setting, params, program.start(None, params, setting)
+
+    def epoch_parts(self, epoch: int, seeds: np.ndarray) -> list[Slots]:
+        """What each call of the program in an epoch reads, `[runs, steps, ...]`."""
         slots = self.slots(epoch, seeds)
         parts = jax.tree.leaves(slots)[0].shape[1]
         return [jax.tree.map(lambda slot, k=k: slot[:, k], slots) for k in range(parts)]
 
     def step_calls(self, choices: list[Choice]) -> dict[str, Callable[[], Any]]:
         """For a clock: for every choice the first part of an epoch, of one run."""
-        seeds, setting = np.zeros(1, np.int32), _stacked([Plan(0, self.default_setting())])
-        first, *_ = self._parts(1, seeds)
+        plans = [Plan(0, self.default_setting())]
+        first, *_ = self.epoch_parts(1, _seeds(plans))
 
         def call_of(choice: Choice) -> Callable[[], Any]:
-            program = self.program(choice, self.default_setting())
-            params = self.initial(seeds)
-            carry = [params, program.start(None, params, setting)]
+            program, setting, *carry = self.begin(choice, plans)
 
             def call() -> Any:
                 *carry[:], record = program.steps(self.data, *carry, first, setting)
@@ -259,6 +262,10 @@ def each_run(params: Params) -> list[Params]:
     """The parameters of every run, without the axis of runs."""
     runs = len(jax.tree.leaves(params)[0])
     return [jax.tree.map(lambda leaf, run=run: leaf[run], params) for run in range(runs)]
+
+
+def _seeds(plans: list[Plan]) -> np.ndarray:
+    return np.array([plan.seed for plan in plans], np.int32)
 
 
 def _stacked(plans: list[Plan]) -> Setting:

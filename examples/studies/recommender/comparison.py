@@ -19,10 +19,10 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
+import optax
 
 import mtl_optax as mtl
 from examples.studies.harness.choices import SINGLE, SUM, Choice, known_methods, parse_choice
@@ -66,6 +66,7 @@ SOFTMAX_NEGATIVES = 4  # random items of a pair, where a softmax is over them
 # The weights of the search, beside 1 for the target: the powers of 10 are uniform.
 SEARCH_POWERS = (-6.0, 1.0)
 TIMED_ROUNDS = 3
+MEASURED_STEPS = 100  # of `sum_tasks(measure=True)`
 OPTIONS = {
     "method": {
         "nargs": "+",
@@ -265,30 +266,23 @@ def against_search(rows: Mapping[str, Row], search: Search, target: str) -> str:
 
 def look(trainer: Trainer) -> str:
     """What the gradients of the shared bottom in the first steps of the plain sum say."""
+    plan = Plan(0, trainer.default_setting())
     choice = parse_choice("sum_tasks(measure=True, place='parameters')")
-    step = trainer.make_step(choice, trainer.default_setting())
-
-    @jax.jit
-    def state_after(params: Any, slots: Any) -> mtl.BalanceState:
-        def one(carry: Any, slot: Any) -> Any:
-            params, state, *_ = step.update(*carry, trainer.batch(trainer.data, slot))
-            return (params, state), None
-
-        (_, (state, *_)), _ = jax.lax.scan(one, (params, step.init(params)), slots)
-        return state
-
-    seeds = np.zeros(1, np.int32)
-    slots = jax.tree.map(lambda x: x[0].reshape(-1, *x.shape[3:])[:100], trainer.slots(1, seeds))
-    state = state_after(jax.tree.map(lambda x: x[0], trainer.initial(seeds)), slots)
-    products = np.asarray(state.rule_state.products).sum(axis=0)
+    program, setting, params, state = trainer.begin(choice, [plan])
+    calls = -(-MEASURED_STEPS // trainer.steps_at_once)
+    for part in trainer.epoch_parts(1, np.zeros(1, np.int32))[:calls]:
+        params, state, _ = program.steps(trainer.data, params, state, part, setting)
+    products = np.asarray(optax.tree.get(state, "products"))[0].sum(axis=0)
     norms = np.sqrt(np.diagonal(products))
     # By name, since the target is first here and tasks with names are sorted.
     names = [task.name for task in trainer.dataset.tasks]
-    cosines = products / norms / norms[:, None]
-    found = {"norms": norms, "cosines": [dict(zip(names, row, strict=True)) for row in cosines]}
-    by_name = {name: dict(zip(names, values, strict=True)) for name, values in found.items()}
-    advice = mtl.advise(by_name, target=names[0])
-    return f"The first {int(state.balance_count)} steps of the plain sum. {advice}"
+    of_norms, *cosines = (
+        dict(zip(names, row.tolist(), strict=True))
+        for row in (norms, *(products / norms / norms[:, None]))
+    )
+    by_name = {"norms": of_norms, "cosines": dict(zip(names, cosines, strict=True))}
+    steps = min(MEASURED_STEPS, int(mtl.diagnostics(state)["steps"][0]))
+    return f"The first {steps} steps of the plain sum. {mtl.advise(by_name, target=names[0])}"
 
 
 main = CommandLine(
