@@ -26,10 +26,8 @@ SECTIONS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "steps": places.step_times,
     "savings": places.savings,
     "products": places.products_memory,
-    "map": places.map_memory,
     "updates": methods.updates,
     "solvers": methods.solvers,
-    "compile": methods.compile_times,
     "peers": peers.peers,
 }
 OPTIONS = {

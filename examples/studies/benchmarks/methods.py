@@ -1,7 +1,6 @@
-"""Sections on methods alone: `update`, solvers, and the time to compile. Times are medians of rounds."""
+"""Sections on methods alone: `update` and solvers. Times are medians of rounds."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,16 +77,3 @@ def solvers(quick: bool) -> Iterator[Row]:
         seconds = interleaved({name: call}, 1 if quick else 15)[name]
         microseconds = 1e6 * statistics.median(seconds) / (1 if quick else 50)
         yield Row("solver alone", f"{name}, T={num_tasks}", microseconds, "us", 100.0)
-
-
-def compile_times(quick: bool) -> Iterator[Row]:
-    """Tracing and compiling `update` for many leaves, seconds."""
-    for num_leaves in (2,) if quick else (3, 500):
-        params = {f"leaf_{i}": jnp.zeros((4, 3 + i % 5)) for i in range(num_leaves)}
-        method = mtl.multibalance(4)
-        stacked = jax.tree.map(lambda p: jnp.ones((4, *p.shape)), params)
-        state = method.init(params)
-        start = time.perf_counter()
-        jax.jit(method.update).lower(stacked, state).compile()
-        seconds = time.perf_counter() - start
-        yield Row("compile", f"multibalance, T=4, {num_leaves} leaves", seconds, "s")

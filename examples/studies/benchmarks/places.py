@@ -1,10 +1,8 @@
 """Sections on whole training steps: time and memory of a method in each of its places."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import mtl_optax as mtl
 from examples.studies.benchmarks.problems import (
@@ -13,8 +11,6 @@ from examples.studies.benchmarks.problems import (
     SMALL,
     TINY,
     Problem,
-    encode,
-    initial,
 )
 from examples.studies.benchmarks.report import Row
 from examples.studies.benchmarks.steps import PLACES, steps, training_step
@@ -86,24 +82,3 @@ def beyond_plain(problem: Problem, num_tasks: int, as_array: bool) -> tuple[floa
     )
     sizes = [leaf.nbytes / 2**20 for leaf in jax.tree.leaves(products.state[0])]
     return products.temporary_mebibytes - plain.temporary_mebibytes, sizes
-
-
-def map_memory(quick: bool) -> Iterator[Row]:
-    """Temporary memory of `mode="map"`, against one gradient's, for several T."""
-    problem = TINY["dense"] if quick else DENSE
-    for num_tasks in (2, 4) if quick else (2, 8, 32):
-        size = _map_step(problem, num_tasks).memory_analysis().temp_size_in_bytes
-        case = f'temporaries of mode="map", dense, T={num_tasks}'
-        yield Row("map memory", case, size / 2**20, "MiB")
-
-
-def _map_step(problem: Problem, num_tasks: int) -> Any:
-    """The T gradients of the shared layers of one representation, with losses that cost nothing."""
-    params, batch = initial(problem, num_tasks)
-
-    def losses_of(shared: Any, batch: Any) -> jax.Array:
-        # T cheap losses of one representation: what grows with T is then the pulling back alone.
-        return jnp.mean(encode(shared, batch)[:, :num_tasks], axis=0)
-
-    step = mtl.per_task_value_and_grad(losses_of, mode="map")
-    return jax.jit(step).lower(params.shared, batch).compile()

@@ -1,7 +1,7 @@
 """The networks of the measurements: a recommender's ranking model, a dense one and a transformer."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -93,18 +93,14 @@ def initial(problem: Problem, num_tasks: int) -> tuple[Parameters, Batch]:
     return Parameters(shared, heads), batch
 
 
-def look_up(tables: jax.Array, ids: jax.Array) -> jax.Array:
-    """Embeddings `[batch, tables, length, width]`."""
-    return jax.vmap(lambda table, ids: table[ids], out_axes=1)(tables, ids)
-
-
-def encode(shared: Shared, batch: Batch, look_up: Callable[..., jax.Array] = look_up) -> jax.Array:
+def encode(shared: Shared, batch: Batch) -> jax.Array:
     """The representation `[batch, width]`."""
     if "blocks" in shared:
         return _transformer(shared, batch["ids"][0])
     inputs = batch["features"]
     if "embeddings" in shared:
-        found = look_up(shared["embeddings"], batch["ids"])
+        look_up = jax.vmap(lambda table, ids: table[ids], out_axes=1)
+        found = look_up(shared["embeddings"], batch["ids"])  # [batch, tables, length, width]
         inputs = jnp.concatenate([found.reshape(found.shape[0], -1), inputs], axis=1)
     for weight, bias in shared["layers"]:
         inputs = jax.nn.relu(inputs @ weight + bias[None])

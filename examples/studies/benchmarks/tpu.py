@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import optax
 
 import mtl_optax as mtl
-from examples.studies.benchmarks import problems
 from examples.studies.benchmarks.hlo import collectives
-from examples.studies.benchmarks.problems import RECSYS, Batch, Problem, initial, look_up
+from examples.studies.benchmarks.problems import RECSYS, Problem, initial
 from examples.studies.benchmarks.steps import PLACES, Network, step_of
 from examples.studies.harness.command import CommandLine
 from examples.studies.harness.report import publish
@@ -35,18 +34,11 @@ class Case(NamedTuple):
     Attributes:
       problem: whose batch is that of one chip.
       tasks: T.
-      sharded: whether each table is spread over all chips by its rows; else every chip holds all.
     """
 
     problem: Problem
     tasks: int = 4
-    sharded: bool = False
 
-
-# One hashed table for all features, as large systems have it: 256 GB in float32.
-INTERNET = Problem(
-    tables=1, rows=1_000_000_000, width=64, bottom=(1024, 512, 256), batch=256, length=26
-)
 
 # A network whose gradients are what memory holds: 134 MB of layers in float32 on every chip.
 LARGE = Problem(tables=1, rows=1000, dense=2032, bottom=(2048,) * 8, batch=1024)
@@ -56,7 +48,6 @@ LOOPED = ("map", "products")
 TABLES = {
     "recommender_4": (Case(RECSYS), 4, PLACES),
     "recommender_256": (Case(RECSYS), 256, PLACES),
-    "internet_256": (Case(INTERNET, tasks=8, sharded=True), 256, PLACES),
 } | {
     f"large_{tasks}_tasks_{chips}": (Case(LARGE, tasks), chips, LOOPED)
     for tasks, chips in itertools.product((4, 16), (4, 256))
@@ -110,15 +101,11 @@ def measure(place: str, case: Case, mesh: jax.sharding.Mesh) -> Cost:
     problem = case.problem._replace(batch=case.problem.batch * mesh.size)
     params, batch = jax.eval_shape(lambda: initial(problem, case.tasks))
     representation = jax.ShapeDtypeStruct((problem.batch, problem.representation), jnp.float32)
-    network = _Network(case, mesh, representation, as_array=looped)
+    network = Network(case.tasks, representation, as_array=looped)
     method, mode = mtl.multibalance(case.tasks), place if looped else "auto"
     step = step_of("weighted" if looped else place, network, method, optax.adam(1e-3), mode)
     state = jax.eval_shape(step.init, params)
-    # The tables' moments lie where the tables lie; everything else is small.
-    tables, spread = params.shared["embeddings"].shape, (None, "data") if case.sharded else ()
-    params, state = jax.tree.map(
-        lambda x: _on(mesh, x, *(spread if x.shape == tables else ())), (params, state)
-    )
+    params, state = jax.tree.map(lambda x: _on(mesh, x), (params, state))
     axes = {"ids": (None, "data"), "features": ("data",), "labels": (None, "data")}
     batch = {name: _on(mesh, batch[name], *spec) for name, spec in axes.items()}
     losses = _on(mesh, jax.ShapeDtypeStruct((case.tasks,), jnp.float32))
@@ -138,30 +125,6 @@ def measure(place: str, case: Case, mesh: jax.sharding.Mesh) -> Cost:
         (len(always), sum(c.numbers for c in always)),
         (len(waiting), sum(c.numbers for c in waiting)),
     )
-
-
-class _Network(Network):
-    """The network on a mesh, whose tables may be spread over it."""
-
-    def __init__(self, case: Case, mesh: jax.sharding.Mesh, representation: Any, as_array: bool):
-        super().__init__(case.tasks, representation, as_array=as_array)
-        # Each chip looks up what it holds for the whole batch and returns to every chip its examples.
-        spec = jax.P(None, "data"), jax.P(None, "data")
-        sharded = jax.shard_map(_look_up_share, mesh=mesh, in_specs=spec, out_specs=jax.P("data"))
-        self._look_up = sharded if case.sharded else look_up
-
-    def encode(self, shared: Any, batch: Batch) -> jax.Array:
-        """The representation `[batch, width]`."""
-        return problems.encode(shared, batch, self._look_up)
-
-
-def _look_up_share(tables: jax.Array, ids: jax.Array) -> jax.Array:
-    local = jax.lax.all_gather(ids, "data", axis=1, tiled=True)
-    local = local - jax.lax.axis_index("data") * tables.shape[1]
-    held = (local >= 0) & (local < tables.shape[1])
-    found = look_up(tables, jnp.where(held, local, 0))
-    found = jnp.where(jnp.moveaxis(held, 0, 1)[..., None], found, 0)
-    return jax.lax.psum_scatter(found, "data", tiled=True)
 
 
 def _on(mesh: jax.sharding.Mesh, x: Any, *spec: Any) -> jax.ShapeDtypeStruct:
