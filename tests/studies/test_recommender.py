@@ -342,7 +342,7 @@ def test_items_ranked_by_popularity():
         np.array([[1, 1], [1, 1], [1, 1], [0, 1], [1, 1]], np.float32),  # buy, view
     )
     held_out = Interactions(np.array([[1, 2], [2, 1]], np.int32), np.ones((2, 2), np.float32))
-    dataset = Dataset("x", 3, 3, (Task("buy"), Task("view")), train, held_out, held_out)
+    dataset = Dataset("x", (Task("buy"), Task("view")), train, held_out, held_out, 3, 3)
     counts = popularity(dataset)
     np.testing.assert_array_equal(counts, [2, 1, 1])
     found = evaluation.rank_by_item_scores(

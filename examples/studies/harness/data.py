@@ -1,8 +1,8 @@
-"""What the data of the studies have in common: tasks with their losses, and a digest of all arrays."""
+"""What the data of the studies have in common: tasks with their losses, and three sets."""
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 BINARY, REGRESSION = "binary", "regression"
+SetT = TypeVar("SetT")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,25 @@ class Task:
         return jnp.sum(each * mask) / (jnp.maximum(jnp.sum(mask), 1) if count is None else count)
 
 
-def digest(about: Any, arrays: Any) -> str:
-    """A number that changes with the text of `about` and with anything in a pytree of arrays."""
-    found = hashlib.sha256(repr(about).encode())
-    for array in jax.tree.leaves(arrays):
-        found.update(np.ascontiguousarray(array))
-    return found.hexdigest()
+@dataclass(frozen=True)
+class Dataset(Generic[SetT]):
+    """What training and evaluation read.
+
+    Attributes:
+      name: for tables; that of generated data holds the word SYNTHETIC.
+      tasks: in the order of the labels.
+      train, validation, test: disjoint sets, pytrees of arrays.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    train: SetT
+    validation: SetT
+    test: SetT
+
+    def digest(self) -> str:
+        """A number that changes with anything in the data."""
+        found = hashlib.sha256(repr((self.name, self.tasks)).encode())
+        for array in jax.tree.leaves((self.train, self.validation, self.test)):
+            found.update(np.ascontiguousarray(array))
+        return found.hexdigest()

@@ -57,7 +57,7 @@ def random_data(rows: int, examples: int) -> Dataset:
     mask[:, 1] = labels[:, 0]
     batch = Examples(features, labels, mask)
     name = f"SYNTHETIC batches for tables of {sum(sizes):,} rows in Ali-CCP's proportions"
-    return Dataset(name, spec, TASKS, batch, batch, batch)
+    return Dataset(name, TASKS, batch, batch, batch, spec)
 
 
 def trainings(dataset: Dataset, batch: int, model: Mapping[str, Any]) -> dict[str, Training]:

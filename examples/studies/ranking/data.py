@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from examples.models.layers import Features, FeatureSpec
-from examples.studies.harness.data import REGRESSION, Task, digest
+from examples.studies.harness import data
+from examples.studies.harness.data import REGRESSION
 from examples.studies.harness.errors import UserError
 
 
@@ -36,24 +37,16 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(data.Dataset[Examples]):
     """What training and evaluation read.
 
     Attributes:
-      name: for tables; that of generated data holds the word SYNTHETIC.
       features: the widths of the features.
-      tasks: in the order of the labels.
-      train, validation, test: disjoint sets.
       truth: for generated data what the best possible model says of the test set, `[N, T]`: the logit of
         the true probability, or the true mean of a regression.
     """
 
-    name: str
     features: FeatureSpec
-    tasks: tuple[Task, ...]
-    train: Examples
-    validation: Examples
-    test: Examples
     truth: np.ndarray | None = None
 
     def only(self, names: Sequence[str]) -> "Dataset":
@@ -70,11 +63,6 @@ class Dataset:
         }
         truth = None if self.truth is None else self.truth[:, places]
         return replace(self, tasks=tuple(map(self.tasks.__getitem__, places)), truth=truth, **parts)
-
-    def digest(self) -> str:
-        """A number that changes with anything in the data."""
-        about = self.name, self.features, self.tasks
-        return digest(about, (self.train, self.validation, self.test))
 
     def describe(self) -> str:
         """Sizes and rates in a few words."""

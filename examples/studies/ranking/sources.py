@@ -120,7 +120,7 @@ def _dataset(
     categorical = [column.to_numpy() for _, column in categories.items()]
     values, masks = zip(*labels.values(), strict=True)
     examples, features = make_examples(numerical, categorical, values, masks, rows[0])
-    return Dataset(name, features, tuple(map(Task, labels)), *map(examples.where, rows))
+    return Dataset(name, tuple(map(Task, labels)), *map(examples.where, rows), features)
 
 
 def _words(table: pd.DataFrame) -> pd.DataFrame:

@@ -91,14 +91,12 @@ def synthetic(config: LogConfig) -> Dataset:
     )
     examples = Examples(features, labels.astype(np.float32), mask)
     parts = split_rows(number, (0.6, 0.2))
-    return Dataset(
+    name = (
         f"SYNTHETIC impressions ({number:,}, CTR {config.ctr:g}, CTCVR {config.ctcvr:g}, "
-        f"relatedness {config.relatedness:g})",
-        FeatureSpec(NUM_NUMERICAL, tuple(config.vocabularies.values())),
-        TASKS,
-        *(examples.where(rows) for rows in parts),
-        truth=truth[parts[2]],
+        f"relatedness {config.relatedness:g})"
     )
+    spec = FeatureSpec(NUM_NUMERICAL, tuple(config.vocabularies.values()))
+    return Dataset(name, TASKS, *map(examples.where, parts), spec, truth[parts[2]])
 
 
 def mean_completion(watched: np.ndarray, length: np.ndarray) -> np.ndarray:

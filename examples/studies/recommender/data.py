@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import pandas as pd
+from flax import struct
 
-from examples.studies.harness.data import BINARY, REGRESSION, Task, digest
+from examples.studies.harness import data
+from examples.studies.harness.data import BINARY, REGRESSION, Task
 from examples.studies.harness.errors import UserError
 
 
-@dataclass(frozen=True)
+@struct.dataclass
 class Interactions:
     """Distinct pairs with their labels.
 
@@ -28,7 +31,7 @@ class Interactions:
 
     def where(self, chosen: np.ndarray) -> "Interactions":
         """The chosen rows, in the same order."""
-        return Interactions(self.pairs[chosen], self.values[chosen])
+        return jax.tree.map(lambda rows: rows[chosen], self)
 
     def positives(self, task: int) -> np.ndarray:
         """The pairs `[N, 2]` that are positives of a ranking task."""
@@ -47,16 +50,11 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(data.Dataset[Interactions]):
     """What training and evaluation read; no pair is in two of the three sets."""
 
-    name: str
     num_users: int
     num_items: int
-    tasks: tuple[Task, ...]
-    train: Interactions
-    validation: Interactions
-    test: Interactions
 
     @property
     def ranking_tasks(self) -> list[int]:
@@ -67,11 +65,6 @@ class Dataset:
     def regression_tasks(self) -> list[int]:
         """The places of the regression tasks."""
         return [place for place, task in enumerate(self.tasks) if task.kind == REGRESSION]
-
-    def digest(self) -> str:
-        """A number that changes with anything in the data."""
-        parts = map(vars, (self.train, self.validation, self.test))
-        return digest((self.name, self.tasks), list(parts))
 
     def describe(self) -> str:
         """Sizes in a few words."""
@@ -135,13 +128,10 @@ def make_dataset(log: Log, split: Split) -> Dataset:
         users = log.interactions.pairs[group, 0]
         groups = users if split.by_user else np.zeros_like(users)
         part[group] = _split_groups(groups, validation, test, generator)
-    train, validation, test = (log.interactions.where(part == which) for which in range(3))
-    for held_out in (train, validation, test):
-        if not len(held_out.positives(0)):
-            raise UserError(
-                "the target task has too few pairs a user to hold some out (5 are needed)"
-            )
-    return Dataset(log.name, log.num_users, log.num_items, log.tasks, train, validation, test)
+    sets = [log.interactions.where(part == which) for which in range(3)]
+    if not all(len(found.positives(0)) for found in sets):
+        raise UserError("the target task has too few pairs a user to hold some out (5 are needed)")
+    return Dataset(log.name, log.tasks, *sets, log.num_users, log.num_items)
 
 
 def _split_groups(
