@@ -107,11 +107,9 @@ def draw(results: Path, out: Path) -> list[str]:
     ]
     with picture(out, columns=max(len(drawn), 1), figsize=(3.2 * len(drawn), 3)) as (figure, grid):
         for axes, (panel, values) in zip(grid[0], drawn, strict=False):
-            for place, (of_seeds, color) in enumerate(zip(values, COLORS, strict=True)):
-                error = standard_error(of_seeds) or None
-                axes.bar(
-                    place, of_seeds.mean(), yerr=error, color=color, capsize=4, label=BARS[place]
-                )
+            means = [of_seeds.mean() for of_seeds in values]
+            errors = [standard_error(of_seeds) or np.nan for of_seeds in values]
+            axes.bar(range(3), means, yerr=errors, color=COLORS, capsize=4, label=BARS)
             axes.set_title(panel.title, fontsize=10)
             axes.set_ylabel(panel.label, fontsize=8)
             axes.set_xticks(range(3), ["sum", "search", panel.rows[2]], fontsize=8)

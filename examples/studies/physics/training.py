@@ -14,7 +14,7 @@ import mtl_optax as mtl
 from examples.studies.harness import trainer
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.runs import Setting
-from examples.studies.harness.steps import Step
+from examples.studies.harness.steps import Step, one_optimizer
 from examples.studies.physics.pointwise import residual_attention
 from examples.studies.physics.problems import Network, Problem
 
@@ -241,14 +241,11 @@ class Trainer(trainer.Trainer):
         init_state, direction = place(self.problem, make(self.problem.terms), config)
         adam = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
-        def update(params: Params, state: State, batch: Any) -> Any:
-            (method_state, adam_state), (number, points) = state, batch
-            found, method_state = direction(params, method_state, number, *points)
-            found, adam_state = adam.update(found, adam_state, params)
-            params = optax.apply_updates(params, found)
-            return params, (method_state, adam_state), (), mtl.head_weights(method_state)
+        def value_and_grad(params: Params, state: State, batch: Any) -> Any:
+            number, points = batch
+            return (), direction(params, state, number, *points)
 
-        return Step(lambda params: (init_state(params), adam.init(params)), update)
+        return one_optimizer(value_and_grad, init_state, adam)
 
     def order(self, data: None, epoch: jax.Array, key: jax.Array) -> Any:
         """The numbers of the steps, and a key for the points of each, `[1, chunk]`."""

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.models.layers import KERNEL_INIT, TABLE_INIT, Perceptron
+from examples.models import layers
+from examples.models.layers import TABLE_INIT, Perceptron
 from examples.studies.harness import steps
 from examples.studies.harness.data import Task
 from examples.studies.harness.steps import Parameters
@@ -91,12 +92,11 @@ class Tower(nnx.Module):
     """The logit or number of one task: an MLP over the shared representation plus a bias of the item."""
 
     def __init__(self, items: int, config: NetworkConfig, rngs: nnx.Rngs):
-        self.mlp = Perceptron((config.representation, *config.tower), rngs)
-        self.output = nnx.Linear(config.tower[-1], 1, kernel_init=KERNEL_INIT, rngs=rngs)
+        self.mlp = layers.Tower(config.representation, config.tower, rngs)
         self.item_bias = nnx.Param(jnp.zeros(items))
 
     def __call__(self, representation: jax.Array, items: jax.Array) -> jax.Array:
-        return self.output(self.mlp(representation))[..., 0] + self.item_bias[...][items]
+        return self.mlp(representation) + self.item_bias[...][items]
 
 
 class Network(steps.Network):

@@ -14,6 +14,7 @@ from examples.studies.harness.data import REGRESSION, Task
 from examples.studies.harness.errors import UserError
 from examples.studies.recommender.data import Interactions, Log, behaviours
 
+NOT_THERE = OSError, ValueError, subprocess.SubprocessError, zipfile.BadZipFile, SystemExit
 WAYS_OUT = "use --data synthetic, or --data PATH with a folder of behaviours"
 # MovieLens as tasks, and their values from stars and days since the user's first rating `[N]`.
 MOVIELENS: dict[str, tuple[Sequence[Task], Callable[..., Sequence[np.ndarray]]]] = {
@@ -54,13 +55,7 @@ def movielens_ratings() -> np.ndarray:
         ratings = retrieval_and_rating.movielens(None)
         if len(ratings) != 100_000:
             raise ValueError("ml-100k.csv in the cache is cut short: remove it")
-    except (
-        OSError,
-        ValueError,
-        subprocess.SubprocessError,
-        zipfile.BadZipFile,
-        SystemExit,
-    ) as error:
+    except NOT_THERE as error:
         raise UserError(f"MovieLens-100K is not available: {error}; {WAYS_OUT}") from None
     return ratings
 
