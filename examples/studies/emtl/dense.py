@@ -14,12 +14,11 @@ weigh the losses. EMTL, MGDA and Nash-MTL weigh the tasks' own parameters too, a
 """
 
 import argparse
-import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,6 @@ import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-import mtl_optax as mtl
 from examples.models.segnet_mtan import TASKS, Predictions, SegNetMTAN, SegNetSingle, as_prediction
 from examples.studies.emtl import dense_report
 from examples.studies.emtl.dense_metrics import TESTED, loss, measure
@@ -36,8 +34,8 @@ from examples.studies.emtl.dense_report import BASE
 from examples.studies.emtl.rows import BANDIT, emtl_rows
 from examples.studies.emtl.scenes import CLASSES, Scenes, synthetic_scenes
 from examples.studies.emtl.scenes_nyuv2 import NUM_CLASSES, read_nyuv2
-from examples.studies.harness import trainer
-from examples.studies.harness.choices import WEIGHS_HEADS, Choice
+from examples.studies.harness import data, steps, trainer
+from examples.studies.harness.choices import Choice
 from examples.studies.harness.command import given
 from examples.studies.harness.runner import Runner
 from examples.studies.harness.runs import Plan, Run, Setting
@@ -76,8 +74,8 @@ class Config:
       held_out: images of the training set that compare the trials; no row learns from them.
       widths: channels of the network's levels.
       batch, steps, learning_rate: of the training, without `patience`: the last step is kept.
-      epochs: parts of a run, of which the losses and weights are kept.
-      seeds, trials: of each row.
+      epochs: parts of a run, of which the mean losses and weights are kept.
+      separate: whether every task has a network of its own.
     """
 
     height: int = 32
@@ -90,8 +88,7 @@ class Config:
     steps: int = 200
     learning_rate: float = 3e-3
     epochs: int = 10
-    seeds: int = 3
-    trials: int = 6
+    separate: bool = False
     weight_decay: float = 0.0
     patience: int | None = None
 
@@ -101,18 +98,15 @@ NYUV2 = replace(
     Config(), widths=(32, 64, 128), batch=2, steps=79_400, learning_rate=1e-4, epochs=200
 )
 QUICK = replace(
-    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, epochs=2, trials=2
+    Config(), height=16, width=24, train=10, test=4, held_out=2, widths=(4, 8), steps=4, epochs=2
 )  # fmt: skip
 
 
-class Splits(NamedTuple):
+@dataclass(frozen=True)
+class Dataset(data.Dataset[Scenes]):
     """What a table trains on, compares its trials with, and is measured on."""
 
-    train: Scenes
-    held_out: Scenes
-    test: Scenes
     classes: int
-    tasks: tuple[str, ...] = TASKS
 
 
 class SameImages(nnx.Module):
@@ -122,7 +116,7 @@ class SameImages(nnx.Module):
         return images
 
 
-class DenseNetwork:
+class DenseNetwork(steps.Network):
     """A shared trunk and a head per task, as functions of parameters that are vectors.
 
     One vector for the trunk and one for each head: what a method and Adam do with them compiles in a
@@ -131,6 +125,8 @@ class DenseNetwork:
     With `separate`, each head is a SegNet of its own and the trunk only hands the images on: as the
     gradients of the sum of losses are then those of each task, its training is single-task learning.
     """
+
+    num_tasks = len(TASKS)
 
     def __init__(self, classes: int, widths: tuple[int, ...], separate: bool):
         def modules() -> tuple[nnx.Module, ...]:
@@ -155,19 +151,31 @@ class DenseNetwork:
     def _module(self, place: int, vector: jax.Array) -> Any:
         return nnx.merge(self._graphs[place], self._unravel[place](vector))
 
-    def predict(self, heads: Any, representation: Any) -> Predictions:
-        """What the heads make of a representation."""
-        found = (self._module(1 + t, head)(representation) for t, head in enumerate(heads))
-        return Predictions(*(as_prediction(t, output) for t, output in enumerate(found)))
+    def _predict(self, task: int, head: jax.Array, representation: Any) -> jax.Array:
+        return as_prediction(task, self._module(1 + task, head)(representation))
+
+    def predict(self, params: Parameters, images: jax.Array) -> Predictions:
+        """What all heads make of images."""
+        representation = self._module(0, params.shared)(images)
+        heads = enumerate(params.heads)
+        return Predictions(*(self._predict(t, head, representation) for t, head in heads))
 
     def encode(self, shared: jax.Array, batch: Scenes) -> Any:
         """The representation of a batch."""
         return self._module(0, shared)(batch.images)
 
-    def decode(self, heads: Any, representation: Any, batch: Scenes) -> tuple[jax.Array, ...]:
+    def losses(
+        self, heads: tuple[jax.Array, ...], copies: tuple[Any, ...], batch: Scenes
+    ) -> tuple[jax.Array, ...]:
         """The T losses."""
-        predictions = self.predict(heads, representation)
-        return tuple(loss(t, part, batch) for t, part in enumerate(predictions))
+        pairs = enumerate(zip(heads, copies, strict=True))
+        return tuple(loss(t, self._predict(t, *pair), batch) for t, pair in pairs)
+
+    def weigh_heads(
+        self, head_grads: tuple[jax.Array, ...], weights: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """The gradients of the heads, each times the weight of its task."""
+        return tuple(weights[t] * head for t, head in enumerate(head_grads))
 
 
 def _fresh(shapes: nnx.State, rng: np.random.Generator) -> Any:
@@ -197,103 +205,40 @@ def mirror(scenes: Scenes, flips: jax.Array) -> Scenes:
 class DenseTrainer(trainer.Trainer):
     """Trains rows; an epoch is one of the parts of a run."""
 
-    def __init__(self, dataset: Splits, config: Config, separate: bool = False):
+    def __init__(self, dataset: Dataset, config: Config):
         super().__init__()
-        self.dataset, self.config, self.separate = dataset, config, separate
+        self.dataset, self.config = dataset, config
         self.data = Scenes(*map(jnp.asarray, dataset.train))
-        self.network = network = DenseNetwork(dataset.classes, config.widths, separate)
-        value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
+        self.network = DenseNetwork(dataset.classes, config.widths, config.separate)
+        self._predict = self.compiled(lambda images, params: self.network.predict(params, images))
 
-        def grads(data: Scenes, params: Parameters, slot: Any) -> Any:
-            """The losses `[T]`, and the gradients of the trunk `[T, P]` and of the heads."""
-            rows, flips = slot
-            batch = mirror(Scenes(*(part[rows] for part in data)), flips)
-            losses, found = value_and_grad(*params, batch)
-            return jnp.stack(losses), found
-
-        def predict(images: jax.Array, params: Parameters) -> Predictions:
-            batch = Scenes(images, *[None] * 3)
-            return network.predict(params.heads, network.encode(params.shared, batch))
-
-        self.grads, self._predict = self.compiled(grads), self.compiled(predict)
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What a stored run must agree on."""
-        found = hashlib.sha256()
-        for part in itertools.chain(*self.dataset[:3]):
-            found.update(np.ascontiguousarray(part).tobytes())
-        train = {**asdict(self.config), "seeds": None, "trials": None, "separate": self.separate}
-        return {"train": train, "data": found.hexdigest()}
-
-    def make_program(self, choice: Choice) -> trainer.Program:
-        """The method and Adam, on gradients that the same program computes for every row.
-
-        To compile that program takes a minute, and the rest of a row a second. So every row computes the
-        gradients of the tasks one by one, also where those of the weighted sum of losses would do: the
-        gradient of a weighted sum is the weighted sum of these. To compile a loop of the steps would take a
-        minute for every row too.
-        """
+    def make_step(self, choice: Choice, setting: Setting) -> steps.Step:
+        """See the base class."""
         halved = {max(1, self.config.steps // 2): 0.5}
-
-        def optimizers(setting: Setting) -> tuple[Any, optax.GradientTransformation]:
-            schedule = optax.piecewise_constant_schedule(setting.learning_rate, halved)
-            method = choice.method(len(TASKS), optax.identity(), setting.knobs)
-            return method, optax.adam(schedule)
-
-        def start(_: None, params: Parameters, setting: Setting) -> Any:
-            method, adam = optimizers(setting)
-            return method.init(params.shared), adam.init(params)
-
-        def update(_: None, params: Parameters, state: Any, found: Any, setting: Setting) -> Any:
-            (method, adam), (losses, (shared, heads)) = optimizers(setting), found
-            shared, method_state = method.update(shared, state[0], params.shared, losses=losses)
-            weights = mtl.head_weights(method_state)
-            if method.needs <= {"losses"} or choice.name in WEIGHS_HEADS:
-                heads = tuple(weights[t] * head for t, head in enumerate(heads))
-            updates, adam_state = adam.update(Parameters(shared, heads), state[1], params)
-            record = {"losses": losses, "weights": weights}
-            return optax.apply_updates(params, updates), (method_state, adam_state), record
-
-        compiled = self.compiled(update)
-
-        def steps(data: Scenes, params: Any, state: Any, slots: Any, setting: Setting) -> Any:
-            records = []
-            for step in range(slots[0].shape[1]):
-                found = self.grads(data, params, tuple(part[:, step] for part in slots))
-                params, state, record = compiled(None, params, state, found, setting)
-                records.append(record)
-            return params, state, jax.tree.map(lambda *each: sum(each) / len(each), *records)
-
-        return trainer.Program(self.compiled(start), steps)
-
-    def check(self, choice: Choice, setting: Setting) -> None:
-        """Nothing that a user could choose wrongly."""
+        rate = optax.piecewise_constant_schedule(setting.learning_rate, halved)
+        descent = optax.scale_by_learning_rate(rate)
+        return steps.make_step(choice, self.network, optax.scale_by_adam(), descent, setting.knobs)
 
     def initial(self, seeds: np.ndarray) -> Any:
         """See the base class."""
         fresh = (self.network.init(int(seed)) for seed in seeds)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
 
-    def slots(self, epoch: int, seeds: np.ndarray) -> Any:
-        """The images of each step, and which are mirrored; each image once in a pass over the data."""
-        size, count = self.config.batch, len(self.dataset.train.images)
-        ends = np.linspace(0, self.config.steps, self.epochs + 1).astype(int)
+    def order(self, data: Scenes, epoch: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The images of each step in random order, and which are mirrored, `[1, steps, batch]`."""
+        order_key, flip_key = jax.random.split(jax.random.fold_in(key, epoch))
+        shape = 1, self.config.steps // self.epochs, self.config.batch
+        order = jax.random.permutation(order_key, len(data.images))
+        return jnp.resize(order, shape), jax.random.bernoulli(flip_key, 0.5, shape)
 
-        def batches(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            rng = np.random.default_rng(seed)
-            while True:
-                order = rng.permutation(count)
-                for start in range(0, count - size + 1, size):
-                    yield order[start : start + size], rng.random(size) < 0.5
-
-        of_seeds = (itertools.islice(batches(seed), *ends[epoch - 1 : epoch + 1]) for seed in seeds)
-        stacked = [[np.stack(part) for part in zip(*found, strict=True)] for found in of_seeds]
-        return tuple(np.stack(part)[:, None] for part in zip(*stacked, strict=True))
+    def batch(self, data: Scenes, slot: tuple[jax.Array, jax.Array]) -> Scenes:
+        """Some images, mirrored or not."""
+        rows, flips = slot
+        return mirror(Scenes(*(part[rows] for part in data)), flips)
 
     def validate(self, params: Any) -> np.ndarray:
         """Minus the mean logarithm of the losses of the held-out images."""
-        held_out = self.dataset.held_out
+        held_out = self.dataset.validation
         found = self.predictions(params, held_out.images)
         losses = [[loss(t, part, held_out) for t, part in enumerate(parts)] for parts in found]
         values = -np.log(np.array(losses)).mean(axis=1)
@@ -316,38 +261,40 @@ class DenseTrainer(trainer.Trainer):
         return [Predictions(*arrays) for arrays in zip(*whole, strict=True)]
 
 
-def load(data: str | None, config: Config) -> Splits:
+def load(folder: str | None, config: Config) -> Dataset:
     """Rendered scenes, or NYUv2 from a folder."""
-    if data is None:
-        classes, sizes = len(CLASSES), enumerate((config.train, config.test))
+    if folder is None:
+        name, classes = f"SYNTHETIC SCENES, {config.height} x {config.width}", len(CLASSES)
+        sizes = enumerate((config.train, config.test))
         parts = (synthetic_scenes(n, config.height, config.width, seed) for seed, n in sizes)
     else:
-        classes, parts = NUM_CLASSES, read_nyuv2(Path(data))
+        name, classes = f"NYUv2 arrays in {Path(folder).name}", NUM_CLASSES
+        parts = read_nyuv2(Path(folder))
     train, test = parts
     learned, held_out = zip(*(np.split(part, [-config.held_out]) for part in train), strict=True)
-    return Splits(Scenes(*learned), Scenes(*held_out), test, classes)
+    tasks = tuple(map(data.Task, TASKS))
+    return Dataset(name, tasks, Scenes(*learned), Scenes(*held_out), test, classes)
 
 
 def table2(options: argparse.Namespace) -> None:
     """Trains the rows, prints the table and writes it."""
-    data = None if options.data == "synthetic" else options.data
-    config = QUICK if options.quick else Config() if data is None else NYUV2
-    config = replace(config, **given(options, "steps", "seeds", "trials"))
-    config = replace(config, epochs=min(config.epochs, config.steps))
-    dataset = load(data, config)
+    folder = None if options.data == "synthetic" else options.data
+    config = QUICK if options.quick else Config() if folder is None else NYUV2
+    config = replace(config, **given(options, "steps"))
+    config = replace(config, epochs=math.gcd(config.epochs, config.steps))
+    seeds, trials = options.seeds or 3, options.trials or (2 if options.quick else 6)
+    dataset = load(folder, config)
     count = len(dataset.train.images)
     runs, chosen = dict[str, Sequence[Run]](), dict[str, Plan]()
     for separate, entries in ((True, (SINGLE,)), (False, shared_rows(count // config.batch))):
-        trainer, workers = DenseTrainer(dataset, config, separate), min(2, cores())
-        runner = Runner(trainer, trainer.fingerprint, options.out, options.resume, workers)
-        for row in tuned(runner, entries, config.trials, config.seeds):
+        trainer = DenseTrainer(dataset, replace(config, separate=separate))
+        out, resume, workers = options.out, options.resume, min(2, cores())
+        runner = Runner(trainer, trainer.fingerprint, out, resume, workers)
+        for row in tuned(runner, entries, trials, seeds):
             runs[row.entry.label], chosen[row.entry.label] = row.runs, row.plan
-    named = f"SYNTHETIC SCENES, {config.height} x {config.width}"
-    if data is not None:
-        named = f"NYUv2 arrays in {Path(data).name}"
     sizes = f"{count} images to train on, {len(dataset.test.images)} to test on"
-    steps = f"{config.steps} steps of {config.batch} images, {config.seeds} seeds"
+    length = f"{config.steps} steps of {config.batch} images, {seeds} seeds"
     made = f"Made by `{options.line}` on {machine()} with `{config}`."
-    note = f"{tuning_note(config.trials, chosen)}\n\n{made}"
-    scenes = dataset.test if data is None else None
-    dense_report.write(runs, f"{named}: {sizes}; {steps}", note, options.out, scenes)
+    note = f"{tuning_note(trials, chosen)}\n\n{made}"
+    scenes = dataset.test if folder is None else None
+    dense_report.write(runs, f"{dataset.name}: {sizes}; {length}", note, options.out, scenes)
