@@ -167,7 +167,7 @@ def test_a_regime_reads_the_labels_of_its_level(generator):
     assert (found[0] == 0).all() and (found[1] > 0).all()
 
 
-def test_norms_are_those_of_the_first_step_of_an_epoch():
+def test_norms_and_cosines_are_those_of_the_first_step_of_an_epoch():
     dataset = make_dataset(synthetic(60, 40), PAPER_SPLIT)
     config = TrainConfig(epochs=1, patience=1, embedding=4, batch_users=20)
     trainer = Trainer(dataset, config, REGIMES[2].kinds)
@@ -178,7 +178,10 @@ def test_norms_are_those_of_the_first_step_of_an_epoch():
     codes = trainer.data[users[0, 0]]
     rows = jax.jacrev(lambda shared: jnp.stack(network.decode(
         params.heads, network.encode(shared, codes), codes)))(params.shared)  # fmt: skip
-    norms = np.sqrt(sum((np.asarray(leaf) ** 2).sum(axis=(1, 2)) for leaf in rows))
+    flat = np.concatenate([np.asarray(leaf).reshape(3, -1) for leaf in rows], axis=1)
+    products, norms = flat @ flat[0], np.linalg.norm(flat, axis=1)
+    cosines = products[1:] / norms[1:] / norms[0]
+    np.testing.assert_allclose(run.history["cosines"][0], cosines, rtol=1e-4)
     np.testing.assert_allclose(np.exp(run.history["log_norms"][0]), norms[1:] / norms[0], rtol=1e-4)
 
 
@@ -203,7 +206,7 @@ def test_ndcg_from_counts_is_that_of_a_sort(generator, part):
 def a_row(part: str, regime: str, arm: str, seed: int, **rest) -> dict:
     row = {"part": part, "regime": regime, "arm": arm, "seed": seed, "rate": 0.1, "decay": 1.0}
     row |= {"weights": [], "validation": 0.1, "ndcg": [0.1, 0.1], "epoch": 1, "seconds": 1.0}
-    return row | {"relative_weights": [1.0], "relative_norms": [2.0]} | rest
+    return row | {"relative_weights": [1.0], "relative_norms": [2.0], "cosines": [0.5]} | rest
 
 
 def curve_rows(regime: str, means: dict[float, float]) -> list[dict]:
@@ -230,6 +233,18 @@ def test_the_law_reads_the_weight_of_equal_norms_off_the_curve():
     np.testing.assert_allclose([curve.gain(w) for w in (0.25, 0.5, 1, 2, 9)], [1, 0.5, 0, 1, 2])
     assert "win more than 3% in: a (+50%)" in report.law(curve_rows("a", {0.25: 0.2, 1.0: 0.1}))
     assert "lose as much in: a (-50%)" in report.law(curve_rows("a", {0.5: 0.1, 1.0: 0.2}))
+
+
+def test_the_advice_reads_norms_and_cosines_of_the_sum():
+    rows = curve_rows("a", {0.0: 0.2, 1.0: 0.1})
+    for regime, norm, cosine in (("b", 20.0, 0.0), ("c", 20.0, 0.5), ("d", 0.05, 0.5), ("s", 0.05, 0.0)):
+        rows += [
+            row | {"regime": regime, "relative_norms": [norm], "cosines": [cosine]} for row in rows[:4]
+        ]
+    _, *lines = report.advice_lines(rows)
+    said = {name: action for name, _, _, action, *_ in lines}
+    assert said == {"a": "sum", "b": "balance", "c": "sum", "d": "balance", "s": "sum"}
+    assert lines[0][-2:] == ("+100.0%", "+10.0%")  # between weight .001 and 1, at .5
 
 
 def test_a_weight_without_a_run_leaves_no_curve():

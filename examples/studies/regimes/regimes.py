@@ -73,6 +73,7 @@ REGIMES = (
     Regime(
         "ef", "as f100, in a unit 100 times smaller", SOFTMAX, SOFTMAX, permuted=1.0, unit=100.0
     ),
+    Regime("u", "as a, auxiliaries in a unit 100 times larger", unit=0.01),
 )
 
 

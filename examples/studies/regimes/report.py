@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import mtl_optax as mtl
 from examples.studies.harness.choices import SINGLE, SUM
 from examples.studies.harness.command import write_atomically
 from examples.studies.harness.report import MARKED, csv_of, mark, markdown, mean_cell, picture, say
@@ -46,13 +47,15 @@ class Curve(NamedTuple):
     Attributes:
       weights: `[W]`.
       validation, test: `[W, seeds]`; the target's NDCG@10.
-      norms: `[T - 1]`, each auxiliary's gradient norm over the target's, at weight 1.
+      norms, cosines: `[T - 1]`, each auxiliary's gradient norm over the target's, and its cosine with it,
+        at weight 1.
     """
 
     weights: np.ndarray
     validation: np.ndarray
     test: np.ndarray
     norms: np.ndarray
+    cosines: np.ndarray
 
     @property
     def best(self) -> int:
@@ -90,12 +93,13 @@ def curve_of(rows: ROWS, regime: str) -> Curve | None:
     if not seeds or 1.0 not in weights:
         return None
     pick = lambda of: np.array([[of(runs[s]) for s in seeds] for runs in by_weight])  # noqa: E731
-    norms = [by_weight[weights.index(1.0)][s]["relative_norms"] for s in seeds]
+    of_sum = [by_weight[weights.index(1.0)][s] for s in seeds]
     return Curve(
         np.array(weights),
         pick(lambda row: row["validation"]),
         pick(lambda row: row["ndcg"][0]),
-        np.exp(np.log(norms).mean(axis=0)),
+        np.exp(np.log([row["relative_norms"] for row in of_sum]).mean(axis=0)),
+        np.mean([row["cosines"] for row in of_sum], axis=0),
     )
 
 
@@ -183,6 +187,22 @@ def curve_lines(rows: ROWS) -> list[tuple[str, ...]]:
     return lines
 
 
+def advice_lines(rows: ROWS) -> list[tuple[str, ...]]:
+    """What `mtl_optax.advise` says of the measured norms and cosines, beside what the curve says."""
+    lines = [("regime", "norms", "cosines", "advice", "weight 0", "equal norms")]
+    for name, curve in curves_of(rows).items():
+        measured = np.eye(len(curve.cosines) + 1)
+        measured[0, 1:] = measured[1:, 0] = curve.cosines
+        # Of the auxiliaries' cosines with each other nothing is known, and the advice does not read them.
+        found = {"norms": [1.0, *curve.norms], "cosines": measured}
+        norms, cosines = (
+            ", ".join(f"{x:.2g}" for x in values) for values in (curve.norms, curve.cosines)
+        )
+        gains = (f"{curve.gain(weight):+.1%}" for weight in (LEAST, curve.equal))
+        lines.append((name, norms, cosines, mtl.advise(found, target=0).action, *gains))
+    return lines
+
+
 def law(rows: ROWS) -> str:
     """In which regimes equal norms would pay, in words."""
     curves = curves_of(rows)
@@ -260,11 +280,11 @@ class Compared(NamedTuple):
 def compared(rows: ROWS, regime: str) -> Compared:
     """The arms of a regime, and the sums of losses of one kind, on the seeds that all have."""
     arms = arms_of(rows, regime)
+    most = max(map(len, arms.values()))
     for other, text in (("s", "softmax"), ("a", "cross-entropy")):
         if other != regime and (runs := arms_of(rows, other).get(SUM)):
             arms[f"sum, all losses {text}"] = runs
-    most = max(map(len, arms.values()))
-    arms = {label: runs for label, runs in arms.items() if len(runs) == most}
+    arms = {label: runs for label, runs in arms.items() if len(runs) >= most}
     seeds = sorted(set.intersection(*map(set, arms.values())))
     users = {
         label: np.stack([dense(runs[s]["users"], runs[s]["num_users"]) for s in seeds])[None]
@@ -363,6 +383,12 @@ def show(rows: ROWS, references: Mapping[str, list[float]], out: Path | None) ->
     named = "; ".join(f"{name}: {text}" for name, text in texts.items())
     pages.append(markdown(curve_lines(rows), "Curves", f"{note} {named}."))
     pages.append(law(rows))
+    note = (
+        "Gradient norms over the target's and cosines with it, at weight 1; the action of "
+        "`mtl_optax.advise(..., target=...)` for them; what the target wins over weight 1 without "
+        "auxiliaries, and at equal norms, both read off the curve."
+    )
+    pages.append(markdown(advice_lines(rows), "What advise says", note))
     found = {name: compared(rows, name) for name in measured_regimes(rows)}
     if found:
         note = f"Of the target's test NDCG@10, all items. {MARKED}: as in the tables that follow."

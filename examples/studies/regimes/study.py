@@ -30,9 +30,9 @@ RATES, DECAYS = (3e-3, 1e-3, 1e-2), (3.0, 0.3)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
 FIXED = "fixed weights"
-MIXED = (
-    "c"  # whose arms are measured in any case: losses of two kinds are where the question came from
-)
+# Whose arms are measured in any case: losses of two kinds are where the question came from, and in u the
+# auxiliaries would help (weight 0 is worse in a) but are too small.
+ALWAYS = ("c", "u")
 # On the parameters, whatever their cost: the towers of all arms have weight 1, as MetaBalance's do.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     SINGLE: ("fixed_weights(place='parameters')", {}),
@@ -258,6 +258,7 @@ class Study:
             "epoch": run.best_epoch,
             "seconds": round(run.seconds, 2),
             **{f"relative_{name}": values for name, values in geometric.items()},
+            "cosines": run.history["cosines"][upto].mean(axis=0).round(4).tolist(),
         }
         if trial.part in ("arm", "pool"):
             row |= {"users": sparse(test[:, 0]), "num_users": len(test)}
@@ -289,9 +290,9 @@ def run(options: argparse.Namespace) -> None:
     sizes = {
         "tuning of the sum in every regime": len(study.tuning([SUM], every)),
         "curves": len(study.curves()),
-        "tuning of the arms": len(study.tuning((SINGLE, *METHODS), every[:3])),
-        "arms": len(study.arms(every[:3])),
-        "random weightings": len(study.pool(every[:3])),
+        "tuning of the arms": len(study.tuning((SINGLE, *METHODS), every[:5])),
+        "arms": len(study.arms(every[:5])),
+        "random weightings": len(study.pool(every[:5])),
     }
     for text, count in sizes.items():
         say(f"{text}: {count} runs")
@@ -299,7 +300,7 @@ def run(options: argparse.Namespace) -> None:
     study.train(study.tuning([SUM], every))
     study.train(study.curves())
     say(report.admission(found, study.rows.about["references"]))
-    for regime in dict.fromkeys((MIXED, *report.chosen_regimes(found))):
+    for regime in dict.fromkeys((*ALWAYS, *report.chosen_regimes(found))):
         study.train(study.tuning((SINGLE, *METHODS), [regime]))
         study.train(study.arms([regime]))
         study.train(study.pool([regime]))

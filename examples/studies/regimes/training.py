@@ -64,9 +64,9 @@ class Trainer(trainer.Trainer):
         return self._network().init(key)
 
     def make_step(self, choice: Choice, setting: Setting) -> Step:
-        """The step of a choice, which also gives the tasks' gradient norms on the shared parameters.
+        """The step of a choice, which also measures the tasks' gradients on the shared parameters.
 
-        Of the first step of an epoch; elsewhere they are 0.
+        Their norms, and their cosines with the target's, of the first step of an epoch; elsewhere 0.
         """
         knobs = dict(setting.knobs)
         network = self._network(knobs.pop("regime"))
@@ -75,27 +75,36 @@ class Trainer(trainer.Trainer):
         step = make_step(choice, network, optax.scale_by_adam(), descent, knobs)
         value_and_grad = mtl.split_value_and_grad(network.encode, network.decode)
 
-        def norms(params: Parameters, codes: jax.Array) -> jax.Array:
+        def measure(params: Parameters, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
             _, (grads, _) = value_and_grad(params.shared, params.heads, codes)
-            return jax.vmap(optax.tree.norm)(grads)
+            target = jax.tree.map(lambda rows: rows[0], grads)
+            products = jax.vmap(optax.tree.vdot, in_axes=(0, None))(grads, target)
+            norms = jax.vmap(optax.tree.norm)(grads)
+            return norms, products / (norms * norms[0])
 
         def update(params: Parameters, state: Any, batch: tuple[jax.Array, jax.Array]) -> Any:
             codes, first = batch
             none = jnp.zeros(network.num_tasks)
-            measured = jax.lax.cond(first, norms, lambda *_: none, params, codes)
+            measured = jax.lax.cond(first, measure, lambda *_: (none, none), params, codes)
             params, state, losses, weights = step.update(params, state, codes)
             return params, state, (losses, measured), weights
 
         return Step(step.init, update)
 
     def recorded(self, losses: Any, weights: jax.Array, state: Any) -> dict[str, jax.Array]:
-        """The losses, and the logarithms of weights and norms over the target's, whose mean counts."""
+        """The losses, the cosines, and the logarithms of weights and norms over the target's.
+
+        Their mean over an epoch counts, to which only the first step adds cosines and norms.
+        """
         del state
-        losses, norms = losses
+        losses, (norms, cosines) = losses
         weights, norms = (jnp.log(jnp.maximum(values, TINY)) for values in (weights, norms))
-        # The mean over an epoch's steps is that of the first, as all others are 0.
-        of_first = self.steps_per_epoch * (norms[1:] - norms[0])
-        return {"losses": losses, "log_weights": weights[1:] - weights[0], "log_norms": of_first}
+        return {
+            "losses": losses,
+            "log_weights": weights[1:] - weights[0],
+            "log_norms": self.steps_per_epoch * (norms[1:] - norms[0]),
+            "cosines": self.steps_per_epoch * cosines[1:],
+        }
 
     def order(
         self, data: jax.Array, epoch: jax.Array, key: jax.Array
