@@ -28,10 +28,10 @@ percent (notebooks/05_molecules.ipynb).
 HELPFUL_COSINE = 0.3
 """From this cosine with the target on, an auxiliary helps it.
 
-It was read off the regimes of `python -m examples.studies.regimes`, which are one data set. Auxiliaries whose
-labels were permuted, and so cannot help, had cosines of 0.1 and 0.2 with the target, since popular items are
-popular in every task. Where auxiliaries raised the target's metric, at norms like the target's, their cosines
-were 0.3 to 0.6.
+It was read off the regimes of `python -m examples.studies.regimes`, which are one data set. Auxiliaries
+whose labels were permuted, and so cannot help, had cosines of 0.1 and 0.2 with the target, since popular
+items are popular in every task. Where auxiliaries raised the target's metric, at norms like the target's,
+their cosines were 0.3 to 0.6.
 """
 CONFLICT_COSINE = -0.3
 """Below this cosine, two tasks of similar norms conflict.

@@ -237,9 +237,15 @@ def test_the_law_reads_the_weight_of_equal_norms_off_the_curve():
 
 def test_the_advice_reads_norms_and_cosines_of_the_sum():
     rows = curve_rows("a", {0.0: 0.2, 1.0: 0.1})
-    for regime, norm, cosine in (("b", 20.0, 0.0), ("c", 20.0, 0.5), ("d", 0.05, 0.5), ("s", 0.05, 0.0)):
+    for regime, norm, cosine in (
+        ("b", 20.0, 0.0),
+        ("c", 20.0, 0.5),
+        ("d", 0.05, 0.5),
+        ("s", 0.05, 0.0),
+    ):
         rows += [
-            row | {"regime": regime, "relative_norms": [norm], "cosines": [cosine]} for row in rows[:4]
+            row | {"regime": regime, "relative_norms": [norm], "cosines": [cosine]}
+            for row in rows[:4]
         ]
     _, *lines = report.advice_lines(rows)
     said = {name: action for name, _, _, action, *_ in lines}
