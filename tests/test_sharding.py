@@ -393,6 +393,7 @@ def test_axis_name_sums_over_shards_of_the_representation():
     np.testing.assert_allclose(weights, np.tile(state.weights, (8, 1)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_axis_name_every_device_finds_weights_of_its_own():
     """Why `axis_name`: a Gram matrix of a part of the batch is another matrix."""
     step, arguments = fork_over_batch(AXES)

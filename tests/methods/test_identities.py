@@ -94,6 +94,7 @@ def test_sdmgrad_without_lambda_tends_to_mgda() -> None:
     np.testing.assert_allclose(solved, updates(mtl.mgda(3), gradients), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_multibalance_without_memory_is_modo() -> None:
     gradients = draws(3)
     one = mtl.multibalance(
@@ -140,6 +141,7 @@ def test_emtl_does_not_depend_on_the_scales_of_losses(tasks: int) -> None:
         assert (np.abs(changed - plain).max(axis=(1, 2)) > 1e-3).all(), options
 
 
+@pytest.mark.slow
 def test_emtl_by_its_formula() -> None:
     """Two tasks: MGDA on unit gradients has weights of 1/2, and the ball holds p."""
     gradients, losses = jnp.asarray([[3.0, 4.0], [-0.6, 0.8]]), jnp.asarray([2.0, 1.0])
@@ -286,6 +288,7 @@ def test_metabalance_chains(name: str) -> None:
 # --- docs/methods/other_names.md ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dcgd_is_conflict_free_or_dualproj() -> None:
     """The two forms of dual cone gradient descent, as its authors write them, for two losses."""
     gradients = draws(2)
@@ -300,6 +303,7 @@ def test_dcgd_is_conflict_free_or_dualproj() -> None:
         np.testing.assert_allclose(other, projected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_names_of_two_tasks_and_of_inverse_norms() -> None:
     gradients = draws(2)
     crafted = updates(mtl.gradcraft(2, relax_factor=0.0), gradients)

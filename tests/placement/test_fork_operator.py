@@ -207,6 +207,7 @@ def test_a_fork_inside_a_scan_over_layers():
     assert_close(new, jax.tree.map(lambda x: jnp.stack([x] * 3), one))
 
 
+@pytest.mark.slow
 def test_scan_over_steps():
     params, batch = make_problem()
     method = mtl.multibalance(TASKS)

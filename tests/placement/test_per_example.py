@@ -432,10 +432,14 @@ def test_every_way_to_a_gram_matrix(shape, is_table):
     one_hot = np.asarray(jax.nn.one_hot(numbers, rows) if is_table else left, np.float64)
     gradients = np.einsum("bpm,bpn->bnm", one_hot, np.asarray(right, np.float64))
     flat, weights = gradients.reshape(examples, rows * columns), np.linspace(-1, 2, examples)
-    # Sums of a few dozen products in float32.
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    np.testing.assert_allclose(got.gram_matrix([True], jnp.float32), flat @ flat.T, **close)
-    np.testing.assert_allclose(got.squared_norms([True]), np.sum(flat**2, 1), **close)
     everyone = jnp.ones(examples, bool)
-    (total,), _ = got.weighted_sum(jnp.asarray(weights, jnp.float32), everyone, [True])
-    np.testing.assert_allclose(total, np.tensordot(weights, gradients, 1), **close)
+
+    @jax.jit
+    def all_ways(weights):
+        (total,), _ = got.weighted_sum(weights, everyone, [True])
+        return got.gram_matrix([True], jnp.float32), got.squared_norms([True]), total
+
+    expected = flat @ flat.T, np.sum(flat**2, 1), np.tensordot(weights, gradients, 1)
+    for found, want in zip(all_ways(weights.astype(np.float32)), expected, strict=True):
+        # Sums of a few dozen products in float32.
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)

@@ -99,7 +99,11 @@ EMPTY = [1.0, 0.0, 1.0]
 WITHOUT_ONE = jnp.array([True, False, True])
 
 
-@pytest.mark.parametrize("options", [{}, {"weights_from": DENSE}], ids=["all", "weights_from"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"weights_from": DENSE}],
+    ids=["all", "weights_from"],
+)
 @pytest.mark.parametrize("every", sampled([1, 2], [2]))
 @pytest.mark.parametrize("absent", sampled([True, False], [False]))
 def test_an_empty_batch_of_one_task_leaves_the_others_training(every, options, absent):
@@ -167,7 +171,7 @@ def test_extra_arguments_reach_the_method():
 NAMES = ("view", "buy", "click")
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", sampled([1, 2], [2]))
 def test_losses_by_name_come_back_as_given(every):
     """Weights `[T]` and `active=` follow the sorted names, on steps with and without new weights."""
 

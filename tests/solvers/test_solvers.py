@@ -84,7 +84,8 @@ def solve_all(solver, gradients, dtype):
     return jax.tree.map(lambda x: pick(x) if x.ndim > 1 else np.asarray(x), found)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# The tests of the methods compare their updates with the same numbers.
+@pytest.mark.parametrize("name", sampled(SOLVERS, ["mgda", "imtl_g", "config", "aligned_mtl"]))
 @pytest.mark.parametrize("dtype", sampled([np.float32, np.float64], [np.float64]))
 def test_reference_updates(name, dtype):
     # In float32 a Gram matrix does not hold singular values a million times apart.
@@ -115,8 +116,9 @@ def test_simplex_projection_reference():
         np.testing.assert_allclose(got, want, atol=1e-15, err_msg=case["name"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("alpha", sampled([0.5, 1.0, 2.0], [2.0]))
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_fair_weights_reference(alpha):
     cases = [
         (case["name"], np.array(case["G"]), entry["update"])

@@ -301,8 +301,13 @@ def test_losses_by_hand(log):
     params = network.init(jax.random.key(0))
     rows = log.train.where(np.arange(40))
     batch = jax.tree.map(jnp.asarray, rows)
-    losses, predicted = jax.jit(
-        lambda p: (losses_of(network, p, batch), network.predict(p, batch.features))
+    other = Network(log, MODEL, 8, "batch")
+    losses, of_batch, predicted = jax.jit(
+        lambda p: (
+            losses_of(network, p, batch),
+            losses_of(other, p, batch),
+            network.predict(p, batch.features),
+        )
     )(params)
     predicted = np.asarray(predicted, np.float64)
     for place in range(3):
@@ -311,9 +316,8 @@ def test_losses_by_hand(log):
         each = np.logaddexp(0, found) - labels * found
         assert losses[place] == pytest.approx(each.mean(), rel=1e-5)
     assert 0 < rows.mask[:, 1].sum() < 40
-    other = Network(log, MODEL, 8, "batch")
     scaled = np.asarray(losses) * rows.mask.mean(axis=0)
-    assert np.asarray(losses_of(other, params, batch)) == pytest.approx(scaled, rel=1e-4)
+    assert np.asarray(of_batch) == pytest.approx(scaled, rel=1e-4)
 
 
 @pytest.mark.slow

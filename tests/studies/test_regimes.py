@@ -176,8 +176,13 @@ def test_norms_and_cosines_are_those_of_the_first_step_of_an_epoch():
     (users, _), params = trainer.order(trainer.data, 1, jax.random.key(0)), trainer.init(None)
     network = Network(*trainer._start, 20, REGIMES[2].kinds, setting.knobs["regime"])
     codes = trainer.data[users[0, 0]]
-    rows = jax.jacrev(lambda shared: jnp.stack(network.decode(
-        params.heads, network.encode(shared, codes), codes)))(params.shared)  # fmt: skip
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(shared):
+        return jnp.stack(network.decode(params.heads, network.encode(shared, codes), codes))
+
+    rows = jacobian(params.shared)
     flat = np.concatenate([np.asarray(leaf).reshape(3, -1) for leaf in rows], axis=1)
     products, norms = flat @ flat[0], np.linalg.norm(flat, axis=1)
     cosines = products[1:] / norms[1:] / norms[0]
