@@ -10,11 +10,16 @@ from jax import lax
 
 from mtl_optax.solvers.arithmetic import safe_divide
 from mtl_optax.solvers.cosine import Geometry, product
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares, semidefinite
+from mtl_optax.solvers.nonnegative import (
+    nonnegative_by_products,
+    nonnegative_least_squares,
+    semidefinite,
+)
 from mtl_optax.solvers.preference import active_preference
 
-# The largest number of entries in all matrices [T, T] that one batch of projections factors.
-_NUMBERS_AT_A_TIME = 2**20
+# The largest number of entries in all matrices [T, T] that one batch of projections factors. Up to T = 50
+# all projections are one batch; for larger T, methods without factorisations are faster.
+_NUMBERS_AT_A_TIME = 2**17
 
 
 def dualproj_weights(
@@ -45,8 +50,9 @@ def upgrad_weights(geometry: Geometry, preference: jax.typing.ArrayLike | None =
     r"""Weights of :math:`\sum_i P(u_i g_i)`, where P is the projection onto the dual cone.
 
     The T projections of the unit gradients do not depend on the norms or the preference, so norms of very
-    different size cost no accuracy. They are computed as one batch, or for T > 101 in several, so that
-    memory does not grow as T^3.
+    different size cost no accuracy. For T > 50 they are computed by products of matrices; if this does not
+    converge, because gradients are nearly dependent, by factorisations in several batches, so that memory
+    does not grow as T^3.
 
     Args:
       geometry: the lengths and angles of the gradients.
@@ -63,7 +69,12 @@ def upgrad_weights(geometry: Geometry, preference: jax.typing.ArrayLike | None =
     if norms.size <= at_a_time:
         added = jax.vmap(project)(-cosine)
     else:
-        added = lax.map(project, -cosine, batch_size=at_a_time)
+        found, solved = jax.vmap(functools.partial(nonnegative_by_products, cosine))(-cosine)
+        added = lax.cond(
+            jnp.all(solved),
+            lambda: found,
+            lambda: lax.map(project, -cosine, batch_size=at_a_time),
+        )
     # The ratio of the norms is formed first: each norm may be extreme even if their ratio is not.
     ratios = norms[:, None] * geometry.over_norms(1)[None, :]
     return preference + jnp.sum(preference[:, None] * added * ratios, axis=0)

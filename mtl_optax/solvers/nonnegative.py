@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,12 @@ def refined_solve(
     return solution
 
 
+# From the passive set and the last solution: the solution on this set, its slope, and whether it is exact.
+_Solve: TypeAlias = Callable[
+    [jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.typing.ArrayLike]
+]
+
+
 class _Pivoting(NamedTuple):
     passive: jax.Array  # bool [T]: variables that may be positive
     solution: jax.Array  # [T], on the passive set of the last step
@@ -100,12 +107,17 @@ class _Pivoting(NamedTuple):
 
 
 def _pivot(
-    unit: jax.Array, target: jax.Array, usable: jax.Array
+    target: jax.Array, usable: jax.Array, solve: _Solve
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Block principal pivoting: exchanges every variable whose sign condition is violated.
 
     All violated variables change sides as long as their number decreases. After three exchanges without
     progress only the last violated variable does (Murty's rule, which cannot cycle).
+
+    Args:
+      target: `[T]`.
+      usable: bool `[T]`, the variables that may be positive.
+      solve: solves the system on a passive set.
 
     Returns:
       The passive set, the solution on it, and whether it is the solution of the problem.
@@ -115,9 +127,7 @@ def _pivot(
     tolerance = 8 * jnp.finfo(target.dtype).eps
 
     def step(state: _Pivoting) -> tuple[_Pivoting, jax.Array]:
-        inverse = masked_inverse_factor(unit, state.passive)
-        solution = factored_solve(inverse, jnp.where(state.passive, target, 0))
-        slope = product(unit, solution) - target
+        solution, slope, exact = solve(state.passive, state.solution)
         amount = jnp.max(jnp.abs(solution))
         too_small = state.passive & (solution < -tolerance * amount)
         downhill = usable & ~state.passive & (slope < -tolerance * (1 + amount))
@@ -132,7 +142,7 @@ def _pivot(
             fewest=jnp.minimum(count, state.fewest),
             patience=jnp.where(progress, 3, jnp.maximum(state.patience - 1, 0)),
         )
-        return new, count == 0
+        return new, (count == 0) & exact
 
     start = _Pivoting(
         passive=target > 0,
@@ -140,7 +150,7 @@ def _pivot(
         fewest=jnp.asarray(size + 1, jnp.int32),
         patience=jnp.asarray(3, jnp.int32),
     )
-    end, done = repeat(step, start, unit, 20 + size // 2)
+    end, done = repeat(step, start, target, 20 + size // 2)
     return end.passive, end.solution, done
 
 
@@ -224,7 +234,12 @@ def nonnegative_least_squares(
     largest = jnp.max(jnp.abs(target))
     target = safe_divide(target, largest)
 
-    passive, solution, solved = _pivot(unit, target, usable)
+    def solve(passive: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, bool]:
+        inverse = masked_inverse_factor(unit, passive)
+        solution = factored_solve(inverse, jnp.where(passive, target, 0))
+        return solution, product(unit, solution) - target, True
+
+    passive, solution, solved = _pivot(target, usable, solve)
     passive = passive & solved
     found = passive, jnp.where(passive, jnp.maximum(solution, 0), 0)
     # The ridge makes every solution unique; without it rounding could let variables enter for ever.
@@ -232,3 +247,53 @@ def nonnegative_least_squares(
     # Without the ridge, refinement is unconstrained in the null space, and variables may become negative.
     _, point = _descend(unit, target, found, jnp.zeros_like(usable), 0)
     return point * scale * largest
+
+
+class _Conjugate(NamedTuple):
+    solution: jax.Array  # [T]
+    rest: jax.Array  # [T], the right-hand side minus the product with the solution
+    direction: jax.Array  # [T], of the next step
+    square: jax.Array  # of the norm of `rest`
+
+
+def nonnegative_by_products(unit: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""Minimises :math:`\tfrac12 z^\top M z - q^\top z` over :math:`z \ge 0`, without a factorisation.
+
+    Block principal pivoting as in `nonnegative_least_squares`, with conjugate gradients for its systems.
+    Under `vmap` over T vectors q, a step multiplies two matrices, by T^3 operations, where T Cholesky
+    factorisations take T^4.
+
+    Args:
+      unit: M, positive semidefinite `[T, T]`; its diagonal is 1, or 0 for variables that do not count.
+      target: q, `[T]`, in the range of M.
+
+    Returns:
+      z, `[T]`, and whether it is a solution: conjugate gradients may converge too slowly.
+    """
+    exact = (jnp.finfo(target.dtype).eps / 4) ** 2 * jnp.sum(target**2)
+
+    def times(vector: jax.Array) -> jax.Array:
+        return jnp.dot(vector, unit, precision=lax.Precision.HIGHEST)
+
+    def solve(passive: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        solution = jnp.where(passive, last, 0)
+        rest = jnp.where(passive, target - times(solution), 0)
+        square = jnp.sum(rest**2)
+        # Two more digits are enough to see which signs are wrong; the last passive set is solved exactly.
+        enough = jnp.maximum(exact, 1e-4 * square)
+
+        def step(state: _Conjugate) -> tuple[_Conjugate, jax.Array]:
+            solution, rest, direction, square = state
+            image = jnp.where(passive, times(direction), 0)
+            length = safe_divide(square, jnp.sum(direction * image))
+            rest = rest - length * image
+            new = jnp.sum(rest**2)
+            following = rest + safe_divide(new, square) * direction
+            return _Conjugate(solution + length * direction, rest, following, new), new <= enough
+
+        start = _Conjugate(solution, rest, rest, square)
+        end, _ = repeat(step, start, target, target.size // 4, square <= enough)
+        return end.solution, times(end.solution) - target, end.square <= exact
+
+    _, solution, solved = _pivot(target, jnp.diagonal(unit) > 0, solve)
+    return jnp.maximum(solution, 0), solved

@@ -20,7 +20,7 @@ from mtl_optax.solvers.kl_ball import kl_ball_mirror_step
 from mtl_optax.solvers.linear_program import maximize_on_simplex
 from mtl_optax.solvers.min_norm import min_norm_weights
 from mtl_optax.solvers.nash import fair_weights
-from mtl_optax.solvers.nonnegative import nonnegative_least_squares
+from mtl_optax.solvers.nonnegative import nonnegative_by_products, nonnegative_least_squares
 from mtl_optax.solvers.simplex import keep_shares, project_onto_simplex, renormalize
 
 
@@ -282,13 +282,45 @@ def test_vmap_equals_loop(name):
 
 
 @pytest.mark.slow
-def test_projections_in_batches_are_those_of_one_batch(monkeypatch):
-    """As with more than 101 tasks, and with a last batch that is not full."""
-    gradients = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+@pytest.mark.parametrize(("converges", "size"), [(True, 30), (False, 3)])
+def test_many_projections_are_those_of_one_batch(converges, size, monkeypatch):
+    """As with more than 50 tasks: by products, or in batches, of which the last one is not full."""
+    gradients = np.random.default_rng(0).normal(size=(7, size)).astype(np.float32)
     geometry = geometry_of(jnp.asarray(gradients @ gradients.T))
     at_once = upgrad_weights(geometry)
     monkeypatch.setattr(dual_cone, "_NUMBERS_AT_A_TIME", 2 * 7**2)
+    if not converges:
+        unsolved = lambda _, target: (jnp.nan * target, jnp.array(False))  # noqa: E731
+        monkeypatch.setattr(dual_cone, "nonnegative_by_products", unsolved)
     np.testing.assert_allclose(upgrad_weights(geometry), at_once, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", sampled([np.float32, np.float64], [np.float32]))
+@pytest.mark.parametrize("size", sampled([20, 50, 2000], [50]))
+def test_projections_by_products_are_optimal(size, dtype):
+    """Also of dependent gradients, and with a gradient that is 0."""
+    generator = np.random.default_rng(size)
+    gradients = generator.normal(size=(60, size)) + generator.normal(size=size)
+    gradients[7], gradients[9] = 0, gradients[8]
+    cosine = geometry_of(jnp.asarray(gradients @ gradients.T, dtype)).cosine
+    by_products = jax.vmap(functools.partial(nonnegative_by_products, cosine))
+    added, solved = jax.jit(by_products)(-cosine)
+    exact, added = np.asarray(cosine, np.float64), np.asarray(added, np.float64)
+    slopes = (np.eye(60) + added) @ exact
+    assert solved.all() and (added >= 0).all()
+    assert np.abs(np.minimum(added, slopes)).max() < 20 * np.finfo(dtype).eps * (1 + added.max())
+    assert not added[7].any() and not added[:, 7].any()
+
+
+@pytest.mark.slow
+def test_projections_by_products_tell_if_they_do_not_converge():
+    generator = np.random.default_rng(0)
+    gradients = generator.normal(size=(60, 8)) @ generator.normal(size=(8, 500))
+    gradients += 1e-2 * generator.normal(size=gradients.shape)
+    cosine = geometry_of(jnp.asarray(gradients @ gradients.T, np.float32)).cosine
+    by_products = jax.vmap(functools.partial(nonnegative_by_products, cosine))
+    assert not jax.jit(by_products)(-cosine)[1].all()
 
 
 @pytest.mark.usefixtures("x64")
