@@ -93,13 +93,21 @@ class Trainer:
         """The batch of one step."""
         raise NotImplementedError
 
-    def validate(self, params: Params) -> np.ndarray:
-        """The validation values `[runs]`; higher is better."""
+    def value(self, params: Params) -> float:
+        """The validation value of one run; higher is better, and 0 for all where nothing stops a run."""
+        return 0.0
+
+    def result(self, params: Params) -> tuple[Measured, Measured]:
+        """What is measured on the validation and on the test set of one run."""
         raise NotImplementedError
 
+    def validate(self, params: Params) -> np.ndarray:
+        """The validation values `[runs]`; overridden where all runs are measured at once."""
+        return np.array([self.value(of_run) for of_run in _each_run(params)])
+
     def results(self, params: Params) -> list[tuple[Measured, Measured]]:
-        """What is measured on the validation and on the test set, for each run."""
-        raise NotImplementedError
+        """What is measured of all runs; as `validate`."""
+        return [self.result(of_run) for of_run in _each_run(params)]
 
     def recorded(self, losses: Any, weights: jax.Array, state: State) -> dict[str, jax.Array]:
         """What the history has of a step."""
@@ -258,8 +266,7 @@ class Trainer:
         return {choice.label: call_of(choice) for choice in choices}
 
 
-def each_run(params: Params) -> list[Params]:
-    """The parameters of every run, without the axis of runs."""
+def _each_run(params: Params) -> list[Params]:
     runs = len(jax.tree.leaves(params)[0])
     return [jax.tree.map(lambda leaf, run=run: leaf[run], params) for run in range(runs)]
 

@@ -183,16 +183,7 @@ class Study:
 def data(options: argparse.Namespace) -> None:
     """The sizes of the data, as in Table 5, and the rows that train nothing."""
     study = Study(options)
-    dataset = study.dataset
-    cells = dataset.num_users * dataset.num_items
-    parts = (dataset.train, dataset.validation, dataset.test)
-    say(f"{dataset.name}: {dataset.num_users} users, {dataset.num_items} items")
-    for place, task in enumerate(dataset.tasks):
-        counts = [len(part.positives(place)) for part in parts]
-        say(
-            f"{task.name}: {sum(counts)} pairs, density {sum(counts) / cells:.4%}; training "
-            f"{counts[0]}, validation {counts[1]}, test {counts[2]}"
-        )
+    say(study.dataset.describe())
     study.show(study.reference_rows(), "", None)
 
 

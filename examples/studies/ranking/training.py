@@ -89,16 +89,11 @@ class Trainer(trainer.Trainer):
             found["simplex weights"] = simplex.reshape(-1)
         return found
 
-    def validate(self, params: Any) -> np.ndarray:
-        """See `value`."""
-        return np.array(list(map(self.value, trainer.each_run(params))))
-
-    def results(self, params: Any) -> list[Any]:
+    def result(self, params: Any) -> Any:
         """Both sets, all tasks."""
-        parts = self.dataset.validation, self.dataset.test
-        return [
-            tuple(self.measure(one, part) for part in parts) for one in trainer.each_run(params)
-        ]
+        return self.measure(params, self.dataset.validation), self.measure(
+            params, self.dataset.test
+        )
 
     def predict(self, params: Any, features: Features) -> np.ndarray:
         """Logits and numbers `[N, T]`."""

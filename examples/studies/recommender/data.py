@@ -67,13 +67,18 @@ class Dataset(data.Dataset[Interactions]):
         return [place for place, task in enumerate(self.tasks) if task.kind == REGRESSION]
 
     def describe(self) -> str:
-        """Sizes in a few words."""
+        """Sizes in a few words: of the sets, and of all pairs of each ranking task."""
         parts = {"training": self.train, "validation": self.validation, "test": self.test}
         sizes = ", ".join(
             f"{len(part)} {name} pairs ({len(part.positives(0))} of the target)"
             for name, part in parts.items()
         )
-        return f"{self.name}: {self.num_users} users, {self.num_items} items; {sizes}"
+        said = [f"{self.num_users} users, {self.num_items} items", sizes]
+        for place in self.ranking_tasks:
+            count = sum(len(part.positives(place)) for part in parts.values())
+            density = count / self.num_users / self.num_items
+            said.append(f"{self.tasks[place].name}: {count} pairs, density {density:.4%}")
+        return f"{self.name}: {'; '.join(said)}"
 
 
 @dataclass(frozen=True)
