@@ -13,7 +13,7 @@ import pytest
 from examples.models.segnet_mtan import Predictions
 from examples.studies.emtl import dense, dense_report
 from examples.studies.emtl.__main__ import main
-from examples.studies.emtl.dense_metrics import delta_m, loss, measure
+from examples.studies.emtl.dense_report import delta_m, loss, measure
 from examples.studies.emtl.scenes import (
     BALL,
     BOX,

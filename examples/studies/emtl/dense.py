@@ -29,11 +29,10 @@ from jax.flatten_util import ravel_pytree
 
 from examples.models.segnet_mtan import TASKS, Predictions, SegNetMTAN, SegNetSingle, as_prediction
 from examples.studies.emtl import dense_report
-from examples.studies.emtl.dense_metrics import TESTED, loss, measure
-from examples.studies.emtl.dense_report import BASE
-from examples.studies.emtl.rows import BANDIT, emtl_rows
+from examples.studies.emtl.dense_report import BASE, TESTED, loss, measure
 from examples.studies.emtl.scenes import CLASSES, Scenes, synthetic_scenes
 from examples.studies.emtl.scenes_nyuv2 import NUM_CLASSES, read_nyuv2
+from examples.studies.emtl.tables import BANDIT, emtl_rows
 from examples.studies.harness import data, steps, trainer
 from examples.studies.harness.choices import Choice
 from examples.studies.harness.command import given
