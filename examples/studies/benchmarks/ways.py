@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +28,9 @@ from rich.progress import track
 import mtl_optax as mtl
 from examples.studies.benchmarks.peers import installed, training_steps
 from examples.studies.benchmarks.problems import LARGE, SMALL, TINY, Problem, initial
-from examples.studies.benchmarks.report import curves_of, draw
 from examples.studies.benchmarks.steps import training_step
 from examples.studies.harness.command import CommandLine, write_atomically
-from examples.studies.harness.report import publish
+from examples.studies.harness.report import picture, publish
 from examples.studies.harness.timing import Training, cores, interleaved, machine, ratio
 
 _NUMBERS = {
@@ -133,6 +133,32 @@ def _cell(point: Point) -> str:
     return time if point.memory is None else f"{time}, {point.memory:.1f} MiB"
 
 
+def draw(path: Path, points: Sequence[Point]) -> None:
+    """Time above and memory below over T, a column for each network, a colour for each way."""
+    names = list(dict.fromkeys(point.way for point in points))
+    networks = list(dict.fromkeys(point.network for point in points))
+    size, handles = (3 * len(networks) + 2, 6), {}
+    with picture(path, 2, len(networks), dpi=100, figsize=size) as (figure, grid):
+        for (above, below), network in zip(grid.T, networks, strict=True):
+            here = [point for point in points if point.network == network]
+            for way in dict.fromkeys(point.way for point in here):
+                style = {"color": f"C{names.index(way)}", "marker": "o", "markersize": 4}
+                of_way = [point for point in here if point.way == way]
+                numbers = [point.number for point in of_way]
+                (handles[way],) = above.plot(numbers, [p.ratio for p in of_way], **style)
+                below.plot(numbers, [p.memory for p in of_way], **style)  # None is no point
+            ticks = sorted({point.number for point in here})
+            for panel in (above, below):
+                panel.set(xscale="log", xlabel="T")
+                panel.set_xticks(ticks, [str(number) for number in ticks])
+                panel.minorticks_off()
+            above.set(title=network, yscale="log")
+            below.set(yscale="log")
+        grid[0, 0].set_ylabel("step time / plain")
+        grid[1, 0].set_ylabel("temporary memory (MiB)")
+        figure.legend(handles.values(), handles, loc="outside right upper", fontsize="small")
+
+
 def row(text: str) -> tuple[str, int]:
     """A network and T."""
     network, _, number = text.partition(":")
@@ -171,10 +197,7 @@ def work(options: argparse.Namespace) -> None:
         title = f"{network}, {here[0].parameters:.1f} MiB of parameters, on {machines}"
         publish(options.out, f"ways_{network}", lines_of(here), title, NOTE)
     if options.out:
-        curves = curves_of(
-            (p.network, p.way, p.number, p.ratio, p.memory) for p in points if p.way != "plain"
-        )
-        draw(options.out / "ways.png", curves, "T", "temporary memory (MiB)")
+        draw(options.out / "ways.png", [point for point in points if point.way != "plain"])
 
 
 main = CommandLine(
