@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,12 +28,18 @@ def gradients(norms: Any, cosines: tuple[float, float]) -> jax.Array:
 
 
 def measured(grads: Any, *, tasks: Any = TASKS, steps: int = 2, **options: Any) -> Any:
-    tx = optax.chain(mtl.sum_tasks(tasks, measure=True, **options), optax.adam(1e-3))
+    tx, update = optimizer(tasks, **options)
     params = jax.tree.map(lambda leaf: leaf[0], grads)
     state = tx.init(params)
     for _ in range(steps):
-        _, state = tx.update(grads, state, params)
+        _, state = update(grads, state, params)
     return state
+
+
+@cache
+def optimizer(tasks: Any, **options: Any) -> Any:
+    tx = optax.chain(mtl.sum_tasks(tasks, measure=True, **options), optax.adam(1e-3))
+    return tx, jax.jit(tx.update)
 
 
 @pytest.mark.parametrize(

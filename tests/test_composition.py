@@ -64,7 +64,8 @@ def traced(tx, params=PARAMS, grads=GRADS, **extra_args):
 
 
 def run(tx, grads=GRADS, params=PARAMS, **extra_args):
-    return tx.update(grads, tx.init(params), params, **extra_args)
+    update = jax.jit(lambda *args: tx.update(*args, **extra_args))
+    return update(grads, tx.init(params), params)
 
 
 def refusal(tx, params=PARAMS, **extra_args):

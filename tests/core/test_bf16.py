@@ -87,13 +87,15 @@ def test_bf16_gradients_count_as_their_float32_values():
     method = mtl.multibalance(T)
     update = jax.jit(method.update)
     state = exact = method.init(params)
+
+    @jax.jit
+    @mtl.per_task_value_and_grad
+    def gradients(params, scale):
+        return _heads(params["heads"], (jnp.tanh(x @ params["shared"]),) * T, scale * x)
+
     for step in range(STEPS):
         scale = jnp.bfloat16(1 + step)
-        losses, grads = mtl.per_task_value_and_grad(
-            lambda params, scale: _heads(
-                params["heads"], (jnp.tanh(x @ params["shared"]),) * T, scale * x
-            )
-        )(params, scale)
+        losses, grads = gradients(params, scale)
         _, state = update(grads, state, params, losses=losses)
         whole = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         _, exact = update(whole, exact, params, losses=losses)

@@ -251,7 +251,7 @@ def test_updates_without_the_task_axis_are_refused(name):
         tx.update(gradients(0, tasks=2), state, PARAMS, losses=LOSSES)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_are_required_where_needed_and_ignored_elsewhere(name):
     tx = method(name)
     state = tx.init(PARAMS)

@@ -117,7 +117,7 @@ def test_the_update_has_the_dtype_of_the_representation():
         (first, second), token = mtl.fork(method, carrier, h)
         return mtl.join(jnp.stack([jnp.sum(first**2), jnp.sum(second)]), token)
 
-    grad = jax.grad(loss_fn)(h, mtl.fork_init(method, h))
+    grad = jax.jit(jax.grad(loss_fn))(h, mtl.fork_init(method, h))
     assert grad.dtype == jnp.bfloat16
     assert grad.tolist() == [3.0, -3.0]
 
