@@ -186,9 +186,9 @@ def read_tasks(name: str, tasks: int | Collection[str] | Tasks) -> Tasks:
     return Tasks(len(names), tuple(names))
 
 
-def find_target(name: str, target: int | str | None, tasks: Tasks) -> int:
+def find_target(name: str, target: int | str | None, tasks: int | Collection[str] | Tasks) -> int:
     """Returns the index of a target, from its index or name; None means 0 if the tasks have no names."""
-    names = tasks.names
+    number, names = read_tasks(name, tasks)
     if isinstance(target, str):
         if names is not None and target in names:
             return names.index(target)
@@ -200,7 +200,7 @@ def find_target(name: str, target: int | str | None, tasks: Tasks) -> int:
             f"{list(names)}."
         )
     index = 0 if target is None else target
-    check_integer(name, "target", index, 0, tasks.number - 1, " or a task's name")
+    check_integer(name, "target", index, 0, number - 1, " or a task's name")
     return int(index)
 
 
@@ -228,7 +228,7 @@ def task_numbers(
     name: str,
     what: str,
     value: Number | PerTask | None,
-    tasks: Tasks,
+    tasks: int | Collection[str] | Tasks,
     low: float = -math.inf,
     high: float = math.inf,
     *,
@@ -259,6 +259,7 @@ def task_numbers(
     """
     if value is None:
         return None
+    tasks = read_tasks(name, tasks)
     given = _in_order(name, what, value, tasks)
     if isinstance(given, np.ndarray):
         given = given.tolist()

@@ -13,7 +13,7 @@ from mtl_optax.core.extra_args import step_key
 from mtl_optax.core.factory import Seed, factory
 from mtl_optax.core.task_tree import along_tasks, statistics_dtype, sum_over, without_task_axis
 from mtl_optax.core.types import AxisName, Number
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import safe_divide
 
@@ -79,8 +79,7 @@ def graddrop(
       Chen, Ngiam, Huang, Luong, Kretzschmar, Chai and Anguelov, Just Pick a Sign: Optimizing Deep
       Multitask Models with Gradient Sign Dropout, 2020, https://arxiv.org/abs/2010.06808
     """
-    axis = read_tasks("graddrop", tasks)
-    leak = task_numbers("graddrop", "leak", leak, axis, 0, 1, or_one=True)
+    leak = task_numbers("graddrop", "leak", leak, tasks, 0, 1, or_one=True)
 
     def apply(
         inputs: StepInputs, state: optax.OptState
@@ -96,7 +95,7 @@ def graddrop(
         return update, safe_divide(kept, whole, 1), state
 
     rule = UpdateRule(frozenset({"gradients"}), apply, extra=("noise",))
-    return from_rule("graddrop", axis, rule, axis_name=axis_name)
+    return from_rule("graddrop", tasks, rule, axis_name=axis_name)
 
 
 def _mask(leaks: jax.Array, leaf: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import lax
 from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Decay, factory
 from mtl_optax.core.types import AxisName, DType
-from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.core.validation import find_target
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.log_weights import clip_weights
@@ -89,8 +89,7 @@ def lr_annealing(
       Wang, Teng and Perdikaris, Understanding and Mitigating Gradient Flow Pathologies in Physics-Informed
       Neural Networks, 2021, https://arxiv.org/abs/2001.04536
     """
-    axis = read_tasks("lr_annealing", tasks)
-    index = find_target("lr_annealing", target, axis)
+    index = find_target("lr_annealing", target, tasks)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> LRAnnealingState:
         return LRAnnealingState(jnp.ones((num_tasks,), dtype))
@@ -99,7 +98,7 @@ def lr_annealing(
         inputs: StepInputs, state: LRAnnealingState
     ) -> tuple[optax.Updates, jax.Array, LRAnnealingState]:
         largest, mean = _absolute_statistics(inputs, index, axis_name)
-        known = inputs.active & (mean > 0) & (largest > 0) & (jnp.arange(axis.number) != index)
+        known = inputs.active & (mean > 0) & (largest > 0) & (jnp.arange(len(mean)) != index)
         fresh = clip_weights(safe_divide(largest, mean, 1))
         weights = move_average(state.weight_ema, fresh, ema_decay, known)
         blocks = task_tree.assign_blocks(task_tree.without_task_axis(inputs.updates), "all")
@@ -107,7 +106,7 @@ def lr_annealing(
         return update, weights, LRAnnealingState(weights)
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init, target=index)
-    return from_rule("lr_annealing", axis, rule, axis_name=axis_name)
+    return from_rule("lr_annealing", tasks, rule, axis_name=axis_name)
 
 
 def _absolute_statistics(

@@ -14,7 +14,7 @@ from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.state import next_count
 from mtl_optax.core.task_tree import along_tasks
 from mtl_optax.core.types import AxisName, DType, Number, PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, StepInputs, UpdateRule, from_rule
 from mtl_optax.solvers.arithmetic import clip_finite, move_average, safe_divide
 from mtl_optax.solvers.log_weights import largest_weight
@@ -108,8 +108,7 @@ def scale_by_mtadam(
       Malkiel and Wolf, MTAdam: Automatic Balancing of Multiple Training Loss Terms, 2021,
       https://arxiv.org/abs/2006.14683
     """
-    axis = read_tasks("scale_by_mtadam", tasks)
-    ranks = task_numbers("scale_by_mtadam", "ranks", ranks, axis, 0)
+    ranks = task_numbers("scale_by_mtadam", "ranks", ranks, tasks, 0)
 
     def init(params: optax.Params, num_tasks: int, dtype: DType) -> MTAdamState:
         return MTAdamState(
@@ -124,7 +123,7 @@ def scale_by_mtadam(
     ) -> tuple[optax.Updates, jax.Array, MTAdamState]:
         active, dtype = inputs.active, inputs.dtype
         structure = jax.tree.structure(inputs.updates)
-        rank = jnp.ones((axis.number,), dtype) if ranks is None else jnp.asarray(ranks, dtype)
+        rank = jnp.ones(active.shape, dtype) if ranks is None else jnp.asarray(ranks, dtype)
         counts = next_count(state.task_counts, active)
         corrections = [
             1 - jnp.asarray(decay, dtype) ** jnp.maximum(counts, 1).astype(dtype)
@@ -150,12 +149,12 @@ def scale_by_mtadam(
         trees = (inputs.updates, norm_ema, state.mu, state.nu)
         results = [one(*leaves) for leaves in zip(*map(jax.tree.leaves, trees), strict=True)]
         steps, mu, nu, factors = ([result[i] for result in results] for i in range(4))
-        weights = sum(factors, jnp.zeros((axis.number,), dtype))
+        weights = sum(factors, jnp.zeros(active.shape, dtype))
         new = MTAdamState(counts, norm_ema, structure.unflatten(mu), structure.unflatten(nu))
         return structure.unflatten(steps), weights, new
 
     rule = UpdateRule(frozenset({"gradients"}), apply, init)
-    return from_rule("scale_by_mtadam", axis, rule, axis_name=axis_name)
+    return from_rule("scale_by_mtadam", tasks, rule, axis_name=axis_name)
 
 
 def _rescale(gradients: jax.Array, ema: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:

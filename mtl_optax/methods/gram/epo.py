@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType, PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import count_active, safe_divide
 from mtl_optax.solvers.cosine import product, uniform_weights
@@ -105,8 +105,7 @@ def epo(
       Mahapatra and Rajan, Exact Pareto Optimal Search for Multi-Task Learning and Multi-Criteria
       Decision-Making, 2021, https://arxiv.org/abs/2108.00597
     """
-    axis = read_tasks("epo", tasks)
-    vector = task_numbers("epo", "preference", preference, axis, 0)
+    vector = task_numbers("epo", "preference", preference, tasks, 0)
 
     def init(num_tasks: int, dtype: DType) -> EPOState:
         return EPOState(jnp.zeros((), jnp.int32))
@@ -134,7 +133,9 @@ def epo(
         weights = jnp.where(solved, alpha / lengths, min_norm_weights(inputs.geometry))
         return weights, EPOState(next_count(state.fallback_count, jnp.any(active) & ~solved))
 
-    return from_rule("epo", axis, WeightRule(frozenset({"losses", "gram"}), weigh, init), **options)
+    return from_rule(
+        "epo", tasks, WeightRule(frozenset({"losses", "gram"}), weigh, init), **options
+    )
 
 
 class _Program(NamedTuple):

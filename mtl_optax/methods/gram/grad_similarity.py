@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.core.validation import find_target
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
 
@@ -68,8 +68,7 @@ def grad_similarity(
       Du, Czarnecki, Jayakumar, Farajtabar, Pascanu and Lakshminarayanan, Adapting Auxiliary Losses Using
       Gradient Similarity, 2018, https://arxiv.org/abs/1812.02224
     """
-    axis = read_tasks("grad_similarity", tasks)
-    index = find_target("grad_similarity", target, axis)
+    index = find_target("grad_similarity", target, tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         similarity = inputs.cosine[:, index]
@@ -80,4 +79,4 @@ def grad_similarity(
         return weights.at[index].set(1), state
 
     rule = WeightRule(frozenset({"gram"}), weigh, target=index)
-    return from_rule("grad_similarity", axis, rule, **options)
+    return from_rule("grad_similarity", tasks, rule, **options)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.core.factory import factory
-from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.core.validation import find_target
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.projections import projected_sum_weights
 
@@ -68,8 +68,7 @@ def grad_surgery(
       Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, 2020,
       https://arxiv.org/abs/2001.06782
     """
-    axis = read_tasks("grad_surgery", tasks)
-    index = find_target("grad_surgery", target, axis)
+    index = find_target("grad_surgery", target, tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         conflicts = jnp.maximum(-inputs.cosine[:, index], 0)
@@ -77,4 +76,4 @@ def grad_surgery(
         return projected_sum_weights(added, inputs.norms), state
 
     rule = WeightRule(frozenset({"gram"}), weigh, target=index)
-    return from_rule("grad_surgery", axis, rule, **options)
+    return from_rule("grad_surgery", tasks, rule, **options)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.types import DType, Number, PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 from mtl_optax.solvers.cosine import gram_product
@@ -103,8 +103,7 @@ def multibalance(
       Multi-Objective Gradient Balancing in Industrial-Scale Multi-Task Recommendation System, 2024,
       https://arxiv.org/abs/2411.11871
     """
-    axis = read_tasks("multibalance", tasks)
-    vector = task_numbers("multibalance", "prior", prior, axis, 0)
+    vector = task_numbers("multibalance", "prior", prior, tasks, 0)
 
     def init(num_tasks: int, dtype: DType) -> MultiBalanceState:
         zeros = jnp.zeros((num_tasks,), dtype)
@@ -137,7 +136,7 @@ def multibalance(
         return safe_divide(shares * smooth, least, jnp.inf)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, bound=bound)
-    return from_rule("multibalance", axis, rule, **options)
+    return from_rule("multibalance", tasks, rule, **options)
 
 
 def _smooth_norms(

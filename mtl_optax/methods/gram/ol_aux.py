@@ -13,7 +13,7 @@ from mtl_optax.core import task_tree
 from mtl_optax.core.factory import Flag, Nonnegative, PositiveInt, factory
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.core.validation import find_target
 from mtl_optax.rule import GradientAverage, Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import clip_finite
 
@@ -111,8 +111,7 @@ def ol_aux(
       Lin, Baweja, Kantor and Held, Adaptive Auxiliary Task Weighting for Reinforcement Learning, 2019,
       https://papers.nips.cc/paper/2019/hash/0e900ad84f63618452210ab8baae0218-Abstract.html
     """
-    axis = read_tasks("ol_aux", tasks)
-    index = find_target("ol_aux", target, axis)
+    index = find_target("ol_aux", target, tasks)
 
     def init(num_tasks: int, dtype: DType) -> OLAuxState:
         return OLAuxState(jnp.ones((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
@@ -121,7 +120,7 @@ def ol_aux(
         weights = state.task_weights
         products = clip_finite(state.products + inputs.gram[index])
         due = inputs.active & ((inputs.step + 1) % update_every == 0)
-        due = due & (jnp.arange(axis.number) != index)
+        due = due & (jnp.arange(len(due)) != index)
         lowest = 0.0 if nonnegative else -_LARGEST_WEIGHT
         moved = weights + jnp.asarray(weight_lr, weights.dtype) * products
         moved = jnp.clip(moved, lowest, _LARGEST_WEIGHT)
@@ -130,7 +129,7 @@ def ol_aux(
 
     average = _window_means(filter_window) if filter_window > 1 else None
     rule = WeightRule(frozenset({"gram"}), weigh, init, average=average, target=index)
-    return from_rule("ol_aux", axis, rule, **options)
+    return from_rule("ol_aux", tasks, rule, **options)
 
 
 def _window_means(size: int) -> GradientAverage:

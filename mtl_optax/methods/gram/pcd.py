@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mtl_optax.core.factory import Decay, Nonnegative, factory
 from mtl_optax.core.state import next_count
 from mtl_optax.core.types import DType, Number
-from mtl_optax.core.validation import find_target, read_tasks, task_numbers
+from mtl_optax.core.validation import find_target, task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import clip_finite, move_average, safe_divide
 from mtl_optax.solvers.cosine import product
@@ -94,9 +94,8 @@ def pcd(
       Varam and AlHajri, Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
       Multi-Objective Optimization, 2026, https://arxiv.org/abs/2606.29521
     """
-    axis = read_tasks("pcd", tasks)
-    index = find_target("pcd", target, axis)
-    tau = task_numbers("pcd", "tau", tau, axis, 0, 1, or_one=True)
+    index = find_target("pcd", target, tasks)
+    tau = task_numbers("pcd", "tau", tau, tasks, 0, 1, or_one=True)
 
     def init(num_tasks: int, dtype: DType) -> PCDState:
         zeros = jnp.zeros((num_tasks,), dtype)
@@ -122,7 +121,7 @@ def pcd(
         return weights, PCDState(square_ema, correction, fallbacks)
 
     rule = WeightRule(frozenset({"gram"}), weigh, init, target=index)
-    return from_rule("pcd", axis, rule, **options)
+    return from_rule("pcd", tasks, rule, **options)
 
 
 def _constrained(

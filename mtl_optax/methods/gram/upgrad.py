@@ -10,7 +10,7 @@ import optax
 
 from mtl_optax.core.factory import factory
 from mtl_optax.core.types import PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.dual_cone import dualproj_weights, upgrad_weights
 
@@ -124,10 +124,9 @@ def _dual_cone(
     preference: PerTask | None,
     options: MethodOptions,
 ) -> Method:
-    axis = read_tasks(name, tasks)
-    vector = task_numbers(name, "preference", preference, axis, 0)
+    vector = task_numbers(name, "preference", preference, tasks, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return solve(inputs.geometry, vector), state
 
-    return from_rule(name, axis, WeightRule(frozenset({"gram"}), weigh), **options)
+    return from_rule(name, tasks, WeightRule(frozenset({"gram"}), weigh), **options)

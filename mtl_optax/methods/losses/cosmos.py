@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.types import PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import clip_weights, largest_weight
 from mtl_optax.solvers.preference import active_preference, unit
@@ -71,8 +71,7 @@ def cosmos(
       Ruchte and Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, 2021,
       https://arxiv.org/abs/2103.13392
     """
-    axis = read_tasks("cosmos", tasks)
-    vector = task_numbers("cosmos", "preference", preference, axis, 0)
+    vector = task_numbers("cosmos", "preference", preference, tasks, 0)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         losses = inputs.losses
@@ -84,4 +83,4 @@ def cosmos(
         step = jnp.asarray(lam, losses.dtype) * orthogonal / jnp.maximum(length, shortest)
         return clip_weights(wanted - jnp.where(length > 0, step, 0)), state
 
-    return from_rule("cosmos", axis, WeightRule(frozenset({"losses"}), weigh), **options)
+    return from_rule("cosmos", tasks, WeightRule(frozenset({"losses"}), weigh), **options)

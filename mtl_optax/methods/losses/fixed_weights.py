@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core.factory import factory
 from mtl_optax.core.types import PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 
 
@@ -47,10 +47,9 @@ def fixed_weights(
       Kurin et al., In Defense of the Unitary Scalarization for Deep Multi-Task Learning, 2022,
       https://arxiv.org/abs/2201.04122
     """
-    axis = read_tasks("fixed_weights", tasks)
-    weights = task_numbers("fixed_weights", "weights", weights, axis)
+    weights = task_numbers("fixed_weights", "weights", weights, tasks)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         return jnp.asarray(weights), state
 
-    return from_rule("fixed_weights", axis, WeightRule(frozenset(), weigh), **options)
+    return from_rule("fixed_weights", tasks, WeightRule(frozenset(), weigh), **options)

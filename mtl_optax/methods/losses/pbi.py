@@ -11,7 +11,7 @@ import optax
 
 from mtl_optax.core.factory import Nonnegative, factory
 from mtl_optax.core.types import Number, PerTask
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.preference import active_preference, unit
 
@@ -70,9 +70,8 @@ def pbi(
       Zhang and Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, 2007,
       https://doi.org/10.1109/TEVC.2007.892759
     """
-    axis = read_tasks("pbi", tasks)
-    vector = task_numbers("pbi", "preference", preference, axis, 0)
-    reference = task_numbers("pbi", "reference", reference, axis, or_one=True)
+    vector = task_numbers("pbi", "preference", preference, tasks, 0)
+    reference = task_numbers("pbi", "reference", reference, tasks, or_one=True)
 
     def weigh(inputs: StepInputs, state: optax.OptState) -> tuple[jax.Array, optax.OptState]:
         active, dtype = inputs.active, inputs.losses.dtype
@@ -82,7 +81,7 @@ def pbi(
         residual = unit_losses - jnp.sum(unit_losses * direction) * direction
         unit_residual, distance = unit(residual)
         # A smaller residual, and so its direction, consists of rounding errors.
-        apart = distance > 4 * axis.number * float(jnp.finfo(dtype).eps)
+        apart = distance > 4 * len(active) * float(jnp.finfo(dtype).eps)
         return direction + jnp.asarray(theta, dtype) * jnp.where(apart, unit_residual, 0), state
 
-    return from_rule("pbi", axis, WeightRule(frozenset({"losses"}), weigh), **options)
+    return from_rule("pbi", tasks, WeightRule(frozenset({"losses"}), weigh), **options)

@@ -14,7 +14,7 @@ import optax
 from mtl_optax.core.factory import Transformation, factory
 from mtl_optax.core.trained_values import TrainedState, start, train
 from mtl_optax.core.types import DType, Number
-from mtl_optax.core.validation import read_tasks, task_numbers
+from mtl_optax.core.validation import task_numbers
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.log_weights import largest_weight
 
@@ -79,9 +79,8 @@ def uncertainty(
       Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
       and Semantics, 2018, https://arxiv.org/abs/1705.07115
     """
-    axis = read_tasks("uncertainty", tasks)
     logarithmic = form in ("half_logvar", "logvar")
-    init = task_numbers("uncertainty", "init", init, axis, or_one=True)
+    init = task_numbers("uncertainty", "init", init, tasks, or_one=True)
     if not logarithmic and not isinstance(init, jax.Array) and np.any(np.less_equal(init, 0)):
         raise ValueError(
             f"uncertainty: the form {form!r} trains a standard deviation, which must start positive; "
@@ -107,4 +106,4 @@ def uncertainty(
         return weights, train(optimizer, state, gradient, inputs.active, low, high)
 
     rule = WeightRule(frozenset({"losses"}), weigh, init_state)
-    return from_rule("uncertainty", axis, rule, **options)
+    return from_rule("uncertainty", tasks, rule, **options)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax.core.factory import Decay, Share, factory
 from mtl_optax.core.types import DType
-from mtl_optax.core.validation import find_target, read_tasks
+from mtl_optax.core.validation import find_target
 from mtl_optax.rule import Method, MethodOptions, StepInputs, WeightRule, from_rule
 from mtl_optax.solvers.arithmetic import move_average, safe_divide
 
@@ -106,8 +106,7 @@ def metabalance(
       He, Feng, Cheng, Ji, Guo and Caverlee, MetaBalance: Improving Multi-Task Recommendations via
       Adapting Gradient Magnitudes of Auxiliary Tasks, 2022, https://arxiv.org/abs/2203.06801
     """
-    axis = read_tasks("metabalance", tasks)
-    index = find_target("metabalance", target, axis)
+    index = find_target("metabalance", target, tasks)
 
     def init(num_tasks: int, dtype: DType) -> MetaBalanceState:
         return MetaBalanceState(jnp.zeros((num_tasks,), dtype), jnp.zeros((num_tasks,), dtype))
@@ -121,7 +120,7 @@ def metabalance(
         known = (correction > 0) & (ema[index] > 0)
         # Exactly 1 if all tasks were always present.
         share = safe_divide(correction, correction[index], correction, where=known)
-        balanced = known & (jnp.arange(axis.number) != index)
+        balanced = known & (jnp.arange(len(ema)) != index)
         return MetaBalanceState(ema, correction), ema[index] * share, balanced
 
     def rescaled(reference: jax.Array, norms: jax.Array) -> jax.Array:
@@ -146,4 +145,4 @@ def metabalance(
         return jnp.where(balanced & (least > 0), limits, jnp.inf)
 
     rule = WeightRule(frozenset({"norms"}), weigh, init, target=index, bound=bound)
-    return from_rule("metabalance", axis, rule, **{"blocks": "leaf", **options})
+    return from_rule("metabalance", tasks, rule, **{"blocks": "leaf", **options})
