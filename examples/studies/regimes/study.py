@@ -30,9 +30,9 @@ RATES, DECAYS = (3e-3, 1e-3, 1e-2), (3.0, 0.3)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
 FIXED = "fixed weights"
-# Whose arms are measured in any case: losses of two kinds are where the question came from, and in u the
-# auxiliaries would help (weight 0 is worse in a) but are too small.
-ALWAYS = ("c", "u")
+# Whose arms are measured in any case: losses of two kinds (c), where the question came from, auxiliaries that
+# dominate (e), and auxiliaries that would help (weight 0 is worse in a) but are too small (u).
+ALWAYS = ("c", "e", "u")
 # On the parameters, whatever their cost: the towers of all arms have weight 1, as MetaBalance's do.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     SINGLE: ("fixed_weights(place='parameters')", {}),
@@ -290,9 +290,9 @@ def run(options: argparse.Namespace) -> None:
     sizes = {
         "tuning of the sum in every regime": len(study.tuning([SUM], every)),
         "curves": len(study.curves()),
-        "tuning of the arms": len(study.tuning((SINGLE, *METHODS), every[:5])),
-        "arms": len(study.arms(every[:5])),
-        "random weightings": len(study.pool(every[:5])),
+        "tuning of the arms": len(study.tuning((SINGLE, *METHODS), every[:6])),
+        "arms": len(study.arms(every[:6])),
+        "random weightings": len(study.pool(every[:6])),
     }
     for text, count in sizes.items():
         say(f"{text}: {count} runs")
