@@ -30,8 +30,8 @@ RATES, DECAYS = (3e-3, 1e-3, 1e-2), (3.0, 0.3)
 POOL, POOL_POWERS = 16, (-2.0, 2.0)  # the random weightings of a search
 TUNING_SEED = 1000  # and the next ones; what is measured has seeds from 0
 FIXED = "fixed weights"
-# Whose arms are measured in any case: losses of two kinds (c), where the question came from, auxiliaries that
-# dominate (e), and auxiliaries that would help (weight 0 is worse in a) but are too small (u).
+# Whose arms are measured in any case: losses of two kinds (c), where the question came from, auxiliaries
+# that dominate (e), and auxiliaries that would help (weight 0 is worse in a) but are too small (u).
 ALWAYS = ("c", "e", "u")
 # On the parameters, whatever their cost: the towers of all arms have weight 1, as MetaBalance's do.
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
