@@ -285,6 +285,15 @@ def test_the_command_makes_its_table_and_goes_on(file, tmp_path, capsys, monkeyp
     assert "| sum |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_steps_of_arms_are_timed_beside_the_sums(file, tmp_path):
+    few = ["--quick", "--data", str(file), "--arms", "dwa", "famo", "--rounds", "2"]
+    assert main([*few, "--out", str(tmp_path)]) == 0
+    names = [line.split(" | ")[0] for line in (tmp_path / "steps.md").read_text().splitlines()]
+    assert {"| sum", "| dwa", "| famo"} <= set(names)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_an_unknown_arm_is_named():
     assert main(["--arms", "nash_mlt, representation"]) == 2
 

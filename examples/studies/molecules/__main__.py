@@ -25,7 +25,7 @@ from examples.studies.harness.command import CommandLine, in_threads, one_of
 from examples.studies.harness.errors import UserError
 from examples.studies.harness.report import publish
 from examples.studies.harness.runner import progress_bars
-from examples.studies.harness.timing import cores
+from examples.studies.harness.timing import cores, machine, step_times
 from examples.studies.molecules import report
 from examples.studies.molecules.arms import ALONE, ARMS, SEARCH, SUM
 from examples.studies.molecules.data import HISTOGRAMS, load
@@ -60,6 +60,7 @@ OPTIONS = {
         "metavar": ("I", "N"),
         "help": "only train, and of N parts of the runs only the I-th, beside other programs",
     },
+    "rounds": {"help": "only time a step of each arm, beside the sum's, in so many turns"},
     "table": {"action": "store_true", "help": "the table of the finished runs in --out"},
 }
 
@@ -97,6 +98,9 @@ def work(options: argparse.Namespace) -> None:
         show(options, Store(options.out, config, resume=True, version=None))
         return
     trainer = Trainer(load(options.data, config.network), config, options.seeds)
+    if options.rounds:
+        show_times(options, trainer)
+        return
     store = Store(options.out, config, options.resume)
     train(options, store, trainer)
     if options.part is None:
@@ -128,6 +132,19 @@ def train(options: argparse.Namespace, store: Store, trainer: Trainer) -> None:
                 store.add(result)
 
         in_threads(of_arm, names, options.jobs, stopping)
+
+
+def show_times(options: argparse.Namespace, trainer: Trainer) -> None:
+    """Print the time of a step of each arm, and write it."""
+    names = dict.fromkeys((SUM, *options.names))
+    calls = {name: trainer.step_call(name) for name in names}
+    times = step_times(calls, options.config.chunk, SUM, options.rounds)
+    lines = [("arm", "ms", "over sum"), *((n, f"{ms:.2f}", f"{r:.2f}") for n, ms, r in times)]
+    note = (
+        f"Time of a training step: medians over {options.rounds} turns of {options.config.chunk} steps "
+        f"each, on {machine()}. Made by `{options.line}`."
+    )
+    publish(options.out, "steps", lines, "QM9: time of a step", note)
 
 
 def show(options: argparse.Namespace, store: Store) -> None:

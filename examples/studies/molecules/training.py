@@ -196,13 +196,11 @@ class Trainer:
         advanced: Callable[[int], None] = lambda steps: None,
     ) -> Iterator[Result]:
         """The results of an arm for splits and rates; `advanced` is told how many steps were done."""
-        arm, config = ARMS[name], self.config
-        programs = Programs(name, config, self.train.descriptors.shape[-1])
+        config, programs = self.config, self._programs(name)
         for group in [missing] if self.side_by_side else [[run] for run in missing]:
             begun = time.perf_counter()
-            seeds, rates = map(np.array, zip(*group, strict=True))
-            weights = np.stack([arm.weightings(config.searched, seed) for seed, _ in group])
-            settings = seeds, rates.astype(np.float32), weights
+            settings = self._settings(name, group)
+            seeds, *_ = settings
             carry = programs.start(*settings)
             for begin in range(0, config.steps, config.chunk):
                 carry = jax.block_until_ready(programs.advance(carry, self.train, *settings, begin))
@@ -214,3 +212,25 @@ class Trainer:
             seconds = (time.perf_counter() - begun) / len(group)
             for run, *errors in zip(group, validation, test, strict=True):
                 yield Result(name, *run, *errors, seconds)
+
+    def step_call(self, name: str) -> Callable[[], Any]:
+        """For a clock: one call of an arm's program on the first split."""
+        programs = self._programs(name)
+        settings = self._settings(name, [(0, self.config.rates[0])])
+        carry = programs.start(*settings)
+
+        def call() -> Any:
+            nonlocal carry
+            carry = programs.advance(carry, self.train, *settings, 0)
+            return carry
+
+        return call
+
+    def _programs(self, name: str) -> Programs:
+        return Programs(name, self.config, self.train.descriptors.shape[-1])
+
+    def _settings(self, name: str, group: Sequence[tuple[int, float]]) -> tuple[np.ndarray, ...]:
+        """The seeds and rates of some runs, and the weights of their networks."""
+        seeds, rates = map(np.array, zip(*group, strict=True))
+        weights = [ARMS[name].weightings(self.config.searched, seed) for seed, _ in group]
+        return seeds, rates.astype(np.float32), np.stack(weights)
