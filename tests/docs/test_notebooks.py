@@ -188,7 +188,7 @@ def test_the_figures_of_the_molecules_are_those_of_the_table() -> None:
         for node in ast.parse(cell).body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESULTS"
     ]
-    assert len(shown) == 10
+    assert len(shown) == 11
     assert {name: found[name] for name in shown} == shown
 
 
