@@ -357,6 +357,7 @@ def test_purchases_come_with_views_and_favourites_alone(tmp_path):
 @pytest.mark.slow  # compiles six programs
 def test_a_whole_run_goes_on_and_its_rows_give_the_same_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "REGIMES", (*REGIMES[:1], REGIMES[2], REGIMES[4]))
+    monkeypatch.setattr(study, "ALWAYS", ("c",))
     monkeypatch.setattr(study, "WEIGHTS", (0.0, 1.0))
     monkeypatch.setattr(study, "RATES", (1e-2,))
     monkeypatch.setattr(study, "POOL", 4)
