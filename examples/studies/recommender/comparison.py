@@ -41,6 +41,7 @@ from examples.studies.recommender.evaluation import rank_by_item_scores
 from examples.studies.recommender.network import NetworkConfig
 from examples.studies.recommender.sources import MOVIELENS, load_log
 from examples.studies.recommender.training import TrainConfig, Trainer, popularity
+from mtl_optax.methods.losses.sum_tasks import MEASURED_STEPS
 
 SEARCHED, STANDARDISED = "searched weights", "standardised labels"
 FIXED = (SEARCHED, STANDARDISED)  # rows with weights that this command finds
@@ -66,7 +67,6 @@ SOFTMAX_NEGATIVES = 4  # random items of a pair, where a softmax is over them
 # The weights of the search, beside 1 for the target: the powers of 10 are uniform.
 SEARCH_POWERS = (-6.0, 1.0)
 TIMED_ROUNDS = 3
-MEASURED_STEPS = 100  # of `sum_tasks(measure=True)`
 OPTIONS = {
     "method": {
         "nargs": "+",
