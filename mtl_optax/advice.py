@@ -29,9 +29,10 @@ HELPFUL_COSINE = 0.3
 """From this cosine with the target on, an auxiliary helps it.
 
 It was read off the regimes of `python -m examples.studies.regimes`, which are one data set. Auxiliaries
-whose labels were permuted, and so cannot help, had cosines of 0.1 and 0.2 with the target, since popular
-items are popular in every task. Where auxiliaries raised the target's metric, at norms like the target's,
-their cosines were 0.3 to 0.6.
+whose labels were permuted, and so cannot help, had cosines of 0.1 to 0.3 with the target, since popular
+items are popular in every task. Where auxiliaries with norms like the target's raised its metric, their
+cosines were 0.5 and 0.6. In one regime auxiliaries with cosines of 0.1 raised it, so a low cosine does not
+prove that a task is useless.
 """
 CONFLICT_COSINE = -0.3
 """Below this cosine, two tasks of similar norms conflict.
